@@ -1,0 +1,159 @@
+"""Augmentation on codes: the whole batch at once, on its device, without waiting for the host.
+
+Moves (shift, mirror) and noise act on codes, mixing and erasing on the planes that the network's stem makes of them.
+An autoencoder's latents have no mirror image of their own (TAESD: about 1 dB), but they do move by whole cells (23 dB).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from latentprep.errors import UsageError, nearest
+
+if TYPE_CHECKING:
+    from latenttrain.nets import Net
+
+
+@dataclass(frozen=True)
+class Augment:
+    """What happens to a training batch. The defaults are the shipped recipe; `Augment.none` changes nothing."""
+
+    shift: int = 3  # cells: up to so many in each direction, the border mirrored into the gap
+    mixup: float = 0.0  # alpha of the Beta(alpha, alpha) that weighs two samples; 0 is off
+    cutmix: float = 0.0  # the same for the area of a rectangle from another sample; with mixup, half the samples each
+    cutout: float = 0.0  # side of an erased rectangle as a fraction of the grid's side
+    noise: bool = True  # uniform noise within the quantizer's step
+    channel_drop: float = 0.0  # probability that a plane of a sample is zeroed
+    mirror: bool = False  # half of the samples left-right; only where the codec's mirror is exact
+    mirror_signs: tuple[float, ...] | None = None  # a mirrored channel's factor, 1 or -1; None is 1 for all
+
+    def __post_init__(self) -> None:
+        if self.mirror_signs is not None:
+            object.__setattr__(self, "mirror_signs", tuple(float(sign) for sign in self.mirror_signs))
+        limits = {"shift": 64, "mixup": math.inf, "cutmix": math.inf, "cutout": 1, "channel_drop": 1}
+        for name, limit in limits.items():
+            value = getattr(self, name)
+            if not (0 <= value <= limit) or value == math.inf:
+                allowed = "0 or more" if limit == math.inf else f"0 to {limit}"
+                raise UsageError(f"{name} must be {allowed}, got {value}", "0 turns it off")
+        if any(sign not in (1, -1) for sign in self.mirror_signs or ()):
+            raise UsageError(f"mirror_signs must be 1 or -1, got {self.mirror_signs}", "ask the codec for its signs")
+
+    @classmethod
+    def none(cls) -> Augment:
+        return cls(shift=0, mixup=0, cutmix=0, cutout=0, noise=False, channel_drop=0)
+
+    def to_json(self) -> dict:
+        return {**dataclasses.asdict(self), "mirror_signs": self.mirror_signs and list(self.mirror_signs)}
+
+    @classmethod
+    def from_json(cls, fields: dict) -> Augment:
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in fields:
+            if name not in known:
+                raise UsageError(f"unknown augmentation {name!r}", nearest(name, known))
+        return cls(**fields)
+
+
+def augment(
+    net: Net, codes: Tensor, labels: Tensor, config: Augment, generator: Generator | None
+) -> tuple[Tensor, Tensor]:
+    """u8 [B,C,h,w], i64 [B] -> planes f32 [B,P,h,w], targets f32 [B,classes] whose rows sum to one
+
+    Depends on ``generator`` (on the device of the codes) alone. Gradients flow to a stem that learns.
+    """
+    device, batch = codes.device, len(codes)
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator, device=device)
+
+    if config.shift:
+        codes = shifted(codes, *(uniform(2, batch) * (2 * config.shift + 1)).long().sub(config.shift))
+    if config.mirror:
+        codes = torch.where(uniform(batch, 1, 1, 1) < 0.5, mirrored(net, codes, config.mirror_signs), codes)
+    if config.noise:
+        codes = codes + uniform(*codes.shape) - 0.5
+    planes = net.planes(codes)
+    targets = F.one_hot(labels, net.config.classes).float()
+
+    if config.mixup or config.cutmix:
+        partner = planes.roll(1, 0)  # the batch came shuffled, so any fixed partner is a random one
+        keep = torch.ones(batch, device=device)
+        if config.cutmix:
+            area = 1 - symmetric_beta(uniform(2, batch), config.cutmix)
+            if config.mixup:
+                area = area * (uniform(batch) < 0.5)
+            taken = rectangle(planes, uniform(2, batch), area.sqrt())
+            planes = torch.where(taken[:, None], partner, planes)
+            keep = 1 - taken.float().mean((1, 2))
+        if config.mixup:
+            weight = symmetric_beta(uniform(2, batch), config.mixup)
+            if config.cutmix:
+                weight = torch.where(keep < 1, 1.0, weight)
+            planes = torch.lerp(partner, planes, weight[:, None, None, None])
+            keep = keep * weight
+        targets = torch.lerp(targets.roll(1, 0), targets, keep[:, None])
+    if config.cutout:
+        erased = rectangle(planes, uniform(2, batch), torch.full((batch,), config.cutout, device=device))
+        planes = planes.masked_fill(erased[:, None], 0)
+    if config.channel_drop:
+        planes = planes * (uniform(*planes.shape[:2], 1, 1) >= config.channel_drop)
+    return planes, targets
+
+
+def shifted(codes: Tensor, down: Tensor, right: Tensor) -> Tensor:
+    """Each sample moved by its own whole cells, the border mirrored: [B,C,h,w], i64 [B], i64 [B] -> [B,C,h,w]"""
+    batch, channels, height, width = codes.shape
+    rows = reflected(torch.arange(height, device=codes.device) - down[:, None], height)
+    columns = reflected(torch.arange(width, device=codes.device) - right[:, None], width)
+    cells = (rows[:, :, None] * width + columns[:, None]).view(batch, 1, -1).expand(-1, channels, -1)
+    return codes.flatten(2).gather(2, cells).view(codes.shape)
+
+
+def reflected(positions: Tensor, size: int) -> Tensor:
+    """Positions outside 0…size-1 mirrored at the border cells until they are inside."""
+    period = max(2 * size - 2, 1)
+    inside = positions.remainder(period)
+    return torch.minimum(inside, period - inside)
+
+
+def mirrored(net: Net, codes: Tensor, signs: tuple[float, ...] | None) -> Tensor:
+    """Flipped left-right, channels of sign -1 negated as latents: u8 [B,C,h,w] -> u8, or f32 where signs change"""
+    flipped = codes.flip(-1)
+    if signs is None or all(sign == 1 for sign in signs):
+        return flipped
+    config = net.config
+    if len(signs) != config.latent[0]:
+        raise UsageError(f"mirror_signs has {len(signs)} entries for {config.latent[0]} channels", "give one a channel")
+    # lo + (code + 0.5) * step changes sign at the code -2 * lo / step - 1 - code, seldom a whole number
+    channels = [
+        plane if sign == 1 else -2 * lo / step - 1 - plane.float()
+        for plane, sign, lo, step in zip(flipped.unbind(1), signs, config.lo, config.step, strict=True)
+    ]
+    return torch.stack([plane.float() for plane in channels], 1)
+
+
+def rectangle(planes: Tensor, centre: Tensor, side: Tensor) -> Tensor:
+    """A rectangle a sample, cut at the border: [B,P,h,w], centre f32 [2,B], side f32 [B], 0 to 1 -> bool [B,h,w]"""
+    inside = []
+    for size, middle in zip(planes.shape[2:], centre, strict=True):
+        cells = (torch.arange(size, device=planes.device) + 0.5) / size
+        inside.append((cells - middle[:, None]).abs() < side[:, None] / 2)
+    return inside[0][:, :, None] & inside[1][:, None]
+
+
+def symmetric_beta(uniforms: Tensor, alpha: float) -> Tensor:
+    """Beta(alpha, alpha) samples from two uniform ones: f32 [2,B] -> f32 [B]
+
+    Exact for every alpha and free of rejection, so nothing waits: Devroye 1996, Random Variate Generation in One Line.
+    """
+    first, second = uniforms.clamp(1e-7, 1 - 1e-7)
+    spread = (first ** (-1 / alpha) - 1) * torch.cos(2 * math.pi * second) ** 2
+    return 0.5 + torch.sign(second - 0.5) * 0.5 / torch.sqrt(1 + 1 / spread)

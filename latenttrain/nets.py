@@ -1,0 +1,195 @@
+"""Networks that take codes in and give logits out."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from latentprep.errors import UsageError, nearest
+from latenttrain.scaling import round_depth, round_width
+from latenttrain.stems import STEMS
+
+
+@dataclass(frozen=True)
+class NetConfig:
+    """All that is needed to build a network, and to read codes with it."""
+
+    latent: tuple[int, int, int]  # C, h, w
+    classes: int
+    bits: int  # the quantizer: latents are about lo + (codes + 0.5) * step
+    lo: tuple[float, ...]
+    step: tuple[float, ...]
+    arch: str = "latentnet"
+    stem: str = "affine"
+    width: float = 1.0
+    depth: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, kind in (("latent", int), ("lo", float), ("step", float)):
+            object.__setattr__(self, name, tuple(kind(value) for value in getattr(self, name)))
+        if len(self.latent) != 3 or self.latent[0] < 1 or min(self.latent[1:]) < 8:
+            raise UsageError(
+                f"a latent must be channels x height x width with 8 x 8 cells or more, got {self.latent}",
+                "encode at a larger --size",
+            )
+        if self.classes < 2:
+            raise UsageError(f"a network needs 2 classes or more, got {self.classes}", "add a second class")
+        if self.bits not in range(1, 9):
+            raise UsageError(f"bits must be 1 to 8, got {self.bits}", "encode with --bits 1 to 8")
+        for name in ("lo", "step"):
+            values = getattr(self, name)
+            if len(values) != self.latent[0] or not all(map(math.isfinite, values)):
+                raise UsageError(
+                    f"{name} must be {self.latent[0]} finite numbers, one a channel, got {values}",
+                    "take it from the dataset's manifest",
+                )
+        if min(self.step) <= 0:
+            raise UsageError(f"step must be above 0, got {self.step}", "take it from the dataset's manifest")
+        for name, allowed in (("arch", list(ARCHITECTURES)), ("stem", list(STEMS))):
+            if getattr(self, name) not in allowed:
+                raise UsageError(f"unknown {name} {getattr(self, name)!r}", nearest(str(getattr(self, name)), allowed))
+        for name in ("width", "depth"):
+            if not 0.05 <= getattr(self, name) <= 20:
+                raise UsageError(f"{name} must be 0.05 to 20, got {getattr(self, name)}", f"--{name} 1 is the default")
+
+    def to_json(self) -> dict:
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items()}
+
+    @classmethod
+    def from_json(cls, fields: dict) -> NetConfig:
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in fields:
+            if name not in known:
+                raise UsageError(f"unknown network setting {name!r}", nearest(name, known))
+        try:
+            return cls(**fields)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"not a network's settings: {error}", f"give {', '.join(known)}") from error
+
+
+class Net(nn.Module):
+    """Codes to logits: a stem that makes planes of the codes, and a body that classifies the planes."""
+
+    def __init__(self, config: NetConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.stem = STEMS[config.stem](config.latent[0], config.bits)
+        self.body = ARCHITECTURES[config.arch](self.stem.planes, config)
+
+    def planes(self, codes: Tensor) -> Tensor:
+        """u8 [B,C,h,w], or f32 where augmentation moved codes within their steps -> f32 [B,P,h,w]"""
+        return self.stem(codes)
+
+    def logits(self, planes: Tensor) -> Tensor:
+        """float [B,P,h,w] -> f32 [B,classes]"""
+        return self.body(planes.contiguous(memory_format=torch.channels_last)).float()
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """u8 [B,C,h,w] -> f32 [B,classes]"""
+        return self.logits(self.planes(codes))
+
+
+def build_net(config: NetConfig) -> Net:
+    """A network with fresh weights, drawn from torch's global generator."""
+    return Net(config).to(memory_format=torch.channels_last)
+
+
+def convolution(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, groups: int = 1) -> nn.Sequential:
+    """A convolution that keeps the grid (but for its stride), and BatchNorm."""
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs))
+
+
+class Residual(nn.Module):
+    """``relu(x + branch(x))``; the branch starts at zero, a changed shape is met by pooling and a 1 x 1 convolution."""
+
+    def __init__(self, branch: nn.Sequential, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.branch = branch
+        nn.init.zeros_(branch[-1][1].weight)
+        shortcut: list[nn.Module] = []
+        if stride > 1:
+            shortcut.append(nn.AvgPool2d(stride, ceil_mode=True))
+        if inputs != outputs:
+            shortcut.append(convolution(inputs, outputs, 1))
+        self.shortcut = nn.Sequential(*shortcut)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.shortcut(x) + self.branch(x))
+
+
+def dense(inputs: int, outputs: int, stride: int) -> Residual:
+    """Two 3 x 3 convolutions: many FLOPs and few parameters while the grid is large and the channels few."""
+    return Residual(
+        nn.Sequential(convolution(inputs, outputs, 3, stride), nn.ReLU(), convolution(outputs, outputs)),
+        inputs, outputs, stride,
+    )  # fmt: skip
+
+
+def bottleneck(inputs: int, outputs: int, stride: int) -> Residual:
+    """A 3 x 3 convolution between 1 x 1 convolutions, on three eighths of the channels."""
+    inner = round_width(outputs, 3 / 8)
+    return Residual(
+        nn.Sequential(
+            convolution(inputs, inner, 1), nn.ReLU(), convolution(inner, inner, 3, stride), nn.ReLU(),
+            convolution(inner, outputs, 1),
+        ),
+        inputs, outputs, stride,
+    )  # fmt: skip
+
+
+def latentnet(planes: int, config: NetConfig) -> nn.Sequential:
+    """The default: dense blocks on the large grid, bottlenecks on the small one. float [B,P,h,w] -> [B,classes]"""
+    channels = round_width(32, config.width)
+    layers: list[nn.Module] = [convolution(planes, channels), nn.ReLU()]
+    for block, base, blocks, stride in ((dense, 32, 2, 1), (dense, 64, 2, 2), (bottleneck, 128, 2, 2)):
+        outputs = round_width(base, config.width)
+        for index in range(round_depth(blocks, config.depth)):
+            layers.append(block(channels, outputs, 1 if index else stride))
+            channels = outputs
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, config.classes))
+
+
+class InvertedResidual(nn.Module):
+    """MobileNetV2's block: widen, depthwise 3 x 3, narrow without an activation."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        inner = inputs * expansion
+        widen = [convolution(inputs, inner, 1), nn.ReLU6()] if expansion > 1 else []
+        depthwise = [convolution(inner, inner, 3, stride, groups=inner), nn.ReLU6()]
+        self.branch = nn.Sequential(*widen, *depthwise, convolution(inner, outputs, 1))
+        self.residual = stride == 1 and inputs == outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(x) if self.residual else self.branch(x)
+
+
+# expansion, channels, blocks, stride of the first block: table 2 of https://arxiv.org/abs/1801.04381
+MOBILENETV2 = (1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)
+
+
+def mobilenetv2(planes: int, config: NetConfig) -> nn.Sequential:
+    """MobileNetV2 as torchvision counts it: below width 1 the last layer keeps its 1280 channels.
+
+    float [B,P,h,w] -> [B,classes]
+    """
+    channels = round_width(32, config.width)
+    layers: list[nn.Module] = [convolution(planes, channels, 3, stride=2), nn.ReLU6()]
+    for expansion, base, blocks, stride in MOBILENETV2:
+        outputs = round_width(base, config.width)
+        for index in range(round_depth(blocks, config.depth)):
+            layers.append(InvertedResidual(channels, outputs, 1 if index else stride, expansion))
+            channels = outputs
+    last = round_width(1280, max(1.0, config.width))
+    layers += [convolution(channels, last, 1), nn.ReLU6(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2)]
+    return nn.Sequential(*layers, nn.Linear(last, config.classes))
+
+
+ARCHITECTURES = {"latentnet": latentnet, "mobilenetv2": mobilenetv2}

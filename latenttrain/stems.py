@@ -1,0 +1,105 @@
+"""Stems: how a network reads codes.
+
+A stem turns codes ``u8 [B,C,h,w]`` into planes ``f32 [B,P,h,w]`` of about unit scale, on which the network's first
+convolution works. All stems carry the same information. Codes may also be fractional, ``f32 [B,C,h,w]`` from
+-0.5 to ``levels - 0.5``: that is how augmentation adds noise within a quantizer step. ``affine`` and ``ordinal``
+keep the fraction; ``embedding`` and ``bitplane`` round to the nearest code, where such noise vanishes.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class AffineStem(nn.Module):
+    """The dequantized latents, normalized: ``(lo + (codes + 0.5) * step - mean) / std``; ``P = C``.
+
+    ``mean`` is the centre of the channel's range, and ``std`` the deviation of the normal distribution for which that
+    range is the best one at this many bits: (1.25 + 0.34 * bits) standard deviations to each side (Max 1960, within
+    3%). ``lo`` and ``step`` cancel out, so the planes are a fixed scaling of the codes, alike for every channel.
+    """
+
+    def __init__(self, channels: int, bits: int) -> None:
+        super().__init__()
+        self.planes = channels
+        self.centre = (2**bits - 1) / 2
+        self.scale = 2 * (1.25 + 0.34 * bits) / 2**bits
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """u8 or f32 [B,C,h,w] -> f32 [B,C,h,w]"""
+        return (codes.float() - self.centre) * self.scale
+
+
+class EmbeddingStem(nn.Module):
+    """A learned vector for each channel and level, summed over the channels; ``P = 16``.
+
+    The only stem with parameters. Its vectors start on random lines through the dequantized values, so that
+    neighbouring levels start as neighbours; from random vectors, 8-bit codes would have to learn their own order.
+    """
+
+    def __init__(self, channels: int, bits: int) -> None:
+        super().__init__()
+        self.planes = 16
+        self.levels = 2**bits
+        values = AffineStem(channels, bits)(torch.arange(self.levels))
+        directions = torch.randn(channels, 1, self.planes) / channels**0.5
+        self.vectors = nn.Parameter((values[:, None] * directions).flatten(0, 1))  # [C * levels, P]
+        self.register_buffer("first", self.levels * torch.arange(channels), persistent=False)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """u8 or f32 [B,C,h,w] -> f32 [B,16,h,w]"""
+        batch, channels, height, width = codes.shape
+        rows = whole(codes, self.levels).long().permute(0, 2, 3, 1).reshape(-1, channels) + self.first
+        summed = F.embedding_bag(rows, self.vectors, mode="sum")
+        return summed.view(batch, height, width, self.planes).permute(0, 3, 1, 2)
+
+
+class BitplaneStem(nn.Module):
+    """Each bit of each channel as a plane of -1 and 1, the highest bit first; ``P = C * bits``."""
+
+    def __init__(self, channels: int, bits: int) -> None:
+        super().__init__()
+        self.planes = channels * bits
+        self.levels = 2**bits
+        shifts = torch.arange(bits - 1, -1, -1, dtype=torch.uint8)
+        self.register_buffer("shifts", shifts[:, None, None], persistent=False)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """u8 or f32 [B,C,h,w] -> f32 [B,C*bits,h,w]"""
+        ones = (whole(codes, self.levels)[:, :, None] >> self.shifts) & 1  # [B,C,bits,h,w]
+        return (ones.float() * 2 - 1).flatten(1, 2)
+
+
+class OrdinalStem(nn.Module):
+    """Thermometer code: plane ``k`` of a channel is 1 above its ``k``-th threshold and -1 below it.
+
+    A threshold between every two levels up to 4 bits, ``P = C * (levels - 1)``. Beyond that 15 wide ones,
+    ``P = C * 15``, each plane rising linearly from one threshold to the next, so that nothing is lost.
+    """
+
+    def __init__(self, channels: int, bits: int) -> None:
+        super().__init__()
+        thresholds = min(2**bits, 16) - 1
+        self.planes = channels * thresholds
+        self.spacing = (2**bits - 1) / thresholds
+        self.register_buffer("thresholds", torch.arange(float(thresholds))[:, None, None], persistent=False)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """u8 or f32 [B,C,h,w] -> f32 [B,P,h,w]"""
+        height = codes.float()[:, :, None] / self.spacing - self.thresholds  # [B,C,thresholds,h,w]
+        return (height.clamp(0, 1) * 2 - 1).flatten(1, 2)
+
+
+STEMS: dict[str, type[nn.Module]] = {
+    "affine": AffineStem,
+    "embedding": EmbeddingStem,
+    "bitplane": BitplaneStem,
+    "ordinal": OrdinalStem,
+}
+
+
+def whole(codes: Tensor, levels: int) -> Tensor:
+    """The nearest whole codes: u8 or f32 [B,C,h,w] -> u8 [B,C,h,w]"""
+    return codes.round().clamp(0, levels - 1).to(torch.uint8) if codes.is_floating_point() else codes
