@@ -1,0 +1,28 @@
+"""Encode an image dataset once with a lossy codec and keep its low-bit codes.
+
+`encode` and `open` are what the command line runs; both are imported on first use, so that importing this
+package stays cheap.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["encode", "open"]
+
+if TYPE_CHECKING:
+    from .encoder import encode
+    from .format import open_dataset as open
+
+
+def __getattr__(name: str) -> Any:
+    if name == "encode":
+        from .encoder import encode
+
+        return encode
+    if name == "open":
+        from .format import open_dataset
+
+        return open_dataset
+    raise AttributeError(f"module 'latentprep' has no attribute '{name}'")

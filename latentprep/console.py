@@ -1,0 +1,183 @@
+"""The terminal face that both command lines share: results on stdout, progress and errors on stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from .errors import LatentError, system_fault
+
+
+def run(app: Any) -> None:
+    """Run a Typer `app` as a program: a user's mistake is one or two lines on stderr and its exit code."""
+    try:
+        app()
+    except LatentError as error:
+        fail(error)
+    except BrokenPipeError:  # `latentprep info X | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except OSError as error:
+        fail(system_fault(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def fail(error: LatentError) -> None:
+    """Print the error and its way out on stderr, and exit with its code."""
+    print(f"error: {error.message}", file=sys.stderr)
+    if error.hint:
+        print(f"hint:  {error.hint}", file=sys.stderr)
+    sys.exit(error.exit_code)
+
+
+def print_json(document: dict) -> None:
+    """A command's result for machines: one JSON object on stdout."""
+    print(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """A command's result for people, on stdout: first column left, numbers right; as wide as it needs to be."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 200
+    console.print(table)
+
+
+def print_facts(title: str, facts: dict[str, str]) -> None:
+    """Name and value pairs, on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, value in facts.items():
+        grid.add_row(name, value)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 200
+    console.print(title, style="bold")
+    console.print(grid)
+
+
+class Progress(Protocol):
+    """What long work reports to: ``advance(n, **facts)`` after n more items, facts shown beside the bar."""
+
+    def advance(self, n: int, **facts: str) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+class Silent:
+    """A `Progress` that shows nothing: the default of the Python calls."""
+
+    def advance(self, n: int, **facts: str) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass
+
+
+@contextmanager
+def progress_bar(description: str, total: int, unit: str, done: int = 0) -> Iterator[Progress]:
+    """A bar on stderr with rate, time left and facts; plain lines every few seconds when it is no terminal."""
+    if not sys.stderr.isatty():
+        yield _Lines(description, total, unit, done)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as RichProgress
+
+    with RichProgress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        TextColumn("[dim]{task.fields[facts]}"),
+        console=Console(stderr=True),
+        refresh_per_second=4,
+    ) as bar:
+        task = bar.add_task(description, total=total, completed=done, rate="", facts="")
+        yield _Bar(bar, task, unit)
+
+
+class _Bar:
+    def __init__(self, bar: Any, task: Any, unit: str) -> None:
+        self.bar, self.task, self.unit = bar, task, unit
+        self.start, self.count = time.monotonic(), 0
+
+    def advance(self, n: int, **facts: str) -> None:
+        self.count += n
+        rate = f"{_rate(self.count, self.start)} {self.unit}/s"
+        self.bar.update(self.task, advance=n, rate=rate, facts=_join(facts))
+
+    def note(self, text: str) -> None:
+        self.bar.console.print(text, highlight=False)
+
+
+class _Lines:
+    INTERVAL = 5.0  # seconds between lines
+
+    def __init__(self, description: str, total: int, unit: str, done: int) -> None:
+        self.description, self.total, self.unit, self.done = description, total, unit, done
+        self.start, self.count, self.shown = time.monotonic(), 0, time.monotonic()
+
+    def advance(self, n: int, **facts: str) -> None:
+        self.count += n
+        self.done += n
+        now = time.monotonic()
+        if now - self.shown < self.INTERVAL and self.done < self.total:
+            return
+        self.shown = now
+        seconds = (self.total - self.done) * (now - self.start) / max(1, self.count)
+        self.note(
+            f"{self.description}: {self.done}/{self.total} {_rate(self.count, self.start)} {self.unit}/s, "
+            f"{duration(seconds)} left" + (f", {_join(facts)}" if facts else "")
+        )
+
+    def note(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+
+def _rate(count: int, start: float) -> str:
+    rate = count / max(1e-9, time.monotonic() - start)
+    return f"{rate:.0f}" if rate >= 10 else f"{rate:.1f}"
+
+
+def _join(facts: dict[str, str]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items())
+
+
+def duration(seconds: float) -> str:
+    """`75.3` -> `1:15`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def size(count: float) -> str:
+    """Bytes for people: `1568` -> `1.53 KiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024 or unit == "GiB":
+            break
+        count /= 1024
+    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+
+

@@ -1,0 +1,18 @@
+"""The on-disk format: the contract between latentprep and latenttrain. Imports numpy, zarr and nothing heavier."""
+
+from .manifest import INVALID_LABEL, FileRecord, Manifest, ShardRecord
+from .dataset import Codes, LatentDataset, open_dataset
+from .dataset import open_dataset as open
+from .quantizer import Quantizer
+
+__all__ = [
+    "INVALID_LABEL",
+    "Codes",
+    "FileRecord",
+    "LatentDataset",
+    "Manifest",
+    "Quantizer",
+    "ShardRecord",
+    "open",
+    "open_dataset",
+]

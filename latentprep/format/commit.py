@@ -1,0 +1,93 @@
+"""Writing to a dataset's folder so that a crash at any moment leaves whole files or none."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..errors import DatasetError
+from .manifest import ERRORS, MANIFEST, RECORDS, FileRecord, ShardRecord
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write `data` under a temporary name, flush it to the disk, rename. Whoever opens `path` sees all of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def commit_shard(root: Path, record: ShardRecord, files: dict[str, bytes]) -> ShardRecord:
+    """Write a shard's files, then, with their sizes and checksums, its record: from then on the shard exists."""
+    for path, data in files.items():
+        write_atomic(root / path, data)
+    record.files.update({p: FileRecord(len(d), hashlib.sha256(d).hexdigest()) for p, d in files.items()})
+    write_atomic(root / record.path, record.to_bytes())
+    return record
+
+
+def write_errors(root: Path, records: list[ShardRecord]) -> None:
+    """`errors.jsonl`: one line for each sample that could not be read. Derived from the records."""
+    lines = [
+        json.dumps({"split": record.split, **entry}, ensure_ascii=False) for record in records for entry in record.invalid
+    ]
+    if lines:
+        write_atomic(root / ERRORS, ("\n".join(lines) + "\n").encode())
+
+
+def remove_dataset(root: Path) -> None:
+    """Delete what an encode wrote at `root` (for ``--overwrite``), and nothing else. The manifest goes first."""
+    from .manifest import read_manifest
+
+    manifest, _ = read_manifest(root)
+    (root / MANIFEST).unlink()
+    for folder in (RECORDS, *manifest.splits):
+        shutil.rmtree(root / folder, ignore_errors=True)
+    for file in (ERRORS, "zarr.json"):
+        (root / file).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(root: Path) -> Iterator[None]:
+    """Hold the folder `root` for one writer. The lock is the operating system's, so it ends with the process.
+
+    Raises `DatasetError` if another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows: no advisory lock on folders; two writers would commit equal bytes
+        yield
+        return
+    folder = os.open(root, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(folder)
+        raise DatasetError(f"{root} is being written by another latentprep encode", "wait for it to end") from error
+    try:
+        yield
+    finally:
+        os.close(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` survive a power cut, where the platform can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

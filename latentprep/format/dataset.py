@@ -1,0 +1,163 @@
+"""Reading a latent dataset: `open_dataset(path)` and what it returns."""
+
+from __future__ import annotations
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import DatasetError, UsageError
+from .manifest import INVALID_LABEL, Manifest, ShardRecord, read_manifest, read_record
+from .quantizer import Quantizer
+from .zarr_store import decode_shard_files, shard_files
+
+_READERS = 4  # threads that read, verify and decompress shards; all three release the interpreter lock
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Samples in memory, invalid rows left out.
+
+    codes: u8 [n,V,C,h,w]; labels: i32 [n], each an index into ``classes``; keys: n paths in the source.
+    """
+
+    codes: np.ndarray
+    labels: np.ndarray
+    keys: list[str]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+class LatentDataset:
+    """A latent dataset on disk. Shards are verified against their records the first time they are read.
+
+    root: its folder; manifest: see `Manifest`; manifest_sha256: identifies this very dataset's configuration.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.manifest, self.manifest_sha256 = read_manifest(root)
+        self._verified: set[str] = set()
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.manifest.classes
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return tuple(self.manifest.splits)
+
+    @property
+    def quantizer(self) -> Quantizer:
+        return self.manifest.quantizer
+
+    def __repr__(self) -> str:
+        rows = ", ".join(f"{name} {count}" for name, count in self.manifest.splits.items())
+        shape = "×".join(map(str, self.manifest.latent))
+        return f"<LatentDataset {self.root} {self.manifest.codec['name']} {shape} {self.quantizer.bits} bits: {rows}>"
+
+    def records(self, split: str) -> list[ShardRecord]:
+        """The records of the split's committed shards, in order; shards not committed yet are left out."""
+        found = (self._record(split, index) for index in range(self.manifest.shard_count(self._known(split))))
+        return [record for record in found if record is not None]
+
+    def check_complete(self, split: str) -> None:
+        """`DatasetError` if a shard of the split is not committed."""
+        have, want = len(self.records(split)), self.manifest.shard_count(split)
+        if have < want:
+            raise DatasetError(
+                f"{self.root}: {want - have} of {want} shards of split '{split}' are missing",
+                "run the same latentprep encode again: it makes just those",
+            )
+
+    def read_shard(self, split: str, index: int, verify: bool = True) -> Codes:
+        """All rows of one shard, invalid ones included (label −1, codes all 0).
+
+        Raises `DatasetError` naming the shard if it is missing, cut short, altered, or from another encode.
+        """
+        record = self._record(self._known(split), index)
+        if record is None:
+            raise DatasetError(f"{self.root}: shard {split} {index} is not committed", "run latentprep encode again")
+        files = {path: self._read(record, path, verify) for path in shard_files(split, index).values()}
+        codes, labels, keys = decode_shard_files(self.manifest, split, index, files)
+        if verify:
+            self._check_values(codes, labels, f"shard {split} {index}")
+        return Codes(codes, labels, keys)
+
+    def load(self, split: str, limit: int | None = None) -> Codes:
+        """The whole split in memory, invalid rows left out; with `limit`, about that many rows spread evenly over it."""
+        self.check_complete(split)
+        rows = self.manifest.splits[split]
+        codes = np.empty((rows, *self.manifest.row_shape), np.uint8)
+        labels = np.empty(rows, np.int32)
+        keys = [""] * rows
+
+        def place(index: int) -> None:
+            shard = self.read_shard(split, index)
+            start = index * self.manifest.shard_rows
+            codes[start : start + len(shard)] = shard.codes
+            labels[start : start + len(shard)] = shard.labels
+            keys[start : start + len(shard)] = shard.keys
+
+        with ThreadPoolExecutor(_READERS) as pool:
+            for _ in pool.map(place, range(self.manifest.shard_count(split))):
+                pass
+        kept = np.flatnonzero(labels != INVALID_LABEL)
+        if limit is not None and limit < len(kept):
+            kept = kept[np.arange(limit) * len(kept) // limit]
+        if len(kept) < rows:
+            codes, labels, keys = codes[kept], labels[kept], [keys[i] for i in kept]
+        return Codes(codes, labels, keys)
+
+    def _known(self, split: str) -> str:
+        if split not in self.manifest.splits:
+            raise UsageError(f"{self.root} has no split '{split}'", f"use one of {', '.join(self.splits)}")
+        return split
+
+    def _record(self, split: str, index: int) -> ShardRecord | None:
+        record = read_record(self.root, split, index)
+        if record is None:
+            return None
+        if record.manifest != self.manifest_sha256:
+            raise DatasetError(
+                f"{self.root / record.path} belongs to another encode than {self.root / 'manifest.json'}",
+                "one of them was altered or copied in; restore it, or encode again with --overwrite",
+            )
+        if record.rows != self.manifest.rows_in_shard(split, index):
+            raise DatasetError(f"{self.root / record.path} counts {record.rows} rows", "delete it and encode again")
+        return record
+
+    def _read(self, record: ShardRecord, path: str, verify: bool) -> bytes:
+        """One file of a shard, checked against its record unless that was done before."""
+        again = f"delete {record.path} and run the same latentprep encode again: it makes just that shard"
+        shard = f"{self.root}: shard {record.split} {record.index}"
+        try:
+            expected = record.files[path]
+            data = (self.root / path).read_bytes()
+        except (KeyError, FileNotFoundError) as error:
+            raise DatasetError(f"{shard} is missing its file {path}", again) from error
+        if verify and path not in self._verified:
+            if len(data) != expected.bytes:
+                raise DatasetError(f"{shard}: {path} has {len(data)} bytes, recorded were {expected.bytes}", again)
+            if hashlib.sha256(data).hexdigest() != expected.sha256:
+                raise DatasetError(f"{shard}: {path} was altered: its SHA-256 is not the recorded one", again)
+            self._verified.add(path)
+        return data
+
+    def _check_values(self, codes: np.ndarray, labels: np.ndarray, where: str) -> None:
+        if codes.size and int(codes.max()) >= self.quantizer.levels:
+            raise DatasetError(f"{self.root}: {where} holds a code of {codes.max()}; {self.quantizer.bits} bits allow less")
+        if labels.size and not (INVALID_LABEL <= labels.min() and labels.max() < len(self.classes)):
+            raise DatasetError(f"{self.root}: {where} holds a label outside the {len(self.classes)} classes")
+
+
+def open_dataset(path: str | Path) -> LatentDataset:
+    """Open the latent dataset in the folder `path`.
+
+    Raises `DatasetError` if there is none, or one that this version cannot read.
+    """
+    return LatentDataset(Path(path))

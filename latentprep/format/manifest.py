@@ -1,0 +1,243 @@
+"""`manifest.json` and the shard records: everything needed to read a dataset and to encode more like it.
+
+The manifest is written once, before the first shard, and never changes. A shard exists when its record
+does: the record is the last thing written, and names each of the shard's files with size and SHA-256.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..errors import DatasetError
+from .fields import Fields, dump_json, parse_json, read_json
+from .quantizer import Quantizer
+
+FORMAT = "latentprep"
+VERSION = 1
+STORES = ("zarr",)
+MANIFEST = "manifest.json"
+RECORDS = "records"
+ERRORS = "errors.jsonl"
+INVALID_LABEL = -1  # the label of a row whose sample could not be read
+
+_MAX_ROWS = 1 << 40
+_MAX_SIDE = 1 << 16
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything a reader needs.
+
+    codec: JSON configuration; ``latentprep.codecs.codec_from_config`` rebuilds the codec from it.
+    quantizer: what codes mean.
+    transform: how pixels were made from a sample: ``size`` (pixels), ``views``, ``seed``, ``resize``.
+    source: ``spec`` as the user gave it, ``sha256`` over its splits, keys, labels and classes.
+    classes: names; a label is an index into them.
+    latent: (C, h, w) of one view's codes.
+    flip: per-channel signs, if ``sign * mirrored latents`` are exactly the mirrored image's latents, else None.
+    shard_rows, chunk_rows: samples in a (whole) shard, and in one separately compressed chunk of it.
+    compression: the Zarr codec chain of the codes array, chosen by measurement.
+    splits: rows of each split, invalid ones included.
+    """
+
+    codec: dict
+    quantizer: Quantizer
+    transform: dict
+    source: dict
+    classes: tuple[str, ...]
+    latent: tuple[int, int, int]
+    flip: tuple[int, ...] | None
+    shard_rows: int
+    chunk_rows: int
+    compression: list[dict]
+    splits: dict[str, int]
+    store: str = "zarr"
+    written_by: str = ""
+
+    @property
+    def views(self) -> int:
+        return int(self.transform["views"])
+
+    @property
+    def row_shape(self) -> tuple[int, int, int, int]:
+        """(V, C, h, w): the codes of one sample."""
+        return (self.views, *self.latent)
+
+    def shard_count(self, split: str) -> int:
+        return -(-self.splits[split] // self.shard_rows)
+
+    def rows_in_shard(self, split: str, index: int) -> int:
+        return min(self.shard_rows, self.splits[split] - index * self.shard_rows)
+
+    def to_bytes(self) -> bytes:
+        return dump_json(
+            {
+                "format": FORMAT,
+                "version": VERSION,
+                "written_by": self.written_by,
+                "store": self.store,
+                "codec": self.codec,
+                "quantizer": self.quantizer.to_json(),
+                "transform": self.transform,
+                "source": self.source,
+                "classes": list(self.classes),
+                "latent": list(self.latent),
+                "flip": None if self.flip is None else list(self.flip),
+                "shard_rows": self.shard_rows,
+                "chunk_rows": self.chunk_rows,
+                "compression": self.compression,
+                "splits": self.splits,
+            }
+        )
+
+    @classmethod
+    def from_bytes(cls, data: bytes, where: str = MANIFEST) -> Manifest:
+        """Parse and check; `DatasetError` names the first thing that is wrong."""
+        top = parse_json(data, where)
+        if top.document.get("format") != FORMAT:
+            raise DatasetError(f"{where} is not a latent dataset's manifest", "name a folder that latentprep encode made")
+        version = top.whole("version", 1, 1 << 30)
+        if version > VERSION:
+            raise DatasetError(
+                f"{where} has format version {version}; this latentprep reads up to {VERSION}",
+                "upgrade with pip install --upgrade latentprep",
+            )
+        numbers = top.object("quantizer")
+        quantizer = Quantizer(numbers.whole("bits", 1, 8), numbers.numbers("lo"), numbers.numbers("step"))
+        latent = tuple(top.list("latent", int))
+        if len(latent) != 3 or not all(1 <= n <= _MAX_SIDE for n in latent) or latent[0] != len(quantizer.lo):
+            raise top.error(f"has latent = {latent}; it must be channels (as many as the quantizer's), height, width")
+        flip = None if top.get("flip") is None else tuple(top.list("flip", int))
+        if flip is not None and (len(flip) != latent[0] or set(flip) - {-1, 1}):
+            raise top.error("has a field 'flip' that is not one sign a channel")
+        transform = top.object("transform")
+        transform.whole("size", 1, _MAX_SIDE)
+        transform.whole("views", 1, 4096)
+        source = top.object("source")
+        source.text("spec")
+        source.sha256("sha256")
+        codec = top.object("codec")
+        codec.text("name")
+        splits = top.object("splits")
+        return cls(
+            codec=codec.document,
+            quantizer=quantizer,
+            transform=transform.document,
+            source=source.document,
+            classes=tuple(top.list("classes", str)),
+            latent=(latent[0], latent[1], latent[2]),
+            flip=flip,
+            shard_rows=top.whole("shard_rows", 1, _MAX_ROWS),
+            chunk_rows=top.whole("chunk_rows", 1, _MAX_ROWS),
+            compression=top.list("compression", dict),
+            splits={_split_name(name, top): splits.whole(name, 0, _MAX_ROWS) for name in splits.document},
+            store=top.text("store", STORES),
+            written_by=top.text("written_by"),
+        )
+
+
+def _split_name(name: str, where: Fields) -> str:
+    """A split's name becomes a folder's, so it must be nothing else."""
+    if not name.isidentifier():
+        raise where.error(f"has a split named {name!r:.60}; a split's name is letters, digits and _")
+    return name
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One file of a shard: its size in bytes and SHA-256."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """The proof that a shard was committed.
+
+    rows: samples in it; ``invalid`` lists those that could not be read, as {row, key, reason}.
+    files: path relative to the dataset's root -> `FileRecord`.
+    source_bytes: size of the valid samples' encoded images.
+    saturated: per channel, how many latents lay outside the quantizer's range.
+    manifest: SHA-256 of the manifest this shard was made under.
+    """
+
+    split: str
+    index: int
+    rows: int
+    files: dict[str, FileRecord]
+    source_bytes: int
+    saturated: tuple[int, ...]
+    manifest: str
+    invalid: tuple[dict, ...] = field(default=())
+
+    @property
+    def path(self) -> str:
+        return record_path(self.split, self.index)
+
+    def to_bytes(self) -> bytes:
+        return dump_json(
+            {
+                "split": self.split,
+                "index": self.index,
+                "rows": self.rows,
+                "manifest": self.manifest,
+                "files": {path: {"bytes": f.bytes, "sha256": f.sha256} for path, f in self.files.items()},
+                "source_bytes": self.source_bytes,
+                "saturated": list(self.saturated),
+                "invalid": list(self.invalid),
+            }
+        )
+
+    @classmethod
+    def from_bytes(cls, data: bytes, where: str) -> ShardRecord:
+        """Parse and check; `DatasetError` names the first thing that is wrong."""
+        top = parse_json(data, where)
+        files = top.object("files")
+        invalid = top.list("invalid", dict)
+        rows = top.whole("rows", 1, _MAX_ROWS)
+        for entry in (Fields(e, f"{where}: invalid") for e in invalid):
+            entry.whole("row", 0, _MAX_ROWS)
+            entry.text("key")
+            entry.text("reason")
+        saturated = top.list("saturated", int)
+        return cls(
+            split=top.text("split"),
+            index=top.whole("index", 0, _MAX_ROWS),
+            rows=rows,
+            files={
+                path: FileRecord(files.object(path).whole("bytes", 0, 1 << 50), files.object(path).sha256("sha256"))
+                for path in files.document
+            },
+            source_bytes=top.whole("source_bytes", 0, 1 << 60),
+            saturated=tuple(saturated),
+            manifest=top.sha256("manifest"),
+            invalid=tuple(invalid),
+        )
+
+
+def record_path(split: str, index: int) -> str:
+    return f"{RECORDS}/{split}-{index:06d}.json"
+
+
+def read_manifest(root: Path) -> tuple[Manifest, str]:
+    """The manifest of the dataset at `root` and the SHA-256 of its file; `DatasetError` if there is none."""
+    path = root / MANIFEST
+    if not path.is_file():
+        what = "no such folder" if not root.exists() else "no latent dataset (it has no manifest.json)"
+        raise DatasetError(f"{root}: {what}", "name a folder that latentprep encode made")
+    data = read_json(path)
+    return Manifest.from_bytes(data, str(path)), hashlib.sha256(data).hexdigest()
+
+
+def read_record(root: Path, split: str, index: int) -> ShardRecord | None:
+    """The record of one shard, or None where that shard is not committed."""
+    path = root / record_path(split, index)
+    if not path.is_file():
+        return None
+    record = ShardRecord.from_bytes(read_json(path), str(path))
+    if (record.split, record.index) != (split, index):
+        raise DatasetError(f"{path} records shard {record.split} {record.index}", "restore the file under its own name")
+    return record

@@ -1,0 +1,180 @@
+"""The Zarr store: arrays to the bytes of one shard's files, and back.
+
+Zarr does the encoding, in memory, one shard at a time; which bytes reach the disk, when, and under what
+checksum is decided by the caller (`latentprep.format.commit`). Reading goes the same way round: verified
+bytes are decoded under the metadata that the *manifest* implies, so nothing in a dataset's own `zarr.json`
+files is ever trusted.
+
+Layout (Zarr v3): group / ; group /{split} ; arrays
+    /{split}/codes   u8     (N, V, C, h, w), sharding codec, one shard file a shard
+    /{split}/labels  i32    (N,), one chunk a shard
+    /{split}/keys    string (N,), one chunk a shard
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.buffer.cpu import Buffer
+from zarr.storage import LocalStore, MemoryStore
+
+from ..errors import DatasetError
+from .manifest import Manifest
+
+CHUNK_BYTES = 1 << 20  # codes a separately compressed chunk holds, about
+CANDIDATES: tuple[list[dict], ...] = (
+    [{"name": "zstd", "configuration": {"level": 1, "checksum": False}}],
+    [
+        {
+            "name": "blosc",
+            "configuration": {
+                "cname": "zstd",
+                "clevel": 5,
+                "shuffle": "bitshuffle",
+                "typesize": 1,
+                "blocksize": 0,
+            },
+        }
+    ],
+)
+_LABEL_CODECS = CANDIDATES[0]
+
+
+def chunk_rows(shard_rows: int, row_bytes: int) -> int:
+    """The most rows that make about `CHUNK_BYTES` of codes and divide `shard_rows`."""
+    most = max(1, min(shard_rows, CHUNK_BYTES // row_bytes))
+    return next(rows for rows in range(most, 0, -1) if shard_rows % rows == 0)
+
+
+def shard_files(split: str, index: int) -> dict[str, str]:
+    """Array name -> path of that array's file of shard `index`, relative to the dataset's root."""
+    return {
+        "codes": f"{split}/codes/c/{index}/0/0/0/0",
+        "labels": f"{split}/labels/c/{index}",
+        "keys": f"{split}/keys/c/{index}",
+    }
+
+
+def encode_shard_files(
+    manifest: Manifest, split: str, index: int, codes: np.ndarray, labels: np.ndarray, keys: list[str]
+) -> dict[str, bytes]:
+    """One shard's arrays -> path: bytes of its files. Inverse of `decode_shard_files`.
+
+    codes: u8 [n,V,C,h,w]; labels: i32 [n]; keys: n strings; n at most ``manifest.shard_rows``.
+    """
+    paths = shard_files(split, index)
+    arrays = {"codes": codes, "labels": labels, "keys": np.array(keys, dtype=np.dtypes.StringDType())}
+    return {paths[name]: _chunk_bytes(manifest, name, array) for name, array in arrays.items()}
+
+
+def decode_shard_files(
+    manifest: Manifest, split: str, index: int, files: dict[str, bytes]
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """path: bytes of one shard's files -> codes u8 [n,V,C,h,w], labels i32 [n], keys. Inverse of
+    `encode_shard_files`. Raises `DatasetError` for bytes that do not decode."""
+    rows = manifest.rows_in_shard(split, index)
+    paths = shard_files(split, index)
+    codes, labels, keys = (
+        _chunk_array(manifest, name, rows, files[paths[name]], paths[name]) for name in ("codes", "labels", "keys")
+    )
+    return codes, labels, [str(key) for key in keys]
+
+
+def write_metadata(manifest: Manifest, root: Path) -> None:
+    """The `zarr.json` files under `root`, so that any Zarr v3 reader opens the dataset."""
+    store = LocalStore(root)
+    zarr.create_group(store=store, path="", overwrite=False, zarr_format=3)
+    for split, rows in manifest.splits.items():
+        zarr.create_group(store=store, path=split, zarr_format=3, attributes={"classes": list(manifest.classes)})
+        for name in ("codes", "labels", "keys"):
+            _create(manifest, store, f"{split}/{name}", name, rows)
+
+
+def choose_compression(codes: np.ndarray) -> list[dict]:
+    """The candidate Zarr codec chain that makes these codes, u8 [n,V,C,h,w], smallest; the first of equals."""
+    sizes = []
+    for chain in CANDIDATES:
+        files: dict[str, Any] = {}
+        array = zarr.create_array(
+            MemoryStore(files), shape=codes.shape, dtype="u1", chunks=codes.shape, **_codecs(chain), **_WRITE_EVERY_CHUNK
+        )
+        array[:] = codes
+        sizes.append(len(_only_chunk(files)))
+    return CANDIDATES[int(np.argmin(sizes))]
+
+
+_WRITE_EVERY_CHUNK: dict[str, Any] = {"config": {"write_empty_chunks": True}}
+
+
+def _codecs(chain: list[dict]) -> dict[str, Any]:
+    """A recorded chain -> `zarr.create_array`'s arguments. Only core Zarr codecs are ever built."""
+    filters = [zarr.codecs.TransposeCodec.from_dict(c) for c in chain if c.get("name") == "transpose"]
+    kinds = {"zstd": zarr.codecs.ZstdCodec, "blosc": zarr.codecs.BloscCodec}
+    try:
+        return {
+            "filters": filters,
+            "compressors": [kinds[c["name"]].from_dict(c) for c in chain if c["name"] != "transpose"],
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise DatasetError(f"the manifest's compression is not one this version writes ({error})") from error
+
+
+def _create(manifest: Manifest, store: Any, path: str, name: str, rows: int) -> zarr.Array:
+    """An array of the dataset: the same metadata whether on disk or in memory."""
+    with warnings.catch_warnings():  # `string` is a registered extension type; zarr-python warns at each use
+        warnings.simplefilter("ignore")
+        if name == "codes":
+            return zarr.create_array(
+                store,
+                name=path or None,
+                shape=(rows, *manifest.row_shape),
+                dtype="u1",
+                chunks=(manifest.chunk_rows, *manifest.row_shape),
+                shards=(manifest.shard_rows, *manifest.row_shape),
+                fill_value=0,
+                dimension_names=("sample", "view", "channel", "height", "width"),
+                **_codecs(manifest.compression),
+                **_WRITE_EVERY_CHUNK,
+            )
+        return zarr.create_array(
+            store,
+            name=path or None,
+            shape=(rows,),
+            dtype="i4" if name == "labels" else "string",
+            chunks=(manifest.shard_rows,),
+            fill_value=0 if name == "labels" else "",
+            dimension_names=("sample",),
+            compressors=_codecs(_LABEL_CODECS)["compressors"],
+            **_WRITE_EVERY_CHUNK,
+        )
+
+
+def _chunk_bytes(manifest: Manifest, name: str, values: np.ndarray) -> bytes:
+    """What Zarr stores for one whole shard (codes) or chunk (labels, keys) holding `values`."""
+    files: dict[str, Any] = {}
+    array = _create(manifest, MemoryStore(files), "", name, len(values))
+    array[:] = values
+    return _only_chunk(files)
+
+
+def _chunk_array(manifest: Manifest, name: str, rows: int, data: bytes, where: str) -> np.ndarray:
+    """The first `rows` values that Zarr reads from one shard's or chunk's bytes."""
+    files: dict[str, Any] = {}
+    array = _create(manifest, MemoryStore(files), "", name, rows)
+    files["/".join(("c", *itertools.repeat("0", array.ndim)))] = Buffer.from_bytes(data)
+    try:
+        values = array[:]
+    except Exception as error:  # whatever a decompressor makes of damaged bytes
+        raise DatasetError(f"{where} does not decode ({type(error).__name__}: {error})", "encode it again") from error
+    return np.asarray(values)
+
+
+def _only_chunk(files: dict[str, Any]) -> bytes:
+    """The one chunk's bytes in a store that holds one array."""
+    (chunk,) = [data for key, data in files.items() if not key.endswith("zarr.json")]
+    return chunk.to_bytes()
