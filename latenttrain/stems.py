@@ -18,7 +18,7 @@ class AffineStem(nn.Module):
 
     ``mean`` is the centre of the channel's range, and ``std`` the deviation of the normal distribution for which that
     range is the best one at this many bits: (1.25 + 0.34 * bits) standard deviations to each side (Max 1960, within
-    3%). ``lo`` and ``step`` cancel out, so the planes are a fixed scaling of the codes, alike for every channel.
+    4%). ``lo`` and ``step`` cancel out, so the planes are a fixed scaling of the codes, alike for every channel.
     """
 
     def __init__(self, channels: int, bits: int) -> None:

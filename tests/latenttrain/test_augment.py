@@ -1,0 +1,174 @@
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from latentprep.errors import UsageError
+from latenttrain.augment import Augment, augment, symmetric_beta
+from latenttrain.nets import NetConfig, build_net
+from latenttrain.stems import STEMS
+
+NONE = Augment.none()
+ALL = Augment(shift=2, mixup=0.4, cutmix=1.0, cutout=0.3, noise=True, channel_drop=0.1, mirror=True)
+
+
+def make_net(stem="affine", lo=(-2.0, -1.0), step=(0.25, 0.125)):
+    torch.manual_seed(0)
+    return build_net(NetConfig((2, 12, 9), 5, 4, lo, step, stem=stem))
+
+
+def make_batch(batch=64):
+    generator = torch.Generator().manual_seed(1)
+    codes = torch.randint(0, 16, (batch, 2, 12, 9), dtype=torch.uint8, generator=generator)
+    return codes, torch.arange(batch) % 5
+
+
+def run(config, stem="affine", seed=2, **quantizer):
+    net, (codes, labels) = make_net(stem, **quantizer), make_batch()
+    planes, targets = augment(net, codes, labels, config, torch.Generator().manual_seed(seed))
+    return net.planes(codes), planes, targets
+
+
+def test_none_changes_nothing():
+    plain, planes, targets = run(NONE)
+    assert torch.equal(planes, plain)
+    assert torch.equal(targets.argmax(1), make_batch()[1])
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_all_together_give_planes_and_targets_that_sum_to_one(stem):
+    plain, planes, targets = run(ALL, stem)
+    assert planes.shape == plain.shape
+    assert planes.isfinite().all()
+    assert targets.shape == (64, 5)
+    assert torch.allclose(targets.sum(1), torch.ones(64))
+    assert (targets >= 0).all()
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(ALL) if field.name != "mirror_signs"])
+def test_each_alone_acts_and_follows_its_generator(name):
+    config = dataclasses.replace(NONE, **{name: getattr(ALL, name)})
+    plain, planes, _ = run(config)
+    assert not torch.equal(planes, plain)
+    assert torch.equal(planes, run(config)[1])
+    assert not torch.equal(planes, run(config, seed=3)[1])
+
+
+def test_global_randomness_is_not_touched():
+    net, batch = make_net(), make_batch()
+    state = torch.get_rng_state()
+    augment(net, *batch, ALL, torch.Generator().manual_seed(0))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_shift_moves_whole_cells_and_mirrors_the_border():
+    plain, planes, _ = run(dataclasses.replace(NONE, shift=2))
+    padded = torch.nn.functional.pad(plain, (2, 2, 2, 2), mode="reflect")
+    moves = set()
+    for sample in range(64):
+        found = [
+            (down, right)
+            for down in range(5)
+            for right in range(5)
+            if torch.equal(planes[sample], padded[sample, :, down : down + 12, right : right + 9])
+        ]
+        assert len(found) == 1
+        moves.add(found[0])
+    assert len(moves) > 15  # of 25, for 64 samples
+
+
+def test_shift_beyond_the_grid_still_works():
+    plain, planes, _ = run(dataclasses.replace(NONE, shift=40))
+    assert planes.shape == plain.shape
+
+
+def test_mirror_flips_half_and_negates_as_told():
+    """Exactly so on latents, though the code at which an uneven range changes sign is not whole."""
+    plain, planes, _ = run(dataclasses.replace(NONE, mirror=True, mirror_signs=(1, -1)), lo=(-2.0, -1.03))
+    wanted = plain.flip(-1)
+    scale = make_net().stem.scale / 0.125  # planes a unit of latent; the centre of the range is at plane 0
+    centre = -1.03 + 8 * 0.125
+    wanted[:, 1] = -wanted[:, 1] - 2 * centre * scale
+    flipped = [torch.allclose(planes[i], wanted[i], atol=1e-5) for i in range(64)]
+    kept = [torch.equal(planes[i], plain[i]) for i in range(64)]
+    assert all(one != other for one, other in zip(flipped, kept, strict=True))
+    assert 16 < sum(flipped) < 48
+
+
+def test_noise_stays_within_the_step():
+    plain, planes, _ = run(dataclasses.replace(NONE, noise=True))
+    moved = (planes - plain).abs() / make_net().stem.scale
+    assert 0.45 < moved.max() <= 0.5 + 1e-4
+    assert moved.mean() == pytest.approx(0.25, abs=0.02)
+
+
+def test_mixup_mixes_planes_as_it_mixes_targets():
+    plain, planes, targets = run(dataclasses.replace(NONE, mixup=1.0))
+    own = targets[torch.arange(64), make_batch()[1]][:, None, None, None]
+    assert torch.allclose(planes, own * plain + (1 - own) * plain.roll(1, 0), atol=1e-5)
+    assert 0.3 < own.mean() < 0.7
+
+
+def test_cutmix_weighs_targets_by_the_area_kept():
+    plain, planes, targets = run(dataclasses.replace(NONE, cutmix=1.0))
+    own = targets[torch.arange(64), make_batch()[1]]
+    foreign = (planes != plain).any(1)
+    assert torch.equal(torch.where(foreign[:, None], plain.roll(1, 0), plain), planes)
+    # cells that are alike in both samples do not count as foreign: one in 256
+    assert torch.allclose(1 - foreign.float().mean((1, 2)), own, atol=0.05)
+
+
+def test_cutout_erases_a_rectangle():
+    plain, planes, _ = run(dataclasses.replace(NONE, cutout=0.5))
+    erased = (planes == 0).all(1)
+    assert torch.equal(planes[~erased[:, None].expand_as(planes)], plain[~erased[:, None].expand_as(plain)])
+    assert (erased.sum((1, 2)) <= 7 * 5).all()
+    assert (erased.sum((1, 2)) >= 2 * 2).all()
+
+
+def test_channel_drop_zeroes_whole_planes():
+    _, planes, _ = run(dataclasses.replace(NONE, channel_drop=0.25))
+    dropped = (planes == 0).all(-1).all(-1)
+    assert 0.1 < dropped.float().mean() < 0.4
+    assert not (planes[~dropped] == 0).any()
+
+
+def test_gradients_reach_a_stem_that_learns():
+    net = make_net("embedding")
+    augment(net, *make_batch(), ALL, torch.Generator().manual_seed(0))[0].sum().backward()
+    assert net.stem.vectors.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0, 3.0])
+def test_symmetric_beta_has_the_right_moments(alpha):
+    drawn = symmetric_beta(torch.rand(2, 200_000, generator=torch.Generator().manual_seed(0)), alpha).double()
+    exact = torch.distributions.Beta(alpha, alpha).sample((200_000,)).double()
+    for power in (1, 2, 4):
+        assert drawn.pow(power).mean() == pytest.approx(exact.pow(power).mean().item(), abs=0.005)
+
+
+def test_config_survives_json():
+    config = dataclasses.replace(ALL, mirror_signs=(1, -1))
+    assert Augment.from_json(json.loads(json.dumps(config.to_json()))) == config
+    assert Augment.from_json({}) == Augment()
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"shift": -1}, "shift must be 0 to 64"),
+        ({"mixup": float("nan")}, "mixup must be 0 or more"),
+        ({"cutout": 2}, "cutout must be 0 to 1"),
+        ({"mirror_signs": [2, 1]}, "mirror_signs must be 1 or -1"),
+        ({"mixupp": 1}, "mixup"),
+    ],
+)
+def test_bad_settings_are_named(fields, words):
+    with pytest.raises(UsageError, match=words):
+        Augment.from_json(fields)
+
+
+def test_signs_must_fit_the_channels():
+    with pytest.raises(UsageError, match="3 entries for 2 channels"):
+        run(dataclasses.replace(NONE, mirror=True, mirror_signs=(1, -1, 1)))

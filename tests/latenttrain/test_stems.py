@@ -1,0 +1,72 @@
+import pytest
+import torch
+
+from latenttrain.nets import NetConfig, build_net
+from latenttrain.stems import STEMS
+
+
+def all_codes(channels, bits):
+    """Every level in each channel, in an order of its own: u8 [1,C,16,16]"""
+    generator = torch.Generator().manual_seed(0)
+    levels = (torch.arange(256) % 2**bits).to(torch.uint8)
+    return torch.stack([levels[torch.randperm(256, generator=generator)] for _ in range(channels)]).view(1, -1, 16, 16)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_affine_planes_are_normalized_latents(bits):
+    """Whatever the quantizer's range: (lo + (codes + 0.5) * step - mean) / std."""
+    torch.manual_seed(0)
+    latents = torch.randn(3, 100_000) * torch.tensor([0.5, 1, 7])[:, None] + torch.tensor([-3.0, 0, 40])[:, None]
+    mean, std = latents.mean(1), latents.std(1)
+    reach = {1: 1.596, 2: 1.991, 4: 2.681, 8: 3.94}[bits] * std  # Max 1960: the best range for a normal distribution
+    lo, step = mean - reach, 2 * reach / 2**bits
+    net = build_net(NetConfig((3, 16, 16), 10, bits, tuple(lo.tolist()), tuple(step.tolist())))
+    codes = all_codes(3, bits)
+    expected = (lo[:, None, None] + (codes + 0.5) * step[:, None, None] - mean[:, None, None]) / std[:, None, None]
+    assert torch.allclose(net.planes(codes), expected, rtol=0.04, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 5, 8])
+@pytest.mark.parametrize("name", STEMS)
+def test_stems_keep_all_information(name, bits):
+    """As many different plane vectors as there are codes, and of about unit scale."""
+    torch.manual_seed(0)
+    planes = STEMS[name](1, bits)(torch.arange(2**bits, dtype=torch.uint8).view(1, 1, 1, -1))
+    assert planes.dtype == torch.float32
+    assert len(planes[0, :, 0].T.unique(dim=0)) == 2**bits
+    assert 0.1 < planes.abs().mean() < 4
+
+
+@pytest.mark.parametrize("name", STEMS)
+def test_stems_treat_cells_apart(name):
+    stem, codes = STEMS[name](2, 3), all_codes(2, 3)
+    assert torch.equal(stem(codes).flip(-1), stem(codes.flip(-1)))
+    assert stem(codes).shape == (1, stem.planes, 16, 16)
+
+
+def test_bitplanes_spell_the_code():
+    planes = STEMS["bitplane"](1, 3)(torch.tensor([6], dtype=torch.uint8).view(1, 1, 1, 1))
+    assert planes.flatten().tolist() == [1, 1, -1]
+
+
+def test_ordinal_is_a_thermometer():
+    planes = STEMS["ordinal"](1, 2)(torch.tensor([0, 1, 2, 3], dtype=torch.uint8).view(4, 1, 1, 1))
+    assert planes.flatten(1).tolist() == [[-1, -1, -1], [1, -1, -1], [1, 1, -1], [1, 1, 1]]
+
+
+def test_ordinal_of_many_levels_is_a_piecewise_linear_thermometer():
+    codes = torch.arange(256, dtype=torch.uint8).view(-1, 1, 1, 1)
+    planes = STEMS["ordinal"](1, 8)(codes)
+    assert planes.shape[1] == 15
+    assert torch.allclose((planes.flatten(1).sum(1) + 15) / 30 * 255, codes.flatten().float(), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", STEMS)
+def test_noise_within_a_step_stays_near_its_code(name):
+    torch.manual_seed(0)
+    stem, codes = STEMS[name](2, 4), all_codes(2, 4)
+    noisy = stem(codes + torch.rand(codes.shape) - 0.5)
+    if name in ("embedding", "bitplane"):
+        assert torch.equal(noisy, stem(codes))
+    else:
+        assert 0 < (noisy - stem(codes)).abs().mean() < 0.2
