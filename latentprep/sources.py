@@ -1,0 +1,266 @@
+"""Where labelled images come from: a folder, tar files, an archive, a named dataset; all behind one class, `Source`.
+
+A source is an index, known without reading any image: for each split, rows of (key, label, place), sorted by key. A
+key is the image's path below the folder that holds the splits (``train/n01440764/x.JPEG``), or below the one that
+holds the class folders (``n01440764/x.JPEG``); for WebDataset tars it is the sample's base name. Folders around these
+(``imagenette2-224/train/…``) do not count, so a folder, its tar and its .tgz give the same rows and fingerprint.
+
+What is an image: a file with an image's name (.jpg, .png, …), or any other that begins like an image. A damaged file
+with an image's name keeps its row, for the encoder to report. Hidden files, ``__MACOSX`` and all others are left out.
+
+Classes are the folders below ``train`` in sorted order. One that is empty there is an error; one that has no images in
+``val`` or ``test`` only is not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from latentprep.archives import archive_kind, list_archive, read_member
+from latentprep.errors import SourceError, UsageError, nearest
+from latentprep.layouts import (
+    LAYOUTS,
+    Found,
+    Progress,
+    Tree,
+    by_folders,
+    by_labels,
+    has_image_name,
+    is_hidden,
+    list_folder,
+    read_file,
+)
+
+VAL_FRACTION = 0.1  # of each class, taken from train where a source has no val split
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image of a source: its key, the file's bytes as they are, and its class as an index."""
+
+    key: str
+    data: bytes
+    label: int
+
+
+class Row(NamedTuple):
+    key: str
+    label: int
+    at: Any  # where the bytes are, for the source's `load`
+
+
+class Source:
+    """An index of labelled images and a way to read one. Can be pickled, and read from many threads at once."""
+
+    def __init__(
+        self, spec: str, classes: tuple[str, ...], rows: dict[str, list[Row]], load: Callable[[Any], bytes]
+    ) -> None:
+        self.spec = spec
+        self.classes = classes
+        self.splits = tuple(rows)
+        self._rows = rows
+        self._load = load
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{split} {self.size(split)}" for split in self.splits)
+        return f"Source({self.spec!r}: {len(self.classes)} classes, {sizes})"
+
+    def _split(self, split: str) -> list[Row]:
+        if split not in self._rows:
+            raise UsageError(f"{self.spec} has no split {split!r}", f"it has {', '.join(self.splits)}")
+        return self._rows[split]
+
+    def size(self, split: str) -> int:
+        """Samples in a split. Raises UsageError for a split that the source has not, as all the methods below do."""
+        return len(self._split(split))
+
+    def keys(self, split: str) -> list[str]:
+        """The samples' keys, sorted and unique within the split."""
+        return [row.key for row in self._split(split)]
+
+    def labels(self, split: str) -> list[int]:
+        """The samples' classes, as indices into `classes`."""
+        return [row.label for row in self._split(split)]
+
+    def read(self, split: str, i: int) -> Sample:
+        """Sample ``i`` of a split. Raises OSError or SourceError where its file or archive has gone or changed."""
+        row = self._split(split)[i]
+        try:
+            return Sample(row.key, self._load(row.at), row.label)
+        except SourceError as error:
+            raise SourceError(f"{row.key}: {error.message}", error.hint) from error
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over classes, splits, keys and labels: what a resumed run must find unchanged."""
+        digest = hashlib.sha256(json.dumps([self.classes, self.splits]).encode())
+        for rows in self._rows.values():
+            digest.update(json.dumps([row[:2] for row in rows]).encode())
+        return digest.hexdigest()
+
+    def take(self, limit: int) -> Source:
+        """The source with at most ``limit`` samples a split, evenly spaced over its classes and keys.
+
+        Raises UsageError below 1.
+        """
+        if limit < 1:
+            raise UsageError(f"limit must be 1 or more, got {limit}", "leave --limit out for all samples")
+        return Source(self.spec, self.classes, {s: _spread(rows, limit) for s, rows in self._rows.items()}, self._load)
+
+
+def _spread(rows: list[Row], limit: int) -> list[Row]:
+    if limit >= len(rows):
+        return rows
+    by_class = sorted(rows, key=lambda row: (row.label, row.key))
+    return sorted(by_class[(2 * k + 1) * len(rows) // (2 * limit)] for k in range(limit))
+
+
+def open_source(
+    spec: str | Path,
+    *,
+    data: str | Path | None = None,
+    val_fraction: float | None = None,
+    seed: int = 0,
+    cache: Path | None = None,
+    progress: Progress | None = None,
+) -> Source:
+    """Open a source of labelled images.
+
+    ``spec`` is a named dataset (``shapes``, ``imagenette-160``, …), a folder, a .tar or .tar.gz of such a folder, or
+    WebDataset tars: one, a folder of them, or a brace pattern ``train-{000000..000012}.tar``. A name goes before a
+    folder of the same name; write ``./shapes`` for the folder.
+
+    ``data``: a copy of the named dataset that is already here (folder or archive), in place of a download to ``cache``.
+    ``val_fraction``: the share of each class, in [0, 1), moved from train to val where there is no val split (0.1 if
+    None; 0 for none). Which samples is decided by ``seed`` and their keys alone.
+    ``progress(description, done_bytes, total_bytes)`` is called during downloads and long scans.
+
+    Raises SourceError for anything wrong with the images, their folders, archives or download; UsageError for an
+    option that does not fit.
+    """
+    from latentprep import datasets, shapes
+
+    if val_fraction is not None and not 0 <= val_fraction < 1:  # NaN fails it too
+        raise UsageError(f"val fraction must be from 0 to below 1, got {val_fraction}", "use --val-fraction 0.1")
+    named = isinstance(spec, str) and spec in datasets.NAMES
+    if data is not None and (not named or spec == "shapes"):
+        downloads = [name for name in datasets.NAMES if name != "shapes"]
+        raise UsageError(f"--data is for a named dataset, and {spec} is none", f"use it with {', '.join(downloads)}")
+    if spec == "shapes":
+        return _build(spec, shapes.find(), shapes.read, val_fraction, seed)
+    if not named:
+        return _build(str(spec), *_find(str(spec), progress), val_fraction, seed)
+    path = Path(data).expanduser() if data is not None else datasets.fetch(spec, cache, progress)
+    source = _build(str(spec), *_find(str(path), progress), val_fraction, seed)
+    source.classes = datasets.class_names(spec, source.classes, path)
+    return source
+
+
+def _find(spec: str, progress: Progress | None) -> tuple[Tree, Callable[[Any], bytes]]:
+    """The images that ``spec`` names, by split, and the function that reads one."""
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        listing = list_folder(path)
+        tars = [] if listing.images else [p for p in sorted(path.iterdir()) if _is_tar(p)]
+        if not tars:
+            return by_folders(spec, listing), read_file
+    elif path.exists():
+        if has_image_name(spec):
+            raise SourceError(f"{spec} is one image", LAYOUTS)
+        tars = [path]
+    else:
+        tars = [Path(name).expanduser() for name in _expand_braces(spec)]
+        _check_exists(spec, tars)
+    listings = {tar: list_archive(tar, progress) for tar in tars}
+    if len(tars) == 1 and not listings[tars[0]].labels:
+        return by_folders(spec, listings[tars[0]]), read_member
+    return by_labels(spec, listings), read_member
+
+
+def _check_exists(spec: str, paths: list[Path]) -> None:
+    from latentprep import datasets
+
+    missing = [path for path in paths if not path.is_file()]
+    if not missing:
+        return
+    if len(paths) > 1:
+        raise SourceError(f"{spec}: {len(missing)} of {len(paths)} files are not there, the first {missing[0]}")
+    if "/" in spec or "." in spec:
+        raise SourceError(f"no such file or folder: {spec}", LAYOUTS)
+    raise SourceError(f"{spec} is neither a path nor a named dataset", nearest(spec, datasets.NAMES))
+
+
+def _expand_braces(spec: str) -> list[str]:
+    """``train-{000..002}.tar`` -> its three names, ``{train,val}-0.tar`` -> both, as shells and webdataset do."""
+    match = re.search(r"\{([^{}]*)\}", spec)
+    if not match:
+        return [spec]
+    bounds = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
+    if bounds:
+        width = len(bounds[1]) if bounds[1].startswith("0") else 0
+        parts = [str(n).zfill(width) for n in range(int(bounds[1]), int(bounds[2]) + 1)]
+    else:
+        parts = match[1].split(",")
+    return [name for part in parts for name in _expand_braces(spec[: match.start()] + part + spec[match.end() :])]
+
+
+def _is_tar(path: Path) -> bool:
+    return path.is_file() and not is_hidden(path.name) and archive_kind(path) in ("tar", "gzip")
+
+
+def _build(spec: str, tree: Tree, load: Callable[[Any], bytes], val_fraction: float | None, seed: int) -> Source:
+    """Number the classes, check them, split off val where there is none, and sort."""
+    found = {split: sorted(rows, key=lambda row: row.key) for split, rows in tree.found.items()}
+    base = "train" if "train" in found else next(iter(found))
+    counts = Counter(row.name for row in found[base])
+    for split in [base, *found]:
+        for name in sorted(tree.folders.get(split, set()) | {row.name for row in found[split]}):
+            if split == base and not counts[name]:
+                way_out = "add images to it or remove the folder"
+                raise SourceError(f"class {name} has no images in the {split} split of {spec}", way_out)
+            if not counts[name] and any(row.name == name for row in found[split]):
+                way_out = f"add the class to {base}, or remove it from {split}"
+                raise SourceError(f"class {name} of {spec} is in {split} but not in {base}", way_out)
+    if len(counts) < 2:
+        raise SourceError(f"{spec} has one class only: {', '.join(counts) or 'none'}", LAYOUTS)
+    for split, rows in found.items():
+        for one, two in pairwise(rows):
+            if one.key == two.key:
+                raise SourceError(f"{spec}: key {one.key} occurs twice in {split}", "rename or remove one of them")
+
+    if "val" not in found:
+        found = _split_off_val(found, VAL_FRACTION if val_fraction is None else val_fraction, seed)
+    elif val_fraction:
+        raise UsageError(f"{spec} has its own val split, so val fraction {val_fraction} has no use", "leave it out")
+    numbers = all(name.isascii() and name.isdigit() for name in counts)
+    classes = sorted(counts, key=lambda name: (int(name), name)) if numbers else sorted(counts)
+    index = {name: label for label, name in enumerate(classes)}
+    order = sorted((split for split in found if found[split]), key=["train", "val", "test"].index)
+    rows = {split: [Row(row.key, index[row.name], row.at) for row in found[split]] for split in order}
+    return Source(spec, tuple(classes), rows, load)
+
+
+def _split_off_val(found: dict[str, list[Found]], fraction: float, seed: int) -> dict[str, list[Found]]:
+    """Move ``fraction`` of each class from train to val: at least one image of a class with two or more, never all.
+
+    Chosen by a hash of seed and key, so that adding images to a class moves few of the others.
+    """
+    if fraction == 0 or "train" not in found:
+        return found
+    by_class: dict[str, list[Found]] = {}
+    for row in found["train"]:
+        by_class.setdefault(row.name, []).append(row)
+    held: set[str] = set()
+    for rows in by_class.values():
+        count = min(len(rows) - 1, max(1, round(len(rows) * fraction)))
+        drawn = sorted(rows, key=lambda row: hashlib.sha256(f"{seed}:{row.key}".encode()).digest())
+        held.update(row.key for row in drawn[:count])
+    train = [row for row in found["train"] if row.key not in held]
+    return {**found, "train": train, "val": [row for row in found["train"] if row.key in held]}
