@@ -145,7 +145,7 @@ def open_source(
     Raises SourceError for anything wrong with the images, their folders, archives or download; UsageError for an
     option that does not fit.
     """
-    from latentprep import datasets, shapes
+    from latentprep import datasets
 
     if val_fraction is not None and not 0 <= val_fraction < 1:  # NaN fails it too
         raise UsageError(f"val fraction must be from 0 to below 1, got {val_fraction}", "use --val-fraction 0.1")
@@ -154,6 +154,8 @@ def open_source(
         downloads = [name for name in datasets.NAMES if name != "shapes"]
         raise UsageError(f"--data is for a named dataset, and {spec} is none", f"use it with {', '.join(downloads)}")
     if spec == "shapes":
+        from latentprep import shapes
+
         return _build(spec, shapes.find(), shapes.read, val_fraction, seed)
     if not named:
         return _build(str(spec), *_find(str(spec), progress), val_fraction, seed)
