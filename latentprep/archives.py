@@ -27,7 +27,7 @@ _CHUNK = 64 * 1024
 
 
 class PlainFile:
-    """Bytes of a file by offset. Opened for each read: no lock, no limit on the number of files, and it can be pickled."""
+    """Bytes of a file by offset. Opened for each read: no lock, no limit on how many there are, and it can be pickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -211,7 +211,7 @@ def _list_members(path: Path, file: PlainFile | GzipFile, cursor: Any, tick: Cal
     count = 0
     with tarfile.open(fileobj=_as_file(cursor), mode="r:", encoding="utf-8") as tar:
         while (member := tar.next()) is not None:
-            tar.members.clear()  # tarfile would keep every header: about 1 KiB each
+            tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep every header: about 1 KiB each
             count += 1
             if tick and count % 256 == 0:
                 tick()

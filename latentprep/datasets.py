@@ -58,11 +58,11 @@ _RETRIED = {408, 425, 429, 500, 502, 503, 504}
 
 
 def class_names(name: str, found: tuple[str, ...], path: Path) -> tuple[str, ...]:
-    """The readable names for the class folders ``found`` in a copy of a dataset. Raises SourceError if it is no copy."""
+    """Readable names for the class folders ``found`` in a copy of a dataset. Raises SourceError if it is no copy."""
     names = _IMAGEWOOF if name.startswith("imagewoof") else _IMAGENETTE
     if found != tuple(names):
         raise SourceError(
-            f"{path} is no copy of {name}: its classes are {', '.join(found[:2])} …, not {', '.join(list(names)[:2])} …",
+            f"{path} is no copy of {name}: its classes are {', '.join(found[:2])} …, not {', '.join([*names][:2])} …",
             f"give {path} itself as the source, or a copy of {_ARCHIVES[name][0]} with --data",
         )
     return tuple(names.values())

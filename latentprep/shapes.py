@@ -24,7 +24,7 @@ PIXELS = 128  # width and height of an image
 
 _SCALE = 2  # drawn this much larger, then shrunk, for smooth edges
 _CANVAS = PIXELS * _SCALE
-_RADIUS = (0.17, 0.36)  # of the shape, as a share of the image
+_RADIUS = (0.22, 0.42)  # of the shape, as a share of the image
 
 Points = NDArray[np.float64]  # [n, 2]: x to the right, y down
 Colour = tuple[int, int, int]
@@ -54,7 +54,7 @@ def render(name: str, rng: Generator) -> NDArray[np.uint8]:
     tone = rng.uniform(0.15, 0.85)  # the background's lightness; the shape's differs from it
     canvas = _mottled(rng, tone, cells=int(rng.integers(2, 9)))
     draw = ImageDraw.Draw(canvas)
-    for _ in range(rng.integers(4, 10)):
+    for _ in range(rng.integers(3, 9)):
         clutter = _CLUTTER[rng.integers(len(_CLUTTER))]
         clutter(draw, rng, _colour(rng, rng.uniform(0.1, 0.9)))
 
@@ -69,7 +69,7 @@ def render(name: str, rng: Generator) -> NDArray[np.uint8]:
         shadow = shape.point([ink * 2 // 5 for ink in range(256)])
         drop = rng.uniform(-0.2, 0.2, 2) * radius
         canvas.paste((0, 0, 0), (int(drop[0]), int(drop[1])), shadow)
-    apart = rng.uniform(0.22, 0.5)
+    apart = rng.uniform(0.28, 0.5)
     lighter = tone + apart if tone < 0.5 else tone - apart
     canvas.paste(_mottled(rng, lighter, cells=int(rng.integers(2, 5))), (0, 0), shape)
 
@@ -79,18 +79,20 @@ def render(name: str, rng: Generator) -> NDArray[np.uint8]:
 
 
 def _light(pixels: NDArray[np.uint8], rng: Generator) -> NDArray[np.uint8]:
-    """Brightness that falls off in one direction, a tint, and noise: u8 [H,W,3] -> u8 [H,W,3]."""
+    """Brightness that falls off in one direction, a tint, and grain: u8 [H,W,3] -> u8 [H,W,3]."""
     angle, depth = rng.uniform(0, 2 * math.pi), rng.uniform(0, 0.35)
-    ramp = np.linspace(-1, 1, PIXELS, dtype=np.float32)
-    light = 1 + np.float32(depth * math.cos(angle)) * ramp[None, :] + np.float32(depth * math.sin(angle)) * ramp[:, None]
+    ramp = np.linspace(-depth, depth, PIXELS, dtype=np.float32)
+    light = 1 + np.float32(math.cos(angle)) * ramp[None, :] + np.float32(math.sin(angle)) * ramp[:, None]
+    grain = rng.standard_normal(light.shape, dtype=np.float32) * np.float32(rng.uniform(2, 11))
     tint = rng.uniform(0.9, 1.1, 3).astype(np.float32)
-    noise = rng.standard_normal(pixels.shape, dtype=np.float32) * np.float32(rng.uniform(2, 14))
-    return np.clip(pixels * light[:, :, None] * tint + noise, 0, 255).astype(np.uint8)
+    lit = pixels * (light[:, :, None] * tint)
+    lit += grain[:, :, None]
+    return lit.clip(0, 255, out=lit).astype(np.uint8)
 
 
 def _colour(rng: Generator, lightness: float) -> Colour:
     lightness = min(max(lightness + rng.uniform(-0.06, 0.06), 0.04), 0.96)
-    red, green, blue = colorsys.hls_to_rgb(rng.random(), lightness, rng.uniform(0.15, 0.9))
+    red, green, blue = colorsys.hls_to_rgb(rng.random(), lightness, rng.uniform(0.15, 0.75))
     return int(red * 255), int(green * 255), int(blue * 255)
 
 
@@ -100,13 +102,14 @@ def _mottled(rng: Generator, lightness: float, cells: int) -> Image.Image:
     mix = rng.random((cells, cells, 1))
     grid = np.array(hues[0]) * mix + np.array(hues[1]) * (1 - mix) + rng.normal(0, 8, (cells, cells, 3))
     small = Image.fromarray(np.clip(grid, 0, 255).astype(np.uint8))
-    return small.resize((_CANVAS, _CANVAS), Image.Resampling.BICUBIC)
+    smooth = small.resize((PIXELS, PIXELS), Image.Resampling.BICUBIC)
+    return smooth.resize((_CANVAS, _CANVAS), Image.Resampling.NEAREST)  # `reduce` gives `smooth` back
 
 
 def _bend(rng: Generator) -> NDArray[np.float64]:
-    """A random turn, mirror, and stretch of up to about a fifth, [2,2]."""
+    """A random turn, mirror, and stretch of up to about a sixth, [2,2]."""
     turn, along = rng.uniform(0, 2 * math.pi, 2)
-    stretch = _rotation(along) @ np.diag([1.0, rng.uniform(0.78, 1.0)]) @ _rotation(-along)
+    stretch = _rotation(along) @ np.diag([1.0, rng.uniform(0.85, 1.0)]) @ _rotation(-along)
     return stretch @ _rotation(turn) @ np.diag([1.0, rng.choice([-1.0, 1.0])])
 
 
@@ -143,7 +146,7 @@ def _crescent() -> Points:
     inner = _arc(292, 68, 0.86)
     inner[:, 0] += outer[-1, 0] - inner[0, 0]
     inner[:, 1] *= outer[0, 1] / inner[-1, 1]
-    return np.concatenate([outer, inner]) + [0.25, 0]
+    return np.concatenate([outer, inner]) + np.array([0.25, 0.0])
 
 
 def _cross(arm: float = 0.3) -> Points:

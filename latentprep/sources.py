@@ -149,19 +149,19 @@ def open_source(
 
     if val_fraction is not None and not 0 <= val_fraction < 1:  # NaN fails it too
         raise UsageError(f"val fraction must be from 0 to below 1, got {val_fraction}", "use --val-fraction 0.1")
-    named = isinstance(spec, str) and spec in datasets.NAMES
-    if data is not None and (not named or spec == "shapes"):
-        downloads = [name for name in datasets.NAMES if name != "shapes"]
-        raise UsageError(f"--data is for a named dataset, and {spec} is none", f"use it with {', '.join(downloads)}")
-    if spec == "shapes":
+    name = spec if isinstance(spec, str) and spec in datasets.NAMES else None
+    if data is not None and name in (None, "shapes"):
+        downloads = ", ".join(known for known in datasets.NAMES if known != "shapes")
+        raise UsageError(f"--data is for a dataset that is downloaded, which {spec} is not", f"use it with {downloads}")
+    if name == "shapes":
         from latentprep import shapes
 
-        return _build(spec, shapes.find(), shapes.read, val_fraction, seed)
-    if not named:
+        return _build(name, shapes.find(), shapes.read, val_fraction, seed)
+    if name is None:
         return _build(str(spec), *_find(str(spec), progress), val_fraction, seed)
-    path = Path(data).expanduser() if data is not None else datasets.fetch(spec, cache, progress)
-    source = _build(str(spec), *_find(str(path), progress), val_fraction, seed)
-    source.classes = datasets.class_names(spec, source.classes, path)
+    path = Path(data).expanduser() if data is not None else datasets.fetch(name, cache, progress)
+    source = _build(name, *_find(str(path), progress), val_fraction, seed)
+    source.classes = datasets.class_names(name, source.classes, path)
     return source
 
 
@@ -245,8 +245,8 @@ def _build(spec: str, tree: Tree, load: Callable[[Any], bytes], val_fraction: fl
     classes = sorted(counts, key=lambda name: (int(name), name)) if numbers else sorted(counts)
     index = {name: label for label, name in enumerate(classes)}
     order = sorted((split for split in found if found[split]), key=["train", "val", "test"].index)
-    rows = {split: [Row(row.key, index[row.name], row.at) for row in found[split]] for split in order}
-    return Source(spec, tuple(classes), rows, load)
+    numbered = {split: [Row(row.key, index[row.name], row.at) for row in found[split]] for split in order}
+    return Source(spec, tuple(classes), numbered, load)
 
 
 def _split_off_val(found: dict[str, list[Found]], fraction: float, seed: int) -> dict[str, list[Found]]:
