@@ -37,20 +37,26 @@ def fail(error: LatentError) -> None:
     sys.exit(error.exit_code)
 
 
+def warn(text: str) -> None:
+    """One line on stderr about something the user should look at."""
+    print(f"warning: {text}", file=sys.stderr)
+
+
 def print_json(document: dict) -> None:
     """A command's result for machines: one JSON object on stdout."""
     print(json.dumps(document, indent=2, ensure_ascii=False))
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """A command's result for people, on stdout: first column left, numbers right; as wide as it needs to be."""
+    """A command's result for people, on stdout: numbers to the right; as wide as it needs to be."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+        numbers = all(row[i][:1].isdigit() or row[i] in ("", "-") for row in rows)
+        table.add_column(column, justify="right" if numbers else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
     console = Console()

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import DatasetError
-from .manifest import ERRORS, MANIFEST, RECORDS, FileRecord, ShardRecord
+from .manifest import ERRORS, MANIFEST, RECORDS, FileRecord, Manifest, ShardRecord, read_manifest
+from .zarr_store import metadata_files
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -28,6 +29,17 @@ def write_atomic(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+def create_dataset(root: Path, manifest: Manifest) -> None:
+    """Write the manifest, which makes `root` a latent dataset, and then whatever the store wants beside it.
+
+    Run again at every resume: files that are already right are left alone.
+    """
+    files = {MANIFEST: manifest.to_bytes(), **metadata_files(manifest)}
+    for path, data in files.items():
+        if not (root / path).is_file() or (root / path).read_bytes() != data:
+            write_atomic(root / path, data)
 
 
 def commit_shard(root: Path, record: ShardRecord, files: dict[str, bytes]) -> ShardRecord:
@@ -50,8 +62,6 @@ def write_errors(root: Path, records: list[ShardRecord]) -> None:
 
 def remove_dataset(root: Path) -> None:
     """Delete what an encode wrote at `root` (for ``--overwrite``), and nothing else. The manifest goes first."""
-    from .manifest import read_manifest
-
     manifest, _ = read_manifest(root)
     (root / MANIFEST).unlink()
     for folder in (RECORDS, *manifest.splits):

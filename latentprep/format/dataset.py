@@ -12,7 +12,7 @@ import numpy as np
 from ..errors import DatasetError, UsageError
 from .manifest import INVALID_LABEL, Manifest, ShardRecord, read_manifest, read_record
 from .quantizer import Quantizer
-from .zarr_store import decode_shard_files, shard_files
+from .zarr_store import decode_labels, decode_shard_files, shard_files
 
 _READERS = 4  # threads that read, verify and decompress shards; all three release the interpreter lock
 
@@ -62,8 +62,29 @@ class LatentDataset:
 
     def records(self, split: str) -> list[ShardRecord]:
         """The records of the split's committed shards, in order; shards not committed yet are left out."""
-        found = (self._record(split, index) for index in range(self.manifest.shard_count(self._known(split))))
+        found = (self.record(split, index) for index in range(self.manifest.shard_count(self._known(split))))
         return [record for record in found if record is not None]
+
+    def record(self, split: str, index: int) -> ShardRecord | None:
+        """One shard's record, None where it is not committed. `DatasetError` if it does not belong to this dataset."""
+        record = read_record(self.root, self._known(split), index)
+        if record is None:
+            return None
+        if record.manifest != self.manifest_sha256:
+            raise DatasetError(
+                f"{self.root / record.path} belongs to another encode than {self.root / 'manifest.json'}",
+                "one of them was altered or copied in; restore it, or encode again with --overwrite",
+            )
+        if record.rows != self.manifest.rows_in_shard(split, index):
+            raise DatasetError(f"{self.root / record.path} counts {record.rows} rows", "delete it and encode again")
+        return record
+
+    def committed(self, split: str, index: int) -> ShardRecord:
+        """One shard's record; `DatasetError` where it is not committed."""
+        record = self.record(split, index)
+        if record is None:
+            raise DatasetError(f"{self.root}: shard {split} {index} is not committed", "run latentprep encode again")
+        return record
 
     def check_complete(self, split: str) -> None:
         """`DatasetError` if a shard of the split is not committed."""
@@ -79,14 +100,18 @@ class LatentDataset:
 
         Raises `DatasetError` naming the shard if it is missing, cut short, altered, or from another encode.
         """
-        record = self._record(self._known(split), index)
-        if record is None:
-            raise DatasetError(f"{self.root}: shard {split} {index} is not committed", "run latentprep encode again")
+        record = self.committed(split, index)
         files = {path: self._read(record, path, verify) for path in shard_files(split, index).values()}
         codes, labels, keys = decode_shard_files(self.manifest, split, index, files)
         if verify:
             self._check_values(codes, labels, f"shard {split} {index}")
         return Codes(codes, labels, keys)
+
+    def read_labels(self, split: str, index: int) -> np.ndarray:
+        """i32 [n]: the labels of one shard's rows, −1 for invalid ones, without touching its codes."""
+        record = self.committed(split, index)
+        path = shard_files(split, index)["labels"]
+        return decode_labels(self.manifest, split, index, self._read(record, path, verify=True))
 
     def load(self, split: str, limit: int | None = None) -> Codes:
         """The whole split in memory, invalid rows left out; with `limit`, about that many rows spread evenly over it."""
@@ -117,19 +142,6 @@ class LatentDataset:
         if split not in self.manifest.splits:
             raise UsageError(f"{self.root} has no split '{split}'", f"use one of {', '.join(self.splits)}")
         return split
-
-    def _record(self, split: str, index: int) -> ShardRecord | None:
-        record = read_record(self.root, split, index)
-        if record is None:
-            return None
-        if record.manifest != self.manifest_sha256:
-            raise DatasetError(
-                f"{self.root / record.path} belongs to another encode than {self.root / 'manifest.json'}",
-                "one of them was altered or copied in; restore it, or encode again with --overwrite",
-            )
-        if record.rows != self.manifest.rows_in_shard(split, index):
-            raise DatasetError(f"{self.root / record.path} counts {record.rows} rows", "delete it and encode again")
-        return record
 
     def _read(self, record: ShardRecord, path: str, verify: bool) -> bytes:
         """One file of a shard, checked against its record unless that was done before."""

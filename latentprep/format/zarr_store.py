@@ -1,7 +1,7 @@
 """The Zarr store: arrays to the bytes of one shard's files, and back.
 
 Zarr does the encoding, in memory, one shard at a time; which bytes reach the disk, when, and under what
-checksum is decided by the caller (`latentprep.format.commit`). Reading goes the same way round: verified
+checksum is decided in `latentprep.format.commit`. Reading goes the same way round: verified
 bytes are decoded under the metadata that the *manifest* implies, so nothing in a dataset's own `zarr.json`
 files is ever trusted.
 
@@ -15,34 +15,26 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
 from zarr.buffer.cpu import Buffer
-from zarr.storage import LocalStore, MemoryStore
+from zarr.storage import MemoryStore
 
 from ..errors import DatasetError
 from .manifest import Manifest
 
 CHUNK_BYTES = 1 << 20  # codes a separately compressed chunk holds, about
-CANDIDATES: tuple[list[dict], ...] = (
-    [{"name": "zstd", "configuration": {"level": 1, "checksum": False}}],
-    [
-        {
-            "name": "blosc",
-            "configuration": {
-                "cname": "zstd",
-                "clevel": 5,
-                "shuffle": "bitshuffle",
-                "typesize": 1,
-                "blocksize": 0,
-            },
-        }
-    ],
-)
-_LABEL_CODECS = CANDIDATES[0]
+_ZSTD = {"name": "zstd", "configuration": {"level": 1, "checksum": False}}
+_BLOSC = {
+    "name": "blosc",
+    "configuration": {"cname": "zstd", "clevel": 5, "shuffle": "bitshuffle", "typesize": 1, "blocksize": 0},
+}
+# Channels side by side let each have its own Huffman table: 6.8 instead of 7.6 bits a value for TAESD at 8 bits.
+_BY_CHANNEL = {"name": "transpose", "configuration": {"order": [2, 1, 0, 3, 4]}}
+CANDIDATES: tuple[list[dict], ...] = ([_BY_CHANNEL, _ZSTD], [_ZSTD], [_BY_CHANNEL, _BLOSC])
+_LABEL_CODECS = [_ZSTD]
 
 
 def chunk_rows(shard_rows: int, row_bytes: int) -> int:
@@ -85,14 +77,21 @@ def decode_shard_files(
     return codes, labels, [str(key) for key in keys]
 
 
-def write_metadata(manifest: Manifest, root: Path) -> None:
-    """The `zarr.json` files under `root`, so that any Zarr v3 reader opens the dataset."""
-    store = LocalStore(root)
-    zarr.create_group(store=store, path="", overwrite=False, zarr_format=3)
+def decode_labels(manifest: Manifest, split: str, index: int, data: bytes) -> np.ndarray:
+    """The bytes of one shard's labels file -> i32 [n]."""
+    return _chunk_array(manifest, "labels", manifest.rows_in_shard(split, index), data, shard_files(split, index)["labels"])
+
+
+def metadata_files(manifest: Manifest) -> dict[str, bytes]:
+    """path: bytes of the `zarr.json` files, so that any Zarr v3 reader opens the dataset."""
+    files: dict[str, Any] = {}
+    store = MemoryStore(files)
+    zarr.create_group(store=store, zarr_format=3)
     for split, rows in manifest.splits.items():
         zarr.create_group(store=store, path=split, zarr_format=3, attributes={"classes": list(manifest.classes)})
         for name in ("codes", "labels", "keys"):
             _create(manifest, store, f"{split}/{name}", name, rows)
+    return {path: buffer.to_bytes() for path, buffer in files.items()}
 
 
 def choose_compression(codes: np.ndarray) -> list[dict]:

@@ -1,0 +1,268 @@
+"""The command line `latentprep`: parse, one library call, render. Nothing heavy is imported before it is needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import __version__, console
+from .errors import UsageError
+
+app = typer.Typer(
+    name="latentprep",
+    help="Encode an image dataset once with a lossy codec and keep its low-bit codes.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
+
+
+def main() -> None:
+    console.run(app)
+
+
+@app.callback(invoke_without_command=True)
+def _top(version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False) -> None:
+    if version:
+        print(f"latentprep {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def encode(
+    source: Annotated[
+        str, typer.Argument(help="Folder, .tar/.tgz, WebDataset tars or a named dataset: shapes, imagenette, imagewoof.")
+    ],
+    codec: Annotated[
+        str | None, typer.Option(help="Codec; see [b]latentprep codecs[/b]. Default: taesd if its weights are at hand, else dct.")
+    ] = None,
+    bits: Annotated[int, typer.Option(help="Bits a code, 1 to 8.")] = 4,
+    size: Annotated[int | None, typer.Option(help="Pixels a side. Default: suits the source and the codec.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder to write to; an unfinished encode there is resumed.")] = Path("shards"),
+    views: Annotated[int, typer.Option(help="Renderings a sample: the canonical one, then random crops and mirrors.")] = 1,
+    splits: Annotated[str | None, typer.Option(help="Comma-separated splits to encode. Default: all.")] = None,
+    limit: Annotated[int | None, typer.Option(help="At most this many samples a split, spread over its classes.")] = None,
+    data: Annotated[Path | None, typer.Option(help="A copy of the named dataset that you already have.")] = None,
+    val_fraction: Annotated[
+        float | None, typer.Option(help="Share of each class to hold out as val, where the source has no val. Default 0.1.")
+    ] = None,
+    weights: Annotated[str | None, typer.Option(help="Folder or hub id of the autoencoder's weights.")] = None,
+    posterior: Annotated[str | None, typer.Option(help="sd-vae, sdxl-vae: mean, or sample (seeded).")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Autoencoders: bfloat16 or float32. Default: what the device is fast at.")] = None,
+    luma: Annotated[int | None, typer.Option(help="dct: coefficients kept of Y, 1 to 64. Default 10.")] = None,
+    chroma: Annotated[int | None, typer.Option(help="dct: coefficients kept of Cb and of Cr, 0 to 64. Default 3.")] = None,
+    factor: Annotated[int | None, typer.Option(help="resample: shrink by this factor. Default 4.")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--option", help="name=value for a third-party codec; may be repeated.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images the codec takes at once. Default: 32, on CUDA 128.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Threads that read and decode images. Default: one a core.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of views, calibration and splitting.")] = 0,
+    shard_rows: Annotated[int, typer.Option(help="Samples a shard: what a crash can cost at most.")] = 1024,
+    max_pixels: Annotated[int | None, typer.Option(help="Images with more pixels are not read. Default: 134217728.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first sample that cannot be read.")] = False,
+    max_error_fraction: Annotated[float, typer.Option(help="Fail when more than this share of a split cannot be read.")] = 0.1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be made.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the dataset in --out and start anew.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Encode a source of labelled images into a latent dataset.
+
+    Run the same command again to resume. Exit code 3: done, but some samples could not be read (errors.jsonl).
+
+    Examples:
+
+      latentprep encode shapes
+
+      latentprep encode imagenette --codec taesd --bits 4 --out shards
+
+      latentprep encode photos/ --codec dct --luma 8 --chroma 2 --size 256 --val-fraction 0.2
+    """
+    from .encoder import encode as run
+    from .sources import open_source
+
+    with _reporting("opening the source") as reading:
+        opened = open_source(source, data=data, val_fraction=val_fraction, seed=seed, progress=reading)
+    if limit is not None:
+        opened = opened.take(limit)
+    names = [name.strip() for name in splits.split(",")] if splits else list(opened.splits)
+    total = sum(opened.size(name) for name in names if name in opened.splits)
+    with console.progress_bar("encoding", total, "images") as bar:
+        result = run(
+            opened,
+            codec=codec,
+            bits=bits,
+            size=size,
+            out=out,
+            views=views,
+            splits=names,
+            batch_size=batch_size,
+            workers=workers,
+            device=device,
+            seed=seed,
+            shard_rows=shard_rows,
+            max_pixels=max_pixels,
+            strict=strict,
+            max_error_fraction=max_error_fraction,
+            dry_run=dry_run,
+            overwrite=overwrite,
+            progress=bar,
+            weights=weights,
+            posterior=posterior,
+            dtype=dtype,
+            luma=luma,
+            chroma=chroma,
+            factor=factor,
+            **_third_party(option or []),
+        )
+    if as_json:
+        console.print_json(result.to_json())
+    else:
+        samples = sum(result.rows.values())
+        verb = "would write" if result.dry_run else "wrote" if result.encoded else "already complete:"
+        most = "at most " if result.dry_run else ""
+        rows = ", ".join(f"{name} {count}" for name, count in result.rows.items())
+        facts = {
+            "rows": f"{rows} in {result.shards} shards, {len(result.classes)} classes",
+            "codec": f"{result.codec['name']}, {result.bits} bits, {result.size} px -> {_shape(result.latent)}"
+            + (f", {result.views} views" if result.views > 1 else ""),
+            "codes": f"{most}{console.size(result.code_bytes)}, {result.code_bytes / max(1, samples):.0f} bytes an image",
+        }
+        if result.encoded:
+            rate = result.encoded / max(1e-9, result.seconds)
+            facts["time"] = f"{console.duration(result.seconds)}, {rate:.0f} images/s"
+        if not result.dry_run:
+            facts["next"] = f"latenttrain fit {result.out}"
+        console.print_facts(f"{verb} {result.out}", facts)
+    if result.invalid:
+        console.warn(f"{result.invalid} samples could not be read; they are listed in {Path(result.out) / 'errors.jsonl'}")
+        raise typer.Exit(3)
+
+
+@app.command()
+def info(
+    dataset: Annotated[Path, typer.Argument(help="A folder that latentprep encode made.")],
+    as_json: Json = False,
+) -> None:
+    """Say what a latent dataset is: codec, bits, samples a class, bytes an image, compression.
+
+    Example:
+
+      latentprep info shards
+    """
+    from .info import info as run
+
+    found = run(dataset)
+    if as_json:
+        console.print_json(found.to_json())
+        return
+    options = ", ".join(f"{key} {value}" for key, value in found.codec.items() if key not in ("name", "weights_sha256"))
+    console.print_facts(
+        f"{found.path}" + ("" if found.complete else " (not complete: run the same encode again)"),
+        {
+            "source": found.source,
+            "codec": found.codec["name"] + (f" ({options})" if options else ""),
+            "latents": f"{_shape(found.latent)} of {found.size}×{found.size} px at {found.bits} bits"
+            + (f", {found.views} views" if found.views > 1 else "")
+            + (", exact mirror" if found.mirror else ""),
+            "codes": f"{console.size(found.code_bytes)}, {found.bytes_per_image:.0f} bytes an image, "
+            f"{found.bits_per_value:.2f} bits a value ({found.store}, {found.compression})",
+            "smaller": f"{found.smaller_than_source:.1f} times than the images' files, "
+            f"{found.smaller_than_pixels:.0f} times than their pixels",
+            "saturated": " ".join(f"{share:.2%}" for share in found.saturation[:16])
+            + (" …" if len(found.saturation) > 16 else "")
+            + " of values, a channel",
+        },
+    )
+    names = list(found.splits)
+    rows = [[name, *(str(found.splits[split].samples[name]) for split in names)] for name in found.splits[names[0]].samples]
+    rows.append(["invalid", *(str(found.splits[split].invalid) for split in names)])
+    rows.append(["all", *(f"{found.splits[split].committed} of {found.splits[split].rows}" for split in names)])
+    console.print_table("", ["class", *names], rows)
+
+
+@app.command()
+def codecs(
+    size: Annotated[int, typer.Option(help="Pixels a side to show latent shapes for.")] = 224,
+    bits: Annotated[int, typer.Option(help="Bits a code to show bytes for.")] = 4,
+    as_json: Json = False,
+) -> None:
+    """List the codecs: latent shape, bytes of codes an image, and whether their weights are at hand.
+
+    Example:
+
+      latentprep codecs --size 256 --bits 2
+    """
+    from .codecs.listing import list_codecs
+    from .format.quantizer import check_bits
+
+    check_bits(bits)
+    if not 1 <= size <= 1 << 14:
+        raise UsageError(f"--size must be 1 to {1 << 14}, got {size}")
+    rows = list_codecs(size, bits)
+    if as_json:
+        console.print_json({"size": size, "bits": bits, "codecs": [row.to_json() for row in rows]})
+        return
+    console.print_table(
+        f"at {size}×{size} px and {bits} bits, before compression",
+        ["codec", "latents", "bytes", "weights", "what"],
+        [
+            [row.name, _shape(row.latent) if row.latent else "-", str(row.code_bytes or "-"), row.weights, row.about]
+            for row in rows
+        ],
+    )
+
+
+def _shape(latent: tuple[int, int, int]) -> str:
+    channels, height, width = latent
+    return f"{height}×{width}×{channels}"
+
+
+def _third_party(pairs: list[str]) -> dict[str, str | int | float]:
+    """`name=value` options for codecs we do not know; numbers become numbers."""
+    options: dict[str, str | int | float] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name.isidentifier():
+            raise UsageError(f"--option must be name=value, got {pair}")
+        for kind in (int, float, str):
+            try:
+                options[name] = kind(value)
+                break
+            except ValueError:
+                continue
+    return options
+
+
+class _reporting:
+    """Show downloads and long scans as a byte bar on stderr, only if there are any."""
+
+    def __init__(self, description: str) -> None:
+        self.description, self.bar, self.context, self.done = description, None, None, 0
+
+    def __enter__(self) -> _reporting:
+        return self
+
+    def __call__(self, description: str, done: int, total: int | None) -> None:
+        if self.bar is None or description != self.description:
+            self.__exit__()
+            self.description, self.done = description, 0
+            self.context = console.progress_bar(description, (total or 0) >> 20, "MiB")
+            self.bar = self.context.__enter__()
+        self.bar.advance((done >> 20) - self.done)
+        self.done = done >> 20
+
+    def __exit__(self, *exception: object) -> None:
+        if self.context is not None:
+            self.context.__exit__(None, None, None)
+        self.bar = self.context = None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""Autoencoders of the diffusers library: Stable Diffusion's VAEs and their tiny distillations."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..device import has_fast_bfloat16
+from ..errors import CodecError, SystemFault, UsageError
+from .base import check_multiple, to_pixels
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+
+
+class AutoencoderCodec:
+    """Any image autoencoder that diffusers loads, from a local folder or a hub repository.
+
+    weights: folder or hub id. posterior: ``mean``, or ``sample`` for one draw from the encoder's posterior,
+    whose noise depends on `seed` and the image alone. dtype: ``bfloat16`` where the device computes in it,
+    else ``float32``; never float16, in which SDXL's VAE overflows to NaN.
+    Latents are ``(z - shift_factor) * scaling_factor`` by the model's own configuration.
+    """
+
+    name = ""
+    default_weights = ""
+
+    def __init__(
+        self,
+        *,
+        weights: str | None = None,
+        posterior: str = "mean",
+        seed: int = 0,
+        dtype: str | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if posterior not in ("mean", "sample"):
+            raise UsageError(f"--posterior must be mean or sample, got {posterior}")
+        if dtype is not None and dtype not in _DTYPES:
+            raise UsageError(f"--dtype must be {' or '.join(_DTYPES)}, got {dtype}", "float16 overflows in some VAEs")
+        self.device = torch.device(device)
+        self.weights = weights or self.default_weights
+        self.posterior, self.seed = posterior, seed
+        self.dtype_name = dtype or ("bfloat16" if has_fast_bfloat16(self.device) else "float32")
+        folder = find_weights(self.weights, self.name)
+        model = _load(folder)
+        self._scale = float(model.config.get("scaling_factor") or 1.0)
+        self._shift = float(model.config.get("shift_factor") or 0.0)
+        self._sha256 = _weights_sha256(folder, self._scale, self._shift)
+        self._model = model.to(self.device, _DTYPES[self.dtype_name]).to(memory_format=torch.channels_last)
+        self._shape = self._probe()
+
+    def config(self) -> dict:
+        config: dict[str, Any] = {"name": self.name, "weights": self.weights, "weights_sha256": self._sha256}
+        config |= {"posterior": self.posterior, "dtype": self.dtype_name}
+        return config | ({"seed": self.seed} if self.posterior == "sample" else {})
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        channels, factor = self._shape
+        return (channels, *check_multiple(self.name, factor, height, width))
+
+    @torch.inference_mode()
+    def encode(self, images: Tensor) -> Tensor:
+        """u8 [B,3,H,W] -> f32 [B,C,H/f,W/f]."""
+        pixels = images.to(self.device, non_blocking=True).to(_DTYPES[self.dtype_name])
+        pixels = (pixels / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+        output = self._model.encode(pixels)
+        if hasattr(output, "latent_dist"):
+            z = output.latent_dist.mean.float()
+            if self.posterior == "sample":
+                z = z + output.latent_dist.std.float() * self._noise(images, z.shape[1:])
+        else:
+            z = (output.latents if hasattr(output, "latents") else output.latent).float()
+        return ((z - self._shift) * self._scale).contiguous()
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor) -> Tensor:
+        """f32 [B,C,h,w] -> u8 [B,3,fh,fw]."""
+        z = latents.to(self.device) / self._scale + self._shift
+        z = z.to(_DTYPES[self.dtype_name]).contiguous(memory_format=torch.channels_last)
+        return to_pixels((self._model.decode(z).sample.float() + 1) * 127.5).contiguous()
+
+    def flip(self, latents: Tensor) -> None:
+        """None: an autoencoder's mirrored latents are not the mirrored image's latents."""
+        return None
+
+    def _noise(self, images: Tensor, shape: torch.Size) -> Tensor:
+        """f32 [B,C,h,w], standard normal; each image's own, so that it does not depend on the batch."""
+        draws = []
+        for image in images.cpu().numpy():
+            generator = torch.Generator().manual_seed(self.seed << 32 | zlib.crc32(image.tobytes()))
+            draws.append(torch.randn(shape, generator=generator))
+        return torch.stack(draws).to(self.device)
+
+    def _probe(self) -> tuple[int, int]:
+        """(channels, factor), measured: no model configuration states both."""
+        latents = self.encode(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+        if latents.ndim != 4 or latents.shape[-1] != latents.shape[-2] or 64 % latents.shape[-1]:
+            raise CodecError(f"{self.weights} is no image autoencoder: 64×64 pixels give latents {tuple(latents.shape)}")
+        return latents.shape[1], 64 // latents.shape[-1]
+
+
+class SdVae(AutoencoderCodec):
+    """Stable Diffusion 1/2's VAE (84 M parameters), fine-tuned for MSE: the talk's codec."""
+
+    name, default_weights = "sd-vae", "stabilityai/sd-vae-ft-mse"
+
+
+class SdxlVae(AutoencoderCodec):
+    """Stable Diffusion XL's VAE (84 M parameters)."""
+
+    name, default_weights = "sdxl-vae", "stabilityai/sdxl-vae"
+
+
+class Taesd(AutoencoderCodec):
+    """TAESD: tiny distillation (2.4 M parameters) of sd-vae, to the same latents."""
+
+    name, default_weights = "taesd", "madebyollin/taesd"
+
+
+class Taesdxl(AutoencoderCodec):
+    """TAESDXL: tiny distillation of sdxl-vae, to the same latents."""
+
+    name, default_weights = "taesdxl", "madebyollin/taesdxl"
+
+
+class Taesd3(AutoencoderCodec):
+    """TAESD3: tiny distillation of Stable Diffusion 3's VAE, 16 channels."""
+
+    name, default_weights = "taesd3", "madebyollin/taesd3"
+
+
+class Taef1(AutoencoderCodec):
+    """TAEF1: tiny distillation of FLUX.1's VAE, 16 channels."""
+
+    name, default_weights = "taef1", "madebyollin/taef1"
+
+
+def find_weights(weights: str, name: str, *, download: bool = True) -> Path:
+    """The local folder of a model: `weights` itself, or its snapshot in the hub's cache, downloaded if allowed.
+
+    Raises `CodecError` if it is neither, `SystemFault` if the packages that read it are not installed.
+    """
+    folder = Path(weights).expanduser()
+    if folder.is_dir():
+        return folder
+    way_out = f"name a local folder with --weights, or use --codec dct, which needs none (codec '{name}')"
+    if folder.exists() or weights.startswith((".", "/", "~")) or weights.count("/") != 1:
+        raise CodecError(f"no model folder at {weights}", way_out)
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise missing_extra(name) from error
+    patterns = ["config.json", *_WEIGHT_FILES]
+    try:
+        return Path(snapshot_download(weights, allow_patterns=patterns, local_files_only=not download))
+    except Exception as error:  # the hub client raises its own, requests', httpx's and OS errors
+        raise CodecError(f"the weights {weights} cannot be had: {_first_line(error)}", way_out) from error
+
+
+def missing_extra(name: str) -> SystemFault:
+    return SystemFault(f"codec '{name}' needs the diffusers package", "pip install 'latentprep[vae]'")
+
+
+def _weights_sha256(folder: Path, scale: float, shift: float) -> str:
+    """SHA-256 over what latents depend on: the weights file, and the factors applied to its output."""
+    digest = hashlib.sha256(json.dumps([scale, shift]).encode())
+    for file in (folder / name for name in _WEIGHT_FILES):
+        if file.is_file():
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _load(folder: Path) -> Any:
+    """The diffusers model in `folder`, in float32, ready to run. Safetensors only: nothing is unpickled."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        kind = str(config.get("_class_name", ""))
+    except (OSError, ValueError, AttributeError) as error:
+        raise CodecError(f"{folder} has no readable config.json", "name a diffusers model's folder") from error
+    try:
+        import diffusers
+    except ImportError as error:
+        raise missing_extra(kind or folder.name) from error
+    known = kind.startswith(("Autoencoder", "AsymmetricAutoencoder", "VQModel"))
+    model_class = getattr(diffusers, kind, None) if known else None
+    if model_class is None:
+        raise CodecError(f"{folder} holds a {kind or 'model without a class'}, not an image autoencoder of diffusers")
+    # It advises to install accelerate, which saves nothing here.
+    logging.getLogger("diffusers.models.modeling_utils").setLevel(logging.ERROR)
+    try:
+        model = model_class.from_pretrained(str(folder), use_safetensors=True, local_files_only=True)
+    except Exception as error:  # diffusers and safetensors raise many kinds for a damaged folder
+        raise CodecError(f"the model in {folder} does not load: {_first_line(error)}") from error
+    return model.eval().requires_grad_(False)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

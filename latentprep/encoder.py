@@ -1,0 +1,362 @@
+"""The main job: plan the shards of a source, run those that are missing, and say what came of it.
+
+    source -> plan -> [read + decode] -> [codec + quantize] -> [compress + commit] -> records
+
+The three bracketed stages overlap (`latentprep.pipeline`). The manifest is decided here, once, before the
+first shard: the quantizer and the compression from a calibration draw, everything else from what was asked.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import __version__
+from .console import Progress, Silent
+from .errors import DatasetError, Interrupted, SourceError, UsageError, system_fault
+from .format.commit import create_dataset, locked, remove_dataset, write_errors
+from .format.dataset import LatentDataset, open_dataset
+from .format.manifest import MANIFEST, Manifest
+from .format.quantizer import check_bits
+from .format.zarr_store import chunk_rows
+from .sources import Source, open_source
+
+if TYPE_CHECKING:
+    from .codecs import Codec
+
+CALIBRATION = 256  # images, spread evenly over the train split
+SHARD_ROWS = 1024
+MAX_DEFAULT_SIZE = 224  # pixels; larger sources are shrunk to it unless --size says otherwise
+
+
+@dataclass(frozen=True)
+class EncodeResult:
+    """What `encode` did, or, with `dry_run`, would do.
+
+    rows: per split; invalid: samples that could not be read; encoded: samples encoded in this run.
+    latent: (C, h, w) of a view; code_bytes: bytes of codes on disk (with `dry_run`: the most there will be).
+    """
+
+    out: str
+    codec: dict
+    bits: int
+    size: int
+    views: int
+    latent: tuple[int, int, int]
+    classes: tuple[str, ...]
+    rows: dict[str, int]
+    shards: int
+    code_bytes: int
+    encoded: int = 0
+    invalid: int = 0
+    seconds: float = 0.0
+    dry_run: bool = False
+    splits_invalid: dict[str, int] = field(default_factory=dict)
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+
+def encode(
+    source: str | Path | Source,
+    *,
+    codec: str | Codec | None = None,
+    bits: int = 4,
+    size: int | None = None,
+    out: str | Path = "shards",
+    views: int = 1,
+    splits: list[str] | None = None,
+    limit: int | None = None,
+    data: str | Path | None = None,
+    val_fraction: float | None = None,
+    batch_size: int | None = None,
+    workers: int | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    shard_rows: int = SHARD_ROWS,
+    max_pixels: int | None = None,
+    strict: bool = False,
+    max_error_fraction: float = 0.1,
+    dry_run: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    **codec_options: Any,
+) -> EncodeResult:
+    """Encode `source` with `codec`, quantize to `bits`, store in the folder `out`. Run again, it resumes.
+
+    source: a folder, archive, tars or named dataset (see `latentprep.sources.open_source`), or an open one.
+    codec: a name (default: ``taesd`` if its weights are at hand, else ``dct``) with its options as further
+    keywords (``weights``, ``posterior``, ``luma``, ``chroma``, ``factor``, …), or a `Codec`.
+    size: pixels a side; default suits source and codec. views: renderings a sample, see `images.load_views`.
+    limit: at most that many samples a split, spread over it. batch_size: images the codec takes at once.
+
+    Raises `UsageError`, `SourceError`, `CodecError`, `DatasetError`, `SystemFault` or `Interrupted`; whatever
+    was committed by then stays, and the same call goes on from there.
+    """
+    from .images import MAX_PIXELS
+    from .pipeline import Stages, calibrate
+
+    check_bits(bits)
+    _check_whole("views", views, 1, 256)
+    _check_whole("shard-rows", shard_rows, 1, 1 << 24)
+    _check_whole("batch-size", batch_size, 1, 1 << 16)
+    _check_whole("workers", workers, 1, 1024)
+    _check_whole("size", size, 1, 1 << 14)
+    _check_whole("max-pixels", max_pixels, 1, 1 << 40)
+    if not 0 <= max_error_fraction <= 1:
+        raise UsageError(f"--max-error-fraction must be 0 to 1, got {max_error_fraction}")
+    progress = progress or Silent()
+    root = Path(out)
+
+    if not isinstance(source, Source):
+        source = open_source(source, data=data, val_fraction=val_fraction, seed=seed)
+    if limit is not None:
+        source = source.take(limit)
+    names = _split_names(source, splits)
+    coder = _open_codec(codec, device, codec_options, progress)
+    image_size = size or default_size(source, coder)
+    latent = coder.latent_shape(image_size, image_size)
+    asked = _manifest(source, names, coder, bits, image_size, latent, views, seed, shard_rows)
+
+    if dry_run:
+        code_bytes = sum(asked.splits.values()) * int(np.prod(asked.row_shape)) * bits // 8
+        return _result(root, asked, code_bytes=code_bytes, dry_run=True)
+
+    start = time.monotonic()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with locked(root):
+            stored = _stored_manifest(root, overwrite)
+            stages = Stages(source, coder, batch_size, workers, max_pixels or MAX_PIXELS)
+            if stored is None:
+                manifest = calibrate(stages, asked, CALIBRATION, progress)
+            else:
+                _check_same(root, stored, asked)
+                manifest = stored
+            create_dataset(root, manifest)
+            dataset = open_dataset(root)
+            jobs = [job for job in plan(manifest) if dataset.record(*job) is None]
+            encoded = _run(stages, dataset, jobs, strict, max_error_fraction, progress)
+            for name in names:
+                dataset.check_complete(name)
+    except OSError as error:
+        raise system_fault(error) from error
+    records = [record for name in names for record in dataset.records(name)]
+    return _result(
+        root,
+        manifest,
+        code_bytes=sum(file.bytes for r in records for path, file in r.files.items() if "/codes/" in path),
+        encoded=encoded,
+        invalid=sum(len(record.invalid) for record in records),
+        splits_invalid={name: sum(len(r.invalid) for r in records if r.split == name) for name in names},
+        seconds=time.monotonic() - start,
+    )
+
+
+def plan(manifest: Manifest) -> Iterator[tuple[str, int]]:
+    """(split, index) of every shard, in order."""
+    for split in manifest.splits:
+        for index in range(manifest.shard_count(split)):
+            yield split, index
+
+
+def default_size(source: Source, codec: Codec) -> int:
+    """The usual shorter side of the source's images, at most `MAX_DEFAULT_SIZE`, as a size that the codec takes."""
+    from .images import BadImage, decode
+
+    sides = []
+    for split in source.splits:
+        count = source.size(split)
+        for i in sorted({k * count // 8 for k in range(8)}) if count else ():
+            try:
+                sides.append(min(decode(source.read(split, i).data).shape[:2]))
+            except (BadImage, SourceError, OSError):
+                continue  # reported when its row comes up
+    target = min(MAX_DEFAULT_SIZE, int(np.median(sides))) if sides else MAX_DEFAULT_SIZE
+    for size in (*range(target, 0, -1), *range(target + 1, 1025)):
+        try:
+            codec.latent_shape(size, size)
+            return size
+        except UsageError:
+            continue
+    raise UsageError(f"codec '{codec.name}' takes no size up to 1024", "give one with --size")
+
+
+def _run(
+    stages: Any, dataset: LatentDataset, jobs: list[tuple[str, int]], strict: bool, max_fraction: float, progress: Progress
+) -> int:
+    """Encode the shards in `jobs`; returns how many samples that were."""
+    from .pipeline import encode_shards
+
+    manifest, encoded = dataset.manifest, 0
+    records = {name: dataset.records(name) for name in manifest.splits}
+    try:
+        _check_errors(records, manifest, strict, max_fraction)
+        for record in encode_shards(stages, dataset, jobs, progress):
+            encoded += record.rows
+            records[record.split].append(record)
+            if record.invalid:
+                write_errors(dataset.root, sorted(_flat(records), key=lambda r: (r.split, r.index)))
+            _check_errors(records, manifest, strict, max_fraction)
+    except KeyboardInterrupt as error:
+        done, total = len(_flat(records)), sum(map(manifest.shard_count, manifest.splits))
+        raise Interrupted(
+            f"interrupted: {done} of {total} shards are committed", "run the same command again to go on from there"
+        ) from error
+    if any(record.invalid for record in _flat(records)):
+        write_errors(dataset.root, sorted(_flat(records), key=lambda r: (r.split, r.index)))
+    return encoded
+
+
+def _flat(records: dict[str, list]) -> list:
+    return [record for shards in records.values() for record in shards]
+
+
+def _check_errors(records: dict[str, list], manifest: Manifest, strict: bool, max_fraction: float) -> None:
+    """`SourceError` if samples failed and `strict` is set, or more than the allowed share of a split failed."""
+    for split, rows in manifest.splits.items():
+        invalid = [entry for record in records[split] for entry in record.invalid]
+        if strict and invalid:
+            raise SourceError(f"{invalid[0]['key']}: {invalid[0]['reason']}", "without --strict it would be skipped")
+        if len(invalid) > max_fraction * rows:
+            raise SourceError(
+                f"{len(invalid)} of {rows} samples of split '{split}' cannot be read, more than {max_fraction:g} of it; "
+                f"the first is {invalid[0]['key']}: {invalid[0]['reason']}",
+                "mend the source, or raise --max-error-fraction; see errors.jsonl",
+            )
+
+
+def _split_names(source: Source, splits: list[str] | None) -> list[str]:
+    names = list(source.splits) if not splits else list(dict.fromkeys(splits))
+    for name in names:
+        if name not in source.splits:
+            raise UsageError(f"{source.spec} has no split '{name}'", f"use --splits {','.join(source.splits)}")
+    return names
+
+
+def _open_codec(codec: str | Codec | None, device: str, options: dict, progress: Progress) -> Codec:
+    from .codecs import make_codec
+    from .device import pick_device
+
+    if codec is not None and not isinstance(codec, str):
+        return codec
+    if codec is None:
+        codec = "taesd" if options.get("weights") or _at_hand("taesd") else "dct"
+        progress.note(f"codec: {codec}" + ("" if codec == "taesd" else " (taesd's weights are not at hand)"))
+    return make_codec(codec, device=pick_device(device), **options)
+
+
+def _at_hand(name: str) -> bool:
+    from .codecs.listing import weights_at_hand
+
+    return weights_at_hand(name) == "yes"
+
+
+def _manifest(
+    source: Source,
+    names: list[str],
+    codec: Codec,
+    bits: int,
+    size: int,
+    latent: tuple[int, int, int],
+    views: int,
+    seed: int,
+    shard_rows: int,
+) -> Manifest:
+    """The manifest as asked for; quantizer and compression are placeholders until `calibrate` fills them in."""
+    from .codecs import flip_signs
+    from .format.quantizer import Quantizer
+    from .images import CROP_AREA, CROP_RATIO, RESIZE
+
+    transform = {"size": size, "views": views, "seed": seed, "resize": RESIZE}
+    if views > 1:
+        transform |= {"crop_area": list(CROP_AREA), "crop_ratio": list(CROP_RATIO)}
+    channels, height, width = latent
+    return Manifest(
+        codec=codec.config(),
+        quantizer=Quantizer(bits, (0.0,) * channels, (1.0,) * channels),
+        transform=transform,
+        source={"spec": str(source.spec), "sha256": source.fingerprint()},
+        classes=source.classes,
+        latent=latent,
+        flip=flip_signs(codec, latent),
+        shard_rows=shard_rows,
+        chunk_rows=chunk_rows(shard_rows, views * channels * height * width),
+        compression=[],
+        splits={name: source.size(name) for name in names},
+        written_by=f"latentprep {__version__}",
+    )
+
+
+def _stored_manifest(root: Path, overwrite: bool) -> Manifest | None:
+    """The manifest of the dataset to resume; None for an empty folder. Refuses folders that hold other things."""
+    if (root / MANIFEST).exists():
+        if not overwrite:
+            return open_dataset(root).manifest
+        remove_dataset(root)
+    others = [entry.name for entry in root.iterdir() if entry.name != MANIFEST + ".tmp"]
+    if others and not overwrite:
+        raise DatasetError(
+            f"{root} is not empty and holds no latent dataset (it has {sorted(others)[0]})", "choose another --out"
+        )
+    return None
+
+
+def _check_same(root: Path, stored: Manifest, asked: Manifest) -> None:
+    """`DatasetError` naming the first field in which the dataset at `root` is not the one asked for."""
+    for name, have, want in _differences(_comparable(stored), _comparable(asked)):
+        hints = {
+            "source.sha256": "its files, labels, or --limit, --val-fraction or --seed changed; ",
+            "codec.dtype": f"pass --dtype {have}; ",
+        }
+        what = "the source has changed" if name == "source.sha256" else f"{name} is {have}, this command asks for {want}"
+        raise DatasetError(
+            f"{root} was made otherwise: {what}",
+            hints.get(name, "") + "give the same options to resume, another --out, or --overwrite to start anew",
+        )
+
+
+def _comparable(manifest: Manifest) -> dict:
+    """What the user decided; quantizer ranges and compression follow from it."""
+    return {
+        "codec": {key: value for key, value in manifest.codec.items() if key != "weights"},
+        "bits": manifest.quantizer.bits,
+        "transform": manifest.transform,
+        "splits": manifest.splits,
+        "classes": list(manifest.classes),
+        "source": {"sha256": manifest.source["sha256"]},
+        "shard_rows": manifest.shard_rows,
+    }
+
+
+def _differences(have: Any, want: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(have, dict) and isinstance(want, dict):
+        for key in dict.fromkeys([*have, *want]):
+            yield from _differences(have.get(key), want.get(key), f"{name}.{key}".lstrip("."))
+    elif have != want:
+        yield name, have, want
+
+
+def _check_whole(option: str, value: int | None, low: int, high: int) -> None:
+    if value is not None and not low <= value <= high:
+        raise UsageError(f"--{option} must be {low} to {high}, got {value}")
+
+
+def _result(root: Path, manifest: Manifest, **facts: Any) -> EncodeResult:
+    return EncodeResult(
+        out=str(root),
+        codec=manifest.codec,
+        bits=manifest.quantizer.bits,
+        size=manifest.transform["size"],
+        views=manifest.views,
+        latent=manifest.latent,
+        classes=manifest.classes,
+        rows=dict(manifest.splits),
+        shards=sum(map(manifest.shard_count, manifest.splits)),
+        **facts,
+    )

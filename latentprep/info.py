@@ -1,0 +1,112 @@
+"""What a latent dataset is: `latentprep info`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .format.dataset import LatentDataset, open_dataset
+from .format.manifest import INVALID_LABEL, ShardRecord
+
+
+@dataclass(frozen=True)
+class SplitInfo:
+    """One split: planned rows, rows committed so far, invalid ones among them, and valid samples a class."""
+
+    rows: int
+    committed: int
+    invalid: int
+    samples: dict[str, int]
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """Facts of a dataset.
+
+    latent: (C, h, w); views: a sample; size: pixels a side of the images that were encoded.
+    code_bytes: on disk, all committed codes; dataset_bytes: labels and keys too.
+    bits_per_value: ``8 * code_bytes`` over the number of codes. bytes_per_image: code bytes a sample.
+    source_bytes: the encoded images read (JPEGs, as a rule). saturation: share of latents a channel that lay
+    outside the quantizer's range.
+    """
+
+    path: str
+    codec: dict
+    bits: int
+    size: int
+    views: int
+    latent: tuple[int, int, int]
+    store: str
+    compression: str
+    source: str
+    mirror: bool
+    complete: bool
+    classes: int
+    splits: dict[str, SplitInfo]
+    code_bytes: int
+    dataset_bytes: int
+    source_bytes: int
+    bits_per_value: float
+    bytes_per_image: float
+    smaller_than_source: float
+    smaller_than_pixels: float
+    saturation: tuple[float, ...]
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+
+def info(path: str | Path) -> DatasetInfo:
+    """Facts of the dataset in the folder `path`, from its manifest, records and labels.
+
+    Raises `DatasetError` if there is none or a shard is damaged.
+    """
+    dataset = open_dataset(path)
+    manifest = dataset.manifest
+    records = {split: dataset.records(split) for split in dataset.splits}
+    everything = [record for shards in records.values() for record in shards]
+    rows = sum(record.rows for record in everything)
+    valid = rows - sum(len(record.invalid) for record in everything)
+    values = rows * int(np.prod(manifest.row_shape))
+    code_bytes = sum(f.bytes for r in everything for path, f in r.files.items() if "/codes/" in path)
+    source_bytes = sum(record.source_bytes for record in everything)
+    saturated = np.sum([record.saturated for record in everything], axis=0) if everything else np.zeros(manifest.latent[0])
+    pixel_bytes = valid * 3 * manifest.transform["size"] ** 2
+    return DatasetInfo(
+        path=str(path),
+        codec=manifest.codec,
+        bits=manifest.quantizer.bits,
+        size=manifest.transform["size"],
+        views=manifest.views,
+        latent=manifest.latent,
+        store=manifest.store,
+        compression="+".join(step["name"] for step in manifest.compression),
+        source=manifest.source["spec"],
+        mirror=manifest.flip is not None,
+        complete=all(len(shards) == manifest.shard_count(split) for split, shards in records.items()),
+        classes=len(manifest.classes),
+        splits={split: _split_info(dataset, split, shards) for split, shards in records.items()},
+        code_bytes=code_bytes,
+        dataset_bytes=sum(file.bytes for record in everything for file in record.files.values()),
+        source_bytes=source_bytes,
+        bits_per_value=8 * code_bytes / max(1, values),
+        bytes_per_image=code_bytes / max(1, rows),
+        smaller_than_source=source_bytes / max(1, code_bytes),
+        smaller_than_pixels=pixel_bytes / max(1, code_bytes),
+        saturation=tuple((saturated * manifest.latent[0] / max(1, values)).tolist()),
+    )
+
+
+def _split_info(dataset: LatentDataset, split: str, records: list[ShardRecord]) -> SplitInfo:
+    counts: Counter[int] = Counter()
+    for record in records:
+        counts.update(dataset.read_labels(split, record.index).tolist())
+    return SplitInfo(
+        rows=dataset.manifest.splits[split],
+        committed=sum(record.rows for record in records),
+        invalid=counts.pop(INVALID_LABEL, 0),
+        samples={name: counts[label] for label, name in enumerate(dataset.classes)},
+    )

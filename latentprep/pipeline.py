@@ -1,0 +1,282 @@
+"""The three stages of an encode, overlapped: threads decode, the caller's thread runs the codec, a thread writes.
+
+    decoded batches u8 [b,V,S,S,3] -> codec f32 [bV,C,h,w] -> codes u8 [b,V,C,h,w] -> shard files, record
+
+Batches are cut inside a shard and never across two, so a resumed run makes the same bytes as an unbroken one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .codecs import Codec
+from .console import Progress
+from .errors import CodecError, SourceError
+from .format.commit import commit_shard
+from .format.dataset import LatentDataset
+from .format.manifest import INVALID_LABEL, Manifest, ShardRecord
+from .format.quantizer import Quantizer
+from .format.zarr_store import choose_compression, encode_shard_files
+from .images import BadImage, load_views
+from .quantize import fit_quantizer, quantize, saturated
+from .sources import Source
+
+_AHEAD = 3  # decoded batches that wait for the codec
+_SHARDS_TO_WRITE = 2  # finished shards that wait for the writer
+_IMAGES_A_TASK = 4  # decoded by one thread in one go
+
+
+@dataclass(frozen=True)
+class Stages:
+    """What the stages work with: a source, a codec, and how much at once."""
+
+    source: Source
+    codec: Codec
+    batch_size: int | None
+    workers: int | None
+    max_pixels: int
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(getattr(self.codec, "device", "cpu"))
+
+    def batch_samples(self, views: int) -> int:
+        """Samples whose views together make about one batch of the codec."""
+        return max(1, (self.batch_size or (128 if self.device.type == "cuda" else 32)) // views)
+
+    def threads(self) -> int:
+        return self.workers or min(32, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 8)
+
+
+@dataclass
+class _Batch:
+    """Some consecutive samples of one shard. images: u8 [b,V,S,S,3], all 0 for those in `invalid`."""
+
+    split: str
+    index: int
+    rows: list[int]
+    images: np.ndarray
+    invalid: dict[int, str] = field(default_factory=dict)  # row -> reason
+    source_bytes: int = 0
+
+
+@dataclass
+class _Coded:
+    """A batch's results on their way back from the device; `wait` makes them readable.
+
+    codes: u8 [b,V,C,h,w]; finite: bool [b]; saturated: i64 [C].
+    """
+
+    batch: _Batch
+    codes: Tensor
+    finite: Tensor
+    saturated: Tensor
+    done: torch.cuda.Event | None
+
+    def wait(self) -> _Coded:
+        if self.done is not None:
+            self.done.synchronize()
+        return self
+
+
+def calibrate(stages: Stages, asked: Manifest, count: int, progress: Progress) -> Manifest:
+    """Fit the quantizer and choose the compression on up to `count` samples spread evenly over the train split.
+
+    Which of them is drawn from each stretch of the split is decided by the manifest's seed.
+
+    Raises `SourceError` if none of them decodes, `CodecError` for latents that are not finite.
+    """
+    split = "train" if "train" in asked.splits else next(iter(asked.splits))
+    rows = _spread(asked.splits[split], count, asked.transform["seed"])
+    progress.note(f"calibrating the quantizer on {len(rows)} images of split '{split}'")
+    first = replace(asked, transform={**asked.transform, "views": 1})
+    latents, reasons = [], []
+    per_batch = stages.batch_samples(1)
+    specs = [(split, 0, rows[i : i + per_batch]) for i in range(0, len(rows), per_batch)]
+    with ThreadPoolExecutor(stages.threads()) as pool:
+        for batch in _decoded(stages, first, specs, pool):
+            z = _encode(stages, batch)
+            good = [k for k, row in enumerate(batch.rows) if row not in batch.invalid]
+            _check_finite(batch, torch.isfinite(z).all(dim=(1, 2, 3)).cpu(), stages.source.keys(split))
+            latents.append(z.cpu()[good])
+            reasons += [f"{stages.source.keys(split)[row]}: {why}" for row, why in batch.invalid.items()]
+    everything = torch.cat(latents)
+    if not len(everything):
+        raise SourceError(
+            f"none of {len(rows)} images drawn from split '{split}' decodes; the first is {reasons[0]}",
+            "check that the source holds images",
+        )
+    quantizer = fit_quantizer(everything, asked.quantizer.bits)
+    codes = quantize(everything, quantizer).numpy()[:, None]
+    return replace(asked, quantizer=quantizer, compression=choose_compression(codes))
+
+
+def encode_shards(
+    stages: Stages, dataset: LatentDataset, jobs: list[tuple[str, int]], progress: Progress
+) -> Iterator[ShardRecord]:
+    """Encode the (split, index) shards in `jobs`, in order, and yield each one's record once it is committed.
+
+    Raises `CodecError` naming the sample whose latents are not finite. However it ends, shards whose writing
+    had begun are committed whole.
+    """
+    manifest = dataset.manifest
+    keys = {split: stages.source.keys(split) for split, _ in jobs}
+    labels = {split: np.array(stages.source.labels(split), np.int32) for split, _ in jobs}
+    with ThreadPoolExecutor(stages.threads()) as readers, ThreadPoolExecutor(1) as writer:
+        waiting: deque[Future[ShardRecord]] = deque()
+        try:
+            shard: list[_Coded] = []
+            for coded in _coded(stages, manifest, jobs, readers):
+                batch = coded.batch
+                _check_finite(batch, coded.finite, keys[batch.split])
+                progress.advance(len(batch.rows), shard=f"{batch.split} {batch.index}", **_bytes_fact(waiting, manifest))
+                shard.append(coded)
+                if sum(len(c.batch.rows) for c in shard) == manifest.rows_in_shard(batch.split, batch.index):
+                    waiting.append(writer.submit(_commit, dataset, shard, keys[batch.split], labels[batch.split]))
+                    shard = []
+                while waiting and (waiting[0].done() or len(waiting) > _SHARDS_TO_WRITE):
+                    yield waiting.popleft().result()
+            assert not shard, "a shard's batches must be all its rows"
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            readers.shutdown(wait=False, cancel_futures=True)
+
+
+def _bytes_fact(waiting: deque, manifest: Manifest) -> dict[str, str]:
+    """Bytes an image, as the newest committed shard has it."""
+    done = [future for future in waiting if future.done() and not future.exception()]
+    if not done:
+        return {}
+    record = done[-1].result()
+    return {"bytes_an_image": f"{sum(f.bytes for f in record.files.values()) / record.rows:.0f}"}
+
+
+def _coded(
+    stages: Stages, manifest: Manifest, jobs: list[tuple[str, int]], pool: ThreadPoolExecutor
+) -> Iterator[_Coded]:
+    """Decoded batches through codec and quantizer, one kept in flight so that a GPU never waits for the host."""
+    step = stages.batch_samples(manifest.views)
+    specs = []
+    for split, index in jobs:
+        start = index * manifest.shard_rows
+        stop = start + manifest.rows_in_shard(split, index)
+        specs += [(split, index, list(range(i, min(i + step, stop)))) for i in range(start, stop, step)]
+    previous: _Coded | None = None
+    for batch in _decoded(stages, manifest, specs, pool):
+        current = _code(stages, manifest.quantizer, batch)
+        if previous is not None:
+            yield previous.wait()
+        previous = current
+    if previous is not None:
+        yield previous.wait()
+
+
+def _code(stages: Stages, quantizer: Quantizer, batch: _Batch) -> _Coded:
+    latents = _encode(stages, batch)
+    views = batch.images.shape[1]
+    finite = torch.isfinite(latents).all(dim=(1, 2, 3)).view(-1, views).all(dim=1)
+    codes = quantize(latents, quantizer).unflatten(0, (-1, views))
+    results = [codes, finite, saturated(latents, quantizer)]
+    if latents.device.type != "cuda":
+        return _Coded(batch, *(r.cpu() for r in results), None)
+    host = [torch.empty(r.shape, dtype=r.dtype, pin_memory=True).copy_(r, non_blocking=True) for r in results]
+    done = torch.cuda.Event()
+    done.record()
+    return _Coded(batch, *host, done)
+
+
+def _encode(stages: Stages, batch: _Batch) -> Tensor:
+    """f32 [bV,C,h,w] on the codec's device."""
+    images = torch.from_numpy(batch.images)
+    if stages.device.type == "cuda":
+        images = images.pin_memory().to(stages.device, non_blocking=True)
+    return stages.codec.encode(images.flatten(0, 1).permute(0, 3, 1, 2))
+
+
+def _decoded(
+    stages: Stages, manifest: Manifest, specs: list[tuple[str, int, list[int]]], pool: ThreadPoolExecutor
+) -> Iterator[_Batch]:
+    """Batches of decoded images in the order of `specs`, `_AHEAD` of them being made while one is used."""
+    size, views, seed = (manifest.transform[name] for name in ("size", "views", "seed"))
+
+    def load(batch: _Batch, place: int) -> int | str:
+        """Decode one sample into the batch: its size in bytes, or why it cannot be read."""
+        try:
+            sample = stages.source.read(batch.split, batch.rows[place])
+            batch.images[place] = load_views(sample.data, size, views, seed, sample.key, stages.max_pixels)
+            return len(sample.data)
+        except (BadImage, SourceError) as error:
+            return str(error)
+        except OSError as error:
+            return error.strerror or str(error)
+
+    def load_some(batch: _Batch, places: range) -> list[int | str]:
+        return [load(batch, place) for place in places]
+
+    def begin(spec: tuple[str, int, list[int]]) -> tuple[_Batch, list[Future]]:
+        split, index, rows = spec
+        batch = _Batch(split, index, rows, np.zeros((len(rows), views, size, size, 3), np.uint8))
+        places = [range(i, min(i + _IMAGES_A_TASK, len(rows))) for i in range(0, len(rows), _IMAGES_A_TASK)]
+        return batch, [pool.submit(load_some, batch, some) for some in places]
+
+    todo = iter(specs)
+    pending = deque(begin(spec) for spec in islice(todo, _AHEAD))
+    while pending:
+        batch, tasks = pending.popleft()
+        for row, outcome in zip(batch.rows, (one for task in tasks for one in task.result()), strict=True):
+            if isinstance(outcome, str):
+                batch.invalid[row] = outcome
+            else:
+                batch.source_bytes += outcome
+        pending.extend(begin(spec) for spec in islice(todo, 1))
+        yield batch
+
+
+def _check_finite(batch: _Batch, finite: Tensor, keys: list[str]) -> None:
+    for row, good in zip(batch.rows, finite.tolist(), strict=True):
+        if not good and row not in batch.invalid:
+            raise CodecError(
+                f"the codec made NaN or infinite latents of {keys[row]}", "try --dtype float32, or leave the image out"
+            )
+
+
+def _commit(dataset: LatentDataset, shard: list[_Coded], keys: list[str], labels: np.ndarray) -> ShardRecord:
+    """Compress and write one shard; runs in the writer's thread."""
+    split, index = shard[0].batch.split, shard[0].batch.index
+    rows = [row for coded in shard for row in coded.batch.rows]
+    codes = np.concatenate([coded.codes.numpy() for coded in shard])
+    invalid = {row: why for coded in shard for row, why in coded.batch.invalid.items()}
+    shard_labels = labels[rows]
+    bad = [place for place, row in enumerate(rows) if row in invalid]
+    codes[bad], shard_labels[bad] = 0, INVALID_LABEL
+    shard_keys = [keys[row] for row in rows]
+    record = ShardRecord(
+        split=split,
+        index=index,
+        rows=len(rows),
+        files={},
+        source_bytes=sum(coded.batch.source_bytes for coded in shard),
+        saturated=tuple(sum(coded.saturated for coded in shard).tolist()),  # type: ignore[union-attr]
+        manifest=dataset.manifest_sha256,
+        invalid=tuple({"row": rows[place], "key": shard_keys[place], "reason": invalid[rows[place]]} for place in bad),
+    )
+    files = encode_shard_files(dataset.manifest, split, index, codes, shard_labels, shard_keys)
+    return commit_shard(dataset.root, record, files)
+
+
+def _spread(rows: int, count: int, seed: int) -> list[int]:
+    """`count` of `rows` rows (all, if there are no more): one drawn from each of `count` equal stretches."""
+    if rows <= count:
+        return list(range(rows))
+    edges = np.arange(count + 1) * rows // count
+    return np.random.default_rng([seed, rows]).integers(edges[:-1], edges[1:]).tolist()

@@ -1,0 +1,106 @@
+"""Fitting a quantizer, and quantizing tensors on their device. What a code means: `latentprep.format.quantizer`."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import CodecError
+from .format.quantizer import Quantizer, check_bits
+
+_VALUES = 1 << 18  # calibration values a channel that the fit looks at, at most
+_STARTS = 64  # first guesses of the range, from all of it down to a small part
+_STEPS = 60  # alternations from each; more gain less than 0.01 dB
+
+
+def quantize(latents: Tensor, quantizer: Quantizer) -> Tensor:
+    """f32 [B,C,h,w] -> u8 [B,C,h,w] on the same device. Inverse of `dequantize` up to half a step.
+
+    Values outside the quantizer's range take the end codes. The same arithmetic as `Quantizer.quantize`.
+    """
+    lo, step = _columns(quantizer, latents)
+    return ((latents - lo) / step).floor_().clamp_(0, quantizer.levels - 1).to(torch.uint8)
+
+
+def dequantize(codes: Tensor, quantizer: Quantizer) -> Tensor:
+    """u8 [B,C,h,w] -> f32 [B,C,h,w], the middle of each code's cell. Inverse of `quantize`."""
+    lo, step = _columns(quantizer, codes)
+    return lo + (codes.float() + 0.5) * step
+
+
+def saturated(latents: Tensor, quantizer: Quantizer) -> Tensor:
+    """f32 [B,C,h,w] -> i64 [C]: how many values lie outside the quantizer's range, a channel."""
+    lo, step = _columns(quantizer, latents)
+    outside = (latents < lo) | (latents > lo + step * quantizer.levels)
+    return outside.sum((0, 2, 3))
+
+
+def fit_quantizer(latents: Tensor, bits: int) -> Quantizer:
+    """The uniform quantizer of `bits` bits with the least mean squared error on `latents`, f32 [B,C,h,w].
+
+    For each channel, by Lloyd's algorithm (IEEE Trans. Inf. Theory 28, 1982) with the codebook held uniform:
+    give each value its nearest code, then solve for the lo and step that reconstruct best (a linear
+    least-squares fit of values on codes); each of the two can only lower the error. Run from `_STARTS` ranges,
+    and the best is taken.
+
+    Raises `CodecError` if a value is NaN or infinite.
+    """
+    check_bits(bits)
+    if not torch.isfinite(latents).all():
+        raise CodecError("latents for calibration hold NaN or infinity", "try --dtype float32")
+    values = latents.detach().float().cpu().transpose(0, 1).flatten(1)
+    values = values[:, :: -(-values.shape[1] // _VALUES)]
+    fits = [_fit_channel(channel.numpy().astype(np.float64), 1 << bits) for channel in values]
+    return Quantizer(bits, tuple(lo for lo, _ in fits), tuple(step for _, step in fits))
+
+
+def requantize(codes: Tensor, source: Quantizer, target: Quantizer) -> Tensor:
+    """u8 [B,C,h,w] codes of `source` -> u8 [B,C,h,w] codes of `target`, through the latents they stand for."""
+    return quantize(dequantize(codes, source), target)
+
+
+def _fit_channel(values: np.ndarray, levels: int) -> tuple[float, float]:
+    """f64 [n] -> (lo, step), both exact in float32.
+
+    All starts at once, one a row. With the values sorted, a cell is a run of them, so that prefix sums give
+    its count and sum, and an alternation costs O(levels log n) rather than O(n).
+    """
+    values = np.sort(values)
+    low, high, n = values[0], values[-1], len(values)
+    if low == high:  # constant: code 0 reconstructs it
+        return _float32(low - 0.5), 1.0
+    sums = np.concatenate([[0.0], values.cumsum()])
+    codes = np.arange(levels) + 0.5
+    # Ranges that leave ever more of both tails outside.
+    tails = (np.concatenate([[0.0], np.logspace(-4.5, -0.5, _STARTS - 1)]) * (n - 1)).astype(int)
+    lo = values[tails][:, None]
+    step = np.maximum(values[n - 1 - tails][:, None] - lo, (high - low) * 1e-6) / levels
+    best = (np.inf, low, (high - low) / levels)
+    ends = np.zeros((_STARTS, levels + 1), int)
+    ends[:, -1] = n
+    for _ in range(_STEPS):
+        ends[:, 1:-1] = np.searchsorted(values, lo + (codes[1:] - 0.5) * step)
+        count, total = np.diff(ends), np.diff(sums[ends])
+        middle = lo + codes * step
+        error = ((count * middle - 2 * total) * middle).sum(1)  # squared error, less the values' own squares
+        i = int(error.argmin())
+        if error[i] < best[0]:
+            best = (error[i], lo[i, 0], step[i, 0])
+        mean_code, mean_value = (count * codes).sum(1, keepdims=True) / n, sums[-1] / n
+        spread = (count * codes**2).sum(1, keepdims=True) / n - mean_code**2
+        slope = ((codes * total).sum(1, keepdims=True) / n - mean_code * mean_value) / np.maximum(spread, 1e-12)
+        step = np.maximum(np.where(spread > 1e-9, slope, step), (high - low) * 1e-9)
+        lo = mean_value - mean_code * step
+    return _float32(best[1]), _float32(best[2])
+
+
+def _float32(value: float) -> float:
+    """The nearest float32, so that numpy, torch and JSON agree on the value."""
+    return float(np.float32(value))
+
+
+def _columns(quantizer: Quantizer, like: Tensor) -> tuple[Tensor, Tensor]:
+    """f32 [C,1,1] each, on the device of `like`."""
+    lo, step = (torch.tensor(v, dtype=torch.float32, device=like.device) for v in (quantizer.lo, quantizer.step))
+    return lo.view(-1, 1, 1), step.view(-1, 1, 1)
