@@ -27,7 +27,7 @@ _CHUNK = 64 * 1024
 
 
 class PlainFile:
-    """Bytes of a file by offset. Opened for each read: no lock, no limit on how many there are, and it can be pickled."""
+    """Bytes of a file by offset. Opened for each read: no lock, no limit on how many there are, can be pickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -169,20 +169,28 @@ _AGAIN = "copy or download the archive again"
 
 
 def archive_kind(path: Path) -> str | None:
-    """``tar``, ``gzip``, a type that is not read in place (``zip``, …) or None; by content, whatever the name."""
+    """``tar``, ``gzip`` (of a tar), a type that is not read in place (``zip``, …) or None; by content, not by name."""
     with path.open("rb") as file:
-        head = file.read(512)
+        head = file.read(_CHUNK)
     if head.startswith(b"\x1f\x8b"):
-        return "gzip"
+        try:
+            inner = zlib.decompressobj(wbits=31).decompress(head, 512)
+        except zlib.error:
+            return "gzip"  # a damaged one; reading it says so
+        return "gzip" if len(inner) < 512 or _begins_tar(inner) else None
     others = {b"PK\3\4": "zip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"7z\xbc\xaf": "7z"}
     for magic, name in others.items():
         if head.startswith(magic):
             return name
+    return "tar" if _begins_tar(head[:512]) else None
+
+
+def _begins_tar(head: bytes) -> bool:
     try:
         tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")
     except tarfile.HeaderError:
-        return "tar" if head == bytes(512) else None  # a tar of nothing is two blocks of zeros
-    return "tar"
+        return head == bytes(512)  # a tar of nothing is blocks of zeros
+    return True
 
 
 def list_archive(path: Path, progress: Progress | None = None) -> Listing:

@@ -98,9 +98,9 @@ def list_folder(root: Path) -> Listing:
     """
     listing = Listing()
     real_root = str(root.resolve())
-    todo = [(str(root), "", (real_root,))]  # path, path inside the root, real paths of it and those above
+    todo: list[tuple[str, str, tuple[str, ...]]] = [(str(root), "", (real_root,))]
     while todo:
-        folder, inside, above = todo.pop()
+        folder, inside, above = todo.pop()  # its path, its path inside the root, real paths of it and those above
         try:
             with os.scandir(folder) as items:
                 for item in items:
@@ -108,11 +108,10 @@ def list_folder(root: Path) -> Listing:
                         continue
                     name = inside + text_path(item.name)
                     if _is_folder(item):
-                        real = f"{above[-1]}/{item.name}"
-                        if item.is_symlink():
-                            real = str(Path(item.path).resolve())
-                            if real in above or f"{real}/".startswith(f"{real_root}/"):
-                                continue
+                        link = item.is_symlink()
+                        real = str(Path(item.path).resolve()) if link else f"{above[-1]}/{item.name}"
+                        if real in above or (link and f"{real}/".startswith(f"{real_root}/")):
+                            continue
                         listing.folders.add(name)
                         todo.append((item.path, f"{name}/", (*above, real)))
                     elif _is_image_file(item):
@@ -168,11 +167,12 @@ def by_folders(spec: str, listing: Listing) -> Tree:
             classes[splits[parts[depth]] if splits else "train"].add(parts[level])
     for path, at in listing.images:
         parts = path.split("/")
-        if splits and parts[depth] not in splits:
-            continue
+        top = parts[depth] if len(parts) > depth else ""
+        if splits and top not in splits and SPLIT_NAMES.get(top.lower(), "test") == "test":
+            continue  # beside the splits; or a test split without classes
         if len(parts) < level + 2:
             raise SourceError(f"{path} in {spec} lies in no class folder", LAYOUTS)
-        split = splits[parts[depth]] if splits else "train"
+        split = splits[top] if splits else "train"
         found[split].append(Found("/".join(parts[depth:]), parts[level], at))
     return Tree(found, classes)
 

@@ -82,7 +82,9 @@ def _light(pixels: NDArray[np.uint8], rng: Generator) -> NDArray[np.uint8]:
     """Brightness that falls off in one direction, a tint, and grain: u8 [H,W,3] -> u8 [H,W,3]."""
     angle, depth = rng.uniform(0, 2 * math.pi), rng.uniform(0, 0.35)
     ramp = np.linspace(-depth, depth, PIXELS, dtype=np.float32)
-    light = 1 + np.float32(math.cos(angle)) * ramp[None, :] + np.float32(math.sin(angle)) * ramp[:, None]
+    light: NDArray[np.float32] = (
+        1 + np.float32(math.cos(angle)) * ramp[None, :] + np.float32(math.sin(angle)) * ramp[:, None]
+    )
     grain = rng.standard_normal(light.shape, dtype=np.float32) * np.float32(rng.uniform(2, 11))
     tint = rng.uniform(0.9, 1.1, 3).astype(np.float32)
     lit = pixels * (light[:, :, None] * tint)
@@ -186,8 +188,8 @@ def _stroke(draw: ImageDraw.ImageDraw, rng: Generator, colour: Colour) -> None:
 def _blob(draw: ImageDraw.ImageDraw, rng: Generator, colour: Colour) -> None:
     """A closed, uneven, lumpy outline, filled."""
     t = np.linspace(0, 2 * math.pi, 40, endpoint=False)
-    lumps = sum(rng.uniform(0.12, 0.3) * np.cos(k * t + rng.uniform(0, 6.28)) for k in (2, 3, 5))
-    radius = rng.uniform(0.04, 0.13) * _CANVAS * (1 + lumps)
+    lumps = np.sum([rng.uniform(0.12, 0.3) * np.cos(k * t + rng.uniform(0, 6.28)) for k in (2, 3, 5)], axis=0)
+    radius = rng.uniform(0.04, 0.13) * _CANVAS * (1.0 + lumps)
     points = np.stack([np.cos(t) * rng.uniform(0.5, 1.6), np.sin(t)], axis=1) * radius[:, None]
     draw.polygon((points + rng.uniform(0, _CANVAS, 2)).ravel().tolist(), fill=colour)
 

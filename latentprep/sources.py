@@ -160,6 +160,8 @@ def open_source(
     if name is None:
         return _build(str(spec), *_find(str(spec), progress), val_fraction, seed)
     path = Path(data).expanduser() if data is not None else datasets.fetch(name, cache, progress)
+    if not path.exists():
+        raise SourceError(f"no such file or folder: {path}", f"give a copy of {name} with --data, or leave it out")
     source = _build(name, *_find(str(path), progress), val_fraction, seed)
     source.classes = datasets.class_names(name, source.classes, path)
     return source
@@ -167,16 +169,25 @@ def open_source(
 
 def _find(spec: str, progress: Progress | None) -> tuple[Tree, Callable[[Any], bytes]]:
     """The images that ``spec`` names, by split, and the function that reads one."""
-    path = Path(spec).expanduser()
+    try:
+        return _find_path(spec, Path(spec).expanduser(), progress)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise SourceError(f"cannot read {error.filename or spec}: {reason}", "check its permissions") from error
+
+
+def _find_path(spec: str, path: Path, progress: Progress | None) -> tuple[Tree, Callable[[Any], bytes]]:
     if path.is_dir():
         listing = list_folder(path)
         tars = [] if listing.images else [p for p in sorted(path.iterdir()) if _is_tar(p)]
         if not tars:
             return by_folders(spec, listing), read_file
-    elif path.exists():
+    elif path.is_file():
         if has_image_name(spec):
-            raise SourceError(f"{spec} is one image", LAYOUTS)
+            raise SourceError(f"{spec} is a single image", LAYOUTS)
         tars = [path]
+    elif path.exists():
+        raise SourceError(f"{spec} is neither a file nor a folder", LAYOUTS)
     else:
         tars = [Path(name).expanduser() for name in _expand_braces(spec)]
         _check_exists(spec, tars)

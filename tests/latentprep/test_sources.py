@@ -1,0 +1,421 @@
+"""Folders, tars and WebDataset shards as sources: same rows whatever the packing, and one clear error for bad input."""
+
+import gzip
+import io
+import os
+import pickle
+import random
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from latentprep import archives
+from latentprep.errors import SourceError, UsageError
+from latentprep.sources import Source, open_source
+
+JPEG = b"\xff\xd8\xff\xe0"
+PNG = b"\x89PNG\r\n\x1a\n"
+TWO = {"train/ant/1.jpg": JPEG, "train/bee/1.jpg": JPEG, "val/ant/2.jpg": JPEG, "val/bee/2.jpg": JPEG}
+
+
+def write_tree(root: Path, files: dict[str, bytes]) -> Path:
+    for name, data in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return root
+
+
+def write_tar(path: Path, files: dict[str, bytes], *, mode: Any = "w") -> Path:
+    with tarfile.open(path, mode) as tar:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+def contents(source: Source) -> dict:
+    return {
+        "classes": source.classes,
+        **{s: [source.read(s, i) for i in range(source.size(s))] for s in source.splits},
+    }
+
+
+names = st.text("abcXYZ 01é", min_size=1, max_size=4).map(str.strip).filter(bool)
+
+
+@st.composite
+def trees(draw: Any) -> dict[str, bytes]:
+    classes = draw(st.lists(names, min_size=2, max_size=4, unique=True))
+    wrapper = draw(st.sampled_from(["", "set/", "a b/set-160/"]))
+    splits = draw(st.sampled_from([[""], ["train/"], ["train/", "val/"], ["train/", "validation/", "test/"]]))
+    files = {f"{wrapper}README.txt": b"hello"}
+    for split in splits:
+        for name in classes:
+            for inner in draw(st.sets(st.sampled_from(["1.jpg", "2.png", "deep/er/3.jpg", "4"]), min_size=1)):
+                files[f"{wrapper}{split}{name}/{inner}"] = JPEG + draw(st.binary(max_size=600))
+    return files
+
+
+@settings(max_examples=25, deadline=None)
+@given(trees(), st.randoms())
+def test_folder_tar_and_tgz_are_the_same_source(tmp_path_factory, files, rng):
+    root = tmp_path_factory.mktemp("tree")
+    folder = open_source(write_tree(root / "folder", files))
+    order = list(files.items())
+    rng.shuffle(order)
+    tar = open_source(write_tar(root / "plain", dict(order)))
+    tgz = open_source(write_tar(root / "packed", {f"./{name}": data for name, data in order}, mode="w:gz"))
+    assert contents(folder) == contents(tar) == contents(tgz)
+    assert folder.fingerprint() == tar.fingerprint() == tgz.fingerprint()
+
+
+def test_rows_are_sorted_by_key_relative_to_the_folder_of_the_splits(tmp_path):
+    write_tree(tmp_path / "data" / "outer", {**TWO, "train/ant/0.png": PNG, "test/bee/x.jpg": JPEG, "list.csv": b"a"})
+    source = open_source(tmp_path)
+    assert source.spec == str(tmp_path)
+    assert source.splits == ("train", "val", "test")
+    assert source.classes == ("ant", "bee")
+    assert source.keys("train") == ["train/ant/0.png", "train/ant/1.jpg", "train/bee/1.jpg"]
+    assert source.labels("train") == [0, 0, 1]
+    assert source.keys("test") == ["test/bee/x.jpg"]
+    assert source.labels("test") == [1]
+    with pytest.raises(UsageError, match="no split 'dev'; it has train, val, test"):
+        source.size("dev")
+
+
+def test_numbered_classes_are_in_numeric_order(tmp_path):
+    assert open_source(write_tree(tmp_path, {f"{n}/x.jpg": JPEG for n in (10, 9, 1)})).classes == ("1", "9", "10")
+
+
+def test_images_are_told_by_content_and_damaged_ones_keep_their_row(tmp_path):
+    files = {
+        "a/photo": JPEG,
+        "a/odd.txt": PNG,
+        "a/web.data": b"RIFF\0\0\0\0WEBP",
+        "a/text.jpg": b"no image at all",
+        "a/empty.JPEG": b"",
+        "a/README": b"BM is how this text begins, and it is no bitmap",
+        "a/Thumbs.db": b"\xd0\xcf\x11\xe0",
+        "a/._photo.jpg": JPEG,
+        ".cache/x.jpg": JPEG,
+        "__MACOSX/a/photo.jpg": JPEG,
+        "b/bitmap": b"BM" + bytes(12) + (40).to_bytes(4, "little") + bytes(20),
+        "b/tiff": b"II*\0",
+    }
+    write_tree(tmp_path, files)
+    (tmp_path / "b" / "gone.jpg").symlink_to("nowhere")
+    source = open_source(tmp_path, val_fraction=0)
+    assert source.keys("train") == [
+        *("a/empty.JPEG", "a/odd.txt", "a/photo", "a/text.jpg", "a/web.data", "b/bitmap", "b/gone.jpg", "b/tiff")
+    ]
+    with pytest.raises(OSError, match=r"gone\.jpg"):
+        source.read("train", 6)
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path):
+    outside = write_tree(tmp_path / "elsewhere", {"bees/1.jpg": JPEG})
+    root = write_tree(tmp_path / "root", {"ant/1.jpg": JPEG})
+    (outside / "bees" / "back").symlink_to(root)
+    (outside / "bees" / "again").symlink_to(outside)
+    (root / "bee").symlink_to(outside / "bees")
+    (root / "ant" / "loop").symlink_to(root)
+    (root / "ant" / "self").symlink_to(root / "ant" / "self")
+    (root / "ant" / "2.jpg").symlink_to(outside / "bees" / "1.jpg")
+    os.mkfifo(root / "ant" / "pipe.jpg")
+    assert open_source(root, val_fraction=0).keys("train") == ["ant/1.jpg", "ant/2.jpg", "bee/1.jpg"]
+
+
+def test_names_that_are_not_utf8_give_keys_that_are(tmp_path):
+    write_tree(tmp_path, {"a/1.jpg": JPEG, "b/1.jpg": JPEG})
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/b/\xe9.jpg")).write_bytes(JPEG + b"!")
+    source = open_source(tmp_path, val_fraction=0)
+    assert source.keys("train")[2] == "b/\\xe9.jpg"
+    assert source.read("train", 2).data == JPEG + b"!"
+    source.fingerprint()
+
+
+# --- splitting off val
+
+
+def many(per_class: int = 20) -> dict[str, bytes]:
+    return {f"{name}/{i:03d}.jpg": JPEG for name in ("ant", "bee", "cat") for i in range(per_class)}
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.floats(0.01, 0.99), st.integers(0, 5))
+def test_val_is_split_off_by_class_seed_and_key(tmp_path_factory, fraction, seed):
+    folder = write_tree(tmp_path_factory.mktemp("tree"), many())
+    source = open_source(folder, val_fraction=fraction, seed=seed)
+    train, val = source.keys("train"), source.keys("val")
+    assert sorted(train + val) == sorted(many())
+    expected = min(19, max(1, round(20 * fraction)))
+    assert [source.labels("val").count(label) for label in range(3)] == [expected] * 3
+    assert source.fingerprint() == open_source(folder, val_fraction=fraction, seed=seed).fingerprint()
+
+
+def test_val_fraction_defaults_to_a_tenth_and_0_means_none(tmp_path):
+    write_tree(tmp_path, many())
+    assert open_source(tmp_path).size("val") == 6
+    assert open_source(tmp_path, val_fraction=0).splits == ("train",)
+    assert open_source(tmp_path, seed=1).keys("val") != open_source(tmp_path, seed=2).keys("val")
+    for bad in (-0.1, 1, 1.5, float("nan")):
+        with pytest.raises(UsageError, match="val fraction must be from 0 to below 1"):
+            open_source(tmp_path, val_fraction=bad)
+
+
+def test_a_source_with_a_val_split_refuses_a_val_fraction(tmp_path):
+    write_tree(tmp_path, TWO)
+    with pytest.raises(UsageError, match="has its own val split"):
+        open_source(tmp_path, val_fraction=0.2)
+    assert open_source(tmp_path, val_fraction=0).size("val") == 2
+
+
+def test_take_is_even_over_classes_and_deterministic(tmp_path):
+    source = open_source(write_tree(tmp_path, many()), val_fraction=0)
+    few = source.take(6)
+    assert few.labels("train") == [0, 0, 1, 1, 2, 2]
+    assert few.keys("train") == source.take(6).keys("train")
+    assert few.keys("train") == sorted(few.keys("train"))
+    assert few.read("train", 5).key == few.keys("train")[5]
+    assert source.take(1000).fingerprint() == source.fingerprint()
+    with pytest.raises(UsageError, match="limit must be 1 or more"):
+        source.take(0)
+
+
+# --- archives
+
+
+def big_archive(path: Path, mode: Any = "w") -> dict[str, bytes]:
+    rng = random.Random(0)
+    files = {f"{c}/{i:02d}.jpg": JPEG + rng.randbytes(rng.randrange(4000)) for c in "ab" for i in range(60)}
+    write_tar(path, files, mode=mode)
+    return files
+
+
+def read_in_threads(source: Source, files: dict[str, bytes]) -> None:
+    order = random.Random(1).sample(range(len(files)), len(files))
+    with ThreadPoolExecutor(4) as pool:
+        samples = list(pool.map(lambda i: source.read("train", i), order))
+    assert {sample.key: sample.data for sample in samples} == files
+
+
+def test_tgz_is_read_in_any_order_from_many_threads_and_after_pickling(tmp_path, monkeypatch):
+    monkeypatch.setattr(archives, "_GZIP_SPACING", 5000)
+    monkeypatch.setattr(archives, "_CHUNK", 777)
+    files = big_archive(tmp_path / "x.tgz", "w:gz")
+    source = open_source(tmp_path / "x.tgz", val_fraction=0)
+    read_in_threads(source, files)
+    read_in_threads(pickle.loads(pickle.dumps(source)), files)
+
+
+def test_gzip_of_several_streams(tmp_path, monkeypatch):
+    monkeypatch.setattr(archives, "_GZIP_SPACING", 5000)
+    files = big_archive(tmp_path / "x.tar")
+    plain = (tmp_path / "x.tar").read_bytes()
+    parts = [gzip.compress(plain[i : i + 30_000]) for i in range(0, len(plain), 30_000)]
+    (tmp_path / "y").write_bytes(b"".join(parts) + bytes(100))
+    read_in_threads(open_source(tmp_path / "y", val_fraction=0), files)
+    read_in_threads(open_source(tmp_path / "x.tar", val_fraction=0), files)
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_a_long_scan_reports_bytes(tmp_path, mode):
+    path = write_tar(tmp_path / "x.tar", {f"{c}/{i}.jpg": JPEG for c in "ab" for i in range(300)}, mode=mode)
+    seen: list[tuple[str, int, int | None]] = []
+    open_source(path, progress=lambda *args: seen.append(args))
+    assert [what for what, _, _ in seen] == ["reading x.tar"] * 2
+    assert all(0 < done <= path.stat().st_size == total for _, done, total in seen)
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 0.97])
+def test_an_archive_cut_short_is_one_error(tmp_path, mode, share):
+    path = tmp_path / "x.tar"
+    big_archive(path, mode)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(SourceError, match=r"x\.tar is (damaged or cut short|not an archive)"):
+        open_source(path)
+
+
+def test_a_tar_cut_between_members_is_noticed(tmp_path):
+    path = write_tar(tmp_path / "x.tar", {f"{c}/{i}.jpg": JPEG for c in "ab" for i in range(3)})
+    path.write_bytes(path.read_bytes()[: 4 * 1024])  # four members of a header and a block
+    with pytest.raises(SourceError, match="cut short"):
+        open_source(path)
+
+
+def test_a_damaged_tgz_is_one_error(tmp_path):
+    path = tmp_path / "x.tgz"
+    big_archive(path, "w:gz")
+    data = bytearray(path.read_bytes())
+    for place in range(20, len(data), 1009):
+        data[place] ^= 0xFF
+    path.write_bytes(bytes(data))
+    with pytest.raises(SourceError, match="damaged or cut short"):
+        open_source(path)
+
+
+def test_an_archive_that_changes_is_reported_with_the_key(tmp_path):
+    path = write_tar(tmp_path / "x.tar", {name: data + bytes(3000) for name, data in TWO.items()})
+    source = open_source(path)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(SourceError, match=r"train/bee/1\.jpg: .* is shorter than when it was opened"):
+        source.read("train", 1)
+    path.unlink()
+    with pytest.raises(OSError, match=r"x\.tar"):
+        source.read("train", 0)
+
+
+@pytest.mark.parametrize("name", ["../evil.jpg", "/etc/evil.jpg", "a/../../evil.jpg"])
+def test_members_that_point_outside_are_refused(tmp_path, name):
+    path = write_tar(tmp_path / "x.tar", {**TWO, name: JPEG})
+    with pytest.raises(SourceError, match="points outside the archive"):
+        open_source(path)
+
+
+def test_links_and_devices_in_a_tar(tmp_path):
+    path = write_tar(tmp_path / "x.tar", TWO)
+    with tarfile.open(path, "a") as tar:
+        for name, kind in (("train/ant/tty", tarfile.CHRTYPE), ("train/ant/note", tarfile.SYMTYPE)):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "/etc/passwd"
+            tar.addfile(member)
+    assert open_source(path).keys("train") == ["train/ant/1.jpg", "train/bee/1.jpg"]
+    with tarfile.open(path, "a") as tar:
+        member = tarfile.TarInfo("train/ant/9.jpg")
+        member.type, member.linkname = tarfile.SYMTYPE, "1.jpg"
+        tar.addfile(member)
+    with pytest.raises(SourceError, match=r"train/ant/9\.jpg is a link to 1\.jpg.*--dereference"):
+        open_source(path)
+
+
+def test_a_key_twice_is_an_error_that_names_it(tmp_path):
+    path = write_tar(tmp_path / "x.tar", TWO)
+    with tarfile.open(path, "a") as tar:
+        tar.addfile(tarfile.TarInfo("./train/ant/1.jpg"), io.BytesIO(b""))
+    with pytest.raises(SourceError, match=r"key train/ant/1\.jpg occurs twice in train"):
+        open_source(path)
+
+
+# --- WebDataset tars
+
+
+def shard(path: Path, samples: dict[str, str], suffix: str = "jpg") -> Path:
+    files = {f"{key}.{suffix}": JPEG + key.encode() for key in samples}
+    return write_tar(path, files | {f"{key}.cls": label.encode() for key, label in samples.items()})
+
+
+def test_webdataset_by_brace_pattern_folder_and_single_tar(tmp_path):
+    shard(tmp_path / "train-000000.tar", {"b/0001": "10\n", "b/0000": "2"})
+    shard(tmp_path / "train-000001.tar", {"a.v/0002": "2"}, "img.png")
+    shard(tmp_path / "val-000000.tar", {"0000": "10", "0009": "2"})
+    folder = open_source(tmp_path)
+    assert folder.classes == ("2", "10")
+    assert folder.keys("train") == ["a.v/0002", "b/0000", "b/0001"]
+    assert folder.labels("train") == [0, 0, 1]
+    assert folder.read("train", 0).data == JPEG + b"a.v/0002"
+    assert folder.keys("val") == ["0000", "0009"]
+    both = open_source(f"{tmp_path}/{{train-{{000000..000001}},val-000000}}.tar")
+    assert contents(both) == contents(folder)
+    assert open_source(tmp_path / "val-000000.tar").splits == ("val",)
+    with pytest.raises(SourceError, match=r"2 of 4 files are not there, the first .*train-000002\.tar"):
+        open_source(f"{tmp_path}/train-{{000000..000003}}.tar")
+
+
+def test_webdataset_class_names_and_val_fraction(tmp_path):
+    shard(tmp_path / "shard.tar", {f"{i:03d}": ("ant", "7")[i % 2] for i in range(20)})
+    source = open_source(tmp_path / "shard.tar", val_fraction=0.2)
+    assert source.classes == ("7", "ant")
+    assert (source.size("train"), source.size("val")) == (16, 4)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"3.jpg": JPEG}, r"sample 3 has no \.cls"),
+        ({"3.cls": b"1"}, "sample 3 has no image"),
+        ({"1.mask.png": PNG}, "sample 1 has two images"),
+        ({"3.jpg": JPEG, "3.cls": b"\xff\xfe"}, r"3\.cls is b'"),
+        ({"3.jpg": JPEG, "3.cls": b" "}, "write a class number or a class name"),
+    ],
+)
+def test_webdataset_samples_that_are_not_whole(tmp_path, extra, message):
+    files = {"1.jpg": JPEG, "1.cls": b"0", "2.jpg": JPEG, "2.cls": b"1", **extra}
+    with pytest.raises(SourceError, match=message):
+        open_source(write_tar(tmp_path / "train.tar", files))
+
+
+def test_webdataset_key_twice(tmp_path):
+    shard(tmp_path / "train-0.tar", {"1": "0", "2": "1"})
+    shard(tmp_path / "train-1.tar", {"2": "0"})
+    with pytest.raises(SourceError, match="key 2 occurs twice in train"):
+        open_source(tmp_path)
+
+
+# --- bad input
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"a/notes.txt": b"x"}, "holds no images"),
+        ({**TWO, "train/cow/notes.txt": b"x"}, "class cow has no images in the train split"),
+        ({"a/1.jpg": JPEG, "b/1.jpg": JPEG, "c/notes.txt": b"x"}, "class c has no images"),
+        ({"a/1.jpg": JPEG}, "has one class only: a"),
+        ({"train/a/1.jpg": JPEG}, "has one class only: a"),
+        ({"1.jpg": JPEG, "2.jpg": JPEG}, "lies in no class folder"),
+        ({**TWO, "train/1.jpg": JPEG}, r"train/1\.jpg in .* lies in no class folder"),
+        ({"train/a/1.jpg": JPEG, "train/b/1.jpg": JPEG, "val/1.jpg": JPEG}, r"val/1\.jpg in .* lies in no class"),
+        ({**TWO, "val/cow/1.jpg": JPEG}, "class cow of .* is in val but not in train"),
+        ({**TWO, "valid/ant/1.jpg": JPEG}, "has val and valid, which are both the val split"),
+    ],
+)
+def test_bad_trees_are_one_clear_error(tmp_path, files, message):
+    with pytest.raises(SourceError, match=message) as caught:
+        open_source(write_tree(tmp_path, files))
+    assert caught.value.hint
+
+
+def test_what_val_and_test_may_lack(tmp_path):
+    files = {**TWO, "train/cow/1.jpg": JPEG, "val/cow/notes.txt": b"", "test/unlabelled.jpg": JPEG, "docs/fig.png": PNG}
+    source = open_source(write_tree(tmp_path, files))
+    assert source.splits == ("train", "val")
+    assert source.classes == ("ant", "bee", "cow")
+
+
+def test_a_class_may_be_called_like_a_split(tmp_path):
+    assert open_source(write_tree(tmp_path, {"train/1.jpg": JPEG, "bus/1.jpg": JPEG})).classes == ("bus", "train")
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("x.zip", b"PK\3\4...", "is a zip archive; give a folder, a .tar or a .tar.gz"),
+        ("x.tar", b"hello", "is not an archive"),
+        ("x.csv.gz", gzip.compress(b"a,b\n" * 1000), "is not an archive"),
+        ("x.tar", bytes(10240), "holds no images"),
+        ("x.jpg", JPEG, "is a single image"),
+    ],
+)
+def test_files_that_are_no_source(tmp_path, name, data, message):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(SourceError, match=message):
+        open_source(tmp_path / name)
+
+
+def test_no_such_path(tmp_path):
+    with pytest.raises(SourceError, match="no such file or folder"):
+        open_source(tmp_path / "nothing")
+    with pytest.raises(SourceError, match="imagenete is neither a path nor a named dataset; did you mean imagenette"):
+        open_source("imagenete")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(SourceError, match="neither a file nor a folder"):
+        open_source(tmp_path / "pipe")
