@@ -109,8 +109,8 @@ def _decode_jpeg(data: bytes, need_side: int | None, max_pixels: int) -> np.ndar
     """u8 [H,W,3] by libjpeg-turbo."""
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data, strict=False)
-    except ValueError as error:
-        raise _Refused(str(error)) from error
+    except Exception as error:  # a KeyError for some damaged headers, too
+        raise _Refused("no readable JPEG header") from error
     _check_pixels(width, height, max_pixels)
     if colours not in ("YCbCr", "RGB", "Gray"):
         raise _Refused(f"JPEG of colour space {colours}")

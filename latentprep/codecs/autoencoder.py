@@ -95,7 +95,8 @@ class AutoencoderCodec:
         """f32 [B,C,h,w], standard normal; each image's own, so that it does not depend on the batch."""
         draws = []
         for image in images.cpu().numpy():
-            generator = torch.Generator().manual_seed(self.seed << 32 | zlib.crc32(image.tobytes()))
+            # torch's CPU generator looks at 32 bits of a seed, so both must go into those.
+            generator = torch.Generator().manual_seed(zlib.crc32(image.tobytes(), self.seed & 0xFFFFFFFF))
             draws.append(torch.randn(shape, generator=generator))
         return torch.stack(draws).to(self.device)
 

@@ -1,0 +1,226 @@
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pictures import picture
+
+from latentprep.codecs import codec_from_config, codec_names, flip_signs, make_codec
+from latentprep.codecs.listing import list_codecs
+from latentprep.errors import CodecError, UsageError
+from latentprep.images import load_views
+
+PLUGIN = Path(__file__).parent.parent / "plugin"
+
+
+@pytest.fixture
+def plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(PLUGIN)
+
+
+def batch(count: int = 3, height: int = 32, width: int = 48) -> torch.Tensor:
+    """u8 [B,3,H,W]."""
+    return torch.from_numpy(np.stack([picture(i, height, width) for i in range(count)])).permute(0, 3, 1, 2)
+
+
+def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float(10 * torch.log10(255**2 / (a.double() - b.double()).square().mean()))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("dct", {}), ("dct", {"luma": 1, "chroma": 0}), ("resample", {}), ("resample", {"factor": 1})],
+)
+def test_face_of_a_codec(name: str, options: dict) -> None:
+    codec = make_codec(name, **options)
+    images = batch()
+    latents = codec.encode(images)
+    assert latents.dtype == torch.float32
+    assert tuple(latents.shape[1:]) == codec.latent_shape(32, 48)
+    decoded = codec.decode(latents)
+    assert decoded.dtype == torch.uint8
+    assert decoded.shape == images.shape
+    again = codec_from_config(json.loads(json.dumps(codec.config())))
+    assert again.config() == codec.config()
+    assert torch.equal(again.encode(images), latents)
+
+
+def test_dct_is_exact_with_all_coefficients() -> None:
+    codec = make_codec("dct", luma=64, chroma=64)
+    images = batch()
+    assert torch.equal(codec.decode(codec.encode(images)), images)
+
+
+def test_dct_is_orthonormal_and_ordered() -> None:
+    grey = torch.full((1, 3, 8, 8), 200, dtype=torch.uint8)
+    latents = make_codec("dct", luma=64, chroma=64).encode(grey)
+    assert latents[0, 0, 0, 0].item() == pytest.approx(8 * (200 - 128))  # orthonormal: 8 times the mean
+    assert latents[0, 1:].abs().max().item() < 1e-3
+    ramp = torch.arange(8).mul(10).to(torch.uint8).expand(1, 3, 8, 8)
+    latents = make_codec("dct", luma=3, chroma=0).encode(ramp)
+    assert latents[0, 1].abs().item() > 10  # zigzag's second is the first horizontal frequency
+    assert latents[0, 2].abs().item() < 1e-3
+
+
+@settings(max_examples=20, deadline=None)
+@given(luma=st.integers(1, 64), chroma=st.integers(0, 64), seed=st.integers(0, 1000))
+def test_dct_inverts_what_it_keeps(luma: int, chroma: int, seed: int) -> None:
+    codec = make_codec("dct", luma=luma, chroma=chroma)
+    latents = codec.encode(torch.from_numpy(picture(seed, 16, 24)).permute(2, 0, 1)[None])
+    analysis, synthesis = codec._analysis.flatten(1), codec._synthesis.flatten(1)  # type: ignore[attr-defined]
+    assert torch.allclose(analysis @ synthesis.T, torch.eye(len(analysis)), atol=1e-5)
+    assert latents.shape[1] == luma + 2 * chroma
+
+
+@pytest.mark.parametrize(("name", "options"), [("dct", {}), ("resample", {}), ("resample", {"factor": 1})])
+def test_flip_is_the_mirror_exactly(name: str, options: dict) -> None:
+    codec = make_codec(name, **options)
+    images = batch()
+    flipped = codec.flip(codec.encode(images))
+    assert flipped is not None
+    assert torch.allclose(flipped, codec.encode(images.flip(-1)), atol=2e-3)
+    signs = flip_signs(codec, codec.latent_shape(32, 48))
+    assert signs is not None
+    mirrored = codec.encode(images).flip(-1) * torch.tensor(signs).view(-1, 1, 1)
+    assert torch.equal(mirrored, flipped)
+
+
+def test_resample_shrinks_without_aliasing() -> None:
+    stripes = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+    stripes[..., ::2] = 255  # finer than the shrunk grid can show
+    inner = make_codec("resample", factor=4).encode(stripes)[..., 2:-2]
+    assert (inner - 127.5).abs().max() < 8
+
+
+def test_unknown_names_and_options_say_the_way_out() -> None:
+    with pytest.raises(CodecError, match="did you mean taesd"):
+        make_codec("taesdd")
+    with pytest.raises(UsageError, match="no option --factor; it takes --luma and --chroma"):
+        make_codec("dct", factor=3)
+    for options in ({"luma": 0}, {"luma": 65}, {"chroma": -1}):
+        with pytest.raises(UsageError, match="must be"):
+            make_codec("dct", **options)
+    with pytest.raises(UsageError, match="--size 24 or --size 32"):
+        make_codec("dct").latent_shape(30, 30)
+
+
+def test_third_party_codecs_are_found(plugin: None) -> None:
+    assert "grey" in codec_names()
+    codec = make_codec("grey", gain=2.0)
+    assert codec_from_config(codec.config()).config() == {"name": "grey", "gain": 2.0}
+    assert flip_signs(codec, (1, 4, 4)) == (1,)
+    with pytest.raises(CodecError, match=r"nowhere.*does not import"):
+        make_codec("nowhere")
+    rows = {row.name: row for row in list_codecs(64, 4)}
+    assert rows["grey"].latent == (1, 16, 16)
+    assert rows["grey"].code_bytes == 128
+    assert "does not import" in rows["nowhere"].weights
+
+
+def test_listing_loads_no_weights() -> None:
+    rows = {row.name: row for row in list_codecs(224, 4)}
+    assert rows["sd-vae"].latent == (4, 28, 28)
+    assert rows["sd-vae"].code_bytes == 1568
+    assert rows["taesd3"].latent == (16, 28, 28)
+    assert rows["dct"].weights == "none needed"
+    assert "diffusers" not in sys.modules or rows["taesd"].weights in ("yes", "no")
+
+
+# Autoencoders: real small ones where the assets are, random ones of the sd-vae kind everywhere.
+
+
+@pytest.fixture(scope="module")
+def small_vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny random AutoencoderKL: factor 4, 4 channels."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    model = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        norm_num_groups=4,
+        latent_channels=4,
+        scaling_factor=0.5,
+        shift_factor=0.25,
+    )
+    folder = tmp_path_factory.mktemp("vae")
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_autoencoder_kl_applies_its_factors(small_vae: Path) -> None:
+    import diffusers
+
+    codec = make_codec("sd-vae", weights=str(small_vae), dtype="float32")
+    assert codec.latent_shape(32, 48) == (4, 8, 12)
+    images = batch()
+    latents = codec.encode(images)
+    model = diffusers.AutoencoderKL.from_pretrained(small_vae)
+    with torch.no_grad():
+        expected = (model.encode(images / 127.5 - 1).latent_dist.mean - 0.25) * 0.5
+        decoded = model.decode(latents / 0.5 + 0.25).sample
+    assert torch.allclose(latents, expected, atol=1e-4)
+    expected_pixels = ((decoded + 1) * 127.5).round().clamp(0, 255)
+    assert (codec.decode(latents).float() - expected_pixels).abs().max() <= 1
+    assert codec.flip(latents) is None
+    assert flip_signs(codec, (4, 8, 12)) is None
+
+
+def test_posterior_samples_depend_on_seed_and_image_only(small_vae: Path) -> None:
+    def codec(seed: int):
+        return make_codec("sd-vae", weights=str(small_vae), dtype="float32", posterior="sample", seed=seed)
+
+    images = batch(4)
+    together = codec(1).encode(images)
+    alone = codec(1).encode(images[2:3])
+    assert torch.allclose(together[2:3], alone, atol=1e-4)
+    assert not torch.allclose(together, codec(2).encode(images), atol=1e-2)
+    mean = make_codec("sd-vae", weights=str(small_vae), dtype="float32").encode(images)
+    assert not torch.allclose(together, mean, atol=1e-2)
+
+
+def test_weights_are_checked_by_hash(small_vae: Path, tmp_path: Path) -> None:
+    import shutil
+
+    config = make_codec("sd-vae", weights=str(small_vae), dtype="float32").config()
+    moved = shutil.copytree(small_vae, tmp_path / "moved")
+    assert codec_from_config(config, weights=str(moved)).config()["weights_sha256"] == config["weights_sha256"]
+    data = bytearray((moved / "diffusion_pytorch_model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (moved / "diffusion_pytorch_model.safetensors").write_bytes(data)
+    with pytest.raises(CodecError, match="not those this dataset was made with"):
+        codec_from_config(config, weights=str(moved))
+
+
+def test_bad_weights_are_one_clear_error(small_vae: Path, tmp_path: Path) -> None:
+    with pytest.raises(CodecError, match="no model folder at"):
+        make_codec("taesd", weights=str(tmp_path / "absent"))
+    with pytest.raises(CodecError, match=r"no readable config\.json"):
+        make_codec("taesd", weights=str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
+    with pytest.raises(CodecError, match="holds a UNet2DModel, not an image autoencoder"):
+        make_codec("taesd", weights=str(tmp_path))
+    (tmp_path / "config.json").write_text((small_vae / "config.json").read_text())
+    (tmp_path / "diffusion_pytorch_model.bin").write_bytes(b"a pickle")
+    with pytest.raises(CodecError, match="does not load"):
+        make_codec("taesd", weights=str(tmp_path))
+    with pytest.raises(UsageError, match="--dtype must be bfloat16 or float32, got float16"):
+        make_codec("sdxl-vae", weights=str(small_vae), dtype="float16")
+
+
+@pytest.mark.parametrize(("name", "channels", "least"), [("taesd", 4, 20.0), ("taesd3", 16, 24.0)])
+def test_real_tiny_autoencoders(assets: Path, name: str, channels: int, least: float) -> None:
+    codec = make_codec(name, weights=str(assets / name))
+    photograph = (assets / "jpeg-cases" / "orientation" / "Landscape_1.jpg").read_bytes()
+    images = torch.from_numpy(load_views(photograph, 224)).permute(0, 3, 1, 2)
+    latents = codec.encode(images)
+    assert latents.shape == (1, channels, 28, 28)
+    assert psnr(codec.decode(latents), images) > least
+    exact = make_codec(name, weights=str(assets / name), dtype="float32").encode(images)
+    assert (latents - exact).abs().mean() < 0.05 * exact.std()
