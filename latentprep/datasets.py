@@ -104,9 +104,11 @@ def download(url: str, target: Path, md5: str, progress: Progress | None = None)
     """
     part = target.with_name(target.name + ".part")
     with part.open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # another process may be at it
+        fcntl.flock(file, fcntl.LOCK_EX)  # another process may be at it; it may also have finished, or been killed
         if target.exists():
+            part.unlink(missing_ok=True)
             return
+        file.seek(0, os.SEEK_END)
         failures = 0
         while True:
             before = file.tell()

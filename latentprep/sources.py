@@ -8,8 +8,9 @@ holds the class folders (``n01440764/x.JPEG``); for WebDataset tars it is the sa
 What is an image: a file with an image's name (.jpg, .png, …), or any other that begins like an image. A damaged file
 with an image's name keeps its row, for the encoder to report. Hidden files, ``__MACOSX`` and all others are left out.
 
-Classes are the folders below ``train`` in sorted order. One that is empty there is an error; one that has no images in
-``val`` or ``test`` only is not.
+Classes are the folders below ``train`` in sorted order, or the distinct texts of WebDataset's ``.cls`` members; where
+all are numbers, in numeric order. A class that is empty in ``train`` is an error; one that has no images in ``val`` or
+``test`` only is not. A ``test`` folder of images without class folders is left out.
 """
 
 from __future__ import annotations
@@ -237,7 +238,8 @@ def _build(spec: str, tree: Tree, load: Callable[[Any], bytes], val_fraction: fl
         for name in sorted(tree.folders.get(split, set()) | {row.name for row in found[split]}):
             if split == base and not counts[name]:
                 way_out = "add images to it or remove the folder"
-                raise SourceError(f"class {name} has no images in the {split} split of {spec}", way_out)
+                where = f" in {split}" if len(found) > 1 else ""
+                raise SourceError(f"class {name} of {spec} has no images{where}", way_out)
             if not counts[name] and any(row.name == name for row in found[split]):
                 way_out = f"add the class to {base}, or remove it from {split}"
                 raise SourceError(f"class {name} of {spec} is in {split} but not in {base}", way_out)

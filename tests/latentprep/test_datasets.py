@@ -4,6 +4,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -96,6 +97,14 @@ def test_a_later_run_goes_on_from_the_part_file(server, tmp_path):
     (tmp_path / "other.part").write_bytes(PAYLOAD)
     datasets.download(server.url, tmp_path / "other", MD5)
     assert (tmp_path / "other").read_bytes() == (tmp_path / "set.tgz").read_bytes() == PAYLOAD
+
+
+def test_two_at_once_download_once(server, tmp_path):
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: datasets.download(server.url, tmp_path / "set.tgz", MD5), range(4)))
+    assert (tmp_path / "set.tgz").read_bytes() == PAYLOAD
+    assert len(server.requests) == 1
+    assert files(tmp_path) == ["set.tgz"]
 
 
 def test_a_server_without_ranges_starts_anew(server, tmp_path):

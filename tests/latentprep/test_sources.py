@@ -367,8 +367,8 @@ def test_webdataset_key_twice(tmp_path):
     ("files", "message"),
     [
         ({"a/notes.txt": b"x"}, "holds no images"),
-        ({**TWO, "train/cow/notes.txt": b"x"}, "class cow has no images in the train split"),
-        ({"a/1.jpg": JPEG, "b/1.jpg": JPEG, "c/notes.txt": b"x"}, "class c has no images"),
+        ({**TWO, "train/cow/notes.txt": b"x"}, "class cow of .* has no images in train"),
+        ({"a/1.jpg": JPEG, "b/1.jpg": JPEG, "c/notes.txt": b"x"}, "class c of .* has no images"),
         ({"a/1.jpg": JPEG}, "has one class only: a"),
         ({"train/a/1.jpg": JPEG}, "has one class only: a"),
         ({"1.jpg": JPEG, "2.jpg": JPEG}, "lies in no class folder"),
