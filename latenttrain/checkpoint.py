@@ -1,0 +1,227 @@
+"""The run folder: what a run is, what it learned, and all it needs to go on.
+
+    config.json        `RunConfig`: network, recipe, augmentation, dataset, versions
+    best.safetensors   the averaged weights of the epoch with the best val top-1
+    last.safetensors   everything after the last whole epoch: weights, averaged weights, AdamW's moments, the metrics
+    metrics.jsonl      the metrics, one line an epoch
+    curve.png          the metrics, drawn
+
+JSON and safetensors only, so opening a run never runs code. Each file is written whole or not at all, and
+``last.safetensors`` commits an epoch: ``best.safetensors`` is written just before it, and ``metrics.jsonl``, which
+repeats what it holds, just after.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from latentprep.errors import CheckpointError, DatasetError, LatentError, UsageError
+from latentprep.format.commit import locked, write_atomic
+
+from .config import FORMAT, VERSION, RunConfig, difference, short
+from .nets import Net, build_net
+
+CONFIG, METRICS, BEST, LAST, CURVE = "config.json", "metrics.jsonl", "best.safetensors", "last.safetensors", "curve.png"
+RUN_FILES = (CONFIG, METRICS, BEST, LAST, CURVE)
+_TEMPORARIES = tuple(name + ".tmp" for name in RUN_FILES)  # what a killed `write_atomic` leaves
+_NOTES = "latenttrain"  # the one metadata key we write: safetensors does not keep the order of several
+
+
+@dataclass
+class State:
+    """A run after some whole epochs. Everything random is drawn from (seed, epoch), so no generator is part of it.
+
+    net: the weights that learn; average: their moving average, which is evaluated and kept.
+    metrics: one entry an epoch, as in ``metrics.jsonl``.
+    """
+
+    net: Net
+    average: Net
+    optimizer: torch.optim.Optimizer
+    metrics: list[dict]
+
+    @property
+    def best(self) -> dict:
+        """The metrics of the epoch with the highest val top-1, the first of equals."""
+        return max(self.metrics, key=lambda epoch: epoch["top1"])
+
+
+def check_run_folder(root: Path, config: RunConfig, resume: bool, overwrite: bool) -> None:
+    """Raises before anything is written: `CheckpointError` if a run is there already and may not be continued or
+    replaced, `UsageError` if both were asked."""
+    if resume and overwrite:
+        raise UsageError(
+            "--resume and --overwrite exclude each other", "--resume keeps the run, --overwrite deletes it"
+        )
+    if not root.exists() or (root.is_dir() and not any(path.name not in _TEMPORARIES for path in root.iterdir())):
+        return
+    if not (root / CONFIG).is_file():
+        raise CheckpointError(f"{root} exists and is no run folder", "choose another folder with --out")
+    if overwrite:
+        return
+    if not resume:
+        raise CheckpointError(
+            f"{root} holds a run already", "go on with --resume, replace it with --overwrite, or choose another --out"
+        )
+    earlier, now = read_config(root).to_json(), config.to_json()
+    for field in ("net", "recipe", "augment", "dataset"):
+        ours, theirs = ({k: v for k, v in d[field].items() if k != "path"} for d in (now, earlier))
+        if (found := difference(theirs, ours, field)) is not None:
+            name, there, here = found
+            name = name.removeprefix("recipe.").removeprefix("net.")
+            raise CheckpointError(
+                f"{root} was trained with {name} = {short(there)}, asked is {short(here)}",
+                "resume with the same settings, or start another run with --out",
+            )
+
+
+@contextlib.contextmanager
+def run_folder(root: Path, config: RunConfig, resume: bool) -> Iterator[None]:
+    """Hold the folder, made if need be, for one `fit`; unless resuming, an earlier run's files go first."""
+    root.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(root))
+        except DatasetError as error:
+            raise CheckpointError(
+                f"{root} is being written by another latenttrain fit", "choose another --out"
+            ) from error
+        for name in _TEMPORARIES:
+            (root / name).unlink(missing_ok=True)
+        if not (resume and (root / CONFIG).is_file()):
+            for name in reversed(RUN_FILES):
+                (root / name).unlink(missing_ok=True)
+            write_atomic(root / CONFIG, dump_json(config.to_json()))
+        yield
+
+
+def dump_json(document: dict) -> bytes:
+    return (json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def read_config(root: Path) -> RunConfig:
+    """The run's configuration. Raises `CheckpointError` if the folder holds none that this version can read."""
+    path = root / CONFIG
+    if not path.is_file():
+        what = "no run folder (it has no config.json)" if root.exists() else "no such folder"
+        raise CheckpointError(f"{root}: {what}", "name a folder that latenttrain fit made")
+    try:
+        document = json.loads(path.read_bytes())
+        if document["format"] != FORMAT:
+            raise ValueError(f"format is {short(document['format'])}")
+        if document["version"] > VERSION:
+            raise CheckpointError(
+                f"{path} has version {document['version']}; this latenttrain reads up to {VERSION}",
+                "upgrade with pip install --upgrade latentprep",
+            )
+        return RunConfig.from_json(document)
+    except CheckpointError:
+        raise
+    except (LatentError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise CheckpointError(f"{path} is damaged: {reason}", "restore it, or train again") from error
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], notes: dict) -> None:
+    """Tensors of any device and layout, and JSON notes, to one file. Equal contents give equal bytes."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    text = json.dumps(notes, allow_nan=False)
+    write_atomic(path, safetensors.torch.save(plain, {_NOTES: text}))
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """Inverse of `save_tensors`, on the CPU. Raises `CheckpointError` if the file is absent, damaged or not ours."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing", "the run ended before its first epoch did; train again")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            notes = json.loads((file.metadata() or {})[_NOTES])
+            return {name: file.get_tensor(name) for name in file.keys()}, notes  # noqa: SIM118 - no mapping
+    except (safetensors.SafetensorError, ValueError, KeyError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} is damaged or was not written by latenttrain ({error})",
+            "restore it, or train again; weights in Python's pickle format are never read",
+        ) from error
+
+
+def load_net(run: str | Path, checkpoint: str = "best") -> tuple[Net, RunConfig, dict]:
+    """A run's network in evaluation mode on the CPU, its configuration, and the metrics of the epoch it is from.
+
+    checkpoint: ``best`` (highest val top-1) or ``last``. Raises `CheckpointError` for a damaged run.
+    """
+    root = Path(run)
+    if checkpoint not in ("best", "last"):
+        raise UsageError(f"unknown checkpoint '{checkpoint}'", "use best or last")
+    config = read_config(root)
+    path = root / (BEST if checkpoint == "best" else LAST)
+    tensors, notes = load_tensors(path)
+    if checkpoint == "last":
+        tensors, notes = part(tensors, "average."), notes["metrics"][-1]
+    net = build_net(config.net).eval()
+    fill(net, tensors, path)
+    return net, config, notes
+
+
+def fill(net: Net, tensors: dict[str, Tensor], path: Path) -> None:
+    """Copy tensors into the network. Raises `CheckpointError` if a name or shape is not the network's."""
+    try:
+        net.load_state_dict(tensors)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise CheckpointError(f"{path} is not of this network: {reason}", "restore it, or train again") from error
+
+
+def save_epoch(root: Path, state: State) -> None:
+    """Commit the epoch that just ended."""
+    if state.best is state.metrics[-1]:
+        notes = {name: value for name, value in state.best.items() if name != "seconds"}  # same run, same bytes
+        save_tensors(root / BEST, state.average.state_dict(), notes)
+    tensors = {f"net.{name}": tensor for name, tensor in state.net.state_dict().items()}
+    tensors |= {f"average.{name}": tensor for name, tensor in state.average.state_dict().items()}
+    for index, entry in state.optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in entry.items()}
+    save_tensors(root / LAST, tensors, {"metrics": state.metrics})
+    write_metrics(root, state.metrics)
+
+
+def write_metrics(root: Path, metrics: list[dict]) -> None:
+    write_atomic(root / METRICS, "".join(json.dumps(epoch) + "\n" for epoch in metrics).encode())
+
+
+def restore(root: Path, state: State) -> None:
+    """Make `state` what `save_epoch` saw last; nothing happens if no epoch was committed yet.
+
+    Raises `CheckpointError` if the file is damaged or of another network.
+    """
+    path = root / LAST
+    if not path.is_file():
+        return
+    tensors, notes = load_tensors(path)
+    fill(state.net, part(tensors, "net."), path)
+    fill(state.average, part(tensors, "average."), path)
+    entries: dict[int, dict[str, Tensor]] = {}
+    for index, parameter in enumerate(p for group in state.optimizer.param_groups for p in group["params"]):
+        entries[index] = part(tensors, f"optimizer.{index}.")
+        for name, moment in entries[index].items():
+            if moment.shape == parameter.shape:  # fused AdamW takes moments in the layout of their parameter
+                entries[index][name] = torch.empty_like(parameter).copy_(moment)
+    try:
+        state.optimizer.load_state_dict({**state.optimizer.state_dict(), "state": entries})
+        state.metrics[:] = notes["metrics"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is not of this run: {error}", "train again with --overwrite") from error
+    write_metrics(root, state.metrics)
+
+
+def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names start with the prefix, under the rest of their names."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,183 @@
+"""The `latenttrain` command: parse, one library call, show what came back. No heavy import at module level."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from latentprep import console
+from latentprep.errors import Interrupted
+
+from . import __version__
+from .recipe import BASE_BATCH, BASE_LR, Recipe
+
+app = typer.Typer(
+    name="latenttrain",
+    help="Train small networks on the codes of a latent dataset (made by latentprep encode).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of a table.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 … or mps; auto takes the fastest that is here.")]
+Run = Annotated[Path, typer.Argument(help="Run folder that latenttrain fit made.", show_default=False)]
+Checkpoint = Annotated[str, typer.Option(help="best (the epoch with the highest val top-1) or last.")]
+
+
+def main() -> None:
+    console.run(app)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"latenttrain {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def fit(
+    dataset: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Latent dataset with splits train and val.", show_default=False)
+    ],
+    width: Annotated[float, typer.Option(help="Factor on the network's channels.")] = 1.0,
+    depth: Annotated[float, typer.Option(help="Factor on the network's blocks.")] = 1.0,
+    epochs: Annotated[int, typer.Option(help="Passes over the train split.")] = Recipe.epochs,
+    batch_size: Annotated[int, typer.Option(help="Samples a step.")] = Recipe.batch_size,
+    lr: Annotated[
+        float | None,
+        typer.Option(
+            help=f"Peak learning rate; by default {BASE_LR:g} × √(batch size / {BASE_BATCH}).", show_default=False
+        ),
+    ] = None,
+    weight_decay: Annotated[float, typer.Option(help="AdamW's decay of filters and matrices.")] = Recipe.weight_decay,
+    seed: Annotated[
+        int, typer.Option(help="Of the first weights, the order and the augmentation: same seed, same result.")
+    ] = Recipe.seed,
+    device: Device = "auto",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Run folder to make; by default runs/DIR-wWIDTH-dDEPTH-sSEED.", show_default=False),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --out after its last whole epoch, if there is one.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
+    limit: Annotated[
+        int | None, typer.Option(help="Train on about so many samples, spread evenly over the train split.")
+    ] = None,
+    arch: Annotated[str, typer.Option(help="Network: latentnet or mobilenetv2.")] = "latentnet",
+    stem: Annotated[
+        str, typer.Option(help="How the network takes codes in: affine, embedding, bitplane or ordinal.")
+    ] = "affine",
+    as_json: Json = False,
+) -> None:
+    """Train a network on the codes in DIR, and print what it came to.
+
+    A run folder holds config.json, metrics.jsonl, best.safetensors (the epoch with the highest val top-1),
+    last.safetensors (all that --resume needs) and curve.png.
+    """
+    from .report import fit_table
+    from .train import fit as train
+
+    try:
+        result = train(
+            dataset,
+            width=width,
+            depth=depth,
+            epochs=epochs,
+            batch_size=batch_size,
+            lr=lr,
+            weight_decay=weight_decay,
+            seed=seed,
+            device=device,
+            out=out,
+            arch=arch,
+            stem=stem,
+            limit=limit,
+            resume=resume,
+            overwrite=overwrite,
+            progress=console.progress_bar,
+        )
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted; whole epochs are kept", "run the same command with --resume to go on") from None
+    if as_json:
+        console.print_json(result.to_json())
+        return
+    console.print_table(f"latenttrain fit {dataset}", *fit_table(result))
+    console.print_facts("", {"run": result.run, "picture": result.curve})
+
+
+@app.command(name="eval")
+def evaluate(
+    run: Run,
+    dataset: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR", help="Latent dataset of the same codec, quantizer, size and classes.", show_default=False
+        ),
+    ],
+    split: Annotated[str, typer.Option(help="Split to evaluate on.")] = "val",
+    checkpoint: Checkpoint = "best",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Evaluate the network of RUN on a split of DIR: top-1, top-5, loss, and top-1 class by class."""
+    from .evaluation import evaluate as measure
+    from .report import eval_table
+
+    result = measure(run, dataset, split=split, checkpoint=checkpoint, device=device)
+    if as_json:
+        console.print_json(result.to_json())
+        return
+    title = f"{run}, epoch {result.epoch}, on {result.samples:,} samples of {dataset} {split}"
+    console.print_table(title, *eval_table(result))
+
+
+@app.command()
+def predict(
+    run: Run,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE…", help="Image files.", show_default=False)],
+    top: Annotated[int, typer.Option(help="Classes to name for each image.")] = 5,
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the codec's weights, if they are not where they were at encoding."),
+    ] = None,
+    checkpoint: Checkpoint = "best",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Say what the network of RUN sees in image files: pixels through the codec and quantizer it was trained with.
+
+    An image that cannot be read is named, the others go on, and the exit code is 3.
+    """
+    from .evaluation import predict as classify
+
+    predictions = classify(run, images, top=top, weights=weights, checkpoint=checkpoint, device=device)
+    if as_json:
+        console.print_json({"run": str(run), "predictions": [prediction.to_json() for prediction in predictions]})
+    else:
+        rows = [
+            [prediction.image if rank == 0 else "", name, f"{probability:.2%}"]
+            for prediction in predictions
+            for rank, (name, probability) in enumerate(prediction.classes)
+        ]
+        if rows:
+            console.print_table("", ["image", "class", "probability"], rows)
+    unread = [prediction for prediction in predictions if prediction.error]
+    for prediction in unread:
+        print(f"error: {prediction.image}: {prediction.error}", file=sys.stderr)
+    if unread:
+        raise typer.Exit(3)

@@ -1,0 +1,171 @@
+"""What a trained network is worth on a split, and what it says of an image."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from latentprep.errors import UsageError
+from latentprep.format import LatentDataset
+
+from .checkpoint import load_net
+from .config import check_dataset
+from .data import Split, canonical_batches, load_split, opened
+from .device import pick_device
+from .nets import Net
+
+_CELLS = 1 << 18  # of the latent grid, in a batch for evaluation: 334 samples of 28 x 28
+_IMAGES = 16  # in a batch for the codec
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Accuracies are fractions; ``top5`` counts the five (or all, if fewer) likeliest classes.
+
+    loss: mean cross-entropy in nats. epoch: which one the weights are from. per_class: top-1 of each class, None where
+    the split has no sample of it.
+    """
+
+    run: str
+    dataset: str
+    split: str
+    samples: int
+    epoch: int
+    top1: float
+    top5: float
+    loss: float
+    per_class: dict[str, float | None]
+
+    def to_json(self) -> dict:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """An image's likeliest classes with their probabilities, likeliest first; or why it could not be read."""
+
+    image: str
+    classes: tuple[tuple[str, float], ...] = ()
+    error: str = ""
+
+    def to_json(self) -> dict:
+        if self.error:
+            return {"image": self.image, "error": self.error}
+        return {"image": self.image, "classes": [{"name": n, "probability": p} for n, p in self.classes]}
+
+
+def evaluate(
+    run: str | Path,
+    dataset: str | Path | LatentDataset,
+    *,
+    split: str = "val",
+    checkpoint: str = "best",
+    device: str = "auto",
+) -> EvalResult:
+    """How well a run's network does on a split of a dataset encoded like the one it was trained on.
+
+    run: the folder that `fit` made. checkpoint: ``best`` (highest val top-1) or ``last``.
+    Raises `CheckpointError` for a damaged run or a dataset whose codes mean something else, `DatasetError` for a
+    damaged dataset, `UsageError` for an unknown split or checkpoint.
+    """
+    target = pick_device(device)
+    net, config, epoch = load_net(run, checkpoint)
+    dataset = opened(dataset)
+    check_dataset(config, dataset)
+    data = load_split(dataset, split, target, views=False)
+    logits = split_logits(net.to(target), data)
+    hits = (logits.argmax(1) == data.labels).double()
+    classes = config.net.classes
+    counts = torch.zeros(classes, dtype=torch.float64, device=target)
+    right = counts.clone().index_add_(0, data.labels, hits).tolist()
+    total = counts.index_add_(0, data.labels, torch.ones_like(hits)).tolist()
+    return EvalResult(
+        run=str(run),
+        dataset=str(dataset.root),
+        split=split,
+        samples=len(data),
+        epoch=epoch["epoch"],
+        **scores(logits, data.labels),
+        per_class={name: r / n if n else None for name, r, n in zip(config.classes, right, total, strict=True)},
+    )
+
+
+def split_logits(net: Net, split: Split) -> Tensor:
+    """f32 [n,classes] of view 0 of every sample, the network in evaluation mode and in full float32."""
+    net.eval()
+    size = max(1, _CELLS // (split.codes.shape[-2] * split.codes.shape[-1]))
+    with torch.inference_mode():
+        return torch.cat([net(codes) for codes, _ in canonical_batches(split, size)])
+
+
+def scores(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """f32 [n,classes], i64 [n] -> ``top1``, ``top5`` (fractions) and ``loss`` (mean cross-entropy in nats)."""
+    ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+    loss = torch.nn.functional.cross_entropy(logits, labels)
+    top1, top5, nats = torch.stack(
+        [ranked[:, 0].double().mean(), ranked.any(1).double().mean(), loss.double()]
+    ).tolist()
+    return {"top1": top1, "top5": top5, "loss": nats}
+
+
+def predict(
+    run: str | Path,
+    images: Sequence[str | Path],
+    *,
+    top: int = 5,
+    weights: str | Path | None = None,
+    checkpoint: str = "best",
+    device: str = "auto",
+) -> list[Prediction]:
+    """What a run's network sees in image files: pixels through the codec and quantizer that it was trained with.
+
+    weights: the codec's weights, where they are not where they were at encoding. An image that cannot be read gives a
+    `Prediction` with its ``error``, and the others go on.
+    Raises `CheckpointError` for a damaged run, `CodecError` if the codec cannot be had, `UsageError` for a bad `top`.
+    """
+    if top < 1:
+        raise UsageError(f"top must be 1 or more, got {top}", "use --top 5")
+    target = pick_device(device)
+    net, config, _ = load_net(run, checkpoint)
+    net = net.to(target)
+
+    from latentprep.codecs import codec_from_config
+    from latentprep.quantize import quantize
+
+    codec = codec_from_config(config.dataset["codec"], device=target, weights=str(weights) if weights else None)
+    size = config.dataset["transform"]["size"]
+    predictions: list[Prediction] = []
+    for start in range(0, len(images), _IMAGES):
+        views = [(str(path), _read(Path(path), size)) for path in images[start : start + _IMAGES]]
+        pixels = [view for _, view in views if isinstance(view, Tensor)]
+        answers: Iterator[tuple[list[int], list[float]]] = iter(())
+        if pixels:
+            with torch.inference_mode():
+                codes = quantize(codec.encode(torch.stack(pixels)), config.quantizer).to(target)
+                likeliest = net(codes).softmax(1).topk(min(top, config.net.classes))
+            answers = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
+        for path, view in views:
+            if isinstance(view, str):
+                predictions.append(Prediction(path, error=view))
+            else:
+                indices, probabilities = next(answers)
+                names = [config.classes[index] for index in indices]
+                predictions.append(Prediction(path, tuple(zip(names, probabilities, strict=True))))
+    return predictions
+
+
+def _read(path: Path, size: int) -> Tensor | str:
+    """The canonical view of an image file, u8 [3,size,size], or the reason why there is none."""
+    from latentprep.images import BadImage, load_views
+
+    try:
+        return torch.from_numpy(load_views(path.read_bytes(), size)[0]).permute(2, 0, 1)
+    except BadImage as error:
+        return f"not an image that can be read ({error})"
+    except OSError as error:
+        return (error.strerror or str(error)).lower()

@@ -1,0 +1,80 @@
+"""How a run trains, as plain numbers. No torch here, so that the command line can show the defaults quickly."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from latentprep.errors import UsageError, nearest
+
+BASE_LR = 4e-3  # at BASE_BATCH samples a batch; other batch sizes scale it by the square root of their ratio
+BASE_BATCH = 128
+WARMUP_EPOCHS = 3  # the longest warm-up
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The numbers of a run; the defaults train well untouched. AdamW, linear warm-up, cosine to zero, averaged weights.
+
+    Raises `UsageError` for a number out of range, naming it and the option that sets it.
+    """
+
+    epochs: int = 15
+    batch_size: int = BASE_BATCH
+    lr: float = BASE_LR  # the peak
+    weight_decay: float = 0.05  # of convolutions and matrices; BatchNorm and biases have none
+    label_smoothing: float = 0.1
+    warmup: float = 0.1  # fraction of all steps, at most `WARMUP_EPOCHS`
+    ema: float = 0.998  # highest decay a step of the averaged weights, which are those evaluated and kept
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        whole = {"epochs": (1, 1 << 20), "batch_size": (2, 1 << 20), "seed": (0, (1 << 63) - 1)}
+        for name, (low, high) in whole.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+                raise out_of_range(name, value, f"a whole number from {low} to {high}")
+        for name in ("lr", "weight_decay", "label_smoothing", "warmup", "ema"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise out_of_range(name, value, "a number")
+            object.__setattr__(self, name, float(value))
+        if not 0 < self.lr < math.inf:
+            raise out_of_range("lr", self.lr, "a number above 0")
+        if not 0 <= self.weight_decay < math.inf:
+            raise out_of_range("weight_decay", self.weight_decay, "0 or more")
+        for name in ("label_smoothing", "warmup", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise out_of_range(name, getattr(self, name), "from 0 to below 1")
+
+    def to_json(self) -> dict:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: dict) -> Recipe:
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in fields:
+            if name not in known:
+                raise UsageError(f"unknown training setting {name!r}", nearest(name, known))
+        return cls(**fields)
+
+    def lr_at(self, step: int, steps_per_epoch: int) -> float:
+        """The learning rate of step 0, 1, … of the whole run."""
+        steps = self.epochs * steps_per_epoch
+        rising = min(math.ceil(self.warmup * steps), WARMUP_EPOCHS * steps_per_epoch)
+        if step < rising:
+            return self.lr * (step + 1) / rising
+        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+
+
+def default_lr(batch_size: int) -> float:
+    """The peak learning rate for a batch of so many samples."""
+    return round(BASE_LR * math.sqrt(max(1, batch_size) / BASE_BATCH), 6)
+
+
+def out_of_range(name: str, value: object, allowed: str) -> UsageError:
+    hints = {"lr": f"the default is {BASE_LR:g} at {BASE_BATCH} samples a batch; leave --lr out to get it"}
+    default = getattr(Recipe, name, None)
+    option = "--" + name.replace("_", "-")
+    return UsageError(f"{name} must be {allowed}, got {value}", hints.get(name, f"use {option} {default}"))

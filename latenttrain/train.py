@@ -1,0 +1,280 @@
+"""`fit`: train a network on the codes of a latent dataset."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from latentprep.console import Progress, Silent
+from latentprep.errors import SystemFault, UsageError
+from latentprep.format import LatentDataset
+
+from .augment import Augment, augment
+from .checkpoint import CURVE, State, check_run_folder, restore, run_folder, save_epoch
+from .config import RunConfig, describe_dataset, versions
+from .data import Split, batches_per_epoch, check_trainable, load_split, opened, training_batches
+from .device import autocast, pick_device, reproducible, synchronize
+from .evaluation import scores, split_logits
+from .nets import Net, NetConfig, build_net
+from .recipe import Recipe, default_lr
+from .report import draw_curve
+from .scaling import count_flops, count_parameters
+
+ProgressFactory = Callable[[str, int, str, int], AbstractContextManager[Progress]]
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a run came to. Accuracies are fractions of the val split, of the averaged weights.
+
+    top1, top5: of ``best_epoch``, chosen by val top-1, so a little optimistic; last_top1, last_top5: of the last epoch.
+    parameters: that learn. flops: a sample's forward pass, 2 a multiply-add.
+    seconds_per_epoch: median over this run's epochs, training alone; samples_per_second: the same as a rate.
+    """
+
+    run: str
+    curve: str
+    device: str
+    epochs: int
+    best_epoch: int
+    top1: float
+    top5: float
+    last_top1: float
+    last_top5: float
+    parameters: int
+    flops: int
+    seconds_per_epoch: float
+    samples_per_second: float
+
+    def to_json(self) -> dict:
+        return dataclasses.asdict(self)
+
+
+def fit(
+    dataset: str | Path | LatentDataset,
+    *,
+    width: float = 1.0,
+    depth: float = 1.0,
+    epochs: int = Recipe.epochs,
+    batch_size: int = Recipe.batch_size,
+    lr: float | None = None,
+    weight_decay: float = Recipe.weight_decay,
+    label_smoothing: float = Recipe.label_smoothing,
+    warmup: float = Recipe.warmup,
+    ema: float = Recipe.ema,
+    seed: int = Recipe.seed,
+    device: str = "auto",
+    out: str | Path | None = None,
+    arch: str = "latentnet",
+    stem: str = "affine",
+    augment: Augment | None = None,
+    limit: int | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: ProgressFactory | None = None,
+) -> FitResult:
+    """Train a network on the train split of a latent dataset, evaluating it on the val split after each epoch.
+
+    dataset: its folder, or what `latentprep.open` returned. width, depth: see `latenttrain.scaling`.
+    lr: the peak; None is `recipe.default_lr` of the batch size. augment: None is the default of `Augment`, with
+    mirroring where the dataset's codec has an exact mirror. limit: train on about so many samples.
+    out: the run folder, by default `default_out`. resume: go on after the last whole epoch, to the same weights
+    as without the break; overwrite: delete an earlier run there. progress: ``latentprep.console.progress_bar``.
+
+    The same arguments on the same machine give the same weights, to the last bit.
+
+    Raises `UsageError` for a value out of range or a loss that is no number, `DatasetError` for a dataset that cannot
+    be trained on, `CheckpointError` for a run folder in the way, `SystemFault` for a device absent or too small.
+    """
+    recipe = Recipe(
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=default_lr(batch_size) if lr is None else lr,
+        weight_decay=weight_decay,
+        label_smoothing=label_smoothing,
+        warmup=warmup,
+        ema=ema,
+        seed=seed,
+    )
+    target = pick_device(device)
+    dataset = opened(dataset)
+    check_trainable(dataset)
+    config = plan_run(dataset, recipe, width, depth, arch, stem, augment, limit)
+    root = Path(out) if out is not None else default_out(dataset.root, config)
+    check_run_folder(root, config, resume, overwrite)
+    try:
+        train = load_split(dataset, "train", target, limit)
+        val = load_split(dataset, "val", target, views=False)
+        with run_folder(root, config, resume), reproducible(target, seed):
+            state = start_state(config, target)
+            if resume:
+                restore(root, state)
+            train_epochs(state, config, root, train, val, progress or silent)
+    except torch.OutOfMemoryError as error:
+        raise SystemFault(f"{target} has too little memory", "lower --batch-size, --width or --limit") from error
+    best, last = state.best, state.metrics[-1]
+    seconds = statistics.median(epoch["seconds"] for epoch in state.metrics)
+    samples = batches_per_epoch(len(train), recipe.batch_size) * min(recipe.batch_size, len(train))
+    return FitResult(
+        run=str(root),
+        curve=str(root / CURVE),
+        device=str(target),
+        epochs=recipe.epochs,
+        best_epoch=best["epoch"],
+        top1=best["top1"],
+        top5=best["top5"],
+        last_top1=last["top1"],
+        last_top5=last["top5"],
+        parameters=count_parameters(state.net),
+        flops=count_flops(state.net),
+        seconds_per_epoch=seconds,
+        samples_per_second=samples / seconds,
+    )
+
+
+def plan_run(
+    dataset: LatentDataset,
+    recipe: Recipe,
+    width: float,
+    depth: float,
+    arch: str,
+    stem: str,
+    augment: Augment | None,
+    limit: int | None,
+) -> RunConfig:
+    """The run's whole configuration, from what was asked and what the dataset is."""
+    manifest = dataset.manifest
+    quantizer = manifest.quantizer
+    if augment is None:
+        augment = Augment(mirror=manifest.flip is not None)
+    if augment.mirror and augment.mirror_signs is None and manifest.flip is not None:
+        augment = dataclasses.replace(augment, mirror_signs=tuple(map(float, manifest.flip)))
+    net = NetConfig(
+        latent=manifest.latent,
+        classes=len(manifest.classes),
+        bits=quantizer.bits,
+        lo=quantizer.lo,
+        step=quantizer.step,
+        arch=arch,
+        stem=stem,
+        width=width,
+        depth=depth,
+    )
+    return RunConfig(net, recipe, augment, describe_dataset(dataset, limit), versions())
+
+
+def default_out(dataset: str | Path, config: RunConfig) -> Path:
+    """``runs/imagenette-w1-d1-s0``: dataset, width, depth, seed, and the network and stem if not the defaults."""
+    net = config.net
+    names = [Path(dataset).resolve().name, f"w{net.width:g}", f"d{net.depth:g}", f"s{config.recipe.seed}"]
+    names += [name for name, default in ((net.arch, "latentnet"), (net.stem, "affine")) if name != default]
+    return Path("runs", "-".join(names))
+
+
+@contextlib.contextmanager
+def silent(*_: object) -> Iterator[Progress]:
+    """A `ProgressFactory` that shows nothing."""
+    yield Silent()
+
+
+def start_state(config: RunConfig, device: torch.device) -> State:
+    """A fresh network on the device, drawn on the CPU so that the device does not matter, and its optimizer."""
+    net = build_net(config.net).to(device)
+    # Decay keeps filters from growing without bound under BatchNorm; scales and biases have no such freedom
+    decayed = [p for p in net.parameters() if p.ndim >= 2]
+    plain = [p for p in net.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": config.recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+        lr=config.recipe.lr,
+        betas=(0.9, 0.99),
+        fused=device.type in ("cpu", "cuda"),
+    )
+    return State(net, copy.deepcopy(net), optimizer, [])
+
+
+def train_epochs(
+    state: State, config: RunConfig, root: Path, train: Split, val: Split, progress: ProgressFactory
+) -> None:
+    """The epochs that `state` still lacks, each committed to the run folder as it ends; then the curve."""
+    recipe, done = config.recipe, len(state.metrics)
+    batches = batches_per_epoch(len(train), recipe.batch_size)
+    with progress("train", recipe.epochs * batches, "batches", done * batches) as bar:
+        for epoch in range(done, recipe.epochs):
+            synchronize(train.codes.device)
+            start = time.perf_counter()
+            loss = train_epoch(state, config, train, epoch, bar).item()
+            seconds = time.perf_counter() - start
+            found = scores(split_logits(state.average, val), val.labels)
+            if not math.isfinite(loss) or not math.isfinite(found["loss"]):
+                raise UsageError(
+                    f"the loss of epoch {epoch + 1} is no number at lr {recipe.lr:g}; "
+                    + (f"{epoch} epochs are kept in {root}" if epoch else "nothing was learned"),
+                    f"lower --lr, with --overwrite or another --out ({default_lr(recipe.batch_size):g} is the default)",
+                )
+            state.metrics.append(
+                {
+                    "epoch": epoch + 1,
+                    "loss": loss,
+                    "val_loss": found["loss"],
+                    "top1": found["top1"],
+                    "top5": found["top5"],
+                    "lr": recipe.lr_at((epoch + 1) * batches - 1, batches),
+                    "seconds": round(seconds, 3),
+                }
+            )
+            save_epoch(root, state)
+            bar.note(
+                f"epoch {epoch + 1}/{recipe.epochs}: loss {loss:.3f}, val loss {found['loss']:.3f}, "
+                f"val top-1 {found['top1']:.1%}, {seconds:.1f} s"
+            )
+    draw_curve(state.metrics, root / CURVE)
+
+
+def train_epoch(state: State, config: RunConfig, train: Split, epoch: int, bar: Progress) -> Tensor:
+    """One epoch; the mean training loss, f32 [], still on the device: nothing here waits for it."""
+    recipe, net, device = config.recipe, state.net.train(), train.codes.device
+    batches = batches_per_epoch(len(train), recipe.batch_size)
+    order, dropout = np.random.SeedSequence([recipe.seed, epoch]).generate_state(2).tolist()
+    generator = torch.Generator(device).manual_seed(order)
+    torch.manual_seed(dropout)
+    live, averaged = averaged_tensors(state.net), averaged_tensors(state.average)
+    total = torch.zeros((), device=device)
+    known = {"val_top-1": f"{state.metrics[-1]['top1']:.1%}"} if state.metrics else {}
+    step = epoch * batches
+    for codes, labels in training_batches(train, recipe.batch_size, generator):
+        for group in state.optimizer.param_groups:
+            group["lr"] = recipe.lr_at(step, batches)
+        planes, targets = augment(net, codes, labels, config.augment, generator)
+        with autocast(device):
+            logits = net.logits(planes)
+        loss = F.cross_entropy(logits.float(), targets, label_smoothing=recipe.label_smoothing)
+        loss.backward()
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+        decay = min(recipe.ema, (1 + step) / (10 + step))  # the average forgets the start quickly
+        torch._foreach_lerp_(averaged, live, 1 - decay)
+        total += loss.detach()
+        step += 1
+        bar.advance(1, epoch=f"{epoch + 1}/{recipe.epochs}", **known)
+    for mine, theirs in zip(state.average.buffers(), state.net.buffers(), strict=True):
+        if not mine.is_floating_point():
+            mine.copy_(theirs)
+    return total / batches
+
+
+def averaged_tensors(net: Net) -> list[Tensor]:
+    """Weights and BatchNorm's statistics, to be read and written without gradients."""
+    return [t.detach() for t in (*net.parameters(), *net.buffers()) if t.is_floating_point()]

@@ -1,0 +1,146 @@
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import latenttrain
+from latentprep.errors import CheckpointError, UsageError
+from latentprep.format import open_dataset
+from latenttrain.checkpoint import load_net
+from latenttrain.evaluation import scores
+
+CLASSES = ["apple", "birch", "cedar", "daisy"]
+
+
+@pytest.fixture(scope="module")
+def run(codes, tmp_path_factory, small):
+    out = tmp_path_factory.mktemp("runs") / "run"
+    latenttrain.fit(codes, **small, out=out)
+    return out
+
+
+def test_scores_of_known_logits():
+    logits = torch.tensor([[5.0, 4, 3, 2, 1, 0]] * 4)
+    found = scores(logits, torch.tensor([0, 1, 4, 5]))
+    assert (found["top1"], found["top5"]) == (0.25, 0.75)
+    assert found["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1, 4, 5])).item())
+
+
+def test_fewer_than_five_classes_are_all_in_the_top_five():
+    assert scores(torch.randn(9, 3), torch.randint(0, 3, (9,)))["top5"] == 1
+
+
+@pytest.mark.parametrize(("checkpoint", "line"), [("best", None), ("last", -1)])
+def test_evaluating_gives_what_fit_reported(run, codes, checkpoint, line):
+    epochs = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()]
+    expected = epochs[line] if line else max(epochs, key=lambda epoch: epoch["top1"])
+    result = latenttrain.evaluate(run, codes, checkpoint=checkpoint)
+    assert (result.epoch, result.top1, result.top5) == (expected["epoch"], expected["top1"], expected["top5"])
+    assert result.loss == pytest.approx(expected["val_loss"])
+    assert result.samples == 70
+
+
+def test_per_class_accuracies_average_to_the_whole(run, codes):
+    result = latenttrain.evaluate(run, codes, split="train")
+    counts = np.bincount(open_dataset(codes).load("train").labels)
+    assert list(result.per_class) == CLASSES
+    assert np.average(list(result.per_class.values()), weights=counts) == pytest.approx(result.top1)
+
+
+def test_other_images_of_the_same_encoding_may_be_evaluated(run, tmp_path, make_dataset):
+    other = make_dataset("other", rows={"test": 3}, views=2)
+    result = latenttrain.evaluate(run, other, split="test")
+    assert result.samples == 3
+    assert result.per_class["daisy"] is None
+
+
+def test_a_split_that_is_not_there_is_said(run, codes):
+    with pytest.raises(UsageError, match="no split 'test'"):
+        latenttrain.evaluate(run, codes, split="test")
+
+
+def test_a_dataset_of_another_codec_is_refused(run, make_dataset):
+    with pytest.raises(CheckpointError, match=r"codec\.name"):
+        latenttrain.evaluate(run, make_dataset(codec={"name": "dct"}))
+
+
+class FakeCodec:
+    """Means of 8 x 8 pixels: u8 [B,3,64,64] -> f32 [B,3,8,8] from -2 to 2."""
+
+    def __init__(self, config, device, weights):
+        assert config == {"name": "fake", "levels": 7}
+        self.device, self.weights = device, weights
+
+    def encode(self, images):
+        assert (images.dtype, images.shape[1:]) == (torch.uint8, (3, 64, 64))
+        return torch.nn.functional.avg_pool2d(images.float(), 8) / 255 * 4 - 2
+
+
+@pytest.fixture
+def fake_codec(monkeypatch):
+    built = []
+
+    def build(config, *, device="cpu", weights=None):
+        built.append(FakeCodec(config, device, weights))
+        return built[-1]
+
+    monkeypatch.setattr("latentprep.codecs.codec_from_config", build)
+    return built
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Twenty pictures of 64 x 64, more than a batch of the codec."""
+    random = np.random.default_rng(0)
+    paths = [tmp_path / f"{index}.png" for index in range(20)]
+    for path in paths:
+        Image.fromarray(random.integers(0, 256, (64, 64, 3), np.uint8)).save(path)
+    return paths
+
+
+def by_hand(run, path):
+    """Pixels, codec, quantizer, network, written out."""
+    pixels = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)[None]
+    net, config, _ = load_net(run)
+    latents = FakeCodec({"name": "fake", "levels": 7}, "cpu", None).encode(pixels)
+    return net(torch.from_numpy(config.quantizer.quantize(latents.numpy()))).softmax(1)[0]
+
+
+def test_predictions_are_codec_quantizer_and_network(run, images, fake_codec):
+    predictions = latenttrain.predict(run, images)
+    assert [prediction.image for prediction in predictions] == [str(path) for path in images]
+    for prediction in predictions:
+        expected = by_hand(run, prediction.image)
+        assert [name for name, _ in prediction.classes] == [CLASSES[i] for i in expected.argsort(descending=True)]
+        assert [p for _, p in prediction.classes] == pytest.approx(
+            expected.sort(descending=True).values.tolist(), abs=1e-5
+        )
+
+
+def test_top_and_weights_are_passed_on(run, images, fake_codec):
+    (prediction,) = latenttrain.predict(run, images[:1], top=2, weights="/somewhere")
+    assert len(prediction.classes) == 2
+    assert fake_codec[0].weights == "/somewhere"
+    with pytest.raises(UsageError, match="top must be 1 or more, got 0"):
+        latenttrain.predict(run, images, top=0)
+
+
+def test_images_that_cannot_be_read_are_named_and_the_others_go_on(run, images, fake_codec, tmp_path):
+    text, cut = tmp_path / "text.jpg", tmp_path / "cut.png"
+    text.write_text("not a picture")
+    whole = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(whole, "PNG")
+    cut.write_bytes(whole.getvalue()[:60])
+    asked = [text, images[0], tmp_path / "absent.jpg", cut, images[1], tmp_path]
+    predictions = latenttrain.predict(run, asked)
+    assert [bool(prediction.error) for prediction in predictions] == [True, False, True, True, False, True]
+    assert "no such file" in predictions[2].error
+    assert [prediction.image for prediction in predictions] == [str(path) for path in asked]
+
+
+def test_no_readable_image_at_all_is_no_crash(run, fake_codec, tmp_path):
+    (prediction,) = latenttrain.predict(run, [tmp_path / "absent.jpg"])
+    assert prediction.to_json() == {"image": str(tmp_path / "absent.jpg"), "error": prediction.error}
