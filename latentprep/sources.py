@@ -218,6 +218,8 @@ def _expand_braces(spec: str) -> list[str]:
         return [spec]
     bounds = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
     if bounds:
+        if int(bounds[1]) > int(bounds[2]):
+            raise SourceError(f"{spec} ends before it begins", "write a range as train-{000000..000012}.tar")
         width = len(bounds[1]) if bounds[1].startswith("0") else 0
         parts = [str(n).zfill(width) for n in range(int(bounds[1]), int(bounds[2]) + 1)]
     else:

@@ -328,6 +328,8 @@ def test_webdataset_by_brace_pattern_folder_and_single_tar(tmp_path):
     assert open_source(tmp_path / "val-000000.tar").splits == ("val",)
     with pytest.raises(SourceError, match=r"2 of 4 files are not there, the first .*train-000002\.tar"):
         open_source(f"{tmp_path}/train-{{000000..000003}}.tar")
+    with pytest.raises(SourceError, match="ends before it begins"):
+        open_source(f"{tmp_path}/train-{{3..0}}.tar")
 
 
 def test_webdataset_class_names_and_val_fraction(tmp_path):
