@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from pictures import make_folder
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def latentprep(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "latentprep.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)  # type: ignore[call-overload]
+
+
+def fails(code: int, *arguments: object, **options: object) -> str:
+    """Run, expect the exit code and one clear error without traceback; returns stderr."""
+    done = latentprep(*arguments, **options)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, done.stderr
+    return done.stderr
+
+
+def test_encode_info_and_resume(images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = latentprep("encode", images, "--codec", "dct", "--size", 32, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert "train 12, val 6" in done.stdout
+    assert "encoding: 18/18" in done.stderr  # plain lines where stderr is no terminal
+    assert "\x1b" not in done.stdout + done.stderr
+    shown = latentprep("info", out)
+    assert "class_1" in shown.stdout
+    assert "exact mirror" in shown.stdout
+    facts = json.loads(latentprep("info", out, "--json").stdout)
+    assert facts["splits"]["train"]["samples"] == {"class_0": 6, "class_1": 6}
+    assert facts["complete"] is True
+    assert facts["bits_per_value"] == pytest.approx(8 * facts["code_bytes"] / (18 * 16 * 4 * 4))
+    sources = sum(path.stat().st_size for path in images.rglob("*.jpg"))
+    assert facts["source_bytes"] == sources
+    assert facts["smaller_than_source"] == pytest.approx(sources / facts["code_bytes"])
+    again = latentprep("encode", images, "--codec", "dct", "--size", 32, "--out", out, "--json")
+    assert json.loads(again.stdout)["encoded"] == 0
+
+
+def test_exit_code_three_when_samples_are_invalid(images: Path, tmp_path: Path) -> None:
+    (images / "train" / "class_0" / "000.jpg").write_bytes(b"junk")
+    done = latentprep("encode", images, "--codec", "dct", "--size", 32, "--out", tmp_path / "out")
+    assert done.returncode == 3
+    assert "1 samples could not be read" in done.stderr
+    assert "errors.jsonl" in done.stderr
+    facts = json.loads(latentprep("info", tmp_path / "out", "--json").stdout)
+    assert facts["splits"]["train"]["invalid"] == 1
+
+
+def test_users_mistakes(images: Path, tmp_path: Path) -> None:
+    out = ("--out", tmp_path / "out")
+    assert "--bits 4" in fails(2, "encode", images, "--codec", "dct", "--bits", 0, *out)
+    assert "got 9" in fails(2, "encode", images, "--codec", "dct", "--bits", 9, *out)
+    assert "--size 96 or --size 104" in fails(2, "encode", images, "--codec", "dct", "--size", 100, *out)
+    assert "did you mean" in fails(5, "encode", images, "--codec", "dtc", *out)
+    assert "no model folder" in fails(5, "encode", images, "--codec", "taesd", "--weights", "./absent", *out)
+    assert "use --device" in fails(8, "encode", images, "--codec", "dct", "--device", "cuda:99", *out)
+    assert "unknown device" in fails(2, "encode", images, "--codec", "dct", "--device", "tpu9", *out)
+    assert "name=value" in fails(2, "encode", images, "--codec", "dct", "--option", "x", *out)
+    fails(4, "encode", tmp_path / "absent", *out)
+    fails(6, "info", tmp_path)
+    assert not (tmp_path / "out").exists()
+    (images / "train" / "empty").mkdir()
+    assert "empty" in fails(4, "encode", images, "--codec", "dct", *out)
+    one_class = make_folder(tmp_path / "one", classes=1)
+    fails(4, "encode", one_class, "--codec", "dct", *out)
+
+
+def test_refusal_to_resume_with_other_bits(images: Path, tmp_path: Path) -> None:
+    latentprep("encode", images, "--codec", "dct", "--size", 32, "--out", tmp_path / "out")
+    message = fails(6, "encode", images, "--codec", "dct", "--size", 32, "--bits", 3, "--out", tmp_path / "out")
+    assert "bits is 4, this command asks for 3" in message
+    assert "--overwrite" in message
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes where it likes")
+def test_read_only_out(images: Path, tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    assert "permission" in fails(8, "encode", images, "--codec", "dct", "--out", tmp_path / "locked" / "out")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_stdout_that_is_full_or_closed_shows_no_traceback(images: Path, tmp_path: Path) -> None:
+    latentprep("encode", images, "--codec", "dct", "--size", 32, "--out", tmp_path / "out")
+    command = f"{sys.executable} -m latentprep.cli info {tmp_path / 'out'}"
+    done = subprocess.run(f"{command} | true", shell=True, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr
+
+
+def test_control_c_ends_cleanly(tmp_path: Path) -> None:
+    source = make_folder(tmp_path / "images", train=300, val=5)
+    command = [sys.executable, "-m", "latentprep.cli", "encode", str(source), "--codec", "dct", "--size", "64"]
+    command += ["--shard-rows", "16", "--batch-size", "4", "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "out" / "records").glob("*.json")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "Traceback" not in stderr
+    assert "run the same command again" in stderr
+    assert latentprep(*command[3:]).returncode == 0
+
+
+def test_codecs_listing() -> None:
+    done = latentprep("codecs", "--json", "--size", 256, "--bits", 2)
+    rows = {row["name"]: row for row in json.loads(done.stdout)["codecs"]}
+    assert set(rows) >= {"sd-vae", "sdxl-vae", "taesd", "taesdxl", "taesd3", "taef1", "dct", "resample"}
+    assert rows["sd-vae"]["latent"] == [4, 32, 32]
+    assert rows["sd-vae"]["code_bytes"] == 1024
+
+
+@pytest.mark.parametrize("program", ["latentprep", "latenttrain"])
+def test_help_imports_nothing_heavy(program: str) -> None:
+    code = (
+        "import sys\n"
+        f"sys.argv = ['{program}', '--help']\n"
+        f"from {program}.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as stop:\n    assert not stop.code, stop.code\n"
+        "heavy = {'torch', 'diffusers', 'zarr', 'numpy', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Usage" in done.stdout
+
+
+def test_the_format_imports_no_torch() -> None:
+    code = (
+        "import sys, latentprep, latentprep.format\n"
+        "heavy = {'torch', 'diffusers', 'PIL', 'matplotlib', 'typer'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_latenttrain_imports_only_the_format_and_the_shared_faces() -> None:
+    code = (
+        "import sys, latenttrain, latenttrain.train, latenttrain.evaluate\n"
+        "ours = {name for name in sys.modules if name.startswith('latentprep.')}\n"
+        "allowed = ('latentprep.format', 'latentprep.errors', 'latentprep.console', 'latentprep.device')\n"
+        "assert all(name.startswith(allowed) for name in ours), ours\n"
+        "assert 'diffusers' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_option_has_help() -> None:
+    import typer
+
+    for name in ("latentprep", "latenttrain"):
+        module = __import__(f"{name}.cli", fromlist=["app"])
+        for command in typer.main.get_command(module.app).commands.values():  # type: ignore[attr-defined]
+            assert command.help, command.name
+            for parameter in command.params:
+                assert getattr(parameter, "help", None), f"{name} {command.name} {parameter.name}"

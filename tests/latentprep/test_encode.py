@@ -1,0 +1,310 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pictures import jpeg, make_folder, picture
+
+import latentprep
+from latentprep.codecs import make_codec
+from latentprep.console import Silent
+from latentprep.encoder import EncodeResult
+from latentprep.errors import CodecError, DatasetError, Interrupted, SourceError, SystemFault, UsageError
+from latentprep.images import load_views
+from latentprep.quantize import quantize
+
+PLUGIN = Path(__file__).parent.parent / "plugin"
+
+
+def encode(source: Path, out: Path, **options: object) -> EncodeResult:
+    return latentprep.encode(source, **{"codec": "dct", "size": 32, "out": out, "shard_rows": 4, **options})
+
+
+def digest(root: Path) -> dict[str, str]:
+    """path -> SHA-256 of every file of a dataset."""
+    files = (path for path in root.rglob("*") if path.is_file())
+    return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_rows_are_the_sources_samples_coded(images: Path, tmp_path: Path) -> None:
+    result = encode(images, tmp_path / "out", codec="resample", factor=8, bits=6)
+    assert result.rows == {"train": 12, "val": 6}
+    assert result.latent == (3, 4, 4)
+    assert result.encoded == 18
+    dataset = latentprep.open(tmp_path / "out")
+    loaded = dataset.load("train")
+    assert len(loaded) == 12
+    assert loaded.labels.tolist() == [0] * 6 + [1] * 6
+    codec = make_codec("resample", factor=8)
+    for row in (0, 7):
+        pixels = load_views((images / loaded.keys[row]).read_bytes(), 32)
+        latents = codec.encode(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+        assert np.array_equal(quantize(latents, dataset.quantizer).numpy(), loaded.codes[row])
+
+
+def test_views(images: Path, tmp_path: Path) -> None:
+    encode(images, tmp_path / "one")
+    encode(images, tmp_path / "three", views=3)
+    one, three = latentprep.open(tmp_path / "one"), latentprep.open(tmp_path / "three")
+    assert three.manifest.views == 3
+    assert three.quantizer == one.quantizer  # calibrated on view 0
+    codes = three.load("train").codes
+    assert codes.shape[1] == 3
+    assert np.array_equal(codes[:, :1], one.load("train").codes)
+    assert not np.array_equal(codes[:, 1], codes[:, 2])
+
+
+def test_same_input_same_bytes_whatever_the_threads(images: Path, tmp_path: Path) -> None:
+    encode(images, tmp_path / "a", workers=1)
+    encode(images, tmp_path / "b", workers=7)
+    assert digest(tmp_path / "a") == digest(tmp_path / "b")
+
+
+def test_archive_and_folder_give_the_same_shards(images: Path, tmp_path: Path) -> None:
+    import tarfile
+
+    with tarfile.open(tmp_path / "images.tgz", "w:gz") as tar:
+        tar.add(images, "images")
+    encode(images, tmp_path / "a")
+    encode(tmp_path / "images.tgz", tmp_path / "b")
+    a, b = latentprep.open(tmp_path / "a"), latentprep.open(tmp_path / "b")
+    assert a.manifest.source["sha256"] == b.manifest.source["sha256"]
+    assert np.array_equal(a.load("train").codes, b.load("train").codes)
+
+
+def test_damaged_samples_keep_their_rows(images: Path, tmp_path: Path) -> None:
+    bad = images / "train" / "class_1" / "002.jpg"
+    bad.write_bytes(bad.read_bytes()[:200])
+    (images / "val" / "class_0" / "001.jpg").write_bytes(b"junk")
+    result = encode(images, tmp_path / "out", max_error_fraction=0.3)
+    assert result.invalid == 2
+    assert result.splits_invalid == {"train": 1, "val": 1}
+    lines = [json.loads(line) for line in (tmp_path / "out" / "errors.jsonl").read_text().splitlines()]
+    assert [(line["split"], line["row"], line["key"]) for line in lines] == [
+        ("train", 8, "train/class_1/002.jpg"),
+        ("val", 1, "val/class_0/001.jpg"),
+    ]
+    assert all(line["reason"] for line in lines)
+    dataset = latentprep.open(tmp_path / "out")
+    shard = dataset.read_shard("train", 2)
+    assert shard.labels.tolist() == [-1, 1, 1, 1]
+    assert not shard.codes[0].any()
+    assert len(dataset.load("train")) == 11
+    again = encode(images, tmp_path / "out", max_error_fraction=0.3)
+    assert (again.encoded, again.invalid) == (0, 2)
+
+
+def test_too_many_damaged_samples_fail_the_run_but_keep_what_was_made(images: Path, tmp_path: Path) -> None:
+    for i in (0, 1, 2):
+        (images / "train" / "class_0" / f"{i:03}.jpg").write_bytes(b"junk")
+    with pytest.raises(SourceError, match=r"3 of 12 samples of split 'train'.*--max-error-fraction"):
+        encode(images, tmp_path / "out")
+    assert (tmp_path / "out" / "errors.jsonl").is_file()
+    assert encode(images, tmp_path / "out", max_error_fraction=0.5).invalid == 3
+
+
+def test_strict_stops_at_the_first(images: Path, tmp_path: Path) -> None:
+    (images / "train" / "class_0" / "001.jpg").write_bytes(b"junk")
+    with pytest.raises(SourceError, match=r"train/class_0/001\.jpg"):
+        encode(images, tmp_path / "out", strict=True, max_error_fraction=1)
+
+
+def test_no_image_decodes(tmp_path: Path) -> None:
+    source = make_folder(tmp_path / "images", train=2, val=1)
+    for file in source.rglob("*.jpg"):
+        file.write_bytes(b"junk")
+    with pytest.raises(SourceError, match="none of 4 images drawn from split 'train' decodes"):
+        encode(source, tmp_path / "out")
+
+
+def test_limit_and_splits(images: Path, tmp_path: Path) -> None:
+    result = encode(images, tmp_path / "out", limit=4, splits=["train"])
+    assert result.rows == {"train": 4}
+    assert sorted(latentprep.open(tmp_path / "out").load("train").labels.tolist()) == [0, 0, 1, 1]
+    with pytest.raises(UsageError, match="no split 'test'"):
+        encode(images, tmp_path / "other", splits=["test"])
+
+
+def test_dry_run_writes_nothing_and_bounds_the_bytes(images: Path, tmp_path: Path) -> None:
+    predicted = encode(images, tmp_path / "out", dry_run=True, bits=4)
+    assert not (tmp_path / "out").exists()
+    made = encode(images, tmp_path / "out", bits=4)
+    assert predicted.rows == made.rows
+    assert predicted.latent == made.latent
+    assert predicted.code_bytes == 18 * 16 * 4 * 4 // 2
+
+
+def test_default_size_suits_source_and_codec(tmp_path: Path) -> None:
+    source = make_folder(tmp_path / "images", side=61)
+    assert latentprep.encode(source, codec="dct", out=tmp_path / "a", dry_run=True).size == 56
+    assert latentprep.encode(source, codec="resample", factor=1, out=tmp_path / "a", dry_run=True).size == 61
+    large = make_folder(tmp_path / "large", train=2, val=1, side=300)
+    assert latentprep.encode(large, codec="dct", out=tmp_path / "a", dry_run=True).size == 224
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"bits": 5}, "bits is 4, this command asks for 5"),
+        ({"size": 40}, "transform.size is 32, this command asks for 40"),
+        ({"luma": 3}, "codec.luma is 10, this command asks for 3"),
+        ({"codec": "resample"}, "codec.name is dct, this command asks for resample"),
+        ({"views": 2}, "transform.views"),
+        ({"seed": 7}, "transform.seed"),
+        ({"limit": 3}, "the source has changed|splits.train"),
+        ({"shard_rows": 8}, "shard_rows"),
+    ],
+)
+def test_resuming_with_other_settings_is_refused(images: Path, tmp_path: Path, change: dict, field: str) -> None:
+    encode(images, tmp_path / "out")
+    before = digest(tmp_path / "out")
+    with pytest.raises(DatasetError, match=field):
+        encode(images, tmp_path / "out", **change)
+    assert digest(tmp_path / "out") == before
+    assert encode(images, tmp_path / "out", overwrite=True, **change).encoded > 0
+
+
+def test_a_changed_source_is_refused(images: Path, tmp_path: Path) -> None:
+    encode(images, tmp_path / "out")
+    (images / "train" / "class_0" / "new.jpg").write_bytes(jpeg(picture(1)))
+    (images / "train" / "class_0" / "000.jpg").unlink()
+    with pytest.raises(DatasetError, match="the source has changed"):
+        encode(images, tmp_path / "out")
+
+
+def test_folders_that_hold_other_things_are_left_alone(images: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("years of work")
+    with pytest.raises(DatasetError, match=r"not empty and holds no latent dataset \(it has thesis.tex\)"):
+        encode(images, tmp_path / "out")
+    encode(images, tmp_path / "out", overwrite=True)
+    encode(images, tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "thesis.tex").read_text() == "years of work"
+
+
+class StopAt(Silent):
+    """Ctrl-C after so many images."""
+
+    def __init__(self, count: int) -> None:
+        self.left = count
+
+    def advance(self, n: int, **facts: str) -> None:
+        self.left -= n
+        if self.left <= 0:
+            raise KeyboardInterrupt
+
+
+def test_interrupted_then_resumed_is_the_same(images: Path, tmp_path: Path) -> None:
+    encode(images, tmp_path / "whole", batch_size=2)
+    for count in (1, 5, 6, 3):
+        with pytest.raises(Interrupted, match=r"of 5 shards are committed; run the same command again"):
+            encode(images, tmp_path / "parts", batch_size=2, progress=StopAt(count))
+    encode(images, tmp_path / "parts", batch_size=2)
+    assert digest(tmp_path / "parts") == digest(tmp_path / "whole")
+
+
+def test_a_deleted_shard_is_made_again(images: Path, tmp_path: Path) -> None:
+    encode(images, tmp_path / "out")
+    before = digest(tmp_path / "out")
+    (tmp_path / "out" / "records" / "train-000001.json").unlink()
+    (tmp_path / "out" / "train" / "codes" / "c" / "1" / "0" / "0" / "0" / "0").unlink()
+    assert encode(images, tmp_path / "out").encoded == 4
+    assert digest(tmp_path / "out") == before
+
+
+def test_killed_at_random_moments_and_resumed_is_the_same(tmp_path: Path) -> None:
+    """SIGKILL, six times here; `benchmarks/kill_resume.py` does it at length on real images."""
+    source = make_folder(tmp_path / "images", train=40, val=10)
+    command = [sys.executable, "-m", "latentprep.cli", "encode", str(source), "--codec", "dct", "--shard-rows", "8"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    start = time.monotonic()
+    subprocess.run([*command, "--out", str(tmp_path / "whole")], check=True, capture_output=True, env=environment)
+    seconds = time.monotonic() - start
+    kills = 0
+    for attempt in range(6):
+        process = subprocess.Popen(
+            [*command, "--out", str(tmp_path / "parts")], stdout=-3, stderr=-3, env=environment
+        )
+        # The last part of a run is where it writes; the start is imports.
+        time.sleep(seconds * (0.6 + 0.08 * attempt))
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+    assert kills >= 2
+    subprocess.run([*command, "--out", str(tmp_path / "parts")], check=True, capture_output=True, env=environment)
+    assert digest(tmp_path / "parts") == digest(tmp_path / "whole")
+
+
+def test_nan_latents_name_the_sample(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(PLUGIN)
+    (images / "train" / "class_1" / "004.jpg").write_bytes(jpeg(np.zeros((40, 40, 3), np.uint8)))
+    with pytest.raises(CodecError, match=r"NaN or infinite latents of train/class_1/004\.jpg"):
+        encode(images, tmp_path / "out", codec="broken")
+
+
+def test_a_plug_in_codec_encodes(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(PLUGIN)
+    encode(images, tmp_path / "out", codec="grey", gain=0.5)
+    dataset = latentprep.open(tmp_path / "out")
+    assert dataset.manifest.codec == {"name": "grey", "gain": 0.5}
+    assert dataset.manifest.flip == (1,)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"bits": 0}, {"bits": 9}, {"size": 30}, {"size": 0}, {"views": 0}, {"workers": 0}, {"batch_size": 0}, {"limit": 0}],
+)
+def test_bad_options_are_refused_before_anything_is_written(images: Path, tmp_path: Path, options: dict) -> None:
+    with pytest.raises(UsageError, match=r"must be|multiples of"):
+        encode(images, tmp_path / "out", **options)
+    with pytest.raises(UsageError, match="max-error-fraction"):
+        encode(images, tmp_path / "out", max_error_fraction=float("nan"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_loses_nothing(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode(images, tmp_path / "whole")
+    real, calls = os.fsync, []
+
+    def full(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 25:
+            raise OSError(28, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(SystemFault, match=r"no space left on device.*free some space"):
+        encode(images, tmp_path / "out")
+    monkeypatch.undo()
+    encode(images, tmp_path / "out")
+    assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+
+
+def test_an_out_that_cannot_be_written_is_a_system_fault(images: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemFault):
+        encode(images, tmp_path / "file" / "out")
+
+
+def test_imagenette_with_taesd(assets: Path, tmp_path: Path) -> None:
+    tar = assets / "imagenette2-224.tar"
+    result = latentprep.encode(
+        "imagenette", data=tar, codec="taesd", weights=str(assets / "taesd"), limit=20, out=tmp_path, bits=4
+    )
+    assert result.rows == {"train": 20, "val": 20}
+    assert result.latent == (4, 28, 28)
+    dataset = latentprep.open(tmp_path)
+    assert "tench" in dataset.classes
+    loaded = dataset.load("val")
+    assert len(set(loaded.labels.tolist())) == 10
+    assert dataset.manifest.flip is None
+    histogram = np.bincount(loaded.codes.ravel(), minlength=16)
+    assert (histogram > 0).all()  # the whole range is used

@@ -1,0 +1,294 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorstore
+import zarr
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from latentprep.errors import DatasetError, LatentError, UsageError
+from latentprep.format import LatentDataset, Manifest, Quantizer, ShardRecord, open_dataset
+from latentprep.format.commit import commit_shard, create_dataset, locked, remove_dataset, write_atomic
+from latentprep.format.zarr_store import (
+    CANDIDATES,
+    choose_compression,
+    chunk_rows,
+    decode_shard_files,
+    encode_shard_files,
+    shard_files,
+)
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+
+
+def manifest(rows: int = 10, shard: int = 4, views: int = 2, compression: int = 0, **changes: object) -> Manifest:
+    base = Manifest(
+        codec={"name": "resample", "factor": 8},
+        quantizer=Quantizer(3, (-1.0, 0.5), (0.25, 0.125)),
+        transform={"size": 24, "views": views, "seed": 0, "resize": "bicubic"},
+        source={"spec": "somewhere", "sha256": "ab" * 32},
+        classes=("cat", "dög"),
+        latent=(2, 3, 5),
+        flip=(1, -1),
+        shard_rows=shard,
+        chunk_rows=2,
+        compression=CANDIDATES[compression],
+        splits={"train": rows, "val": 3},
+        written_by="test",
+    )
+    return replace(base, **changes)  # type: ignore[arg-type]
+
+
+def rows_of(m: Manifest, split: str, index: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    n = m.rows_in_shard(split, index)
+    random = np.random.default_rng([len(split), index])
+    codes = random.integers(0, m.quantizer.levels, (n, *m.row_shape), dtype=np.uint8)
+    labels = random.integers(-1, len(m.classes), n).astype(np.int32)
+    return codes, labels, [f"{split}/ä{index}-{i}.jpg" for i in range(n)]
+
+
+def write(root: Path, m: Manifest) -> LatentDataset:
+    root.mkdir(parents=True, exist_ok=True)
+    create_dataset(root, m)
+    dataset = open_dataset(root)
+    for split in m.splits:
+        for index in range(m.shard_count(split)):
+            codes, labels, keys = rows_of(m, split, index)
+            record = ShardRecord(split, index, len(keys), {}, 100, (0, 1), dataset.manifest_sha256)
+            commit_shard(root, record, encode_shard_files(m, split, index, codes, labels, keys))
+    return dataset
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> LatentDataset:
+    return write(tmp_path / "data", manifest())
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    n=st.integers(1, 9),
+    views=st.integers(1, 3),
+    bits=st.integers(1, 8),
+    compression=st.integers(0, len(CANDIDATES) - 1),
+    keys=st.lists(st.text(st.characters(exclude_categories=("Cs",))), min_size=9, max_size=9),
+)
+def test_shard_files_round_trip(n: int, views: int, bits: int, compression: int, keys: list[str]) -> None:
+    quantizer = Quantizer(bits, (0.0, 0.0), (1.0, 1.0))
+    m = manifest(n, 9, views, compression, quantizer=quantizer, chunk_rows=3, splits={"train": n})
+    codes = np.random.default_rng(n).integers(0, 2**bits, (n, *m.row_shape), dtype=np.uint8)
+    labels = np.arange(-1, n - 1, dtype=np.int32)
+    files = encode_shard_files(m, "train", 0, codes, labels, keys[:n])
+    assert files == encode_shard_files(m, "train", 0, codes, labels, keys[:n])  # deterministic
+    again = decode_shard_files(m, "train", 0, files)
+    assert np.array_equal(again[0], codes)
+    assert np.array_equal(again[1], labels)
+    assert again[2] == keys[:n]
+
+
+def test_all_zero_codes_are_stored_not_left_out() -> None:
+    m = manifest(4)
+    files = encode_shard_files(m, "train", 0, np.zeros((4, *m.row_shape), np.uint8), np.zeros(4, np.int32), [""] * 4)
+    assert set(files) == set(shard_files("train", 0).values())
+    assert all(files.values())
+
+
+def test_load_leaves_invalid_rows_out_and_keeps_order(dataset: LatentDataset) -> None:
+    m = dataset.manifest
+    parts = [rows_of(m, "train", index) for index in range(3)]
+    codes = np.concatenate([part[0] for part in parts])
+    labels = np.concatenate([part[1] for part in parts])
+    loaded = dataset.load("train")
+    assert (labels == -1).any()
+    assert np.array_equal(loaded.codes, codes[labels != -1])
+    assert np.array_equal(loaded.labels, labels[labels != -1])
+    assert loaded.keys == [key for part in parts for key in part[2] if labels[[*sum((p[2] for p in parts), [])].index(key)] != -1]
+    assert len(dataset.load("train", limit=3)) == 3
+    assert len(dataset.load("train", limit=999)) == len(loaded)
+
+
+@pytest.mark.parametrize("compression", range(len(CANDIDATES)))
+def test_tensorstore_and_zarr_read_what_we_wrote(tmp_path: Path, compression: int) -> None:
+    dataset = write(tmp_path, manifest(compression=compression))
+    ours = [dataset.read_shard("train", index) for index in range(3)]
+    codes, labels = (np.concatenate([getattr(part, name) for part in ours]) for name in ("codes", "labels"))
+    for name, expected in (("codes", codes), ("labels", labels)):
+        spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(tmp_path / "train" / name)}}
+        assert np.array_equal(tensorstore.open(spec).result().read().result(), expected)
+        assert np.array_equal(zarr.open_array(tmp_path / "train" / name, mode="r")[:], expected)
+    keys = zarr.open_array(tmp_path / "train" / "keys", mode="r")[:]
+    assert list(keys) == [key for part in ours for key in part.keys]
+    group = zarr.open_group(tmp_path, mode="r")
+    assert group["train"].attrs["classes"] == ["cat", "dög"]
+
+
+def test_golden_datasets_still_read() -> None:
+    """Bytes written by the first release of each format version; never made anew."""
+    expected = json.loads((GOLDEN / "v1.json").read_text())
+    dataset = open_dataset(GOLDEN / "v1")
+    assert list(dataset.classes) == expected["classes"]
+    for split, rows in expected["splits"].items():
+        loaded = dataset.load(split)
+        assert loaded.codes.tolist() == rows["codes"]
+        assert loaded.labels.tolist() == rows["labels"]
+        assert loaded.keys == rows["keys"]
+    latents = dataset.quantizer.dequantize(dataset.load("val").codes)
+    assert np.allclose(latents, expected["val_latents"], atol=1e-4)
+    (invalid,) = [entry for record in dataset.records("train") for entry in record.invalid]
+    assert invalid["key"] == expected["invalid_key"]
+
+
+def damage(path: Path, how: str) -> None:
+    data = path.read_bytes()
+    if how == "missing":
+        path.unlink()
+    elif how == "cut":
+        path.write_bytes(data[:-1])
+    else:
+        path.write_bytes(data[:9] + bytes([data[9] ^ 4]) + data[10:])
+
+
+@pytest.mark.parametrize("how", ["missing", "cut", "altered"])
+@pytest.mark.parametrize("name", ["codes", "labels", "keys"])
+def test_a_damaged_shard_is_named(dataset: LatentDataset, name: str, how: str) -> None:
+    damage(dataset.root / shard_files("train", 1)[name], how)
+    dataset.read_shard("train", 0)
+    with pytest.raises(DatasetError, match=r"shard train 1.*encode again: it makes just that shard"):
+        dataset.load("train")
+
+
+def test_a_changed_manifest_is_not_that_of_the_records(dataset: LatentDataset) -> None:
+    text = (dataset.root / "manifest.json").read_text()
+    (dataset.root / "manifest.json").write_text(text.replace('"seed": 0', '"seed": 1'))
+    with pytest.raises(DatasetError, match="belongs to another encode"):
+        open_dataset(dataset.root).load("train")
+
+
+def test_missing_records_make_a_dataset_incomplete(dataset: LatentDataset) -> None:
+    (dataset.root / "records" / "train-000002.json").unlink()
+    assert len(dataset.records("train")) == 2
+    with pytest.raises(DatasetError, match="1 of 3 shards of split 'train' are missing"):
+        dataset.load("train")
+    assert len(dataset.load("val").labels) <= 3
+    with pytest.raises(UsageError, match="no split 'test'"):
+        dataset.load("test")
+
+
+def test_not_a_dataset(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="no such folder"):
+        open_dataset(tmp_path / "absent")
+    with pytest.raises(DatasetError, match="no latent dataset"):
+        open_dataset(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"format": "other"}')
+    with pytest.raises(DatasetError, match="not a latent dataset's manifest"):
+        open_dataset(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"format": "latentprep", "version": 2}')
+    with pytest.raises(DatasetError, match=r"format version 2; this latentprep reads up to 1.*pip install --upgrade"):
+        open_dataset(tmp_path)
+
+
+def test_manifest_round_trip() -> None:
+    m = manifest()
+    assert Manifest.from_bytes(m.to_bytes()) == m
+    assert Manifest.from_bytes(m.to_bytes()).to_bytes() == m.to_bytes()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("latent", [2, 3]),
+        ("latent", [2, 3, 1 << 40]),
+        ("latent", [5, 3, 5]),
+        ("flip", [1, 2]),
+        ("shard_rows", 0),
+        ("shard_rows", True),
+        ("classes", [1]),
+        ("splits", {"../up": 3}),
+        ("splits", {"train": -1}),
+        ("quantizer", {"bits": 9, "lo": [0, 0], "step": [1, 1]}),
+        ("quantizer", {"bits": 3, "lo": [0, 0], "step": [1, 0]}),
+        ("quantizer", {"bits": 3, "lo": [0], "step": [1, 1]}),
+        ("store", "pickle"),
+        ("version", 0),
+        ("codec", []),
+    ],
+)
+def test_absurd_manifests_are_refused(field: str, value: object) -> None:
+    document = json.loads(manifest().to_bytes())
+    document[field] = value
+    with pytest.raises(DatasetError):
+        Manifest.from_bytes(json.dumps(document).encode())
+    del document[field]
+    with pytest.raises(DatasetError):
+        Manifest.from_bytes(json.dumps(document).encode())
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.data())
+def test_no_bytes_crash_the_parsers(data: st.DataObject) -> None:
+    """Mutations of good files, and junk: our own errors, or a valid document, and nothing else."""
+    good = data.draw(
+        st.sampled_from(
+            [
+                manifest().to_bytes(),
+                ShardRecord("train", 0, 4, {}, 1, (0,), "ab" * 32, ({"row": 1, "key": "k", "reason": "r"},)).to_bytes(),
+                b"[" * 100_000,
+                b'{"a": NaN}',
+            ]
+        )
+    )
+    changed = bytearray(good)
+    for _ in range(data.draw(st.integers(0, 4))):
+        changed[data.draw(st.integers(0, len(changed) - 1))] = data.draw(st.integers(0, 255))
+    for parse in (Manifest.from_bytes, ShardRecord.from_bytes):
+        try:
+            parse(bytes(changed), "file")
+        except LatentError as error:
+            assert "file" in str(error) or "quantizer" in str(error)
+
+
+def test_atomic_writes_leave_no_half_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "deep" / "file"
+    write_atomic(target, b"old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_atomic(target, b"new")
+    assert target.read_bytes() == b"old"
+    assert [entry.name for entry in target.parent.iterdir()] == ["file"]
+
+
+def test_only_one_writer_at_a_time(tmp_path: Path) -> None:
+    with locked(tmp_path):
+        with pytest.raises(DatasetError, match="being written by another"), locked(tmp_path):
+            pass
+    with locked(tmp_path):
+        pass
+
+
+def test_remove_dataset_removes_nothing_else(dataset: LatentDataset) -> None:
+    (dataset.root / "notes.txt").write_text("mine")
+    remove_dataset(dataset.root)
+    assert [entry.name for entry in dataset.root.iterdir()] == ["notes.txt"]
+
+
+def test_chunks_hold_about_a_mebibyte_and_divide_the_shard() -> None:
+    for shard_rows, row_bytes in ((1024, 3136), (1000, 4096), (7, 1), (1, 10**8), (997, 5000)):
+        rows = chunk_rows(shard_rows, row_bytes)
+        assert shard_rows % rows == 0
+        assert rows == 1 or rows * row_bytes <= 1 << 20
+
+
+def test_compression_is_chosen_by_size() -> None:
+    random = np.random.default_rng(0)
+    few_bits = random.integers(0, 2, (300, 1, 4, 16, 16), dtype=np.uint8)
+    assert choose_compression(few_bits)[-1]["name"] == "blosc"  # bit planes of one bit: an eighth
+    channels = np.stack([random.integers(60 * c, 60 * c + 20, (300, 1, 16, 16)) for c in range(4)], axis=2)
+    assert choose_compression(channels.astype(np.uint8))[0]["name"] == "transpose"  # each channel its own statistics
