@@ -16,7 +16,7 @@ from latentprep.format import LatentDataset
 from .checkpoint import load_net
 from .config import check_dataset
 from .data import Split, canonical_batches, load_split, opened
-from .device import pick_device
+from .device import autocast, pick_device
 from .nets import Net
 
 _CELLS = 1 << 18  # of the latent grid, in a batch for evaluation: 334 samples of 28 x 28
@@ -96,10 +96,10 @@ def evaluate(
 
 
 def split_logits(net: Net, split: Split) -> Tensor:
-    """f32 [n,classes] of view 0 of every sample, the network in evaluation mode and in full float32."""
+    """f32 [n,classes] of view 0 of every sample, the network in evaluation mode and at the precision it trains in."""
     net.eval()
     size = max(1, _CELLS // (split.codes.shape[-2] * split.codes.shape[-1]))
-    with torch.inference_mode():
+    with torch.inference_mode(), autocast(split.codes.device):
         return torch.cat([net(codes) for codes, _ in canonical_batches(split, size)])
 
 
