@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import assets, record, spread
 
+from common import assets, record, spread
 from latentprep.codecs import make_codec
 from latentprep.console import Silent
 from latentprep.encoder import _manifest, plan

@@ -1,4 +1,4 @@
-"""SIGKILL `latentprep encode` at random moments, run it again each time, and compare with an unbroken run, byte by byte."""
+"""SIGKILL `latentprep encode` at random moments, run it again each time, compare with an unbroken run, byte by byte."""
 
 from __future__ import annotations
 
@@ -27,7 +27,17 @@ def main() -> None:
     options = parser.parse_args()
     folder = assets()
     source = ["imagenette", "--data", str(folder / "imagenette2-224.tar")] if folder else ["shapes"]
-    command = [sys.executable, "-m", "latentprep.cli", "encode", *source, "--codec", "dct", "--limit", str(options.limit)]
+    command = [
+        sys.executable,
+        "-m",
+        "latentprep.cli",
+        "encode",
+        *source,
+        "--codec",
+        "dct",
+        "--limit",
+        str(options.limit),
+    ]
     command += ["--shard-rows", "64"]
     draw = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as scratch:
@@ -37,7 +47,9 @@ def main() -> None:
         seconds = time.monotonic() - start
         killed, finished, left = 0, 0, []
         while killed < options.kills:
-            process = subprocess.Popen([*command, "--out", str(parts)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            process = subprocess.Popen(
+                [*command, "--out", str(parts)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
             try:
                 process.wait(draw.uniform(0, seconds))
             except subprocess.TimeoutExpired:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -36,38 +36,59 @@ def _top(version: Annotated[bool, typer.Option("--version", help="Show the versi
 @app.command()
 def encode(
     source: Annotated[
-        str, typer.Argument(help="Folder, .tar/.tgz, WebDataset tars or a named dataset: shapes, imagenette, imagewoof.")
+        str,
+        typer.Argument(help="Folder, .tar/.tgz, WebDataset tars or a named dataset: shapes, imagenette, imagewoof."),
     ],
     codec: Annotated[
-        str | None, typer.Option(help="Codec; see [b]latentprep codecs[/b]. Default: taesd if its weights are at hand, else dct.")
+        str | None,
+        typer.Option(help="Codec; see [b]latentprep codecs[/b]. Default: taesd if its weights are at hand, else dct."),
     ] = None,
     bits: Annotated[int, typer.Option(help="Bits a code, 1 to 8.")] = 4,
     size: Annotated[int | None, typer.Option(help="Pixels a side. Default: suits the source and the codec.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder to write to; an unfinished encode there is resumed.")] = Path("shards"),
-    views: Annotated[int, typer.Option(help="Renderings a sample: the canonical one, then random crops and mirrors.")] = 1,
+    out: Annotated[Path, typer.Option(help="Folder to write to; an unfinished encode there is resumed.")] = Path(
+        "shards"
+    ),
+    views: Annotated[
+        int, typer.Option(help="Renderings a sample: the canonical one, then random crops and mirrors.")
+    ] = 1,
     splits: Annotated[str | None, typer.Option(help="Comma-separated splits to encode. Default: all.")] = None,
-    limit: Annotated[int | None, typer.Option(help="At most this many samples a split, spread over its classes.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="At most this many samples a split, spread over its classes.")
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="A copy of the named dataset that you already have.")] = None,
     val_fraction: Annotated[
-        float | None, typer.Option(help="Share of each class to hold out as val, where the source has no val. Default 0.1.")
+        float | None,
+        typer.Option(help="Share of each class to hold out as val, where the source has no val. Default 0.1."),
     ] = None,
     weights: Annotated[str | None, typer.Option(help="Folder or hub id of the autoencoder's weights.")] = None,
     posterior: Annotated[str | None, typer.Option(help="sd-vae, sdxl-vae: mean, or sample (seeded).")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Autoencoders: bfloat16 or float32. Default: what the device is fast at.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Autoencoders: bfloat16 or float32. Default: what the device is fast at.")
+    ] = None,
     luma: Annotated[int | None, typer.Option(help="dct: coefficients kept of Y, 1 to 64. Default 10.")] = None,
-    chroma: Annotated[int | None, typer.Option(help="dct: coefficients kept of Cb and of Cr, 0 to 64. Default 3.")] = None,
+    chroma: Annotated[
+        int | None, typer.Option(help="dct: coefficients kept of Cb and of Cr, 0 to 64. Default 3.")
+    ] = None,
     factor: Annotated[int | None, typer.Option(help="resample: shrink by this factor. Default 4.")] = None,
     option: Annotated[
         list[str] | None, typer.Option("--option", help="name=value for a third-party codec; may be repeated.")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images the codec takes at once. Default: 32, on CUDA 128.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Threads that read and decode images. Default: one a core.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Images the codec takes at once. Default: 32, on CUDA 128.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Threads that read and decode images. Default: one a core.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of views, calibration and splitting.")] = 0,
     shard_rows: Annotated[int, typer.Option(help="Samples a shard: what a crash can cost at most.")] = 1024,
-    max_pixels: Annotated[int | None, typer.Option(help="Images with more pixels are not read. Default: 134217728.")] = None,
+    max_pixels: Annotated[
+        int | None, typer.Option(help="Images with more pixels are not read. Default: 134217728.")
+    ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first sample that cannot be read.")] = False,
-    max_error_fraction: Annotated[float, typer.Option(help="Fail when more than this share of a split cannot be read.")] = 0.1,
+    max_error_fraction: Annotated[
+        float, typer.Option(help="Fail when more than this share of a split cannot be read.")
+    ] = 0.1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be made.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the dataset in --out and start anew.")] = False,
     as_json: Json = False,
@@ -87,12 +108,14 @@ def encode(
     from .encoder import encode as run
     from .sources import open_source
 
-    with _reporting("opening the source") as reading:
+    with console.byte_progress() as reading:
         opened = open_source(source, data=data, val_fraction=val_fraction, seed=seed, progress=reading)
     if limit is not None:
         opened = opened.take(limit)
     names = [name.strip() for name in splits.split(",")] if splits else list(opened.splits)
     total = sum(opened.size(name) for name in names if name in opened.splits)
+    options: dict[str, Any] = {"weights": weights, "posterior": posterior, "dtype": dtype}
+    options |= {"luma": luma, "chroma": chroma, "factor": factor, **_third_party(option or [])}
     with console.progress_bar("encoding", total, "images") as bar:
         result = run(
             opened,
@@ -113,13 +136,7 @@ def encode(
             dry_run=dry_run,
             overwrite=overwrite,
             progress=bar,
-            weights=weights,
-            posterior=posterior,
-            dtype=dtype,
-            luma=luma,
-            chroma=chroma,
-            factor=factor,
-            **_third_party(option or []),
+            **options,
         )
     if as_json:
         console.print_json(result.to_json())
@@ -132,7 +149,8 @@ def encode(
             "rows": f"{rows} in {result.shards} shards, {len(result.classes)} classes",
             "codec": f"{result.codec['name']}, {result.bits} bits, {result.size} px -> {_shape(result.latent)}"
             + (f", {result.views} views" if result.views > 1 else ""),
-            "codes": f"{most}{console.size(result.code_bytes)}, {result.code_bytes / max(1, samples):.0f} bytes an image",
+            "codes": f"{most}{console.size(result.code_bytes)}, "
+            f"{result.code_bytes / max(1, samples):.0f} bytes an image",
         }
         if result.encoded:
             rate = result.encoded / max(1e-9, result.seconds)
@@ -141,7 +159,9 @@ def encode(
             facts["next"] = f"latenttrain fit {result.out}"
         console.print_facts(f"{verb} {result.out}", facts)
     if result.invalid:
-        console.warn(f"{result.invalid} samples could not be read; they are listed in {Path(result.out) / 'errors.jsonl'}")
+        console.warn(
+            f"{result.invalid} samples could not be read; they are listed in {Path(result.out) / 'errors.jsonl'}"
+        )
         raise typer.Exit(3)
 
 
@@ -181,7 +201,9 @@ def info(
         },
     )
     names = list(found.splits)
-    rows = [[name, *(str(found.splits[split].samples[name]) for split in names)] for name in found.splits[names[0]].samples]
+    rows = [
+        [name, *(str(found.splits[split].samples[name]) for split in names)] for name in found.splits[names[0]].samples
+    ]
     rows.append(["invalid", *(str(found.splits[split].invalid) for split in names)])
     rows.append(["all", *(f"{found.splits[split].committed} of {found.splits[split].rows}" for split in names)])
     console.print_table("", ["class", *names], rows)
@@ -238,30 +260,6 @@ def _third_party(pairs: list[str]) -> dict[str, str | int | float]:
             except ValueError:
                 continue
     return options
-
-
-class _reporting:
-    """Show downloads and long scans as a byte bar on stderr, only if there are any."""
-
-    def __init__(self, description: str) -> None:
-        self.description, self.bar, self.context, self.done = description, None, None, 0
-
-    def __enter__(self) -> _reporting:
-        return self
-
-    def __call__(self, description: str, done: int, total: int | None) -> None:
-        if self.bar is None or description != self.description:
-            self.__exit__()
-            self.description, self.done = description, 0
-            self.context = console.progress_bar(description, (total or 0) >> 20, "MiB")
-            self.bar = self.context.__enter__()
-        self.bar.advance((done >> 20) - self.done)
-        self.done = done >> 20
-
-    def __exit__(self, *exception: object) -> None:
-        if self.context is not None:
-            self.context.__exit__(None, None, None)
-        self.bar = self.context = None
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
 from .errors import LatentError, system_fault
@@ -124,6 +124,23 @@ def progress_bar(description: str, total: int, unit: str, done: int = 0) -> Iter
         yield _Bar(bar, task, unit)
 
 
+@contextmanager
+def byte_progress() -> Iterator[Callable[[str, int, int | None], None]]:
+    """``report(description, done_bytes, total_bytes)``: a bar in MiB for each description, and none if never called."""
+    with ExitStack() as stack:
+        shown: dict[str, tuple[Progress, int]] = {}
+
+        def report(description: str, done: int, total: int | None) -> None:
+            if description not in shown:
+                stack.close()
+                shown[description] = stack.enter_context(progress_bar(description, (total or 0) >> 20, "MiB")), 0
+            bar, before = shown[description]
+            bar.advance((done >> 20) - before)
+            shown[description] = bar, done >> 20
+
+        yield report
+
+
 class _Bar:
     def __init__(self, bar: Any, task: Any, unit: str) -> None:
         self.bar, self.task, self.unit = bar, task, unit
@@ -185,5 +202,3 @@ def size(count: float) -> str:
             break
         count /= 1024
     return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
-
-

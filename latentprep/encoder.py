@@ -188,7 +188,12 @@ def default_size(source: Source, codec: Codec) -> int:
 
 
 def _run(
-    stages: Any, dataset: LatentDataset, jobs: list[tuple[str, int]], strict: bool, max_fraction: float, progress: Progress
+    stages: Any,
+    dataset: LatentDataset,
+    jobs: list[tuple[str, int]],
+    strict: bool,
+    max_fraction: float,
+    progress: Progress,
 ) -> int:
     """Encode the shards in `jobs`; returns how many samples that were."""
     from .pipeline import encode_shards
@@ -225,7 +230,7 @@ def _check_errors(records: dict[str, list], manifest: Manifest, strict: bool, ma
             raise SourceError(f"{invalid[0]['key']}: {invalid[0]['reason']}", "without --strict it would be skipped")
         if len(invalid) > max_fraction * rows:
             raise SourceError(
-                f"{len(invalid)} of {rows} samples of split '{split}' cannot be read, more than {max_fraction:g} of it; "
+                f"{len(invalid)} of {rows} samples of split '{split}' cannot be read, more than {max_fraction:g}; "
                 f"the first is {invalid[0]['key']}: {invalid[0]['reason']}",
                 "mend the source, or raise --max-error-fraction; see errors.jsonl",
             )
@@ -314,7 +319,9 @@ def _check_same(root: Path, stored: Manifest, asked: Manifest) -> None:
             "source.sha256": "its files, labels, or --limit, --val-fraction or --seed changed; ",
             "codec.dtype": f"pass --dtype {have}; ",
         }
-        what = "the source has changed" if name == "source.sha256" else f"{name} is {have}, this command asks for {want}"
+        what = (
+            "the source has changed" if name == "source.sha256" else f"{name} is {have}, this command asks for {want}"
+        )
         raise DatasetError(
             f"{root} was made otherwise: {what}",
             hints.get(name, "") + "give the same options to resume, another --out, or --overwrite to start anew",

@@ -91,7 +91,7 @@ def random_box(width: int, height: int, seed: int, key: str, view: int) -> tuple
     mirror = bool(random.random() < 0.5)
     for _ in range(10):
         area = width * height * random.uniform(*CROP_AREA)
-        ratio = math.exp(random.uniform(*map(math.log, CROP_RATIO)))
+        ratio = math.exp(random.uniform(math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])))
         w, h = math.sqrt(area * ratio), math.sqrt(area / ratio)
         left, top = random.random() * (width - w), random.random() * (height - h)
         if w <= width and h <= height:

@@ -73,7 +73,9 @@ def info(path: str | Path) -> DatasetInfo:
     values = rows * int(np.prod(manifest.row_shape))
     code_bytes = sum(f.bytes for r in everything for path, f in r.files.items() if "/codes/" in path)
     source_bytes = sum(record.source_bytes for record in everything)
-    saturated = np.sum([record.saturated for record in everything], axis=0) if everything else np.zeros(manifest.latent[0])
+    saturated = (
+        np.sum([record.saturated for record in everything], axis=0) if everything else np.zeros(manifest.latent[0])
+    )
     pixel_bytes = valid * 3 * manifest.transform["size"] ** 2
     return DatasetInfo(
         path=str(path),

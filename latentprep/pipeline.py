@@ -138,7 +138,9 @@ def encode_shards(
             for coded in _coded(stages, manifest, jobs, readers):
                 batch = coded.batch
                 _check_finite(batch, coded.finite, keys[batch.split])
-                progress.advance(len(batch.rows), shard=f"{batch.split} {batch.index}", **_bytes_fact(waiting, manifest))
+                progress.advance(
+                    len(batch.rows), shard=f"{batch.split} {batch.index}", **_bytes_fact(waiting, manifest)
+                )
                 shard.append(coded)
                 if sum(len(c.batch.rows) for c in shard) == manifest.rows_in_shard(batch.split, batch.index):
                     waiting.append(writer.submit(_commit, dataset, shard, keys[batch.split], labels[batch.split]))
@@ -186,13 +188,18 @@ def _code(stages: Stages, quantizer: Quantizer, batch: _Batch) -> _Coded:
     views = batch.images.shape[1]
     finite = torch.isfinite(latents).all(dim=(1, 2, 3)).view(-1, views).all(dim=1)
     codes = quantize(latents, quantizer).unflatten(0, (-1, views))
-    results = [codes, finite, saturated(latents, quantizer)]
+    outside = saturated(latents, quantizer)
     if latents.device.type != "cuda":
-        return _Coded(batch, *(r.cpu() for r in results), None)
-    host = [torch.empty(r.shape, dtype=r.dtype, pin_memory=True).copy_(r, non_blocking=True) for r in results]
+        return _Coded(batch, codes.cpu(), finite.cpu(), outside.cpu(), None)
+    codes, finite, outside = (_to_host(tensor) for tensor in (codes, finite, outside))
     done = torch.cuda.Event()
     done.record()
-    return _Coded(batch, *host, done)
+    return _Coded(batch, codes, finite, outside, done)
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """A copy on the host that is whole once the stream has come this far."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 def _encode(stages: Stages, batch: _Batch) -> Tensor:

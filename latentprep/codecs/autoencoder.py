@@ -89,7 +89,7 @@ class AutoencoderCodec:
 
     def flip(self, latents: Tensor) -> None:
         """None: an autoencoder's mirrored latents are not the mirrored image's latents."""
-        return None
+        return
 
     def _noise(self, images: Tensor, shape: torch.Size) -> Tensor:
         """f32 [B,C,h,w], standard normal; each image's own, so that it does not depend on the batch."""
@@ -104,7 +104,9 @@ class AutoencoderCodec:
         """(channels, factor), measured: no model configuration states both."""
         latents = self.encode(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
         if latents.ndim != 4 or latents.shape[-1] != latents.shape[-2] or 64 % latents.shape[-1]:
-            raise CodecError(f"{self.weights} is no image autoencoder: 64×64 pixels give latents {tuple(latents.shape)}")
+            raise CodecError(
+                f"{self.weights} is no image autoencoder: 64×64 pixels give latents {tuple(latents.shape)}"
+            )
         return latents.shape[1], 64 // latents.shape[-1]
 
 

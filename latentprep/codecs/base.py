@@ -46,7 +46,7 @@ class Codec(Protocol):
         ...
 
     def flip(self, latents: Tensor) -> Tensor | None:
-        """f32 [B,C,h,w] -> the latents of the horizontally mirrored images, exactly; None where there is no such map."""
+        """f32 [B,C,h,w] -> the latents of the horizontally mirrored images, exactly; None where there is none."""
         ...
 
 

@@ -11,7 +11,14 @@ from .autoencoder import AutoencoderCodec, find_weights
 from .base import check_multiple, codec_class, codec_names, make_codec
 
 # Latent channels and factor of our autoencoders, so that listing them loads nothing (their model cards say so).
-_LATENTS = {"sd-vae": (4, 8), "sdxl-vae": (4, 8), "taesd": (4, 8), "taesdxl": (4, 8), "taesd3": (16, 8), "taef1": (16, 8)}
+_LATENTS = {
+    "sd-vae": (4, 8),
+    "sdxl-vae": (4, 8),
+    "taesd": (4, 8),
+    "taesdxl": (4, 8),
+    "taesd3": (16, 8),
+    "taef1": (16, 8),
+}
 
 
 @dataclass(frozen=True)

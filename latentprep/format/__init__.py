@@ -1,8 +1,8 @@
 """The on-disk format: the contract between latentprep and latenttrain. Imports numpy, zarr and nothing heavier."""
 
-from .manifest import INVALID_LABEL, FileRecord, Manifest, ShardRecord
 from .dataset import Codes, LatentDataset, open_dataset
 from .dataset import open_dataset as open
+from .manifest import INVALID_LABEL, FileRecord, Manifest, ShardRecord
 from .quantizer import Quantizer
 
 __all__ = [

@@ -54,7 +54,9 @@ def commit_shard(root: Path, record: ShardRecord, files: dict[str, bytes]) -> Sh
 def write_errors(root: Path, records: list[ShardRecord]) -> None:
     """`errors.jsonl`: one line for each sample that could not be read. Derived from the records."""
     lines = [
-        json.dumps({"split": record.split, **entry}, ensure_ascii=False) for record in records for entry in record.invalid
+        json.dumps({"split": record.split, **entry}, ensure_ascii=False)
+        for record in records
+        for entry in record.invalid
     ]
     if lines:
         write_atomic(root / ERRORS, ("\n".join(lines) + "\n").encode())

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import DatasetError, UsageError
-from .manifest import INVALID_LABEL, Manifest, ShardRecord, read_manifest, read_record
+from .manifest import INVALID_LABEL, ShardRecord, read_manifest, read_record
 from .quantizer import Quantizer
 from .zarr_store import decode_labels, decode_shard_files, shard_files
 
@@ -114,7 +114,7 @@ class LatentDataset:
         return decode_labels(self.manifest, split, index, self._read(record, path, verify=True))
 
     def load(self, split: str, limit: int | None = None) -> Codes:
-        """The whole split in memory, invalid rows left out; with `limit`, about that many rows spread evenly over it."""
+        """The whole split in memory, invalid rows left out; with `limit`, at most so many, spread evenly."""
         self.check_complete(split)
         rows = self.manifest.splits[split]
         codes = np.empty((rows, *self.manifest.row_shape), np.uint8)
@@ -162,8 +162,10 @@ class LatentDataset:
 
     def _check_values(self, codes: np.ndarray, labels: np.ndarray, where: str) -> None:
         if codes.size and int(codes.max()) >= self.quantizer.levels:
-            raise DatasetError(f"{self.root}: {where} holds a code of {codes.max()}; {self.quantizer.bits} bits allow less")
-        if labels.size and not (INVALID_LABEL <= labels.min() and labels.max() < len(self.classes)):
+            raise DatasetError(
+                f"{self.root}: {where} holds a code of {codes.max()}; {self.quantizer.bits} bits allow less"
+            )
+        if labels.size and not (labels.min() >= INVALID_LABEL and labels.max() < len(self.classes)):
             raise DatasetError(f"{self.root}: {where} holds a label outside the {len(self.classes)} classes")
 
 

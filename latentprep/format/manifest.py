@@ -97,7 +97,9 @@ class Manifest:
         """Parse and check; `DatasetError` names the first thing that is wrong."""
         top = parse_json(data, where)
         if top.document.get("format") != FORMAT:
-            raise DatasetError(f"{where} is not a latent dataset's manifest", "name a folder that latentprep encode made")
+            raise DatasetError(
+                f"{where} is not a latent dataset's manifest", "name a folder that latentprep encode made"
+            )
         version = top.whole("version", 1, 1 << 30)
         if version > VERSION:
             raise DatasetError(

@@ -36,7 +36,9 @@ class Quantizer:
         if not 1 <= self.bits <= 8:
             raise DatasetError(f"the quantizer's bits must be 1 to 8, got {self.bits}")
         if len(self.lo) != len(self.step) or not self.lo:
-            raise DatasetError(f"the quantizer has {len(self.lo)} lows and {len(self.step)} steps; one of each a channel")
+            raise DatasetError(
+                f"the quantizer has {len(self.lo)} lows and {len(self.step)} steps; one of each a channel"
+            )
         if not all(map(math.isfinite, self.lo + self.step)) or not all(s > 0 for s in self.step):
             raise DatasetError("the quantizer's lows must be finite and its steps finite and above zero")
 

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import zarr
 from zarr.buffer.cpu import Buffer
+from zarr.codecs import BloscCodec, TransposeCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
 from ..errors import DatasetError
@@ -79,7 +80,9 @@ def decode_shard_files(
 
 def decode_labels(manifest: Manifest, split: str, index: int, data: bytes) -> np.ndarray:
     """The bytes of one shard's labels file -> i32 [n]."""
-    return _chunk_array(manifest, "labels", manifest.rows_in_shard(split, index), data, shard_files(split, index)["labels"])
+    return _chunk_array(
+        manifest, "labels", manifest.rows_in_shard(split, index), data, shard_files(split, index)["labels"]
+    )
 
 
 def metadata_files(manifest: Manifest) -> dict[str, bytes]:
@@ -100,7 +103,12 @@ def choose_compression(codes: np.ndarray) -> list[dict]:
     for chain in CANDIDATES:
         files: dict[str, Any] = {}
         array = zarr.create_array(
-            MemoryStore(files), shape=codes.shape, dtype="u1", chunks=codes.shape, **_codecs(chain), **_WRITE_EVERY_CHUNK
+            MemoryStore(files),
+            shape=codes.shape,
+            dtype="u1",
+            chunks=codes.shape,
+            **_codecs(chain),
+            **_WRITE_EVERY_CHUNK,
         )
         array[:] = codes
         sizes.append(len(_only_chunk(files)))
@@ -112,8 +120,8 @@ _WRITE_EVERY_CHUNK: dict[str, Any] = {"config": {"write_empty_chunks": True}}
 
 def _codecs(chain: list[dict]) -> dict[str, Any]:
     """A recorded chain -> `zarr.create_array`'s arguments. Only core Zarr codecs are ever built."""
-    filters = [zarr.codecs.TransposeCodec.from_dict(c) for c in chain if c.get("name") == "transpose"]
-    kinds = {"zstd": zarr.codecs.ZstdCodec, "blosc": zarr.codecs.BloscCodec}
+    filters = [TransposeCodec.from_dict(c) for c in chain if c.get("name") == "transpose"]
+    kinds: dict[str, Any] = {"zstd": ZstdCodec, "blosc": BloscCodec}
     try:
         return {
             "filters": filters,

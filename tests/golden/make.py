@@ -19,14 +19,23 @@ def main(images: Path, name: str) -> None:
     make_folder(images, train=3, val=2, classes=2, side=32)
     (images / "train" / "class_1" / "001.jpg").write_bytes(b"\xff\xd8\xff damaged")
     latentprep.encode(
-        images, codec="resample", factor=8, bits=5, size=32, views=2, shard_rows=4, out=here / name, max_error_fraction=0.5
+        images,
+        codec="resample",
+        factor=8,
+        bits=5,
+        size=32,
+        views=2,
+        shard_rows=4,
+        out=here / name,
+        max_error_fraction=0.5,
     )
     dataset = latentprep.open(here / name)
     splits = {split: dataset.load(split) for split in dataset.splits}
     expected = {
         "classes": list(dataset.classes),
         "splits": {
-            split: {"codes": c.codes.tolist(), "labels": c.labels.tolist(), "keys": c.keys} for split, c in splits.items()
+            split: {"codes": c.codes.tolist(), "labels": c.labels.tolist(), "keys": c.keys}
+            for split, c in splits.items()
         },
         "val_latents": np.round(dataset.quantizer.dequantize(splits["val"].codes), 4).tolist(),
         "invalid_key": "train/class_1/001.jpg",

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from pictures import make_folder
 
 ROOT = Path(__file__).parent.parent.parent
@@ -152,7 +153,7 @@ def test_the_format_imports_no_torch() -> None:
 
 def test_latenttrain_imports_only_the_format_and_the_shared_faces() -> None:
     code = (
-        "import sys, latenttrain, latenttrain.train, latenttrain.evaluate\n"
+        "import sys, latenttrain, latenttrain.train, latenttrain.evaluation\n"
         "ours = {name for name in sys.modules if name.startswith('latentprep.')}\n"
         "allowed = ('latentprep.format', 'latentprep.errors', 'latentprep.console', 'latentprep.device')\n"
         "assert all(name.startswith(allowed) for name in ours), ours\n"

@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pictures import picture
 
 from latentprep.codecs import codec_from_config, codec_names, flip_signs, make_codec
 from latentprep.codecs.listing import list_codecs
 from latentprep.errors import CodecError, UsageError
 from latentprep.images import load_views
+from pictures import picture
 
 PLUGIN = Path(__file__).parent.parent / "plugin"
 

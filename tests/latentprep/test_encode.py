@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pictures import jpeg, make_folder, picture
 
 import latentprep
 from latentprep.codecs import make_codec
@@ -21,6 +20,7 @@ from latentprep.encoder import EncodeResult
 from latentprep.errors import CodecError, DatasetError, Interrupted, SourceError, SystemFault, UsageError
 from latentprep.images import load_views
 from latentprep.quantize import quantize
+from pictures import jpeg, make_folder, picture
 
 PLUGIN = Path(__file__).parent.parent / "plugin"
 
@@ -222,7 +222,7 @@ def test_a_deleted_shard_is_made_again(images: Path, tmp_path: Path) -> None:
 
 
 def test_killed_again_and_again_and_resumed_is_the_same(tmp_path: Path) -> None:
-    """SIGKILL just after a commit, a few times; `benchmarks/kill_resume.py` does it at random moments, on real images."""
+    """SIGKILL just after a commit; `benchmarks/kill_resume.py` does it at random moments, on real images."""
     source = make_folder(tmp_path / "images", train=60, val=10)
     command = [sys.executable, "-m", "latentprep.cli", "encode", str(source), "--codec", "dct", "--shard-rows", "4"]
     encode(source, tmp_path / "whole", size=None)
@@ -257,7 +257,16 @@ def test_a_plug_in_codec_encodes(images: Path, tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize(
     "options",
-    [{"bits": 0}, {"bits": 9}, {"size": 30}, {"size": 0}, {"views": 0}, {"workers": 0}, {"batch_size": 0}, {"limit": 0}],
+    [
+        {"bits": 0},
+        {"bits": 9},
+        {"size": 30},
+        {"size": 0},
+        {"views": 0},
+        {"workers": 0},
+        {"batch_size": 0},
+        {"limit": 0},
+    ],
 )
 def test_bad_options_are_refused_before_anything_is_written(images: Path, tmp_path: Path, options: dict) -> None:
     with pytest.raises(UsageError, match=r"must be|multiples of"):

@@ -106,7 +106,8 @@ def test_load_leaves_invalid_rows_out_and_keeps_order(dataset: LatentDataset) ->
     assert (labels == -1).any()
     assert np.array_equal(loaded.codes, codes[labels != -1])
     assert np.array_equal(loaded.labels, labels[labels != -1])
-    assert loaded.keys == [key for part in parts for key in part[2] if labels[[*sum((p[2] for p in parts), [])].index(key)] != -1]
+    keys = [key for part in parts for key in part[2]]
+    assert loaded.keys == [key for key, label in zip(keys, labels, strict=True) if label != -1]
     assert len(dataset.load("train", limit=3)) == 3
     assert len(dataset.load("train", limit=999)) == len(loaded)
 
@@ -266,9 +267,8 @@ def test_atomic_writes_leave_no_half_file(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_only_one_writer_at_a_time(tmp_path: Path) -> None:
-    with locked(tmp_path):
-        with pytest.raises(DatasetError, match="being written by another"), locked(tmp_path):
-            pass
+    with locked(tmp_path), pytest.raises(DatasetError, match="being written by another"), locked(tmp_path):
+        pass
     with locked(tmp_path):
         pass
 

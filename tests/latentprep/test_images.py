@@ -5,9 +5,9 @@ import io
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
-from pictures import jpeg, picture
 
 from latentprep.images import BadImage, decode, load_views, random_box
+from pictures import jpeg, picture
 
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:

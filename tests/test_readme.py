@@ -1,0 +1,79 @@
+"""Every command and every line of Python that the README shows, run as it stands (on fewer images)."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CHANGELOG.md"]
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("readme")
+
+
+def test_the_commands_run(folder: Path) -> None:
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    commands = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+    ours = [command for command in commands if command.startswith(("latentprep", "latenttrain"))]
+    assert len(ours) >= 5
+    for command in ours:
+        smaller = command.replace("encode shapes", "encode shapes --limit 300").replace("--epochs 5", "--epochs 2")
+        done = subprocess.run(smaller, shell=True, cwd=folder, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
+        assert done.stdout
+
+
+def test_the_python_runs(folder: Path) -> None:
+    (code,) = blocks("python")
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_reader_in_the_specification_reads(folder: Path) -> None:
+    text = (ROOT / "docs" / "format.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    check = (
+        "\nimport latentprep\n"
+        "expected = latentprep.open('shards').load('train')\n"
+        "assert (codes == expected.codes).all() and (labels == expected.labels).all()\n"
+        "assert (latents == latentprep.open('shards').quantizer.dequantize(expected.codes)[:, 0]).all()\n"
+    )
+    if not (folder / "shards").exists():
+        command = [sys.executable, "-m", "latentprep.cli", "encode", "shapes", "--codec", "dct", "--limit", "100"]
+        subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    done = subprocess.run([sys.executable, "-c", code + check], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_make_targets_of_the_readme_exist() -> None:
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
+    for target in re.findall(r"^make (\w+)", README, re.M):
+        assert target in targets
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", document.read_text()):
+        if not link.startswith("http"):
+            assert (document.parent / link).exists(), link
+
+
+def test_rooms_named_in_the_architecture_exist() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text().split("## Rooms")[1].split("```")[1]
+    tree = {path.name for path in ROOT.rglob("*.py")}
+    named = set(re.findall(r"\b(\w+\.py)\b", text))
+    assert len(named) > 25
+    assert named <= tree, named - tree
