@@ -16,7 +16,7 @@ import torch
 
 from common import assets, record, spread
 from latentprep.codecs import make_codec
-from latentprep.console import Silent
+from latentprep.console import silent
 from latentprep.encoder import _manifest, plan
 from latentprep.format import open_dataset
 from latentprep.format.commit import create_dataset
@@ -49,7 +49,7 @@ def main() -> None:
         load_views(source.read("train", i).data, size)
     decode_alone = options.images / (time.perf_counter() - decode_start)
 
-    manifest = calibrate(stages, asked, 32, Silent())
+    manifest = calibrate(stages, asked, 32, silent)
     bare, whole, ratio = [], [], []
     codec.encode(batches[0])
     for _ in range(options.repeats):
@@ -60,8 +60,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as out:
             create_dataset(Path(out), manifest)
             start = time.perf_counter()
-            for _ in encode_shards(stages, open_dataset(out), list(plan(manifest)), Silent()):
-                pass
+            with silent("", 0, "") as quiet:
+                for _ in encode_shards(stages, open_dataset(out), list(plan(manifest)), quiet):
+                    pass
             whole.append(options.images / (time.perf_counter() - start))
         ratio.append(whole[-1] / bare[-1])
     record(

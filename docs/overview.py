@@ -43,7 +43,9 @@ def main() -> None:
             if bits == 4:
                 # Y's mean, and its first horizontal and vertical frequencies, as red, green and blue
                 pictures = chosen[:, [1, 0, 2]].permute(0, 2, 3, 1).numpy()
-                rows.append((f"the codes\n{SIZE // 8}×{SIZE // 8}×{chosen.shape[1]}\n3 channels shown", list(pictures * 17)))
+                rows.append(
+                    (f"the codes\n{SIZE // 8}×{SIZE // 8}×{chosen.shape[1]}\n3 channels shown", list(pictures * 17))
+                )
     rows = [rows[0], rows[2], rows[1], rows[3]]
     figure, axes = plt.subplots(len(rows), COUNT, figsize=(10.5, 5.0), dpi=110)
     for line, (title, pictures) in zip(axes, rows, strict=True):

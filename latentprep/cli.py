@@ -110,34 +110,30 @@ def encode(
 
     with console.byte_progress() as reading:
         opened = open_source(source, data=data, val_fraction=val_fraction, seed=seed, progress=reading)
-    if limit is not None:
-        opened = opened.take(limit)
-    names = [name.strip() for name in splits.split(",")] if splits else list(opened.splits)
-    total = sum(opened.size(name) for name in names if name in opened.splits)
     options: dict[str, Any] = {"weights": weights, "posterior": posterior, "dtype": dtype}
     options |= {"luma": luma, "chroma": chroma, "factor": factor, **_third_party(option or [])}
-    with console.progress_bar("encoding", total, "images") as bar:
-        result = run(
-            opened,
-            codec=codec,
-            bits=bits,
-            size=size,
-            out=out,
-            views=views,
-            splits=names,
-            batch_size=batch_size,
-            workers=workers,
-            device=device,
-            seed=seed,
-            shard_rows=shard_rows,
-            max_pixels=max_pixels,
-            strict=strict,
-            max_error_fraction=max_error_fraction,
-            dry_run=dry_run,
-            overwrite=overwrite,
-            progress=bar,
-            **options,
-        )
+    result = run(
+        opened,
+        codec=codec,
+        bits=bits,
+        size=size,
+        out=out,
+        views=views,
+        splits=[name.strip() for name in splits.split(",")] if splits else None,
+        limit=limit,
+        batch_size=batch_size,
+        workers=workers,
+        device=device,
+        seed=seed,
+        shard_rows=shard_rows,
+        max_pixels=max_pixels,
+        strict=strict,
+        max_error_fraction=max_error_fraction,
+        dry_run=dry_run,
+        overwrite=overwrite,
+        progress=console.progress_bar,
+        **options,
+    )
     if as_json:
         console.print_json(result.to_json())
     else:

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Protocol
 
 from .errors import LatentError, system_fault
@@ -90,14 +90,22 @@ class Progress(Protocol):
     def note(self, text: str) -> None: ...
 
 
-class Silent:
-    """A `Progress` that shows nothing: the default of the Python calls."""
+ProgressFactory = Callable[[str, int, str, int], AbstractContextManager[Progress]]
+"""(description, total, unit, already done) -> the `Progress` of one piece of long work."""
 
+
+class _Silent:
     def advance(self, n: int, **facts: str) -> None:
         pass
 
     def note(self, text: str) -> None:
         pass
+
+
+@contextmanager
+def silent(description: str, total: int, unit: str, done: int = 0) -> Iterator[Progress]:
+    """A `ProgressFactory` that shows nothing: the default of the Python calls."""
+    yield _Silent()
 
 
 @contextmanager
@@ -141,15 +149,35 @@ def byte_progress() -> Iterator[Callable[[str, int, int | None], None]]:
         yield report
 
 
+class _Rate:
+    """Items a second since the first report, which is where slow starts end."""
+
+    def __init__(self) -> None:
+        self.start: float | None = None
+        self.count = 0
+
+    def add(self, n: int) -> None:
+        if self.start is None:
+            self.start = time.monotonic()
+        else:
+            self.count += n
+
+    def per_second(self) -> float | None:
+        elapsed = time.monotonic() - (self.start or time.monotonic())
+        return self.count / elapsed if self.count and elapsed > 0 else None
+
+    def text(self, unit: str) -> str:
+        rate = self.per_second()
+        return "" if rate is None else f"{rate:.0f} {unit}/s" if rate >= 10 else f"{rate:.1f} {unit}/s"
+
+
 class _Bar:
     def __init__(self, bar: Any, task: Any, unit: str) -> None:
-        self.bar, self.task, self.unit = bar, task, unit
-        self.start, self.count = time.monotonic(), 0
+        self.bar, self.task, self.unit, self.rate = bar, task, unit, _Rate()
 
     def advance(self, n: int, **facts: str) -> None:
-        self.count += n
-        rate = f"{_rate(self.count, self.start)} {self.unit}/s"
-        self.bar.update(self.task, advance=n, rate=rate, facts=_join(facts))
+        self.rate.add(n)
+        self.bar.update(self.task, advance=n, rate=self.rate.text(self.unit), facts=_join(facts))
 
     def note(self, text: str) -> None:
         self.bar.console.print(text, highlight=False)
@@ -160,28 +188,22 @@ class _Lines:
 
     def __init__(self, description: str, total: int, unit: str, done: int) -> None:
         self.description, self.total, self.unit, self.done = description, total, unit, done
-        self.start, self.count, self.shown = time.monotonic(), 0, time.monotonic()
+        self.rate, self.shown = _Rate(), time.monotonic()
 
     def advance(self, n: int, **facts: str) -> None:
-        self.count += n
+        self.rate.add(n)
         self.done += n
         now = time.monotonic()
         if now - self.shown < self.INTERVAL and self.done < self.total:
             return
         self.shown = now
-        seconds = (self.total - self.done) * (now - self.start) / max(1, self.count)
-        self.note(
-            f"{self.description}: {self.done}/{self.total} {_rate(self.count, self.start)} {self.unit}/s, "
-            f"{duration(seconds)} left" + (f", {_join(facts)}" if facts else "")
-        )
+        rate = self.rate.per_second()
+        left = f"{duration((self.total - self.done) / rate)} left" if rate and self.done < self.total else ""
+        parts = (self.rate.text(self.unit), left, _join(facts))
+        self.note(f"{self.description}: {self.done}/{self.total} " + ", ".join(part for part in parts if part))
 
     def note(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
-
-
-def _rate(count: int, start: float) -> str:
-    rate = count / max(1e-9, time.monotonic() - start)
-    return f"{rate:.0f}" if rate >= 10 else f"{rate:.1f}"
 
 
 def _join(facts: dict[str, str]) -> str:

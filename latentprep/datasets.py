@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import sys
@@ -104,7 +103,7 @@ def download(url: str, target: Path, md5: str, progress: Progress | None = None)
     """
     part = target.with_name(target.name + ".part")
     with part.open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # another process may be at it; it may also have finished, or been killed
+        _wait_for_others(file)
         if target.exists():
             part.unlink(missing_ok=True)
             return
@@ -127,6 +126,15 @@ def download(url: str, target: Path, md5: str, progress: Progress | None = None)
             part.unlink()
             raise SourceError(f"{url} has MD5 {got}, not {md5}; it was not kept", "run again to download it anew")
         part.replace(target)
+
+
+def _wait_for_others(file: BinaryIO) -> None:
+    """Hold the file alone: another process may be at it; it may also have finished, or been killed."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: two downloads at once may disturb each other, which the checksum shows
+        return
+    fcntl.flock(file, fcntl.LOCK_EX)
 
 
 class _Interruption(Exception):

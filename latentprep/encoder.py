@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import __version__
-from .console import Progress, Silent
+from .console import ProgressFactory, silent
 from .errors import DatasetError, Interrupted, SourceError, UsageError, system_fault
 from .format.commit import create_dataset, locked, remove_dataset, write_errors
 from .format.dataset import LatentDataset, open_dataset
@@ -84,7 +84,7 @@ def encode(
     max_error_fraction: float = 0.1,
     dry_run: bool = False,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: ProgressFactory = silent,
     **codec_options: Any,
 ) -> EncodeResult:
     """Encode `source` with `codec`, quantize to `bits`, store in the folder `out`. Run again, it resumes.
@@ -92,6 +92,7 @@ def encode(
     source: a folder, archive, tars or named dataset (see `latentprep.sources.open_source`), or an open one.
     codec: a name (default: ``taesd`` if its weights are at hand, else ``dct``) with its options as further
     keywords (``weights``, ``posterior``, ``luma``, ``chroma``, ``factor``, …), or a `Codec`.
+    progress: ``latentprep.console.progress_bar`` shows what goes on.
     size: pixels a side; default suits source and codec. views: renderings a sample, see `images.load_views`.
     limit: at most that many samples a split, spread over it. batch_size: images the codec takes at once.
 
@@ -110,7 +111,6 @@ def encode(
     _check_whole("max-pixels", max_pixels, 1, 1 << 40)
     if not 0 <= max_error_fraction <= 1:
         raise UsageError(f"--max-error-fraction must be 0 to 1, got {max_error_fraction}")
-    progress = progress or Silent()
     root = Path(out)
 
     if not isinstance(source, Source):
@@ -118,7 +118,7 @@ def encode(
     if limit is not None:
         source = source.take(limit)
     names = _split_names(source, splits)
-    coder = _open_codec(codec, device, codec_options, progress)
+    coder = _open_codec(codec, device, codec_options)
     image_size = size or default_size(source, coder)
     latent = coder.latent_shape(image_size, image_size)
     asked = _manifest(source, names, coder, bits, image_size, latent, views, seed, shard_rows)
@@ -193,25 +193,28 @@ def _run(
     jobs: list[tuple[str, int]],
     strict: bool,
     max_fraction: float,
-    progress: Progress,
+    progress: ProgressFactory,
 ) -> int:
     """Encode the shards in `jobs`; returns how many samples that were."""
     from .pipeline import encode_shards
 
     manifest, encoded = dataset.manifest, 0
     records = {name: dataset.records(name) for name in manifest.splits}
+    done = sum(record.rows for record in _flat(records))
     try:
         _check_errors(records, manifest, strict, max_fraction)
-        for record in encode_shards(stages, dataset, jobs, progress):
-            encoded += record.rows
-            records[record.split].append(record)
-            if record.invalid:
-                write_errors(dataset.root, sorted(_flat(records), key=lambda r: (r.split, r.index)))
-            _check_errors(records, manifest, strict, max_fraction)
+        with progress("encoding", sum(manifest.splits.values()), "images", done) as bar:
+            for record in encode_shards(stages, dataset, jobs, bar):
+                encoded += record.rows
+                records[record.split].append(record)
+                if record.invalid:
+                    write_errors(dataset.root, sorted(_flat(records), key=lambda r: (r.split, r.index)))
+                _check_errors(records, manifest, strict, max_fraction)
     except KeyboardInterrupt as error:
-        done, total = len(_flat(records)), sum(map(manifest.shard_count, manifest.splits))
+        committed, total = len(_flat(records)), sum(manifest.shard_count(name) for name in manifest.splits)
         raise Interrupted(
-            f"interrupted: {done} of {total} shards are committed", "run the same command again to go on from there"
+            f"interrupted: {committed} of {total} shards are committed",
+            "run the same command again to go on from there",
         ) from error
     if any(record.invalid for record in _flat(records)):
         write_errors(dataset.root, sorted(_flat(records), key=lambda r: (r.split, r.index)))
@@ -244,22 +247,16 @@ def _split_names(source: Source, splits: list[str] | None) -> list[str]:
     return names
 
 
-def _open_codec(codec: str | Codec | None, device: str, options: dict, progress: Progress) -> Codec:
+def _open_codec(codec: str | Codec | None, device: str, options: dict) -> Codec:
     from .codecs import make_codec
+    from .codecs.listing import weights_at_hand
     from .device import pick_device
 
     if codec is not None and not isinstance(codec, str):
         return codec
     if codec is None:
-        codec = "taesd" if options.get("weights") or _at_hand("taesd") else "dct"
-        progress.note(f"codec: {codec}" + ("" if codec == "taesd" else " (taesd's weights are not at hand)"))
+        codec = "taesd" if options.get("weights") or weights_at_hand("taesd") == "yes" else "dct"
     return make_codec(codec, device=pick_device(device), **options)
-
-
-def _at_hand(name: str) -> bool:
-    from .codecs.listing import weights_at_hand
-
-    return weights_at_hand(name) == "yes"
 
 
 def _manifest(

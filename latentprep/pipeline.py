@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .codecs import Codec
-from .console import Progress
+from .console import Progress, ProgressFactory
 from .errors import CodecError, SourceError
 from .format.commit import commit_shard
 from .format.dataset import LatentDataset
@@ -88,7 +88,7 @@ class _Coded:
         return self
 
 
-def calibrate(stages: Stages, asked: Manifest, count: int, progress: Progress) -> Manifest:
+def calibrate(stages: Stages, asked: Manifest, count: int, progress: ProgressFactory) -> Manifest:
     """Fit the quantizer and choose the compression on up to `count` samples spread evenly over the train split.
 
     Which of them is drawn from each stretch of the split is decided by the manifest's seed.
@@ -97,18 +97,18 @@ def calibrate(stages: Stages, asked: Manifest, count: int, progress: Progress) -
     """
     split = "train" if "train" in asked.splits else next(iter(asked.splits))
     rows = _spread(asked.splits[split], count, asked.transform["seed"])
-    progress.note(f"calibrating the quantizer on {len(rows)} images of split '{split}'")
     first = replace(asked, transform={**asked.transform, "views": 1})
     latents, reasons = [], []
     per_batch = stages.batch_samples(1)
     specs = [(split, 0, rows[i : i + per_batch]) for i in range(0, len(rows), per_batch)]
-    with ThreadPoolExecutor(stages.threads()) as pool:
+    with ThreadPoolExecutor(stages.threads()) as pool, progress("calibrating", len(rows), "images", 0) as bar:
         for batch in _decoded(stages, first, specs, pool):
             z = _encode(stages, batch)
             good = [k for k, row in enumerate(batch.rows) if row not in batch.invalid]
             _check_finite(batch, torch.isfinite(z).all(dim=(1, 2, 3)).cpu(), stages.source.keys(split))
             latents.append(z.cpu()[good])
             reasons += [f"{stages.source.keys(split)[row]}: {why}" for row, why in batch.invalid.items()]
+            bar.advance(len(batch.rows))
     everything = torch.cat(latents)
     if not len(everything):
         raise SourceError(
