@@ -64,7 +64,7 @@ def check_run_folder(root: Path, config: RunConfig, resume: bool, overwrite: boo
         )
     if not root.exists() or (root.is_dir() and not any(path.name not in _TEMPORARIES for path in root.iterdir())):
         return
-    if not (root / CONFIG).is_file():
+    if not _is_run(root):
         raise CheckpointError(f"{root} exists and is no run folder", "choose another folder with --out")
     if overwrite:
         return
@@ -82,6 +82,14 @@ def check_run_folder(root: Path, config: RunConfig, resume: bool, overwrite: boo
                 f"{root} was trained with {name} = {short(there)}, asked is {short(here)}",
                 "resume with the same settings, or start another run with --out",
             )
+
+
+def _is_run(root: Path) -> bool:
+    """Whether `fit` made the folder: many a model's folder holds a config.json."""
+    try:
+        return json.loads((root / CONFIG).read_bytes())["format"] == FORMAT
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
 
 
 @contextlib.contextmanager
@@ -145,6 +153,8 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
     try:
         with safetensors.safe_open(path, "pt") as file:
             notes = json.loads((file.metadata() or {})[_NOTES])
+            if not isinstance(notes, dict):
+                raise ValueError("its notes are no JSON object")
             return {name: file.get_tensor(name) for name in file.keys()}, notes  # noqa: SIM118 - no mapping
     except (safetensors.SafetensorError, ValueError, KeyError, RecursionError) as error:
         raise CheckpointError(
@@ -164,9 +174,14 @@ def load_net(run: str | Path, checkpoint: str = "best") -> tuple[Net, RunConfig,
     config = read_config(root)
     path = root / (BEST if checkpoint == "best" else LAST)
     tensors, notes = load_tensors(path)
-    if checkpoint == "last":
-        tensors, notes = part(tensors, "average."), notes["metrics"][-1]
-    net = build_net(config.net).eval()
+    try:
+        if checkpoint == "last":
+            tensors, notes = part(tensors, "average."), notes["metrics"][-1]
+        int(notes["epoch"])
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} does not say which epoch it is from", "restore it, or train again") from error
+    with torch.random.fork_rng([]):
+        net = build_net(config.net).eval()
     fill(net, tensors, path)
     return net, config, notes
 
@@ -209,15 +224,15 @@ def restore(root: Path, state: State) -> None:
     fill(state.net, part(tensors, "net."), path)
     fill(state.average, part(tensors, "average."), path)
     entries: dict[int, dict[str, Tensor]] = {}
-    for index, parameter in enumerate(p for group in state.optimizer.param_groups for p in group["params"]):
-        entries[index] = part(tensors, f"optimizer.{index}.")
-        for name, moment in entries[index].items():
-            if moment.shape == parameter.shape:  # fused AdamW takes moments in the layout of their parameter
-                entries[index][name] = torch.empty_like(parameter).copy_(moment)
     try:
+        for index, parameter in enumerate(p for group in state.optimizer.param_groups for p in group["params"]):
+            entry = {"step": tensors[f"optimizer.{index}.step"].reshape(())}
+            for name in ("exp_avg", "exp_avg_sq"):  # fused AdamW takes moments in the layout of their parameter
+                entry[name] = torch.empty_like(parameter).copy_(tensors[f"optimizer.{index}.{name}"])
+            entries[index] = entry
         state.optimizer.load_state_dict({**state.optimizer.state_dict(), "state": entries})
         state.metrics[:] = notes["metrics"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is not of this run: {error}", "train again with --overwrite") from error
     write_metrics(root, state.metrics)
 

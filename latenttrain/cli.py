@@ -76,7 +76,7 @@ def fit(
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
     limit: Annotated[
-        int | None, typer.Option(help="Train on about so many samples, spread evenly over the train split.")
+        int | None, typer.Option(help="Train on at most so many samples, spread evenly over the train split.")
     ] = None,
     arch: Annotated[str, typer.Option(help="Network: latentnet or mobilenetv2.")] = "latentnet",
     stem: Annotated[
@@ -112,7 +112,8 @@ def fit(
             progress=console.progress_bar,
         )
     except KeyboardInterrupt:
-        raise Interrupted("interrupted; whole epochs are kept", "run the same command with --resume to go on") from None
+        again = "--resume in place of --overwrite" if overwrite else "--resume"
+        raise Interrupted("interrupted; whole epochs are kept", f"the same command with {again} goes on") from None
     if as_json:
         console.print_json(result.to_json())
         return

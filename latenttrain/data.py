@@ -46,7 +46,7 @@ def check_trainable(dataset: LatentDataset, splits: tuple[str, ...] = ("train", 
 def load_split(
     dataset: LatentDataset, split: str, device: torch.device, limit: int | None = None, views: bool = True
 ) -> Split:
-    """A split on the device, with all views or view 0 alone; with `limit`, about so many samples spread evenly over it.
+    """A split on the device, with all views or view 0 alone; with `limit`, at most so many samples, spread evenly.
 
     Raises `DatasetError` if shards are missing or damaged or no sample is valid, `UsageError` for a bad limit.
     """

@@ -7,16 +7,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from latentprep.device import pick_device
 from latentprep.errors import UsageError
 from latentprep.format import LatentDataset
 
 from .checkpoint import load_net
 from .config import check_dataset
 from .data import Split, canonical_batches, load_split, opened
-from .device import autocast, pick_device
+from .device import autocast
 from .nets import Net
 
 _CELLS = 1 << 18  # of the latent grid, in a batch for evaluation: 334 samples of 28 x 28
@@ -79,11 +81,9 @@ def evaluate(
     check_dataset(config, dataset)
     data = load_split(dataset, split, target, views=False)
     logits = split_logits(net.to(target), data)
-    hits = (logits.argmax(1) == data.labels).double()
-    classes = config.net.classes
-    counts = torch.zeros(classes, dtype=torch.float64, device=target)
-    right = counts.clone().index_add_(0, data.labels, hits).tolist()
-    total = counts.index_add_(0, data.labels, torch.ones_like(hits)).tolist()
+    labels, hits = data.labels.cpu().numpy(), (logits.argmax(1) == data.labels).cpu().numpy()
+    total = np.bincount(labels, minlength=len(config.classes)).tolist()
+    right = np.bincount(labels, weights=hits, minlength=len(config.classes)).tolist()
     return EvalResult(
         run=str(run),
         dataset=str(dataset.root),
@@ -106,11 +106,11 @@ def split_logits(net: Net, split: Split) -> Tensor:
 def scores(logits: Tensor, labels: Tensor) -> dict[str, float]:
     """f32 [n,classes], i64 [n] -> ``top1``, ``top5`` (fractions) and ``loss`` (mean cross-entropy in nats)."""
     ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-    loss = torch.nn.functional.cross_entropy(logits, labels)
-    top1, top5, nats = torch.stack(
-        [ranked[:, 0].double().mean(), ranked.any(1).double().mean(), loss.double()]
-    ).tolist()
-    return {"top1": top1, "top5": top5, "loss": nats}
+    return {
+        "top1": int(ranked[:, 0].sum()) / len(labels),
+        "top5": int(ranked.any(1).sum()) / len(labels),
+        "loss": float(torch.nn.functional.cross_entropy(logits.float(), labels)),
+    }
 
 
 def predict(

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from latentprep.console import Progress, Silent
+from latentprep.console import Progress, ProgressFactory, silent
+from latentprep.device import pick_device
 from latentprep.errors import SystemFault, UsageError
 from latentprep.format import LatentDataset
 
@@ -26,14 +24,12 @@ from .augment import Augment, augment
 from .checkpoint import CURVE, State, check_run_folder, restore, run_folder, save_epoch
 from .config import RunConfig, describe_dataset, versions
 from .data import Split, batches_per_epoch, check_trainable, load_split, opened, training_batches
-from .device import autocast, pick_device, reproducible, synchronize
+from .device import autocast, reproducible, synchronize
 from .evaluation import scores, split_logits
 from .nets import Net, NetConfig, build_net
 from .recipe import Recipe, default_lr
 from .report import draw_curve
 from .scaling import count_flops, count_parameters
-
-ProgressFactory = Callable[[str, int, str, int], AbstractContextManager[Progress]]
 
 
 @dataclass(frozen=True)
@@ -84,13 +80,13 @@ def fit(
     limit: int | None = None,
     resume: bool = False,
     overwrite: bool = False,
-    progress: ProgressFactory | None = None,
+    progress: ProgressFactory = silent,
 ) -> FitResult:
     """Train a network on the train split of a latent dataset, evaluating it on the val split after each epoch.
 
     dataset: its folder, or what `latentprep.open` returned. width, depth: see `latenttrain.scaling`.
     lr: the peak; None is `recipe.default_lr` of the batch size. augment: None is the default of `Augment`, with
-    mirroring where the dataset's codec has an exact mirror. limit: train on about so many samples.
+    mirroring where the dataset's codec has an exact mirror. limit: train on at most so many samples.
     out: the run folder, by default `default_out`. resume: go on after the last whole epoch, to the same weights
     as without the break; overwrite: delete an earlier run there. progress: ``latentprep.console.progress_bar``.
 
@@ -122,7 +118,7 @@ def fit(
             state = start_state(config, target)
             if resume:
                 restore(root, state)
-            train_epochs(state, config, root, train, val, progress or silent)
+            train_epochs(state, config, root, train, val, progress)
     except torch.OutOfMemoryError as error:
         raise SystemFault(f"{target} has too little memory", "lower --batch-size, --width or --limit") from error
     best, last = state.best, state.metrics[-1]
@@ -184,12 +180,6 @@ def default_out(dataset: str | Path, config: RunConfig) -> Path:
     return Path("runs", "-".join(names))
 
 
-@contextlib.contextmanager
-def silent(*_: object) -> Iterator[Progress]:
-    """A `ProgressFactory` that shows nothing."""
-    yield Silent()
-
-
 def start_state(config: RunConfig, device: torch.device) -> State:
     """A fresh network on the device, drawn on the CPU so that the device does not matter, and its optimizer."""
     net = build_net(config.net).to(device)
@@ -221,7 +211,7 @@ def train_epochs(
             if not math.isfinite(loss) or not math.isfinite(found["loss"]):
                 raise UsageError(
                     f"the loss of epoch {epoch + 1} is no number at lr {recipe.lr:g}; "
-                    + (f"{epoch} epochs are kept in {root}" if epoch else "nothing was learned"),
+                    f"epochs before it are kept in {root}",
                     f"lower --lr, with --overwrite or another --out ({default_lr(recipe.batch_size):g} is the default)",
                 )
             state.metrics.append(

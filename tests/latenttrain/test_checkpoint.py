@@ -84,6 +84,27 @@ def test_damaged_weights_are_refused_and_never_unpickled(run, name, damage):
     assert caught.value.hint
 
 
+@pytest.mark.parametrize(("name", "notes"), [("best", {}), ("last", {"metrics": []}), ("last", {"metrics": 3})])
+def test_weights_that_do_not_say_their_epoch_are_refused(run, name, notes):
+    path = run / f"{name}.safetensors"
+    save_tensors(path, load_tensors(path)[0], notes)
+    with pytest.raises(CheckpointError, match="does not say which epoch"):
+        load_net(run, name)
+
+
+@pytest.mark.parametrize("key", ["optimizer.0.exp_avg", "optimizer.3.step", "net.body.0.0.weight"])
+@pytest.mark.parametrize("damage", ["missing", "of another shape"])
+def test_resuming_from_a_state_that_is_not_the_runs_is_refused(run, codes, small, key, damage):
+    path = run / "last.safetensors"
+    tensors, notes = load_tensors(path)
+    tensors[key] = torch.zeros(2, 5, 3)
+    if damage == "missing":
+        del tensors[key]
+    save_tensors(path, tensors, notes)
+    with pytest.raises(CheckpointError, match=r"last\.safetensors is not of this"):
+        latenttrain.fit(codes, **small, out=run, resume=True)
+
+
 class Bomb:
     def __reduce__(self):
         return pytest.fail, ("a pickle was read",)

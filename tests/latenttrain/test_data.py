@@ -49,7 +49,7 @@ def test_view_0_alone_takes_the_place_of_one_view(make_dataset):
     assert first.codes.untyped_storage().nbytes() == first.codes.numel()
 
 
-def test_a_limit_keeps_about_so_many_of_every_class(codes):
+def test_a_limit_keeps_so_many_of_every_class(codes):
     split = load_split(open_dataset(codes), "train", CPU, limit=50)
     assert len(split) == 50
     assert split.labels.bincount().min() >= 8

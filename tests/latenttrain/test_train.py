@@ -196,7 +196,10 @@ def test_a_folder_of_something_else_is_never_overwritten(codes, tmp_path, small)
         latenttrain.fit(codes, **small, out=tmp_path, overwrite=True)
     with pytest.raises(CheckpointError, match="is no run folder"):
         latenttrain.fit(codes, **small, out=tmp_path / "thesis.tex", overwrite=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(CheckpointError, match="is no run folder"):
+        latenttrain.fit(codes, **small, out=tmp_path, overwrite=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"thesis.tex", "config.json"}
 
 
 def test_what_else_lies_in_an_overwritten_run_stays(codes, tmp_path, small):
@@ -235,7 +238,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_what_it_had(codes, tmp
         return honest(*arguments, **options) * (math.nan if calls > 10 else 1)
 
     monkeypatch.setattr("torch.nn.functional.cross_entropy", failing)
-    with pytest.raises(UsageError, match=r"loss of epoch 2 is no number at lr 0\.002; 1 epochs are kept") as caught:
+    with pytest.raises(UsageError, match=r"epoch 2 is no number at lr 0\.002; epochs before it are kept") as caught:
         latenttrain.fit(codes, **small, out=out)
     assert "lower --lr" in caught.value.hint
     assert len(metrics(out)) == 1
