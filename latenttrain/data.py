@@ -59,6 +59,16 @@ def load_split(
     return Split(codes.to(device), torch.from_numpy(loaded.labels).to(device, torch.int64))
 
 
+def check_classes(dataset: LatentDataset, train: Split) -> None:
+    """Raises `DatasetError` if all training samples are of one class, whatever the manifest lists."""
+    found = train.labels.unique().tolist()
+    if len(found) < 2:
+        raise DatasetError(
+            f"{dataset.root}: all {len(train)} training samples are of one class, '{dataset.classes[found[0]]}'",
+            "there is nothing to tell apart; encode two classes or more, or raise --limit",
+        )
+
+
 def batches_per_epoch(samples: int, batch_size: int) -> int:
     """The last, smaller batch is left out, other samples each epoch; fewer samples than a batch make one batch."""
     return max(1, samples // batch_size)

@@ -23,7 +23,7 @@ from latentprep.format import LatentDataset
 from .augment import Augment, augment
 from .checkpoint import CURVE, State, check_run_folder, restore, run_folder, save_epoch
 from .config import RunConfig, describe_dataset, versions
-from .data import Split, batches_per_epoch, check_trainable, load_split, opened, training_batches
+from .data import Split, batches_per_epoch, check_classes, check_trainable, load_split, opened, training_batches
 from .device import autocast, reproducible, synchronize
 from .evaluation import scores, split_logits
 from .nets import Net, NetConfig, build_net
@@ -113,6 +113,7 @@ def fit(
     check_run_folder(root, config, resume, overwrite)
     try:
         train = load_split(dataset, "train", target, limit)
+        check_classes(dataset, train)
         val = load_split(dataset, "val", target, views=False)
         with run_folder(root, config, resume), reproducible(target, seed):
             state = start_state(config, target)
@@ -222,7 +223,7 @@ def train_epochs(
                     "top1": found["top1"],
                     "top5": found["top5"],
                     "lr": recipe.lr_at((epoch + 1) * batches - 1, batches),
-                    "seconds": round(seconds, 3),
+                    "seconds": round(seconds, 6),
                 }
             )
             save_epoch(root, state)

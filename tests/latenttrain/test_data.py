@@ -7,6 +7,7 @@ from latenttrain.data import (
     Split,
     batches_per_epoch,
     canonical_batches,
+    check_classes,
     check_trainable,
     load_split,
     opened,
@@ -115,6 +116,13 @@ def test_datasets_that_cannot_be_trained_on_are_refused(make_dataset, changes, w
     with pytest.raises(DatasetError, match=words) as caught:
         check_trainable(open_dataset(make_dataset(**changes)))
     assert caught.value.hint
+
+
+def test_samples_of_one_class_under_a_list_of_four_are_refused(codes):
+    dataset = open_dataset(codes)
+    check_classes(dataset, load_split(dataset, "train", CPU, limit=3))
+    with pytest.raises(DatasetError, match="all 5 training samples are of one class, 'cedar'"):
+        check_classes(dataset, Split(torch.zeros(5, 1, 3, 8, 8, dtype=torch.uint8), torch.full((5,), 2)))
 
 
 def test_a_split_without_a_valid_sample_is_refused(make_dataset):
