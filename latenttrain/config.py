@@ -102,7 +102,7 @@ def check_dataset(config: RunConfig, dataset: LatentDataset) -> None:
         if (found := difference(trained, given[field], field)) is not None:
             name, there, here_value = found
             raise CheckpointError(
-                f"{dataset.root} is not a dataset for this network: its {name} is {short(here_value)}, "
+                f"{dataset.root} does not fit this network: {name} is {short(here_value)}, "
                 f"the network was trained with {short(there)}",
                 "use a dataset encoded with the same codec, quantizer, size and classes, or train on this one",
             )

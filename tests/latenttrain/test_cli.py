@@ -59,7 +59,7 @@ def test_predict_names_what_it_cannot_read_and_ends_with_3(latenttrain, run, tmp
     monkeypatch.setattr("latentprep.codecs.codec_from_config", lambda config, **options: Codec())
     good, bad = tmp_path / "good.png", tmp_path / "bad.jpg"
     Image.new("RGB", (90, 70), "teal").save(good)
-    bad.write_text("no picture")
+    bad.write_bytes(b"\xff\xd8\xff\xe0 and nothing more")
     code, out, err = latenttrain("predict", run, good, "--top", "2")
     assert code == 0
     assert out.count("%") == 2
