@@ -1,0 +1,110 @@
+"""Weights from the hub: the real client against a small server on loopback that answers as the hub does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+
+REPOSITORY, COMMIT = "someone/tiny-vae", "a" * 40
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """A random AutoencoderTiny of factor 2, as the hub would hold it, with a file that must not be fetched."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    model = diffusers.AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    )
+    folder = tmp_path_factory.mktemp("model")
+    model.save_pretrained(folder)
+    return {**{path.name: path.read_bytes() for path in folder.iterdir()}, "pickle.bin": b"never fetched"}
+
+
+@pytest.fixture
+def hub(files: dict[str, bytes]) -> Iterator[tuple[str, list[str]]]:
+    """The server's address, and the paths that were asked of it."""
+    asked: list[str] = []
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.answer(body=False)
+
+        def do_GET(self) -> None:
+            self.answer(body=True)
+
+        def answer(self, body: bool) -> None:
+            asked.append(self.path)
+            name = self.path.partition("?")[0].rpartition("/")[2]
+            if self.path.startswith(f"/api/models/{REPOSITORY}"):
+                listing = [
+                    {"rfilename": file, "path": file, "type": "file", "oid": file, "size": len(data)}
+                    for file, data in files.items()
+                ]
+                document = {"id": REPOSITORY, "sha": COMMIT, "siblings": listing}
+                data = json.dumps(listing if "/tree/" in self.path else document).encode()
+            elif self.path.startswith(f"/{REPOSITORY}/resolve/") and name in files:
+                data = files[name]
+            else:
+                self.send_error(404)
+                return
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.send_header("ETag", f'"{hashlib.sha1(data).hexdigest()}"')
+            self.send_header("X-Repo-Commit", COMMIT)
+            self.end_headers()
+            if body:
+                self.wfile.write(data)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", asked
+    server.shutdown()
+
+
+def encode(images: Path, out: Path, endpoint: str, cache: Path, weights: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1"}
+    environment.pop("HF_HUB_OFFLINE", None)
+    command = [sys.executable, "-m", "latentprep.cli", "encode", str(images), "--codec", "taesd", "--weights", weights]
+    command += ["--size", "32", "--out", str(out)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_weights_are_fetched_once_and_only_what_is_needed(
+    hub: tuple[str, list[str]], images: Path, tmp_path: Path
+) -> None:
+    endpoint, asked = hub
+    done = encode(images, tmp_path / "a", endpoint, tmp_path / "cache", REPOSITORY)
+    assert done.returncode == 0, done.stderr
+    fetched = {path.rpartition("/")[2] for path in asked if "/resolve/" in path}
+    assert fetched == {"config.json", "diffusion_pytorch_model.safetensors"}
+    asked.clear()
+    assert encode(images, tmp_path / "b", endpoint, tmp_path / "cache", REPOSITORY).returncode == 0
+    assert not [path for path in asked if path.endswith(".safetensors")]
+    assert (tmp_path / "a" / "manifest.json").read_bytes() == (tmp_path / "b" / "manifest.json").read_bytes()
+
+
+def test_no_network_and_no_such_model_say_the_way_out(hub: tuple[str, list[str]], images: Path, tmp_path: Path) -> None:
+    for endpoint, weights in (("http://127.0.0.1:9", REPOSITORY), (hub[0], "someone/absent")):
+        done = encode(images, tmp_path / "out", endpoint, tmp_path / "cache", weights)
+        assert done.returncode == 5, done.stderr
+        assert f"the weights {weights} cannot be had" in done.stderr
+        assert "--weights" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert not (tmp_path / "out").exists()
