@@ -1,6 +1,6 @@
 """Encode an image dataset once with a lossy codec and keep its low-bit codes.
 
-`encode` and `open` are what the command line runs; both are imported on first use, so that importing this
+`encode`, `open` and `requantize` are what the command line runs; they are imported on first use, so that importing this
 package stays cheap.
 """
 
@@ -9,11 +9,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["encode", "open"]
+__all__ = ["encode", "open", "requantize"]
 
 if TYPE_CHECKING:
     from .encoder import encode
     from .format import open_dataset as open
+    from .requantizer import requantize
 
 
 def __getattr__(name: str) -> Any:
@@ -25,4 +26,8 @@ def __getattr__(name: str) -> Any:
         from .format import open_dataset
 
         return open_dataset
+    if name == "requantize":
+        from .requantizer import requantize
+
+        return requantize
     raise AttributeError(f"module 'latentprep' has no attribute '{name}'")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from . import __version__, console
 from .errors import UsageError
+
+if TYPE_CHECKING:
+    from .encoder import EncodeResult
 
 app = typer.Typer(
     name="latentprep",
@@ -137,28 +140,37 @@ def encode(
     if as_json:
         console.print_json(result.to_json())
     else:
-        samples = sum(result.rows.values())
-        verb = "would write" if result.dry_run else "wrote" if result.encoded else "already complete:"
-        most = "at most " if result.dry_run else ""
-        rows = ", ".join(f"{name} {count}" for name, count in result.rows.items())
-        facts = {
-            "rows": f"{rows} in {result.shards} shards, {len(result.classes)} classes",
-            "codec": f"{result.codec['name']}, {result.bits} bits, {result.size} px -> {_shape(result.latent)}"
-            + (f", {result.views} views" if result.views > 1 else ""),
-            "codes": f"{most}{console.size(result.code_bytes)}, "
-            f"{result.code_bytes / max(1, samples):.0f} bytes an image",
-        }
-        if result.encoded:
-            rate = result.encoded / max(1e-9, result.seconds)
-            facts["time"] = f"{console.duration(result.seconds)}, {rate:.0f} images/s"
-        if not result.dry_run:
-            facts["next"] = f"latenttrain fit {result.out}"
-        console.print_facts(f"{verb} {result.out}", facts)
+        _show_result(result)
     if result.invalid:
         console.warn(
             f"{result.invalid} samples could not be read; they are listed in {Path(result.out) / 'errors.jsonl'}"
         )
         raise typer.Exit(3)
+
+
+@app.command()
+def requantize(
+    dataset: Annotated[Path, typer.Argument(help="A folder that latentprep encode made, with more bits.")],
+    bits: Annotated[int, typer.Option(help="Bits a code, fewer than the dataset has.")],
+    out: Annotated[Path, typer.Option(help="Folder to write to; an unfinished one there is resumed.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the dataset in --out and start anew.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Make a dataset of fewer bits from another one's codes, without the images and without the codec.
+
+    The quantizer's range is fitted anew.
+
+    Example:
+
+      latentprep requantize shards --bits 2 --out shards-2bit
+    """
+    from .requantizer import requantize as run
+
+    result = run(dataset, bits=bits, out=out, overwrite=overwrite, progress=console.progress_bar)
+    if as_json:
+        console.print_json(result.to_json())
+    else:
+        _show_result(result)
 
 
 @app.command()
@@ -235,6 +247,25 @@ def codecs(
             for row in rows
         ],
     )
+
+
+def _show_result(result: EncodeResult) -> None:
+    samples = sum(result.rows.values())
+    verb = "would write" if result.dry_run else "wrote" if result.encoded else "already complete:"
+    most = "at most " if result.dry_run else ""
+    rows = ", ".join(f"{name} {count}" for name, count in result.rows.items())
+    facts = {
+        "rows": f"{rows} in {result.shards} shards, {len(result.classes)} classes",
+        "codec": f"{result.codec['name']}, {result.bits} bits, {result.size} px -> {_shape(result.latent)}"
+        + (f", {result.views} views" if result.views > 1 else ""),
+        "codes": f"{most}{console.size(result.code_bytes)}, {result.code_bytes / max(1, samples):.0f} bytes an image",
+    }
+    if result.encoded:
+        rate = result.encoded / max(1e-9, result.seconds)
+        facts["time"] = f"{console.duration(result.seconds)}, {rate:.0f} images/s"
+    if not result.dry_run:
+        facts["next"] = f"latenttrain fit {result.out}"
+    console.print_facts(f"{verb} {result.out}", facts)
 
 
 def _shape(latent: tuple[int, int, int]) -> str:

@@ -21,7 +21,7 @@ from .console import ProgressFactory, silent
 from .errors import DatasetError, Interrupted, SourceError, UsageError, system_fault
 from .format.commit import create_dataset, locked, remove_dataset, write_errors
 from .format.dataset import LatentDataset, open_dataset
-from .format.manifest import MANIFEST, Manifest
+from .format.manifest import MANIFEST, Manifest, ShardRecord
 from .format.quantizer import check_bits
 from .format.zarr_store import chunk_rows
 from .sources import Source, open_source
@@ -125,18 +125,18 @@ def encode(
 
     if dry_run:
         code_bytes = sum(asked.splits.values()) * int(np.prod(asked.row_shape)) * bits // 8
-        return _result(root, asked, code_bytes=code_bytes, dry_run=True)
+        return encode_result(root, asked, [], code_bytes=code_bytes, dry_run=True)
 
     start = time.monotonic()
     try:
         root.mkdir(parents=True, exist_ok=True)
         with locked(root):
-            stored = _stored_manifest(root, overwrite)
+            stored = stored_manifest(root, overwrite)
             stages = Stages(source, coder, batch_size, workers, max_pixels or MAX_PIXELS)
             if stored is None:
                 manifest = calibrate(stages, asked, CALIBRATION, progress)
             else:
-                _check_same(root, stored, asked)
+                check_same(root, stored, asked)
                 manifest = stored
             create_dataset(root, manifest)
             dataset = open_dataset(root)
@@ -147,15 +147,7 @@ def encode(
     except OSError as error:
         raise system_fault(error) from error
     records = [record for name in names for record in dataset.records(name)]
-    return _result(
-        root,
-        manifest,
-        code_bytes=sum(file.bytes for r in records for path, file in r.files.items() if "/codes/" in path),
-        encoded=encoded,
-        invalid=sum(len(record.invalid) for record in records),
-        splits_invalid={name: sum(len(r.invalid) for r in records if r.split == name) for name in names},
-        seconds=time.monotonic() - start,
-    )
+    return encode_result(root, manifest, records, encoded=encoded, seconds=time.monotonic() - start)
 
 
 def plan(manifest: Manifest) -> Iterator[tuple[str, int]]:
@@ -295,7 +287,7 @@ def _manifest(
     )
 
 
-def _stored_manifest(root: Path, overwrite: bool) -> Manifest | None:
+def stored_manifest(root: Path, overwrite: bool) -> Manifest | None:
     """The manifest of the dataset to resume; None for an empty folder. Refuses folders that hold other things."""
     if (root / MANIFEST).exists():
         if not overwrite:
@@ -309,7 +301,7 @@ def _stored_manifest(root: Path, overwrite: bool) -> Manifest | None:
     return None
 
 
-def _check_same(root: Path, stored: Manifest, asked: Manifest) -> None:
+def check_same(root: Path, stored: Manifest, asked: Manifest) -> None:
     """`DatasetError` naming the first field in which the dataset at `root` is not the one asked for."""
     for name, have, want in _differences(_comparable(stored), _comparable(asked)):
         hints = {
@@ -351,7 +343,11 @@ def _check_whole(option: str, value: int | None, low: int, high: int) -> None:
         raise UsageError(f"--{option} must be {low} to {high}, got {value}")
 
 
-def _result(root: Path, manifest: Manifest, **facts: Any) -> EncodeResult:
+def encode_result(root: Path, manifest: Manifest, records: list[ShardRecord], **facts: Any) -> EncodeResult:
+    """The result of a run that left `records` in the dataset at `root`."""
+    files = [item for record in records for item in record.files.items()]
+    invalid = {name: sum(len(r.invalid) for r in records if r.split == name) for name in manifest.splits}
+    facts = {"code_bytes": sum(file.bytes for path, file in files if "/codes/" in path), **facts}
     return EncodeResult(
         out=str(root),
         codec=manifest.codec,
@@ -361,6 +357,8 @@ def _result(root: Path, manifest: Manifest, **facts: Any) -> EncodeResult:
         latent=manifest.latent,
         classes=manifest.classes,
         rows=dict(manifest.splits),
-        shards=sum(map(manifest.shard_count, manifest.splits)),
+        shards=sum(manifest.shard_count(name) for name in manifest.splits),
+        invalid=sum(invalid.values()),
+        splits_invalid=invalid,
         **facts,
     )

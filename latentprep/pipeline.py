@@ -95,8 +95,8 @@ def calibrate(stages: Stages, asked: Manifest, count: int, progress: ProgressFac
 
     Raises `SourceError` if none of them decodes, `CodecError` for latents that are not finite.
     """
-    split = "train" if "train" in asked.splits else next(iter(asked.splits))
-    rows = _spread(asked.splits[split], count, asked.transform["seed"])
+    split = calibration_split(asked)
+    rows = calibration_rows(asked.splits[split], count, asked.transform["seed"])
     first = replace(asked, transform={**asked.transform, "views": 1})
     latents, reasons = [], []
     per_batch = stages.batch_samples(1)
@@ -281,7 +281,12 @@ def _commit(dataset: LatentDataset, shard: list[_Coded], keys: list[str], labels
     return commit_shard(dataset.root, record, files)
 
 
-def _spread(rows: int, count: int, seed: int) -> list[int]:
+def calibration_split(manifest: Manifest) -> str:
+    """Train, or the first split where there is no train."""
+    return "train" if "train" in manifest.splits else next(iter(manifest.splits))
+
+
+def calibration_rows(rows: int, count: int, seed: int) -> list[int]:
     """`count` of `rows` rows (all, if there are no more): one drawn from each of `count` equal stretches."""
     if rows <= count:
         return list(range(rows))
