@@ -26,9 +26,10 @@ class Augment:
     """What happens to a training batch. The defaults are the shipped recipe; `Augment.none` changes nothing."""
 
     shift: int = 3  # cells: up to so many in each direction, the border mirrored into the gap
+    zoom: float = 0.0  # each side stretched or squeezed by up to this fraction, to the nearest cells
     mixup: float = 0.0  # alpha of the Beta(alpha, alpha) that weighs two samples; 0 is off
     cutmix: float = 0.0  # the same for the area of a rectangle from another sample; with mixup, half the samples each
-    cutout: float = 0.0  # side of an erased rectangle as a fraction of the grid's side
+    cutout: float = 0.4  # side of an erased rectangle as a fraction of the grid's side
     noise: bool = True  # uniform noise within the quantizer's step
     channel_drop: float = 0.0  # probability that a plane of a sample is zeroed
     mirror: bool = False  # half of the samples left-right; only where the codec's mirror is exact
@@ -37,7 +38,7 @@ class Augment:
     def __post_init__(self) -> None:
         if self.mirror_signs is not None:
             object.__setattr__(self, "mirror_signs", tuple(float(sign) for sign in self.mirror_signs))
-        limits = {"shift": 64, "mixup": math.inf, "cutmix": math.inf, "cutout": 1, "channel_drop": 1}
+        limits = {"shift": 64, "zoom": 1, "mixup": math.inf, "cutmix": math.inf, "cutout": 1, "channel_drop": 1}
         for name, limit in limits.items():
             value = getattr(self, name)
             if not (0 <= value <= limit) or value == math.inf:
@@ -48,7 +49,7 @@ class Augment:
 
     @classmethod
     def none(cls) -> Augment:
-        return cls(shift=0, mixup=0, cutmix=0, cutout=0, noise=False, channel_drop=0)
+        return cls(shift=0, zoom=0, mixup=0, cutmix=0, cutout=0, noise=False, channel_drop=0)
 
     def to_json(self) -> dict:
         return {**dataclasses.asdict(self), "mirror_signs": self.mirror_signs and list(self.mirror_signs)}
@@ -74,8 +75,9 @@ def augment(
     def uniform(*shape: int) -> Tensor:
         return torch.rand(shape, generator=generator, device=device)
 
-    if config.shift:
-        codes = shifted(codes, *(uniform(2, batch) * (2 * config.shift + 1)).long().sub(config.shift))
+    if config.shift or config.zoom:
+        shift = (uniform(2, batch) * (2 * config.shift + 1)).long() - config.shift
+        codes = moved(codes, shift, (1 + config.zoom) ** (2 * uniform(2, batch) - 1))
     if config.mirror:
         codes = torch.where(uniform(batch, 1, 1, 1) < 0.5, mirrored(net, codes, config.mirror_signs), codes)
     if config.noise:
@@ -108,11 +110,19 @@ def augment(
     return planes, targets
 
 
-def shifted(codes: Tensor, down: Tensor, right: Tensor) -> Tensor:
-    """Each sample moved by its own whole cells, the border mirrored: [B,C,h,w], i64 [B], i64 [B] -> [B,C,h,w]"""
+def moved(codes: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Each sample shifted by its own whole cells and scaled about its centre, the border mirrored into gaps.
+
+    [B,C,h,w], i64 [2,B] down and right, f32 [2,B] of height and width -> [B,C,h,w]
+    """
     batch, channels, height, width = codes.shape
-    rows = reflected(torch.arange(height, device=codes.device) - down[:, None], height)
-    columns = reflected(torch.arange(width, device=codes.device) - right[:, None], width)
+
+    def origins(size: int, cells: Tensor, factor: Tensor) -> Tensor:
+        centre = (size - 1) / 2
+        straight = (torch.arange(size, device=codes.device) - centre) / factor[:, None] + centre
+        return reflected(straight.round().long() - cells[:, None], size)
+
+    rows, columns = origins(height, shift[0], scale[0]), origins(width, shift[1], scale[1])
     cells = (rows[:, :, None] * width + columns[:, None]).view(batch, 1, -1).expand(-1, channels, -1)
     return codes.flatten(2).gather(2, cells).view(codes.shape)
 

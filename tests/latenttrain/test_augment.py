@@ -10,7 +10,7 @@ from latenttrain.nets import NetConfig, build_net
 from latenttrain.stems import STEMS
 
 NONE = Augment.none()
-ALL = Augment(shift=2, mixup=0.4, cutmix=1.0, cutout=0.3, noise=True, channel_drop=0.1, mirror=True)
+ALL = Augment(shift=2, zoom=0.2, mixup=0.4, cutmix=1.0, cutout=0.3, noise=True, channel_drop=0.1, mirror=True)
 
 
 def make_net(stem="affine", lo=(-2.0, -1.0), step=(0.25, 0.125)):
