@@ -1,0 +1,90 @@
+"""Muon: momentum whose matrices are orthogonalized, for the filters; AdamW for all else, in one optimizer.
+
+K. Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024): an update is replaced by the
+nearest matrix with orthonormal rows or columns, so that directions which gradients seldom show are learned as fast as
+the others. A convolution's filters are taken as one matrix, a row an output channel. What it is worth on codes is
+recorded in ``benchmarks/records/net_search.md``.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor, nn
+
+_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan's quintic: singular values from 0.01 to 1 land in 0.7 to 1.2
+_ITERATIONS = 5
+ADAM_SHARE = 0.2  # AdamW's learning rate as a share of Muon's: their updates differ in size by about that
+
+
+class Muon(torch.optim.AdamW):
+    """Muon on parameters of two or more dimensions but the last layer's; AdamW, without decay, on all others.
+
+    lr: Muon's; AdamW's is `ADAM_SHARE` of it. weight_decay: of Muon's parameters and the last layer, a step times lr.
+    """
+
+    def __init__(self, net: nn.Module, lr: float, weight_decay: float, momentum: float = 0.9, **adam: object) -> None:
+        parameters = list(net.parameters())
+        last = [module for module in net.modules() if isinstance(module, nn.Linear)][-1:]
+        head = {id(layer.weight) for layer in last}
+        filters = [p for p in parameters if p.ndim >= 2 and id(p) not in head and p.numel() > p.shape[0]]
+        muon = {id(p) for p in filters}
+        matrices = [p for p in parameters if p.ndim >= 2 and id(p) not in muon]
+        vectors = [p for p in parameters if p.ndim < 2]
+        groups = [
+            {"params": filters, "momentum": momentum, "weight_decay": weight_decay, "scale": 1.0},
+            {"params": matrices, "momentum": 0.0, "weight_decay": weight_decay, "scale": ADAM_SHARE},
+            {"params": vectors, "momentum": 0.0, "weight_decay": 0.0, "scale": ADAM_SHARE},
+        ]
+        super().__init__([group for group in groups if group["params"]], lr=lr, **adam)  # type: ignore[arg-type]
+        self.set_lr(lr)
+
+    def set_lr(self, lr: float) -> None:
+        """Muon's learning rate; AdamW's follows."""
+        for group in self.param_groups:
+            group["lr"] = lr * group["scale"]
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step from the gradients, which are gone afterwards."""
+        for group in self.param_groups:
+            if group["momentum"]:
+                self._muon_step(group)
+        super().step()
+        self.zero_grad()
+
+    def _muon_step(self, group: dict) -> None:
+        alike: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        for parameter in group["params"]:
+            if parameter.grad is None:
+                continue
+            state = self.state[parameter]
+            if not state:
+                state["step"] = torch.zeros(())  # AdamW's loading of states wants it
+                state["velocity"] = torch.zeros_like(parameter)
+            velocity = state["velocity"].lerp_(parameter.grad, 1 - group["momentum"])
+            update = parameter.grad.lerp(velocity, group["momentum"]).reshape(len(parameter), -1)  # Nesterov's
+            alike[update.shape[0], update.shape[1]].append((parameter, update))
+            parameter.grad = None  # AdamW passes over it
+        for (rows, columns), pairs in alike.items():
+            updates = orthogonalized(torch.stack([update for _, update in pairs]))
+            size = max(1.0, rows / columns) ** 0.5  # the same change of the output for tall matrices as for wide ones
+            for (parameter, _), update in zip(pairs, updates, strict=True):
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(update.view(parameter.shape), alpha=-group["lr"] * size)
+
+
+def orthogonalized(matrices: Tensor) -> Tensor:
+    """Each matrix with its singular values brought near 1: f32 [n,a,b] -> f32 [n,a,b]
+
+    By Newton and Schulz's iteration; values below about 0.01 of the largest stay smaller.
+    """
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    a, b, c = _NEWTON_SCHULZ
+    for _ in range(_ITERATIONS):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
