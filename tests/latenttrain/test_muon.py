@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -65,7 +67,7 @@ def test_its_state_resumes_exactly() -> None:
     train(whole, one, 3)
     two = Muon(half, lr=0.02, weight_decay=0.05)
     half.load_state_dict(whole.state_dict())
-    two.load_state_dict(one.state_dict())
+    two.load_state_dict(copy.deepcopy(one.state_dict()))
     train(whole, one, 3)
     train(half, two, 3)
     for a, b in zip(whole.parameters(), half.parameters(), strict=True):
