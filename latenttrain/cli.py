@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -29,6 +30,8 @@ Checkpoint = Annotated[str, typer.Option(help="best (the epoch with the highest 
 
 
 def main() -> None:
+    # OpenMP threads otherwise spin at every barrier, and on a busy machine take the time of the one they wait for
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
     console.run(app)
 
 
@@ -59,10 +62,11 @@ def fit(
     lr: Annotated[
         float | None,
         typer.Option(
-            help=f"Peak learning rate; by default {BASE_LR:g} × √(batch size / {BASE_BATCH}).", show_default=False
+            help=f"Peak learning rate; by default {BASE_LR:g} × √(batch size / {BASE_BATCH}).",
+            show_default=False,
         ),
     ] = None,
-    weight_decay: Annotated[float, typer.Option(help="AdamW's decay of filters and matrices.")] = Recipe.weight_decay,
+    weight_decay: Annotated[float, typer.Option(help="Decay of filters and matrices.")] = Recipe.weight_decay,
     seed: Annotated[
         int, typer.Option(help="Of the first weights, the order and the augmentation: same seed, same result.")
     ] = Recipe.seed,

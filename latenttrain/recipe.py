@@ -8,25 +8,26 @@ from dataclasses import dataclass
 
 from latentprep.errors import UsageError, nearest
 
-BASE_LR = 4e-3  # at BASE_BATCH samples a batch; other batch sizes scale it by the square root of their ratio
+BASE_LR = 0.02  # at BASE_BATCH samples a batch; other batch sizes scale it by the square root of their ratio
 BASE_BATCH = 128
-WARMUP_EPOCHS = 3  # the longest warm-up
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The numbers of a run; the defaults train well untouched. AdamW, linear warm-up, cosine to zero, averaged weights.
+    """The numbers of a run; the defaults train well untouched.
+
+    Muon and AdamW, the learning rate rising linearly and then falling to zero as a cosine, averaged weights.
 
     Raises `UsageError` for a number out of range, naming it and the option that sets it.
     """
 
     epochs: int = 15
     batch_size: int = BASE_BATCH
-    lr: float = BASE_LR  # the peak
+    lr: float = BASE_LR  # the peak of Muon's; AdamW's is a fifth of it
     weight_decay: float = 0.05  # of convolutions and matrices; BatchNorm and biases have none
     label_smoothing: float = 0.1
-    warmup: float = 0.1  # fraction of all steps, at most `WARMUP_EPOCHS`
-    ema: float = 0.998  # highest decay a step of the averaged weights, which are those evaluated and kept
+    warmup: float = 0.15  # fraction of all steps in which the learning rate rises
+    ema: float = 0.99  # highest decay a step of the averaged weights, which are those evaluated and kept
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -62,7 +63,7 @@ class Recipe:
     def lr_at(self, step: int, steps_per_epoch: int) -> float:
         """The learning rate of step 0, 1, … of the whole run."""
         steps = self.epochs * steps_per_epoch
-        rising = min(math.ceil(self.warmup * steps), WARMUP_EPOCHS * steps_per_epoch)
+        rising = math.ceil(self.warmup * steps)
         if step < rising:
             return self.lr * (step + 1) / rising
         return self.lr * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))

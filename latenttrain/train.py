@@ -27,6 +27,7 @@ from .data import Split, batches_per_epoch, check_classes, check_trainable, load
 from .device import autocast, reproducible, synchronize
 from .evaluation import scores, split_logits
 from .nets import Net, NetConfig, build_net
+from .optimizer import make_optimizers, set_lr
 from .recipe import Recipe, default_lr
 from .report import draw_curve
 from .scaling import count_flops, count_parameters
@@ -182,18 +183,9 @@ def default_out(dataset: str | Path, config: RunConfig) -> Path:
 
 
 def start_state(config: RunConfig, device: torch.device) -> State:
-    """A fresh network on the device, drawn on the CPU so that the device does not matter, and its optimizer."""
+    """A fresh network on the device, drawn on the CPU so that the device does not matter, and its optimizers."""
     net = build_net(config.net).to(device)
-    # Decay keeps filters from growing without bound under BatchNorm; scales and biases have no such freedom
-    decayed = [p for p in net.parameters() if p.ndim >= 2]
-    plain = [p for p in net.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": config.recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-        lr=config.recipe.lr,
-        betas=(0.9, 0.99),
-        fused=device.type in ("cpu", "cuda"),
-    )
-    return State(net, copy.deepcopy(net), optimizer, [])
+    return State(net, copy.deepcopy(net), make_optimizers(net, config.recipe), [])
 
 
 def train_epochs(
@@ -246,15 +238,15 @@ def train_epoch(state: State, config: RunConfig, train: Split, epoch: int, bar: 
     known = {"val_top-1": f"{state.metrics[-1]['top1']:.1%}"} if state.metrics else {}
     step = epoch * batches
     for codes, labels in training_batches(train, recipe.batch_size, generator):
-        for group in state.optimizer.param_groups:
-            group["lr"] = recipe.lr_at(step, batches)
+        set_lr(state.optimizers, recipe.lr_at(step, batches))
         planes, targets = augment(net, codes, labels, config.augment, generator)
         with autocast(device):
             logits = net.logits(planes)
         loss = F.cross_entropy(logits.float(), targets, label_smoothing=recipe.label_smoothing)
         loss.backward()
-        state.optimizer.step()
-        state.optimizer.zero_grad()
+        for optimizer in state.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         decay = min(recipe.ema, (1 + step) / (10 + step))  # the average forgets the start quickly
         torch._foreach_lerp_(averaged, live, 1 - decay)
         total += loss.detach()

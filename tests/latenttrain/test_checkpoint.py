@@ -92,7 +92,7 @@ def test_weights_that_do_not_say_their_epoch_are_refused(run, name, notes):
         load_net(run, name)
 
 
-@pytest.mark.parametrize("key", ["optimizer.0.exp_avg", "optimizer.3.step", "net.body.0.0.weight"])
+@pytest.mark.parametrize("key", ["AdamW.0.exp_avg", "AdamW.3.step", "Muon.1.momentum", "net.body.0.0.weight"])
 @pytest.mark.parametrize("damage", ["missing", "of another shape"])
 def test_resuming_from_a_state_that_is_not_the_runs_is_refused(run, codes, small, key, damage):
     path = run / "last.safetensors"
