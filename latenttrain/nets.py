@@ -145,10 +145,13 @@ def bottleneck(inputs: int, outputs: int, stride: int) -> Residual:
 
 
 def latentnet(planes: int, config: NetConfig) -> nn.Sequential:
-    """The default: dense blocks on the large grid, bottlenecks on the small one. float [B,P,h,w] -> [B,classes]"""
+    """The default: the full grid is only read, dense blocks work at half of it and bottlenecks at a quarter.
+
+    benchmarks/records/net_search.md has what it was chosen from. float [B,P,h,w] -> [B,classes]
+    """
     channels = round_width(32, config.width)
     layers: list[nn.Module] = [convolution(planes, channels), nn.ReLU()]
-    for block, base, blocks, stride in ((dense, 32, 2, 1), (dense, 64, 2, 2), (bottleneck, 128, 2, 2)):
+    for block, base, blocks, stride in ((dense, 64, 2, 2), (bottleneck, 128, 3, 2)):
         outputs = round_width(base, config.width)
         for index in range(round_depth(blocks, config.depth)):
             layers.append(block(channels, outputs, 1 if index else stride))
