@@ -2,7 +2,7 @@
 
     config.json        `RunConfig`: network, recipe, augmentation, dataset, versions
     best.safetensors   the averaged weights of the epoch with the best val top-1
-    last.safetensors   all of the last whole epoch: weights, averaged weights, the optimizers' moments, the metrics
+    last.safetensors   all of the last whole epoch: weights, averaged weights, the optimizer's moments, the metrics
     metrics.jsonl      the metrics, one line an epoch
     curve.png          the metrics, drawn
 
@@ -28,8 +28,8 @@ from latentprep.errors import CheckpointError, DatasetError, LatentError, UsageE
 from latentprep.format.commit import locked, write_atomic
 
 from .config import FORMAT, VERSION, RunConfig, difference, short
+from .muon import Muon
 from .nets import Net, build_net
-from .optimizer import MOMENTS
 
 CONFIG, METRICS, BEST, LAST, CURVE = "config.json", "metrics.jsonl", "best.safetensors", "last.safetensors", "curve.png"
 RUN_FILES = (CONFIG, METRICS, BEST, LAST, CURVE)
@@ -47,7 +47,7 @@ class State:
 
     net: Net
     average: Net
-    optimizers: list[torch.optim.Optimizer]
+    optimizer: Muon
     metrics: list[dict]
 
     @property
@@ -203,9 +203,8 @@ def save_epoch(root: Path, state: State) -> None:
         save_tensors(root / BEST, state.average.state_dict(), notes)
     tensors = {f"net.{name}": tensor for name, tensor in state.net.state_dict().items()}
     tensors |= {f"average.{name}": tensor for name, tensor in state.average.state_dict().items()}
-    for optimizer in state.optimizers:
-        for index, entry in optimizer.state_dict()["state"].items():
-            tensors |= {f"{type(optimizer).__name__}.{index}.{name}": tensor for name, tensor in entry.items()}
+    for index, entry in state.optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in entry.items()}
     save_tensors(root / LAST, tensors, {"metrics": state.metrics})
     write_metrics(root, state.metrics)
 
@@ -226,23 +225,22 @@ def restore(root: Path, state: State) -> None:
     fill(state.net, part(tensors, "net."), path)
     fill(state.average, part(tensors, "average."), path)
     try:
-        for optimizer in state.optimizers:
-            restore_optimizer(optimizer, part(tensors, f"{type(optimizer).__name__}."))
+        restore_optimizer(state.optimizer, part(tensors, "optimizer."))
         state.metrics[:] = notes["metrics"]
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is not of this run: {error}", "train again with --overwrite") from error
     write_metrics(root, state.metrics)
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+def restore_optimizer(optimizer: Muon, tensors: dict[str, Tensor]) -> None:
     """Make the optimizer's state what was saved of it. Raises `KeyError` or `RuntimeError` if that is not its own."""
     entries: dict[int, dict[str, Tensor]] = {}
-    for index, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-        entries[index] = {}
-        for name in MOMENTS[type(optimizer).__name__]:  # in the layout of the parameter, as fused AdamW takes them
-            entries[index][name] = torch.empty_like(parameter).copy_(tensors[f"{index}.{name}"])
-        if isinstance(optimizer, torch.optim.AdamW):
-            entries[index]["step"] = tensors[f"{index}.step"].reshape(())
+    owned = [(group, parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    for index, (group, parameter) in enumerate(owned):
+        entry = entries[index] = {"step": tensors[f"{index}.step"].reshape(())}
+        for name in ("velocity",) if group["momentum"] else ("exp_avg", "exp_avg_sq"):
+            # in the memory layout of the parameter, which fused AdamW takes for granted
+            entry[name] = torch.empty_like(parameter).copy_(tensors[f"{index}.{name}"])
     optimizer.load_state_dict({**optimizer.state_dict(), "state": entries})
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from latentprep.errors import UsageError, nearest
 
 BASE_LR = 0.02  # at BASE_BATCH samples a batch; other batch sizes scale it by the square root of their ratio
-BASE_BATCH = 128
+BASE_BATCH = 64
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ from .config import RunConfig, describe_dataset, versions
 from .data import Split, batches_per_epoch, check_classes, check_trainable, load_split, opened, training_batches
 from .device import autocast, reproducible, synchronize
 from .evaluation import scores, split_logits
+from .muon import Muon
 from .nets import Net, NetConfig, build_net
-from .optimizer import make_optimizers, set_lr
 from .recipe import Recipe, default_lr
 from .report import draw_curve
 from .scaling import count_flops, count_parameters
@@ -183,9 +183,11 @@ def default_out(dataset: str | Path, config: RunConfig) -> Path:
 
 
 def start_state(config: RunConfig, device: torch.device) -> State:
-    """A fresh network on the device, drawn on the CPU so that the device does not matter, and its optimizers."""
+    """A fresh network on the device, drawn on the CPU so that the device does not matter, and its optimizer."""
     net = build_net(config.net).to(device)
-    return State(net, copy.deepcopy(net), make_optimizers(net, config.recipe), [])
+    recipe, fused = config.recipe, device.type in ("cpu", "cuda")
+    optimizer = Muon(net, recipe.lr, recipe.weight_decay, betas=(0.9, 0.99), fused=fused)
+    return State(net, copy.deepcopy(net), optimizer, [])
 
 
 def train_epochs(
@@ -238,15 +240,13 @@ def train_epoch(state: State, config: RunConfig, train: Split, epoch: int, bar: 
     known = {"val_top-1": f"{state.metrics[-1]['top1']:.1%}"} if state.metrics else {}
     step = epoch * batches
     for codes, labels in training_batches(train, recipe.batch_size, generator):
-        set_lr(state.optimizers, recipe.lr_at(step, batches))
+        state.optimizer.set_lr(recipe.lr_at(step, batches))
         planes, targets = augment(net, codes, labels, config.augment, generator)
         with autocast(device):
             logits = net.logits(planes)
         loss = F.cross_entropy(logits.float(), targets, label_smoothing=recipe.label_smoothing)
         loss.backward()
-        for optimizer in state.optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        state.optimizer.step()
         decay = min(recipe.ema, (1 + step) / (10 + step))  # the average forgets the start quickly
         torch._foreach_lerp_(averaged, live, 1 - decay)
         total += loss.detach()

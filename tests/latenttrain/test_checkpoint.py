@@ -92,11 +92,12 @@ def test_weights_that_do_not_say_their_epoch_are_refused(run, name, notes):
         load_net(run, name)
 
 
-@pytest.mark.parametrize("key", ["AdamW.0.exp_avg", "AdamW.3.step", "Muon.1.momentum", "net.body.0.0.weight"])
+@pytest.mark.parametrize("kind", ["velocity", "step", "exp_avg", "net.body.0.0.weight"])
 @pytest.mark.parametrize("damage", ["missing", "of another shape"])
-def test_resuming_from_a_state_that_is_not_the_runs_is_refused(run, codes, small, key, damage):
+def test_resuming_from_a_state_that_is_not_the_runs_is_refused(run, codes, small, kind, damage):
     path = run / "last.safetensors"
     tensors, notes = load_tensors(path)
+    key = next(name for name in tensors if name.endswith(kind))
     tensors[key] = torch.zeros(2, 5, 3)
     if damage == "missing":
         del tensors[key]

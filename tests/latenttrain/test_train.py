@@ -14,8 +14,6 @@ from latentprep.errors import CheckpointError, SystemFault, UsageError
 from latentprep.format import open_dataset
 from latenttrain.augment import Augment
 from latenttrain.checkpoint import load_tensors, read_config
-from latenttrain.nets import NetConfig, build_net
-from latenttrain.optimizer import make_optimizers, orthogonal
 from latenttrain.recipe import Recipe, default_lr
 
 
@@ -163,7 +161,7 @@ def test_resuming_a_run_that_ended_changes_nothing(whole, codes, small):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"lr": 0.5}, r"lr = 0.01, asked is 0\.5"),
+        ({"lr": 0.5}, r"lr = 0.014142, asked is 0\.5"),
         ({"epochs": 6}, "epochs = 5, asked is 6"),
         ({"width": 0.5}, "width = 0.25, asked is 0.5"),
         ({"limit": 64}, "dataset.limit = null, asked is 64"),
@@ -240,7 +238,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_what_it_had(codes, tmp
         return honest(*arguments, **options) * (math.nan if calls > 10 else 1)
 
     monkeypatch.setattr("torch.nn.functional.cross_entropy", failing)
-    with pytest.raises(UsageError, match=r"epoch 2 is no number at lr 0\.01; epochs before it are kept") as caught:
+    with pytest.raises(UsageError, match=r"epoch 2 is no number at lr 0\.014142; epochs before it are kept") as caught:
         latenttrain.fit(codes, **small, out=out)
     assert "lower --lr" in caught.value.hint
     assert len(metrics(out)) == 1
@@ -293,28 +291,10 @@ def test_the_learning_rate_rises_then_falls_to_zero():
     assert 0 < rates[-1] < 1e-5
 
 
-def test_muon_steps_move_every_direction_alike():
-    matrices = torch.randn(3, 16, 40) @ torch.diag(torch.logspace(0, -3, 40))
-    values = torch.linalg.svdvals(orthogonal(matrices))
-    assert values.max() < 1.3
-    assert values.median() > 0.6
-    assert torch.allclose(orthogonal(matrices.mT), orthogonal(matrices).mT, atol=1e-5)
-
-
-def test_every_parameter_learns_by_one_optimizer(codes):
-    config = NetConfig((3, 8, 8), 4, 4, (-2.0,) * 3, (0.25,) * 3, arch="mobilenetv2", stem="embedding")
-    net = build_net(config)
-    muon, adamw = make_optimizers(net, Recipe())
-    owned = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in (muon, adamw)]
-    assert sorted(map(id, owned[0] + owned[1])) == sorted(map(id, net.parameters()))
-    assert all(p.ndim == 4 and p.shape[1] > 1 for p in owned[0])
-    assert any(p.ndim == 4 and p.shape[1] == 1 for p in owned[1])
-
-
 def test_a_recipe_survives_json():
     recipe = Recipe(epochs=3, lr=0.1, seed=9)
     assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
 
 
 def test_larger_batches_get_a_higher_rate():
-    assert default_lr(512) == pytest.approx(2 * default_lr(128))
+    assert default_lr(512) == pytest.approx(2 * default_lr(128), rel=1e-3)
