@@ -31,3 +31,7 @@ def __getattr__(name: str) -> Any:
 
         return requantize
     raise AttributeError(f"module 'latentprep' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

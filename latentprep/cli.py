@@ -44,7 +44,10 @@ def encode(
     ],
     codec: Annotated[
         str | None,
-        typer.Option(help="Codec; see [b]latentprep codecs[/b]. Default: taesd if its weights are at hand, else dct."),
+        typer.Option(
+            rich_help_panel="Codec",
+            help="Codec; see [b]latentprep codecs[/b]. Default: taesd if its weights are at hand, else dct.",
+        ),
     ] = None,
     bits: Annotated[int, typer.Option(help="Bits a code, 1 to 8.")] = 4,
     size: Annotated[int | None, typer.Option(help="Pixels a side. Default: suits the source and the codec.")] = None,
@@ -54,43 +57,69 @@ def encode(
     views: Annotated[
         int, typer.Option(help="Renderings a sample: the canonical one, then random crops and mirrors.")
     ] = 1,
-    splits: Annotated[str | None, typer.Option(help="Comma-separated splits to encode. Default: all.")] = None,
-    limit: Annotated[
-        int | None, typer.Option(help="At most this many samples a split, spread over its classes.")
+    splits: Annotated[
+        str | None, typer.Option(rich_help_panel="Source", help="Comma-separated splits to encode. Default: all.")
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="A copy of the named dataset that you already have.")] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(rich_help_panel="Source", help="At most this many samples a split, spread over its classes."),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(rich_help_panel="Source", help="A copy of the named dataset that you already have.")
+    ] = None,
     val_fraction: Annotated[
         float | None,
-        typer.Option(help="Share of each class to hold out as val, where the source has no val. Default 0.1."),
+        typer.Option(
+            rich_help_panel="Source",
+            help="Share of each class to hold out as val, where the source has no val. Default 0.1.",
+        ),
     ] = None,
-    weights: Annotated[str | None, typer.Option(help="Folder or hub id of the autoencoder's weights.")] = None,
-    posterior: Annotated[str | None, typer.Option(help="sd-vae, sdxl-vae: mean, or sample (seeded).")] = None,
+    weights: Annotated[
+        str | None, typer.Option(rich_help_panel="Codec", help="Folder or hub id of the autoencoder's weights.")
+    ] = None,
+    posterior: Annotated[
+        str | None, typer.Option(rich_help_panel="Codec", help="sd-vae, sdxl-vae: mean, or sample (seeded).")
+    ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Autoencoders: bfloat16 or float32. Default: what the device is fast at.")
+        str | None,
+        typer.Option(
+            rich_help_panel="Codec", help="Autoencoders: bfloat16 or float32. Default: what the device is fast at."
+        ),
     ] = None,
-    luma: Annotated[int | None, typer.Option(help="dct: coefficients kept of Y, 1 to 64. Default 10.")] = None,
+    luma: Annotated[
+        int | None, typer.Option(rich_help_panel="Codec", help="dct: coefficients kept of Y, 1 to 64. Default 10.")
+    ] = None,
     chroma: Annotated[
-        int | None, typer.Option(help="dct: coefficients kept of Cb and of Cr, 0 to 64. Default 3.")
+        int | None,
+        typer.Option(rich_help_panel="Codec", help="dct: coefficients kept of Cb and of Cr, 0 to 64. Default 3."),
     ] = None,
-    factor: Annotated[int | None, typer.Option(help="resample: shrink by this factor. Default 4.")] = None,
+    factor: Annotated[
+        int | None, typer.Option(rich_help_panel="Codec", help="resample: shrink by this factor. Default 4.")
+    ] = None,
     option: Annotated[
-        list[str] | None, typer.Option("--option", help="name=value for a third-party codec; may be repeated.")
+        list[str] | None,
+        typer.Option("--option", rich_help_panel="Codec", help="name=value for a third-party codec; may be repeated."),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="Images the codec takes at once. Default: 32, on CUDA 128.")
+        int | None,
+        typer.Option(rich_help_panel="Machine", help="Images the codec takes at once. Default: 32, on CUDA 128."),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(help="Threads that read and decode images. Default: one a core.")
+        int | None,
+        typer.Option(rich_help_panel="Machine", help="Threads that read and decode images. Default: one a core."),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    device: Annotated[str, typer.Option(rich_help_panel="Machine", help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of views, calibration and splitting.")] = 0,
     shard_rows: Annotated[int, typer.Option(help="Samples a shard: what a crash can cost at most.")] = 1024,
     max_pixels: Annotated[
-        int | None, typer.Option(help="Images with more pixels are not read. Default: 134217728.")
+        int | None,
+        typer.Option(rich_help_panel="Source", help="Images with more pixels are not read. Default: 134217728."),
     ] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first sample that cannot be read.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", rich_help_panel="Source", help="Stop at the first sample that cannot be read.")
+    ] = False,
     max_error_fraction: Annotated[
-        float, typer.Option(help="Fail when more than this share of a split cannot be read.")
+        float, typer.Option(rich_help_panel="Source", help="Fail when more than this share of a split cannot be read.")
     ] = 0.1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be made.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the dataset in --out and start anew.")] = False,
@@ -255,15 +284,15 @@ def _show_result(result: EncodeResult) -> None:
     most = "at most " if result.dry_run else ""
     rows = ", ".join(f"{name} {count}" for name, count in result.rows.items())
     facts = {
-        "rows": f"{rows} in {result.shards} shards, {len(result.classes)} classes",
-        "codec": f"{result.codec['name']}, {result.bits} bits, {result.size} px -> {_shape(result.latent)}"
-        + (f", {result.views} views" if result.views > 1 else ""),
+        "rows": f"{rows} in {console.plural(result.shards, 'shard')}, {len(result.classes)} classes",
+        "codec": f"{result.codec['name']}, {console.plural(result.bits, 'bit')}, "
+        f"{result.size} px -> {_shape(result.latent)}" + (f", {result.views} views" if result.views > 1 else ""),
         "codes": f"{most}{console.size(result.code_bytes)}, {result.code_bytes / max(1, samples):.0f} bytes an image",
     }
     if result.encoded:
         rate = result.encoded / max(1e-9, result.seconds)
         facts["time"] = f"{console.duration(result.seconds)}, {rate:.0f} images/s"
-    if not result.dry_run:
+    if not result.dry_run and {"train", "val"} <= set(result.rows):
         facts["next"] = f"latenttrain fit {result.out}"
     console.print_facts(f"{verb} {result.out}", facts)
 

@@ -22,14 +22,12 @@ def run(app: Any) -> None:
         app()
     except LatentError as error:
         fail(error)
-    except BrokenPipeError:  # `latentprep info X | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+    except SystemExit as stop:
+        if stop.code == 130:  # Ctrl-C before there was anything to lose; Typer leaves without a word
+            print("interrupted; run the same command again to go on", file=sys.stderr)
+        raise
     except OSError as error:
         fail(system_fault(error))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
 
 
 def fail(error: LatentError) -> None:
@@ -167,7 +165,7 @@ class _Rate:
 
     def per_second(self) -> float | None:
         elapsed = time.monotonic() - (self.start or time.monotonic())
-        return self.count / elapsed if self.count and elapsed > 0 else None
+        return self.count / elapsed if self.count and elapsed > 0.5 else None
 
     def text(self, unit: str) -> str:
         rate = self.per_second()
@@ -211,6 +209,11 @@ class _Lines:
 
 def _join(facts: dict[str, str]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items())
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 shard`, `2 shards`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def duration(seconds: float) -> str:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 CALIBRATION = 256  # images, spread evenly over the train split
 SHARD_ROWS = 1024
+MIN_DEFAULT_GRID = 8  # cells of the latents a side: what networks need; smaller images are enlarged for it
 MAX_DEFAULT_SIZE = 224  # pixels; larger sources are shrunk to it unless --size says otherwise
 
 
@@ -109,6 +110,7 @@ def encode(
     _check_whole("workers", workers, 1, 1024)
     _check_whole("size", size, 1, 1 << 14)
     _check_whole("max-pixels", max_pixels, 1, 1 << 40)
+    _check_whole("seed", seed, 0, (1 << 63) - 1)
     if not 0 <= max_error_fraction <= 1:
         raise UsageError(f"--max-error-fraction must be 0 to 1, got {max_error_fraction}")
     root = Path(out)
@@ -132,7 +134,7 @@ def encode(
         root.mkdir(parents=True, exist_ok=True)
         with locked(root):
             stored = stored_manifest(root, overwrite)
-            stages = Stages(source, coder, batch_size, workers, max_pixels or MAX_PIXELS)
+            stages = Stages(source, coder, batch_size, workers, max_pixels or MAX_PIXELS, strict)
             if stored is None:
                 manifest = calibrate(stages, asked, CALIBRATION, progress)
             else:
@@ -140,14 +142,24 @@ def encode(
                 manifest = stored
             create_dataset(root, manifest)
             dataset = open_dataset(root)
-            jobs = [job for job in plan(manifest) if dataset.record(*job) is None]
-            encoded = _run(stages, dataset, jobs, strict, max_error_fraction, progress)
+            jobs = [job for job in plan(manifest) if not _is_done(stages, dataset, *job)]
+            encoded = _run(stages, dataset, jobs, max_error_fraction, progress)
             for name in names:
                 dataset.check_complete(name)
     except OSError as error:
         raise system_fault(error) from error
     records = [record for name in names for record in dataset.records(name)]
     return encode_result(root, manifest, records, encoded=encoded, seconds=time.monotonic() - start)
+
+
+def _is_done(stages: Any, dataset: LatentDataset, split: str, index: int) -> bool:
+    """Whether a shard needs no work: committed, its files there, and those of its samples that failed still fail."""
+    from .pipeline import loads
+
+    record = dataset.record(split, index)
+    if record is None or not dataset.is_whole(record):
+        return False
+    return not any(loads(stages, split, entry["row"]) for entry in record.invalid)
 
 
 def plan(manifest: Manifest) -> Iterator[tuple[str, int]]:
@@ -158,7 +170,8 @@ def plan(manifest: Manifest) -> Iterator[tuple[str, int]]:
 
 
 def default_size(source: Source, codec: Codec) -> int:
-    """The usual shorter side of the source's images, at most `MAX_DEFAULT_SIZE`, as a size that the codec takes."""
+    """The usual shorter side of the source's images, at most `MAX_DEFAULT_SIZE`, as a size that the codec takes and
+    that leaves latents which networks take."""
     from .images import BadImage, decode
 
     sides = []
@@ -172,8 +185,8 @@ def default_size(source: Source, codec: Codec) -> int:
     target = min(MAX_DEFAULT_SIZE, int(np.median(sides))) if sides else MAX_DEFAULT_SIZE
     for size in (*range(target, 0, -1), *range(target + 1, 1025)):
         try:
-            codec.latent_shape(size, size)
-            return size
+            if min(codec.latent_shape(size, size)[1:]) >= MIN_DEFAULT_GRID:
+                return size
         except UsageError:
             continue
     raise UsageError(f"codec '{codec.name}' takes no size up to 1024", "give one with --size")
@@ -183,7 +196,6 @@ def _run(
     stages: Any,
     dataset: LatentDataset,
     jobs: list[tuple[str, int]],
-    strict: bool,
     max_fraction: float,
     progress: ProgressFactory,
 ) -> int:
@@ -191,25 +203,28 @@ def _run(
     from .pipeline import encode_shards
 
     manifest, encoded = dataset.manifest, 0
-    records = {name: dataset.records(name) for name in manifest.splits}
+    again = set(jobs)
+    records = {
+        name: [record for record in dataset.records(name) if (name, record.index) not in again]
+        for name in manifest.splits
+    }
     done = sum(record.rows for record in _flat(records))
     try:
-        _check_errors(records, manifest, strict, max_fraction)
+        _check_errors(records, manifest, max_fraction)
         with progress("encoding", sum(manifest.splits.values()), "images", done) as bar:
             for record in encode_shards(stages, dataset, jobs, bar):
                 encoded += record.rows
                 records[record.split].append(record)
                 if record.invalid:
                     write_errors(dataset.root, sorted(_flat(records), key=lambda r: (r.split, r.index)))
-                _check_errors(records, manifest, strict, max_fraction)
+                _check_errors(records, manifest, max_fraction)
     except KeyboardInterrupt as error:
         committed, total = len(_flat(records)), sum(manifest.shard_count(name) for name in manifest.splits)
         raise Interrupted(
             f"interrupted: {committed} of {total} shards are committed",
             "run the same command again to go on from there",
         ) from error
-    if any(record.invalid for record in _flat(records)):
-        write_errors(dataset.root, sorted(_flat(records), key=lambda r: (r.split, r.index)))
+    write_errors(dataset.root, sorted(_flat(records), key=lambda r: (r.split, r.index)))
     return encoded
 
 
@@ -217,17 +232,15 @@ def _flat(records: dict[str, list]) -> list:
     return [record for shards in records.values() for record in shards]
 
 
-def _check_errors(records: dict[str, list], manifest: Manifest, strict: bool, max_fraction: float) -> None:
-    """`SourceError` if samples failed and `strict` is set, or more than the allowed share of a split failed."""
+def _check_errors(records: dict[str, list], manifest: Manifest, max_fraction: float) -> None:
+    """`SourceError` if more than the allowed share of a split failed."""
     for split, rows in manifest.splits.items():
         invalid = [entry for record in records[split] for entry in record.invalid]
-        if strict and invalid:
-            raise SourceError(f"{invalid[0]['key']}: {invalid[0]['reason']}", "without --strict it would be skipped")
         if len(invalid) > max_fraction * rows:
             raise SourceError(
                 f"{len(invalid)} of {rows} samples of split '{split}' cannot be read, more than {max_fraction:g}; "
                 f"the first is {invalid[0]['key']}: {invalid[0]['reason']}",
-                "mend the source, or raise --max-error-fraction; see errors.jsonl",
+                "mend the images and run the same command again, or raise --max-error-fraction; see errors.jsonl",
             )
 
 
@@ -293,10 +306,11 @@ def stored_manifest(root: Path, overwrite: bool) -> Manifest | None:
         if not overwrite:
             return open_dataset(root).manifest
         remove_dataset(root)
-    others = [entry.name for entry in root.iterdir() if entry.name != MANIFEST + ".tmp"]
-    if others and not overwrite:
+        return None
+    others = sorted(entry.name for entry in root.iterdir() if entry.name != MANIFEST + ".tmp")
+    if others:
         raise DatasetError(
-            f"{root} is not empty and holds no latent dataset (it has {sorted(others)[0]})", "choose another --out"
+            f"{root} is not empty and holds no latent dataset (it has {others[0]})", "choose another --out"
         )
     return None
 
@@ -307,6 +321,7 @@ def check_same(root: Path, stored: Manifest, asked: Manifest) -> None:
         hints = {
             "source.sha256": "its files, labels, or --limit, --val-fraction or --seed changed; ",
             "codec.dtype": f"pass --dtype {have}; ",
+            **dict.fromkeys((f"splits.{n}" for n in stored.splits), "--limit or --val-fraction may have changed; "),
         }
         what = (
             "the source has changed" if name == "source.sha256" else f"{name} is {have}, this command asks for {want}"

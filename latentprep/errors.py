@@ -72,9 +72,11 @@ def system_fault(error: OSError) -> SystemFault:
         errno.EDQUOT: "the disk quota is used up; free some space, then run the same command again",
         errno.EROFS: "the disk is read-only; choose another folder with --out",
         errno.EACCES: "check the permissions, or choose another folder with --out",
+        errno.EEXIST: "it is a file where a folder is needed; choose another --out",
+        errno.ENOTDIR: "a part of the path is a file; choose another --out",
         errno.EPERM: "check the permissions, or choose another folder with --out",
     }
-    where = f": {error.filename}" if error.filename else ""
+    where = f": {error.filename}" if error.filename is not None else ""
     reason = error.strerror or str(error)
     return SystemFault(f"{reason[:1].lower()}{reason[1:]}{where}", hints.get(error.errno or 0, ""))
 

@@ -44,6 +44,7 @@ class Stages:
     batch_size: int | None
     workers: int | None
     max_pixels: int
+    strict: bool = False  # stop at the first sample that cannot be read
 
     @property
     def device(self) -> torch.device:
@@ -118,6 +119,15 @@ def calibrate(stages: Stages, asked: Manifest, count: int, progress: ProgressFac
     quantizer = fit_quantizer(everything, asked.quantizer.bits)
     codes = quantize(everything, quantizer).numpy()[:, None]
     return replace(asked, quantizer=quantizer, compression=choose_compression(codes))
+
+
+def loads(stages: Stages, split: str, row: int) -> bool:
+    """Whether a sample can be read and decoded now."""
+    try:
+        load_views(stages.source.read(split, row).data, size=8, max_pixels=stages.max_pixels)
+    except (BadImage, SourceError, OSError):
+        return False
+    return True
 
 
 def encode_shards(
@@ -245,6 +255,11 @@ def _decoded(
                 batch.invalid[row] = outcome
             else:
                 batch.source_bytes += outcome
+        if stages.strict and batch.invalid:
+            row, why = next(iter(batch.invalid.items()))
+            raise SourceError(
+                f"{stages.source.keys(batch.split)[row]}: {why}", "mend it, or leave out --strict to go on without it"
+            )
         pending.extend(begin(spec) for spec in islice(todo, 1))
         yield batch
 

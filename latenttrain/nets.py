@@ -79,7 +79,7 @@ class Net(nn.Module):
         super().__init__()
         self.config = config
         self.stem = STEMS[config.stem](config.latent[0], config.bits)
-        self.body = ARCHITECTURES[config.arch](self.stem.planes, config)
+        self.body = ARCHITECTURES[config.arch](int(self.stem.planes), config)  # type: ignore[arg-type]
 
     def planes(self, codes: Tensor) -> Tensor:
         """u8 [B,C,h,w], or f32 where augmentation moved codes within their steps -> f32 [B,P,h,w]"""
@@ -96,7 +96,7 @@ class Net(nn.Module):
 
 def build_net(config: NetConfig) -> Net:
     """A network with fresh weights, drawn from torch's global generator."""
-    return Net(config).to(memory_format=torch.channels_last)
+    return Net(config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def convolution(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, groups: int = 1) -> nn.Sequential:
@@ -112,7 +112,7 @@ class Residual(nn.Module):
     def __init__(self, branch: nn.Sequential, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
         self.branch = branch
-        nn.init.zeros_(branch[-1][1].weight)
+        nn.init.zeros_(branch[-1][1].weight)  # type: ignore[index]
         shortcut: list[nn.Module] = []
         if stride > 1:
             shortcut.append(nn.AvgPool2d(stride, ceil_mode=True))

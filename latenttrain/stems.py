@@ -39,6 +39,8 @@ class EmbeddingStem(nn.Module):
     neighbouring levels start as neighbours; from random vectors, 8-bit codes would have to learn their own order.
     """
 
+    first: Tensor
+
     def __init__(self, channels: int, bits: int) -> None:
         super().__init__()
         self.planes = 16
@@ -58,6 +60,8 @@ class EmbeddingStem(nn.Module):
 
 class BitplaneStem(nn.Module):
     """Each bit of each channel as a plane of -1 and 1, the highest bit first; ``P = C * bits``."""
+
+    shifts: Tensor
 
     def __init__(self, channels: int, bits: int) -> None:
         super().__init__()

@@ -50,7 +50,7 @@ class AutoencoderCodec:
         self.posterior, self.seed = posterior, seed
         self.dtype_name = dtype or ("bfloat16" if has_fast_bfloat16(self.device) else "float32")
         folder = find_weights(self.weights, self.name)
-        model = _load(folder)
+        model = _load(folder, self.name)
         self._scale = float(model.config.get("scaling_factor") or 1.0)
         self._shift = float(model.config.get("shift_factor") or 0.0)
         self._sha256 = _weights_sha256(folder, self._scale, self._shift)
@@ -59,6 +59,7 @@ class AutoencoderCodec:
 
     def config(self) -> dict:
         config: dict[str, Any] = {"name": self.name, "weights": self.weights, "weights_sha256": self._sha256}
+        config["model"] = type(self._model).__name__
         config |= {"posterior": self.posterior, "dtype": self.dtype_name}
         return config | ({"seed": self.seed} if self.posterior == "sample" else {})
 
@@ -76,6 +77,8 @@ class AutoencoderCodec:
             z = output.latent_dist.mean.float()
             if self.posterior == "sample":
                 z = z + output.latent_dist.std.float() * self._noise(images, z.shape[1:])
+        elif self.posterior == "sample":
+            raise UsageError(f"{self.weights} has no posterior to sample from", "leave out --posterior")
         else:
             z = (output.latents if hasattr(output, "latents") else output.latent).float()
         return ((z - self._shift) * self._scale).contiguous()
@@ -111,7 +114,7 @@ class AutoencoderCodec:
 
 
 class SdVae(AutoencoderCodec):
-    """Stable Diffusion 1/2's VAE (84 M parameters), fine-tuned for MSE: the talk's codec."""
+    """Stable Diffusion 1/2's VAE (84 M parameters), fine-tuned for low squared error."""
 
     name, default_weights = "sd-vae", "stabilityai/sd-vae-ft-mse"
 
@@ -182,7 +185,7 @@ def _weights_sha256(folder: Path, scale: float, shift: float) -> str:
     return digest.hexdigest()
 
 
-def _load(folder: Path) -> Any:
+def _load(folder: Path, name: str) -> Any:
     """The diffusers model in `folder`, in float32, ready to run. Safetensors only: nothing is unpickled."""
     try:
         config = json.loads((folder / "config.json").read_text())
@@ -192,7 +195,7 @@ def _load(folder: Path) -> Any:
     try:
         import diffusers
     except ImportError as error:
-        raise missing_extra(kind or folder.name) from error
+        raise missing_extra(name) from error
     known = kind.startswith(("Autoencoder", "AsymmetricAutoencoder", "VQModel"))
     model_class = getattr(diffusers, kind, None) if known else None
     if model_class is None:

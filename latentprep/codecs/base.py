@@ -89,7 +89,7 @@ def codec_from_config(config: dict, *, device: str | torch.device = "cpu", weigh
 
     Raises `CodecError` if the codec is not installed, or the weights found are not those recorded.
     """
-    options = {key: value for key, value in config.items() if key not in ("name", "weights_sha256")}
+    options = {key: value for key, value in config.items() if key not in ("name", "model", "weights_sha256")}
     if weights is not None:
         options["weights"] = weights
     codec = make_codec(config["name"], device=device, **options)

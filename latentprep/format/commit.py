@@ -6,13 +6,12 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import DatasetError
-from .manifest import ERRORS, MANIFEST, RECORDS, FileRecord, Manifest, ShardRecord, read_manifest
-from .zarr_store import metadata_files
+from .manifest import ERRORS, MANIFEST, FileRecord, Manifest, ShardRecord, read_manifest, record_path
+from .zarr_store import metadata_files, shard_files
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -25,8 +24,10 @@ def write_atomic(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
         raise
     _sync_folder(path.parent)
 
@@ -52,7 +53,7 @@ def commit_shard(root: Path, record: ShardRecord, files: dict[str, bytes]) -> Sh
 
 
 def write_errors(root: Path, records: list[ShardRecord]) -> None:
-    """`errors.jsonl`: one line for each sample that could not be read. Derived from the records."""
+    """`errors.jsonl`, from the records: a line for each sample that could not be read, no file where all could."""
     lines = [
         json.dumps({"split": record.split, **entry}, ensure_ascii=False)
         for record in records
@@ -60,16 +61,24 @@ def write_errors(root: Path, records: list[ShardRecord]) -> None:
     ]
     if lines:
         write_atomic(root / ERRORS, ("\n".join(lines) + "\n").encode())
+    else:
+        (root / ERRORS).unlink(missing_ok=True)
 
 
 def remove_dataset(root: Path) -> None:
-    """Delete what an encode wrote at `root` (for ``--overwrite``), and nothing else. The manifest goes first."""
+    """Delete what an encode wrote at `root` (for ``--overwrite``), file by file, and nothing else. Manifest first."""
     manifest, _ = read_manifest(root)
-    (root / MANIFEST).unlink()
-    for folder in (RECORDS, *manifest.splits):
-        shutil.rmtree(root / folder, ignore_errors=True)
-    for file in (ERRORS, "zarr.json"):
-        (root / file).unlink(missing_ok=True)
+    files = [MANIFEST, ERRORS, *metadata_files(manifest)]
+    for split in manifest.splits:
+        for index in range(manifest.shard_count(split)):
+            files += [record_path(split, index), *shard_files(split, index).values()]
+    for path in files:
+        (root / path).unlink(missing_ok=True)
+        (root / (path + ".tmp")).unlink(missing_ok=True)
+    folders = {parent for path in files for parent in (root / path).parents if root in parent.parents}
+    for folder in sorted(folders, key=lambda path: len(path.parts), reverse=True):
+        with contextlib.suppress(OSError):  # not empty: somebody else's files are in it
+            folder.rmdir()
 
 
 @contextlib.contextmanager

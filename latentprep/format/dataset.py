@@ -79,6 +79,14 @@ class LatentDataset:
             raise DatasetError(f"{self.root / record.path} counts {record.rows} rows", "delete it and encode again")
         return record
 
+    def is_whole(self, record: ShardRecord) -> bool:
+        """Whether all files of a committed shard are there in their recorded sizes. Their contents are not read."""
+        for path, expected in record.files.items():
+            file = self.root / path
+            if not file.is_file() or file.stat().st_size != expected.bytes:
+                return False
+        return True
+
     def committed(self, split: str, index: int) -> ShardRecord:
         """One shard's record; `DatasetError` where it is not committed."""
         record = self.record(split, index)

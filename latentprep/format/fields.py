@@ -17,14 +17,14 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 class Fields:
     """A JSON object under a name, whose getters raise `DatasetError` naming the file and the field."""
 
-    def __init__(self, document: Any, where: str) -> None:
-        self.where = where
+    def __init__(self, document: Any, where: str, way_out: str = "the file is damaged; restore it") -> None:
+        self.where, self.way_out = where, way_out
         if not isinstance(document, dict):
             raise self.error("must be a JSON object")
         self.document: dict[str, Any] = document
 
     def error(self, what: str) -> DatasetError:
-        return DatasetError(f"{self.where} {what}", "the file is damaged or not made by latentprep; encode again")
+        return DatasetError(f"{self.where} {what}", self.way_out)
 
     def get(self, name: str) -> Any:
         if name not in self.document:
@@ -32,7 +32,7 @@ class Fields:
         return self.document[name]
 
     def object(self, name: str) -> Fields:
-        return Fields(self.get(name), f"{self.where}: {name}")
+        return Fields(self.get(name), f"{self.where}: {name}", self.way_out)
 
     def text(self, name: str, allowed: tuple[str, ...] = ()) -> str:
         value = self.get(name)
@@ -74,7 +74,7 @@ def read_json(path: Path) -> bytes:
     return data
 
 
-def parse_json(data: bytes, where: str) -> Fields:
+def parse_json(data: bytes, where: str, way_out: str) -> Fields:
     """The JSON object in `data`; `DatasetError` for anything else, NaN and absurd nesting included."""
 
     def refuse(constant: str) -> Any:
@@ -83,8 +83,8 @@ def parse_json(data: bytes, where: str) -> Fields:
     try:
         document = json.loads(data.decode("utf-8"), parse_constant=refuse)
     except (ValueError, RecursionError) as error:
-        raise DatasetError(f"{where} is not valid JSON ({error})", "the file is damaged; encode again") from error
-    return Fields(document, where)
+        raise DatasetError(f"{where} is not valid JSON ({error})", way_out) from error
+    return Fields(document, where, way_out)
 
 
 def dump_json(document: dict) -> bytes:

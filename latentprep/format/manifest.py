@@ -95,7 +95,7 @@ class Manifest:
     @classmethod
     def from_bytes(cls, data: bytes, where: str = MANIFEST) -> Manifest:
         """Parse and check; `DatasetError` names the first thing that is wrong."""
-        top = parse_json(data, where)
+        top = parse_json(data, where, "restore it, or delete the folder by hand and encode again")
         if top.document.get("format") != FORMAT:
             raise DatasetError(
                 f"{where} is not a latent dataset's manifest", "name a folder that latentprep encode made"
@@ -196,11 +196,11 @@ class ShardRecord:
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> ShardRecord:
         """Parse and check; `DatasetError` names the first thing that is wrong."""
-        top = parse_json(data, where)
+        top = parse_json(data, where, "delete it and run the same latentprep encode again: it makes just that shard")
         files = top.object("files")
         invalid = top.list("invalid", dict)
         rows = top.whole("rows", 1, _MAX_ROWS)
-        for entry in (Fields(e, f"{where}: invalid") for e in invalid):
+        for entry in (Fields(e, f"{where}: invalid", top.way_out) for e in invalid):
             entry.whole("row", 0, _MAX_ROWS)
             entry.text("key")
             entry.text("reason")

@@ -214,6 +214,11 @@ def test_bad_weights_are_one_clear_error(small_vae: Path, tmp_path: Path) -> Non
         make_codec("sdxl-vae", weights=str(small_vae), dtype="float16")
 
 
+def test_a_model_without_a_posterior_cannot_be_sampled(assets: Path) -> None:
+    with pytest.raises(UsageError, match="has no posterior to sample from"):
+        make_codec("taesd", weights=str(assets / "taesd"), posterior="sample")
+
+
 @pytest.mark.parametrize(("name", "channels", "least"), [("taesd", 4, 20.0), ("taesd3", 16, 24.0)])
 def test_real_tiny_autoencoders(assets: Path, name: str, channels: int, least: float) -> None:
     codec = make_codec(name, weights=str(assets / name))

@@ -115,8 +115,9 @@ def test_too_many_damaged_samples_fail_the_run_but_keep_what_was_made(images: Pa
 
 def test_strict_stops_at_the_first(images: Path, tmp_path: Path) -> None:
     (images / "train" / "class_0" / "001.jpg").write_bytes(b"junk")
-    with pytest.raises(SourceError, match=r"train/class_0/001\.jpg"):
+    with pytest.raises(SourceError, match=r"train/class_0/001\.jpg.*leave out --strict"):
         encode(images, tmp_path / "out", strict=True, max_error_fraction=1)
+    assert not list((tmp_path / "out").rglob("codes"))  # before anything was committed
 
 
 def test_no_image_decodes(tmp_path: Path) -> None:
@@ -146,8 +147,10 @@ def test_dry_run_writes_nothing_and_bounds_the_bytes(images: Path, tmp_path: Pat
 
 def test_default_size_suits_source_and_codec(tmp_path: Path) -> None:
     source = make_folder(tmp_path / "images", side=61)
-    assert latentprep.encode(source, codec="dct", out=tmp_path / "a", dry_run=True).size == 56
+    assert latentprep.encode(source, codec="dct", out=tmp_path / "a", dry_run=True).size == 64  # 8×8 cells at least
     assert latentprep.encode(source, codec="resample", factor=1, out=tmp_path / "a", dry_run=True).size == 61
+    middle = make_folder(tmp_path / "middle", train=2, val=1, side=107)
+    assert latentprep.encode(middle, codec="dct", out=tmp_path / "a", dry_run=True).size == 104
     large = make_folder(tmp_path / "large", train=2, val=1, side=300)
     assert latentprep.encode(large, codec="dct", out=tmp_path / "a", dry_run=True).size == 224
 
@@ -187,9 +190,47 @@ def test_folders_that_hold_other_things_are_left_alone(images: Path, tmp_path: P
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
     with pytest.raises(DatasetError, match=r"not empty and holds no latent dataset \(it has thesis.tex\)"):
         encode(images, tmp_path / "out")
-    encode(images, tmp_path / "out", overwrite=True)
-    encode(images, tmp_path / "out", overwrite=True)
-    assert (tmp_path / "out" / "thesis.tex").read_text() == "years of work"
+    with pytest.raises(DatasetError, match="choose another --out"):
+        encode(images, tmp_path / "out", overwrite=True)
+    with pytest.raises(DatasetError, match="not empty"):
+        encode(images, images, overwrite=True)
+    assert len(list(images.rglob("*.jpg"))) == 18
+
+
+def test_overwriting_deletes_only_what_was_made(images: Path, tmp_path: Path) -> None:
+    encode(images, tmp_path / "out")
+    (tmp_path / "out" / "train" / "thesis.tex").write_text("years of work")
+    encode(images, tmp_path / "out", overwrite=True, codec="resample")
+    assert (tmp_path / "out" / "train" / "thesis.tex").read_text() == "years of work"
+    assert latentprep.open(tmp_path / "out").manifest.codec["name"] == "resample"
+
+
+def test_mended_images_are_read_again(images: Path, tmp_path: Path) -> None:
+    file = images / "train" / "class_0" / "001.jpg"
+    good = file.read_bytes()
+    file.write_bytes(good[:200])
+    assert encode(images, tmp_path / "out").invalid == 1
+    assert encode(images, tmp_path / "out").encoded == 0  # still damaged: nothing to do
+    file.write_bytes(good)
+    mended = encode(images, tmp_path / "out")
+    assert (mended.encoded, mended.invalid) == (4, 0)  # its shard alone
+    assert len(latentprep.open(tmp_path / "out").load("train")) == 12
+    assert not (tmp_path / "out" / "errors.jsonl").exists()
+
+
+@pytest.mark.parametrize("name", ["codes", "labels", "keys"])
+@pytest.mark.parametrize("how", ["missing", "cut"])
+def test_encoding_again_makes_missing_and_cut_files_anew(images: Path, tmp_path: Path, name: str, how: str) -> None:
+    encode(images, tmp_path / "out")
+    before = digest(tmp_path / "out")
+    file = next((tmp_path / "out" / "train" / name / "c").rglob("0"))
+    file = file if file.is_file() else next(path for path in file.rglob("*") if path.is_file())
+    if how == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-1])
+    assert encode(images, tmp_path / "out").encoded == 4
+    assert digest(tmp_path / "out") == before
 
 
 class StopAt:
@@ -280,6 +321,8 @@ def test_a_plug_in_codec_encodes(images: Path, tmp_path: Path, monkeypatch: pyte
 def test_bad_options_are_refused_before_anything_is_written(images: Path, tmp_path: Path, options: dict) -> None:
     with pytest.raises(UsageError, match=r"must be|multiples of"):
         encode(images, tmp_path / "out", **options)
+    with pytest.raises(UsageError, match="seed must be"):
+        encode(images, tmp_path / "out", seed=-1)
     with pytest.raises(UsageError, match="max-error-fraction"):
         encode(images, tmp_path / "out", max_error_fraction=float("nan"))
     assert not (tmp_path / "out").exists()
