@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -30,8 +29,6 @@ Checkpoint = Annotated[str, typer.Option(help="best (the epoch with the highest 
 
 
 def main() -> None:
-    # OpenMP threads otherwise spin at every barrier, and on a busy machine take the time of the one they wait for
-    os.environ.setdefault("GOMP_SPINCOUNT", "0")
     console.run(app)
 
 
