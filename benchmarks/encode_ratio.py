@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from common import assets, record, spread
+from latentprep import console
 from latentprep.codecs import make_codec
 from latentprep.console import silent
 from latentprep.encoder import _manifest, plan
@@ -32,6 +33,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=32)
     options = parser.parse_args()
+    console.tune_process()
     folder = assets()
     weights = str(folder / options.codec) if folder and (folder / options.codec).is_dir() else None
     data = folder / "imagenette2-224.tar" if folder else None
