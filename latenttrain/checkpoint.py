@@ -150,7 +150,9 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], notes: dict) -> None:
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
     """Inverse of `save_tensors`, on the CPU. Raises `CheckpointError` if the file is absent, damaged or not ours."""
     if not path.is_file():
-        raise CheckpointError(f"{path} is missing", "the run ended before its first epoch did; train again")
+        other = path.with_name(LAST if path.name == BEST else BEST)
+        way_out = f"use --checkpoint {other.stem}" if other.is_file() else "no epoch of the run has ended; train again"
+        raise CheckpointError(f"{path} is missing", way_out)
     try:
         with safetensors.safe_open(path, "pt") as file:
             notes = json.loads((file.metadata() or {})[_NOTES])

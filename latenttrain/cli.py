@@ -18,8 +18,9 @@ app = typer.Typer(
     name="latenttrain",
     help="Train small networks on the codes of a latent dataset (made by latentprep encode).",
     no_args_is_help=True,
-    add_completion=False,
+    rich_markup_mode="rich",
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of a table.")]
@@ -89,6 +90,12 @@ def fit(
 
     A run folder holds config.json, metrics.jsonl, best.safetensors (the epoch with the highest val top-1),
     last.safetensors (all that --resume needs) and curve.png.
+
+    Examples:
+
+      latenttrain fit shards
+
+      latenttrain fit shards --width 1.1 --depth 1.2 --epochs 40 --out runs/larger
     """
     from .report import fit_table
     from .train import fit as train
@@ -136,7 +143,12 @@ def evaluate(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Evaluate the network of RUN on a split of DIR: top-1, top-5, loss, and top-1 class by class."""
+    """Evaluate the network of RUN on a split of DIR: top-1, top-5, loss, and top-1 of each class, the hardest first.
+
+    Example:
+
+      latenttrain eval runs/shards-w1-d1-s0 shards
+    """
     from .evaluation import evaluate as measure
     from .report import eval_table
 
@@ -164,6 +176,10 @@ def predict(
     """Say what the network of RUN sees in image files: pixels through the codec and quantizer it was trained with.
 
     An image that cannot be read is named, the others go on, and the exit code is 3.
+
+    Example:
+
+      latenttrain predict runs/shards-w1-d1-s0 photo.jpg --top 3
     """
     from .evaluation import predict as classify
 

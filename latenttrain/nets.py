@@ -181,15 +181,18 @@ MOBILENETV2 = (1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96
 def mobilenetv2(planes: int, config: NetConfig) -> nn.Sequential:
     """MobileNetV2 as torchvision counts it: below width 1 the last layer keeps its 1280 channels.
 
-    float [B,P,h,w] -> [B,classes]
+    A grid one cell wide is not strided any more: there is nothing left to leave out, and oneDNN (torch 2.13, bfloat16)
+    returns uninitialized memory for the weight gradient of such a convolution. float [B,P,h,w] -> [B,classes]
     """
+    side = -(-min(config.latent[1:]) // 2)  # after the first convolution
     channels = round_width(32, config.width)
     layers: list[nn.Module] = [convolution(planes, channels, 3, stride=2), nn.ReLU6()]
     for expansion, base, blocks, stride in MOBILENETV2:
         outputs = round_width(base, config.width)
         for index in range(round_depth(blocks, config.depth)):
-            layers.append(InvertedResidual(channels, outputs, 1 if index else stride, expansion))
-            channels = outputs
+            step = 1 if index or side == 1 else stride
+            layers.append(InvertedResidual(channels, outputs, step, expansion))
+            channels, side = outputs, -(-side // step)
     last = round_width(1280, max(1.0, config.width))
     layers += [convolution(channels, last, 1), nn.ReLU6(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2)]
     return nn.Sequential(*layers, nn.Linear(last, config.classes))

@@ -78,4 +78,4 @@ def out_of_range(name: str, value: object, allowed: str) -> UsageError:
     hints = {"lr": f"the default is {BASE_LR:g} at {BASE_BATCH} samples a batch; leave --lr out to get it"}
     default = getattr(Recipe, name, None)
     option = "--" + name.replace("_", "-")
-    return UsageError(f"{name} must be {allowed}, got {value}", hints.get(name, f"use {option} {default}"))
+    return UsageError(f"{option} must be {allowed}, got {value}", hints.get(name, f"use {option} {default}"))

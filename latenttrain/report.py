@@ -25,7 +25,7 @@ def draw_curve(metrics: list[dict], path: Path) -> None:
     figure = Figure(figsize=(9, 3.6), dpi=144, layout="constrained")
     left, right = figure.subplots(1, 2)
 
-    left.plot(epochs, [entry["loss"] for entry in metrics], color=_TRAIN, label="train (augmented, smoothed)")
+    left.plot(epochs, [entry["loss"] for entry in metrics], color=_TRAIN, label="train: augmented images, smoothed labels")
     left.plot(epochs, [entry["val_loss"] for entry in metrics], color=_VAL, label="val")
     left.set_title("loss (nats)", loc="left", color=_INK)
     left.legend(frameon=False, labelcolor=_INK)
@@ -33,16 +33,8 @@ def draw_curve(metrics: list[dict], path: Path) -> None:
     right.plot(epochs, [entry["top5"] for entry in metrics], color=_TRAIN, label="val top-5")
     right.plot(epochs, [entry["top1"] for entry in metrics], color=_VAL, label="val top-1")
     right.plot(best["epoch"], best["top1"], "o", color=_VAL, markersize=5)
-    right.annotate(
-        f"{best['top1']:.1%} at epoch {best['epoch']}",
-        (best["epoch"], best["top1"]),
-        xytext=(0, -14),
-        textcoords="offset points",
-        ha="right",
-        color=_VAL,
-    )
     right.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    right.set_title("accuracy", loc="left", color=_INK)
+    right.set_title(f"accuracy, best {best['top1']:.1%} at epoch {best['epoch']}", loc="left", color=_INK)
     right.legend(frameon=False, labelcolor=_INK, loc="lower right")
 
     for axes in (left, right):
@@ -58,7 +50,7 @@ def draw_curve(metrics: list[dict], path: Path) -> None:
 
 def fit_table(result: FitResult) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of the table that ends a run: the best epoch and the last."""
-    columns = ["weights", "top-1", "top-5", "parameters", "FLOPs/sample", "s/epoch", "samples/s"]
+    columns = ["epoch", "top-1", "top-5", "params", "FLOPs", "s/epoch", "samples/s"]
     cost = [
         f"{result.parameters:,}",
         count(result.flops),
@@ -66,8 +58,8 @@ def fit_table(result: FitResult) -> tuple[list[str], list[list[str]]]:
         f"{result.samples_per_second:,.0f}",
     ]
     return columns, [
-        [f"best (epoch {result.best_epoch})", f"{result.top1:.2%}", f"{result.top5:.2%}", *cost],
-        [f"last (epoch {result.epochs})", f"{result.last_top1:.2%}", f"{result.last_top5:.2%}", "", "", "", ""],
+        [f"{result.best_epoch}, best", f"{result.top1:.2%}", f"{result.top5:.2%}", *cost],
+        [f"{result.epochs}, last", f"{result.last_top1:.2%}", f"{result.last_top5:.2%}", "", "", "", ""],
     ]
 
 
