@@ -17,6 +17,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/run.stamp: $(BIN)/python pyproject.toml constraints.txt
+	@echo "installing into $(VENV) (torch among others: about a minute)"
 	$(PIP) install --quiet --constraint constraints.txt --editable .
 	@touch $@
 
@@ -30,7 +31,7 @@ demo: $(VENV)/run.stamp
 	$(BIN)/latenttrain fit $(DEMO)/shards --epochs 8 --out $(DEMO)/run --overwrite
 
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
