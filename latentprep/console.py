@@ -33,8 +33,8 @@ def tune_process() -> None:
 
     Idle OpenMP threads that spin for long take the cores from those that decode, and from everybody else: on two shared
     cores, training ran 20 times slower. Those that sleep at once wake late: 1.4 times slower on two cores of its own.
-    So they spin for some tens of microseconds. And glibc gives large blocks back to the system whenever they are freed, only to get
-    them again as pages to be zeroed: keeping them makes TAESD's encoder 1.4 times as fast.
+    So they spin for some tens of microseconds. And glibc gives large blocks back to the system whenever they are freed,
+    only to get them again as pages to be zeroed: keeping them makes TAESD's encoder 1.4 times as fast.
     """
     import ctypes
 

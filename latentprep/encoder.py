@@ -18,16 +18,18 @@ import numpy as np
 
 from . import __version__
 from .console import ProgressFactory, silent
-from .errors import DatasetError, Interrupted, SourceError, UsageError, system_fault
-from .format.commit import create_dataset, locked, remove_dataset, write_errors
+from .errors import Interrupted, SourceError, UsageError, system_fault
+from .format.commit import create_dataset, locked, write_errors
 from .format.dataset import LatentDataset, open_dataset
-from .format.manifest import MANIFEST, Manifest, ShardRecord
+from .format.manifest import Manifest, ShardRecord
 from .format.quantizer import check_bits
 from .format.zarr_store import chunk_rows
+from .resume import check_same, stored_manifest
 from .sources import Source, open_source
 
 if TYPE_CHECKING:
     from .codecs import Codec
+    from .pipeline import Stages
 
 CALIBRATION = 256  # images, spread evenly over the train split
 SHARD_ROWS = 1024
@@ -120,6 +122,8 @@ def encode(
     if limit is not None:
         source = source.take(limit)
     names = _split_names(source, splits)
+    if codec_options.get("posterior") == "sample":
+        codec_options.setdefault("seed", seed)
     coder = _open_codec(codec, device, codec_options)
     image_size = size or default_size(source, coder)
     latent = coder.latent_shape(image_size, image_size)
@@ -152,7 +156,7 @@ def encode(
     return encode_result(root, manifest, records, encoded=encoded, seconds=time.monotonic() - start)
 
 
-def _is_done(stages: Any, dataset: LatentDataset, split: str, index: int) -> bool:
+def _is_done(stages: Stages, dataset: LatentDataset, split: str, index: int) -> bool:
     """Whether a shard needs no work: committed, its files there, and those of its samples that failed still fail."""
     from .pipeline import loads
 
@@ -193,7 +197,7 @@ def default_size(source: Source, codec: Codec) -> int:
 
 
 def _run(
-    stages: Any,
+    stages: Stages,
     dataset: LatentDataset,
     jobs: list[tuple[str, int]],
     max_fraction: float,
@@ -298,59 +302,6 @@ def _manifest(
         splits={name: source.size(name) for name in names},
         written_by=f"latentprep {__version__}",
     )
-
-
-def stored_manifest(root: Path, overwrite: bool) -> Manifest | None:
-    """The manifest of the dataset to resume; None for an empty folder. Refuses folders that hold other things."""
-    if (root / MANIFEST).exists():
-        if not overwrite:
-            return open_dataset(root).manifest
-        remove_dataset(root)
-        return None
-    others = sorted(entry.name for entry in root.iterdir() if entry.name != MANIFEST + ".tmp")
-    if others:
-        raise DatasetError(
-            f"{root} is not empty and holds no latent dataset (it has {others[0]})", "choose another --out"
-        )
-    return None
-
-
-def check_same(root: Path, stored: Manifest, asked: Manifest) -> None:
-    """`DatasetError` naming the first field in which the dataset at `root` is not the one asked for."""
-    for name, have, want in _differences(_comparable(stored), _comparable(asked)):
-        hints = {
-            "source.sha256": "its files, labels, or --limit, --val-fraction or --seed changed; ",
-            "codec.dtype": f"pass --dtype {have}; ",
-            **dict.fromkeys((f"splits.{n}" for n in stored.splits), "--limit or --val-fraction may have changed; "),
-        }
-        what = (
-            "the source has changed" if name == "source.sha256" else f"{name} is {have}, this command asks for {want}"
-        )
-        raise DatasetError(
-            f"{root} was made otherwise: {what}",
-            hints.get(name, "") + "give the same options to resume, another --out, or --overwrite to start anew",
-        )
-
-
-def _comparable(manifest: Manifest) -> dict:
-    """What the user decided; quantizer ranges and compression follow from it."""
-    return {
-        "codec": {key: value for key, value in manifest.codec.items() if key != "weights"},
-        "bits": manifest.quantizer.bits,
-        "transform": manifest.transform,
-        "splits": manifest.splits,
-        "classes": list(manifest.classes),
-        "source": {"sha256": manifest.source["sha256"]},
-        "shard_rows": manifest.shard_rows,
-    }
-
-
-def _differences(have: Any, want: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(have, dict) and isinstance(want, dict):
-        for key in dict.fromkeys([*have, *want]):
-            yield from _differences(have.get(key), want.get(key), f"{name}.{key}".lstrip("."))
-    elif have != want:
-        yield name, have, want
 
 
 def _check_whole(option: str, value: int | None, low: int, high: int) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from . import __version__
 from .console import ProgressFactory, silent
-from .encoder import CALIBRATION, EncodeResult, check_same, encode_result, plan, stored_manifest
+from .encoder import CALIBRATION, EncodeResult, encode_result, plan
 from .errors import DatasetError, UsageError, system_fault
 from .format.commit import commit_shard, create_dataset, locked, write_errors
 from .format.dataset import LatentDataset, open_dataset
@@ -20,6 +20,7 @@ from .format.quantizer import Quantizer, check_bits
 from .format.zarr_store import choose_compression, encode_shard_files
 from .pipeline import calibration_rows, calibration_split
 from .quantize import fit_quantizer
+from .resume import check_same, stored_manifest
 
 
 def requantize(

@@ -185,6 +185,17 @@ def test_posterior_samples_depend_on_seed_and_image_only(small_vae: Path) -> Non
     assert not torch.allclose(together, mean, atol=1e-2)
 
 
+def test_encode_hands_its_seed_to_a_sampling_codec(small_vae: Path, images: Path, tmp_path: Path) -> None:
+    import latentprep
+
+    options = {"codec": "sd-vae", "weights": str(small_vae), "dtype": "float32", "size": 32, "posterior": "sample"}
+    for seed in (0, 1):
+        latentprep.encode(images, out=tmp_path / str(seed), seed=seed, **options)
+    zero, one = (latentprep.open(tmp_path / str(seed)) for seed in (0, 1))
+    assert (zero.manifest.codec["seed"], one.manifest.codec["seed"]) == (0, 1)
+    assert not np.array_equal(zero.load("val").codes, one.load("val").codes)
+
+
 def test_weights_are_checked_by_hash(small_vae: Path, tmp_path: Path) -> None:
     import shutil
 
