@@ -25,7 +25,7 @@ def draw_curve(metrics: list[dict], path: Path) -> None:
     figure = Figure(figsize=(9, 3.6), dpi=144, layout="constrained")
     left, right = figure.subplots(1, 2)
 
-    left.plot(epochs, [entry["loss"] for entry in metrics], color=_TRAIN, label="train: augmented images, smoothed labels")
+    left.plot(epochs, [entry["loss"] for entry in metrics], color=_TRAIN, label="train: augmented, smoothed labels")
     left.plot(epochs, [entry["val_loss"] for entry in metrics], color=_VAL, label="val")
     left.set_title("loss (nats)", loc="left", color=_INK)
     left.legend(frameon=False, labelcolor=_INK)
