@@ -28,7 +28,7 @@ $(VENV)/dev.stamp: $(BIN)/python pyproject.toml constraints.txt
 demo: $(VENV)/run.stamp
 	$(BIN)/latentprep encode shapes --codec dct --bits 4 --out $(DEMO)/shards
 	$(BIN)/latentprep info $(DEMO)/shards
-	$(BIN)/latenttrain fit $(DEMO)/shards --epochs 8 --out $(DEMO)/run --overwrite
+	$(BIN)/latenttrain fit $(DEMO)/shards --epochs 15 --out $(DEMO)/run --overwrite
 
 test: $(VENV)/dev.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto

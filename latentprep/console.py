@@ -71,7 +71,7 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for i, column in enumerate(columns):
         numbers = all(row[i][:1].isdigit() or row[i] in ("", "-") for row in rows)
         table.add_column(column, justify="right" if numbers else "left", overflow="fold")
@@ -80,6 +80,8 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     console = Console()
     if not console.is_terminal:
         console.width = 200
+    if title:
+        console.print(title, style="bold", highlight=False, soft_wrap=True)
     console.print(table)
 
 
