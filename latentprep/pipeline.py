@@ -27,7 +27,7 @@ from .format.manifest import INVALID_LABEL, Manifest, ShardRecord
 from .format.quantizer import Quantizer
 from .format.zarr_store import choose_compression, encode_shard_files
 from .images import BadImage, load_views
-from .quantize import fit_quantizer, quantize, saturated
+from .quantize import fit_quantizer, quantize, quantize_counting
 from .sources import Source
 
 _AHEAD = 3  # decoded batches that wait for the codec
@@ -196,9 +196,8 @@ def _coded(
 def _code(stages: Stages, quantizer: Quantizer, batch: _Batch) -> _Coded:
     latents = _encode(stages, batch)
     views = batch.images.shape[1]
-    finite = torch.isfinite(latents).all(dim=(1, 2, 3)).view(-1, views).all(dim=1)
-    codes = quantize(latents, quantizer).unflatten(0, (-1, views))
-    outside = saturated(latents, quantizer)
+    codes, outside, finite = quantize_counting(latents, quantizer)
+    codes, finite = codes.unflatten(0, (-1, views)), finite.view(-1, views).all(dim=1)
     if latents.device.type != "cuda":
         return _Coded(batch, codes.cpu(), finite.cpu(), outside.cpu(), None)
     codes, finite, outside = (_to_host(tensor) for tensor in (codes, finite, outside))

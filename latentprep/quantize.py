@@ -29,11 +29,17 @@ def dequantize(codes: Tensor, quantizer: Quantizer) -> Tensor:
     return lo + (codes.float() + 0.5) * step
 
 
-def saturated(latents: Tensor, quantizer: Quantizer) -> Tensor:
-    """f32 [B,C,h,w] -> i64 [C]: how many values lie outside the quantizer's range, a channel."""
+def quantize_counting(latents: Tensor, quantizer: Quantizer) -> tuple[Tensor, Tensor, Tensor]:
+    """f32 [B,C,h,w] -> codes u8 [B,C,h,w], saturated i64 [C], finite bool [B], in few passes over the latents.
+
+    saturated: how many values lie outside the quantizer's range, a channel; finite: images without NaN or infinity.
+    """
     lo, step = _columns(quantizer, latents)
-    outside = (latents < lo) | (latents > lo + step * quantizer.levels)
-    return outside.sum((0, 2, 3))
+    cells = (latents - lo).div_(step)
+    inside = cells.clamp(0, quantizer.levels)
+    saturated = (inside != cells).sum((0, 2, 3))
+    finite = torch.isfinite(cells.sum((1, 2, 3)))  # one that is not makes the sum so
+    return inside.floor_().clamp_(max=quantizer.levels - 1).to(torch.uint8), saturated, finite
 
 
 def fit_quantizer(latents: Tensor, bits: int) -> Quantizer:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from latentprep.errors import CodecError, UsageError
 from latentprep.format import Quantizer
-from latentprep.quantize import dequantize, fit_quantizer, quantize, requantize, saturated
+from latentprep.quantize import dequantize, fit_quantizer, quantize, quantize_counting, requantize
 
 finite = st.floats(-100, 100, width=32)
 
@@ -41,7 +41,18 @@ def test_error_inside_the_range_is_at_most_half_a_step(bits: int, seed: int) -> 
     )
     gap = (dequantize(quantize(x, quantizer), quantizer) - x).abs() / torch.tensor(quantizer.step).view(-1, 1, 1)
     assert float(gap[inside].max()) <= 0.5 + 1e-3
-    assert saturated(x, quantizer).tolist() == (~inside).sum((0, 2, 3)).tolist()
+    codes, saturated, finite = quantize_counting(x, quantizer)
+    assert torch.equal(codes, quantize(x, quantizer))
+    assert finite.all()
+    assert (saturated - (~inside).sum((0, 2, 3))).abs().max() <= 1  # a value on the border may fall to either side
+
+
+def test_images_that_are_not_finite_are_found() -> None:
+    x = latents(0)
+    quantizer = fit_quantizer(x, 4)
+    x[2, 1, 3, 4], x[5, 0, 0, 0], x[6, 2, 11, 11] = torch.nan, torch.inf, -torch.inf
+    _, _, finite = quantize_counting(x, quantizer)
+    assert finite.tolist() == [True, True, False, True, True, False, False, True]
 
 
 @settings(max_examples=40, deadline=None)
