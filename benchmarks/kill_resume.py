@@ -23,22 +23,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--codec", default="dct", help="dct, or an autoencoder whose weights LATENTPREP_ASSETS has")
     parser.add_argument("--limit", type=int, default=1500, help="samples a split")
     options = parser.parse_args()
     folder = assets()
     source = ["imagenette", "--data", str(folder / "imagenette2-224.tar")] if folder else ["shapes"]
-    command = [
-        sys.executable,
-        "-m",
-        "latentprep.cli",
-        "encode",
-        *source,
-        "--codec",
-        "dct",
-        "--limit",
-        str(options.limit),
-    ]
-    command += ["--shard-rows", "64"]
+    command = [sys.executable, "-m", "latentprep.cli", "encode", *source, "--codec", options.codec]
+    command += ["--limit", str(options.limit), "--shard-rows", "64" if options.codec == "dct" else "8"]
+    if folder and (folder / options.codec).is_dir():
+        command += ["--weights", str(folder / options.codec)]
     draw = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as scratch:
         whole, parts = Path(scratch) / "whole", Path(scratch) / "parts"
@@ -65,7 +58,7 @@ def main() -> None:
         subprocess.run([*command, "--out", str(parts)], check=True, capture_output=True)
         same = digest(parts) == digest(whole)
         record(
-            "kill_resume",
+            f"kill_resume_{options.codec}",
             {
                 "kills": killed,
                 "seconds_unbroken": seconds,

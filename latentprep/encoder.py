@@ -311,9 +311,8 @@ def _check_whole(option: str, value: int | None, low: int, high: int) -> None:
 
 def encode_result(root: Path, manifest: Manifest, records: list[ShardRecord], **facts: Any) -> EncodeResult:
     """The result of a run that left `records` in the dataset at `root`."""
-    files = [item for record in records for item in record.files.items()]
     invalid = {name: sum(len(r.invalid) for r in records if r.split == name) for name in manifest.splits}
-    facts = {"code_bytes": sum(file.bytes for path, file in files if "/codes/" in path), **facts}
+    facts = {"code_bytes": sum(record.code_bytes for record in records), **facts}
     return EncodeResult(
         out=str(root),
         codec=manifest.codec,

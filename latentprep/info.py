@@ -71,7 +71,7 @@ def info(path: str | Path) -> DatasetInfo:
     rows = sum(record.rows for record in everything)
     valid = rows - sum(len(record.invalid) for record in everything)
     values = rows * int(np.prod(manifest.row_shape))
-    code_bytes = sum(f.bytes for r in everything for path, f in r.files.items() if "/codes/" in path)
+    code_bytes = sum(record.code_bytes for record in everything)
     source_bytes = sum(record.source_bytes for record in everything)
     saturated = (
         np.sum([record.saturated for record in everything], axis=0) if everything else np.zeros(manifest.latent[0])

@@ -44,7 +44,11 @@ def create_dataset(root: Path, manifest: Manifest) -> None:
 
 
 def commit_shard(root: Path, record: ShardRecord, files: dict[str, bytes]) -> ShardRecord:
-    """Write a shard's files, then, with their sizes and checksums, its record: from then on the shard exists."""
+    """Write a shard's files, then, with their sizes and checksums, its record: from then on the shard exists.
+
+    A shard made again loses its old record first, so that a crash leaves no record of files it does not describe.
+    """
+    (root / record.path).unlink(missing_ok=True)
     for path, data in files.items():
         write_atomic(root / path, data)
     record.files.update({p: FileRecord(len(d), hashlib.sha256(d).hexdigest()) for p, d in files.items()})

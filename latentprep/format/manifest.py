@@ -179,6 +179,11 @@ class ShardRecord:
     def path(self) -> str:
         return record_path(self.split, self.index)
 
+    @property
+    def code_bytes(self) -> int:
+        """Bytes on disk of the shard's codes, without its labels and keys."""
+        return sum(file.bytes for path, file in self.files.items() if "/codes/" in path)
+
     def to_bytes(self) -> bytes:
         return dump_json(
             {

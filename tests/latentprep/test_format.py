@@ -266,6 +266,26 @@ def test_atomic_writes_leave_no_half_file(tmp_path: Path, monkeypatch: pytest.Mo
     assert [entry.name for entry in target.parent.iterdir()] == ["file"]
 
 
+def test_a_shard_made_again_is_uncommitted_until_it_is_whole(
+    dataset: LatentDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    m, old = dataset.manifest, dataset.committed("train", 1)
+    codes, labels, keys = rows_of(m, "train", 1)
+    files = encode_shard_files(m, "train", 1, 7 - codes, labels, keys)
+    real, calls = Path.replace, []
+
+    def crash(self: Path, target: Path) -> Path:
+        calls.append(target)
+        if len(calls) == 2:  # the codes are new, labels and keys still old
+            raise KeyboardInterrupt
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", crash)
+    with pytest.raises(KeyboardInterrupt):
+        commit_shard(dataset.root, replace(old, files={}), files)
+    assert dataset.record("train", 1) is None
+
+
 def test_only_one_writer_at_a_time(tmp_path: Path) -> None:
     with locked(tmp_path), pytest.raises(DatasetError, match="being written by another"), locked(tmp_path):
         pass
