@@ -21,7 +21,7 @@ from .console import ProgressFactory, silent
 from .errors import Interrupted, SourceError, UsageError, system_fault
 from .format.commit import create_dataset, locked, write_errors
 from .format.dataset import LatentDataset, open_dataset
-from .format.manifest import Manifest, ShardRecord
+from .format.manifest import Manifest, ShardRecord, train_split
 from .format.quantizer import check_bits
 from .format.zarr_store import chunk_rows
 from .resume import check_same, stored_manifest
@@ -96,7 +96,8 @@ def encode(
     codec: a name (default: ``taesd`` if its weights are at hand, else ``dct``) with its options as further
     keywords (``weights``, ``posterior``, ``luma``, ``chroma``, ``factor``, …), or a `Codec`.
     progress: ``latentprep.console.progress_bar`` shows what goes on.
-    size: pixels a side; default suits source and codec. views: renderings a sample, see `images.load_views`.
+    size: pixels a side; default suits source and codec. views: of a train sample, see
+    `images.load_views`; other splits have view 0 alone.
     limit: at most that many samples a split, spread over it. batch_size: images the codec takes at once.
 
     Raises `UsageError`, `SourceError`, `CodecError`, `DatasetError`, `SystemFault` or `Interrupted`; whatever
@@ -130,7 +131,7 @@ def encode(
     asked = _manifest(source, names, coder, bits, image_size, latent, views, seed, shard_rows)
 
     if dry_run:
-        code_bytes = sum(asked.splits.values()) * int(np.prod(asked.row_shape)) * bits // 8
+        code_bytes = sum(n * int(np.prod(asked.row_shape(split))) for split, n in asked.splits.items()) * bits // 8
         return encode_result(root, asked, [], code_bytes=code_bytes, dry_run=True)
 
     start = time.monotonic()
@@ -284,8 +285,10 @@ def _manifest(
     from .format.quantizer import Quantizer
     from .images import CROP_AREA, CROP_RATIO, RESIZE
 
-    transform = {"size": size, "views": views, "seed": seed, "resize": RESIZE}
-    if views > 1:
+    transform: dict[str, Any] = {"size": size, "views": views, "seed": seed, "resize": RESIZE}
+    if views > 1:  # of the split that is learned from; the others are only looked at, in view 0
+        learned = train_split(names)
+        transform["views"] = {name: views if name == learned else 1 for name in names}
         transform |= {"crop_area": list(CROP_AREA), "crop_ratio": list(CROP_RATIO)}
     channels, height, width = latent
     return Manifest(
@@ -318,7 +321,7 @@ def encode_result(root: Path, manifest: Manifest, records: list[ShardRecord], **
         codec=manifest.codec,
         bits=manifest.quantizer.bits,
         size=manifest.transform["size"],
-        views=manifest.views,
+        views=manifest.most_views,
         latent=manifest.latent,
         classes=manifest.classes,
         rows=dict(manifest.splits),

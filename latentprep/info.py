@@ -26,7 +26,7 @@ class SplitInfo:
 class DatasetInfo:
     """Facts of a dataset.
 
-    latent: (C, h, w); views: a sample; size: pixels a side of the images that were encoded.
+    latent: (C, h, w); views: of a train sample; size: pixels a side of the images that were encoded.
     code_bytes: on disk, all committed codes; dataset_bytes: labels and keys too.
     bits_per_value: ``8 * code_bytes`` over the number of codes. bytes_per_image: code bytes a sample.
     source_bytes: the encoded images read (JPEGs, as a rule). saturation: share of latents a channel that lay
@@ -70,7 +70,7 @@ def info(path: str | Path) -> DatasetInfo:
     everything = [record for shards in records.values() for record in shards]
     rows = sum(record.rows for record in everything)
     valid = rows - sum(len(record.invalid) for record in everything)
-    values = rows * int(np.prod(manifest.row_shape))
+    values = sum(record.rows * int(np.prod(manifest.row_shape(record.split))) for record in everything)
     code_bytes = sum(record.code_bytes for record in everything)
     source_bytes = sum(record.source_bytes for record in everything)
     saturated = (
@@ -82,7 +82,7 @@ def info(path: str | Path) -> DatasetInfo:
         codec=manifest.codec,
         bits=manifest.quantizer.bits,
         size=manifest.transform["size"],
-        views=manifest.views,
+        views=manifest.most_views,
         latent=manifest.latent,
         store=manifest.store,
         compression="+".join(step["name"] for step in manifest.compression),

@@ -23,7 +23,7 @@ from .console import Progress, ProgressFactory
 from .errors import CodecError, SourceError
 from .format.commit import commit_shard
 from .format.dataset import LatentDataset
-from .format.manifest import INVALID_LABEL, Manifest, ShardRecord
+from .format.manifest import INVALID_LABEL, Manifest, ShardRecord, train_split
 from .format.quantizer import Quantizer
 from .format.zarr_store import choose_compression, encode_shard_files
 from .images import BadImage, load_views
@@ -96,7 +96,7 @@ def calibrate(stages: Stages, asked: Manifest, count: int, progress: ProgressFac
 
     Raises `SourceError` if none of them decodes, `CodecError` for latents that are not finite.
     """
-    split = calibration_split(asked)
+    split = train_split(asked.splits)
     rows = calibration_rows(asked.splits[split], count, asked.transform["seed"])
     first = replace(asked, transform={**asked.transform, "views": 1})
     latents, reasons = [], []
@@ -177,9 +177,9 @@ def _coded(
     stages: Stages, manifest: Manifest, jobs: list[tuple[str, int]], pool: ThreadPoolExecutor
 ) -> Iterator[_Coded]:
     """Decoded batches through codec and quantizer, one kept in flight so that a GPU never waits for the host."""
-    step = stages.batch_samples(manifest.views)
     specs = []
     for split, index in jobs:
+        step = stages.batch_samples(manifest.views(split))
         start = index * manifest.shard_rows
         stop = start + manifest.rows_in_shard(split, index)
         specs += [(split, index, list(range(i, min(i + step, stop)))) for i in range(start, stop, step)]
@@ -223,13 +223,15 @@ def _decoded(
     stages: Stages, manifest: Manifest, specs: list[tuple[str, int, list[int]]], pool: ThreadPoolExecutor
 ) -> Iterator[_Batch]:
     """Batches of decoded images in the order of `specs`, `_AHEAD` of them being made while one is used."""
-    size, views, seed = (manifest.transform[name] for name in ("size", "views", "seed"))
+    size, seed = manifest.transform["size"], manifest.transform["seed"]
 
     def load(batch: _Batch, place: int) -> int | str:
         """Decode one sample into the batch: its size in bytes, or why it cannot be read."""
         try:
             sample = stages.source.read(batch.split, batch.rows[place])
-            batch.images[place] = load_views(sample.data, size, views, seed, sample.key, stages.max_pixels)
+            batch.images[place] = load_views(
+                sample.data, size, batch.images.shape[1], seed, sample.key, stages.max_pixels
+            )
             return len(sample.data)
         except (BadImage, SourceError) as error:
             return str(error)
@@ -241,7 +243,7 @@ def _decoded(
 
     def begin(spec: tuple[str, int, list[int]]) -> tuple[_Batch, list[Future]]:
         split, index, rows = spec
-        batch = _Batch(split, index, rows, np.zeros((len(rows), views, size, size, 3), np.uint8))
+        batch = _Batch(split, index, rows, np.zeros((len(rows), manifest.views(split), size, size, 3), np.uint8))
         places = [range(i, min(i + _IMAGES_A_TASK, len(rows))) for i in range(0, len(rows), _IMAGES_A_TASK)]
         return batch, [pool.submit(load_some, batch, some) for some in places]
 
@@ -293,11 +295,6 @@ def _commit(dataset: LatentDataset, shard: list[_Coded], keys: list[str], labels
     )
     files = encode_shard_files(dataset.manifest, split, index, codes, shard_labels, shard_keys)
     return commit_shard(dataset.root, record, files)
-
-
-def calibration_split(manifest: Manifest) -> str:
-    """Train, or the first split where there is no train."""
-    return "train" if "train" in manifest.splits else next(iter(manifest.splits))
 
 
 def calibration_rows(rows: int, count: int, seed: int) -> list[int]:

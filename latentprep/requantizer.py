@@ -15,10 +15,10 @@ from .encoder import CALIBRATION, EncodeResult, encode_result, plan
 from .errors import DatasetError, UsageError, system_fault
 from .format.commit import commit_shard, create_dataset, locked, write_errors
 from .format.dataset import LatentDataset, open_dataset
-from .format.manifest import INVALID_LABEL, Manifest, ShardRecord
+from .format.manifest import INVALID_LABEL, Manifest, ShardRecord, train_split
 from .format.quantizer import Quantizer, check_bits
 from .format.zarr_store import choose_compression, encode_shard_files
-from .pipeline import calibration_rows, calibration_split
+from .pipeline import calibration_rows
 from .quantize import fit_quantizer
 from .resume import check_same, stored_manifest
 
@@ -79,7 +79,7 @@ def requantize(
 def requantized_manifest(source: LatentDataset, bits: int) -> Manifest:
     """The source's manifest with a quantizer of `bits` bits fitted to its calibration samples' latents."""
     manifest = source.manifest
-    split = calibration_split(manifest)
+    split = train_split(manifest.splits)
     rows = calibration_rows(manifest.splits[split], CALIBRATION, manifest.transform["seed"])
     drawn = []
     for index in sorted({row // manifest.shard_rows for row in rows}):

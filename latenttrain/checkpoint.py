@@ -28,8 +28,8 @@ from latentprep.errors import CheckpointError, DatasetError, LatentError, UsageE
 from latentprep.format.commit import locked, write_atomic
 
 from .config import FORMAT, VERSION, RunConfig, difference, short
-from .muon import Muon
 from .nets import Net, build_net
+from .optimizers import Adam
 
 CONFIG, METRICS, BEST, LAST, CURVE = "config.json", "metrics.jsonl", "best.safetensors", "last.safetensors", "curve.png"
 RUN_FILES = (CONFIG, METRICS, BEST, LAST, CURVE)
@@ -47,7 +47,7 @@ class State:
 
     net: Net
     average: Net
-    optimizer: Muon
+    optimizer: Adam
     metrics: list[dict]
 
     @property
@@ -234,7 +234,7 @@ def restore(root: Path, state: State) -> None:
     write_metrics(root, state.metrics)
 
 
-def restore_optimizer(optimizer: Muon, tensors: dict[str, Tensor]) -> None:
+def restore_optimizer(optimizer: Adam, tensors: dict[str, Tensor]) -> None:
     """Make the optimizer's state what was saved of it. Raises `KeyError` or `RuntimeError` if that is not its own."""
     entries: dict[int, dict[str, Tensor]] = {}
     owned = [(group, parameter) for group in optimizer.param_groups for parameter in group["params"]]

@@ -55,8 +55,16 @@ def fit(
     ],
     width: Annotated[float, typer.Option(help="Factor on the network's channels.")] = 1.0,
     depth: Annotated[float, typer.Option(help="Factor on the network's blocks.")] = 1.0,
-    epochs: Annotated[int, typer.Option(help="Passes over the train split.")] = Recipe.epochs,
-    batch_size: Annotated[int, typer.Option(help="Samples a step.")] = Recipe.batch_size,
+    recipe: Annotated[
+        str,
+        typer.Option(help="default, or talk: Adam at 0.001, batches of 32, 20 epochs, no augmentation, no averaging."),
+    ] = "default",
+    epochs: Annotated[
+        int | None, typer.Option(help=f"Passes over the train split.  [default: {Recipe.epochs}]", show_default=False)
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help=f"Samples a step.  [default: {Recipe.batch_size}]", show_default=False)
+    ] = None,
     lr: Annotated[
         float | None,
         typer.Option(
@@ -64,7 +72,10 @@ def fit(
             show_default=False,
         ),
     ] = None,
-    weight_decay: Annotated[float, typer.Option(help="Decay of filters and matrices.")] = Recipe.weight_decay,
+    weight_decay: Annotated[
+        float | None,
+        typer.Option(help=f"Decay of filters and matrices.  [default: {Recipe.weight_decay}]", show_default=False),
+    ] = None,
     seed: Annotated[
         int, typer.Option(help="Of the first weights, the order and the augmentation: same seed, same result.")
     ] = Recipe.seed,
@@ -105,6 +116,7 @@ def fit(
             dataset,
             width=width,
             depth=depth,
+            recipe=recipe,
             epochs=epochs,
             batch_size=batch_size,
             lr=lr,

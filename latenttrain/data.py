@@ -15,13 +15,38 @@ from latentprep.format import LatentDataset, open_dataset
 
 @dataclass(frozen=True)
 class Split:
-    """Samples on one device. codes: u8 [n,V,C,h,w]; labels: i64 [n]."""
+    """Samples on one device. codes: u8 [n,V,C,h,w], or f16 where they are latents in units of codes; labels: i64 [n].
+
+    Training and evaluation use its methods, `labels` and `device` only: what has the same can take its place.
+    """
 
     codes: Tensor
     labels: Tensor
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    def training_batches(self, batch_size: int, generator: Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        """One epoch in random order, of each sample one view drawn at random: codes u8 [B,C,h,w], labels i64 [B].
+
+        The order depends on the generator (on the split's device) alone.
+        """
+        samples, views = self.codes.shape[:2]
+        order = torch.randperm(samples, generator=generator, device=self.device)
+        view = torch.randint(views, (samples,), generator=generator, device=self.device)
+        for index in range(batches_per_epoch(samples, batch_size)):
+            chosen = order[index * batch_size : (index + 1) * batch_size]
+            yield self.codes[chosen, view[chosen]], self.labels[chosen]
+
+    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every sample once, in order, view 0: codes u8 [B,C,h,w], labels i64 [B]."""
+        for start in range(0, len(self), batch_size):
+            part = slice(start, start + batch_size)
+            yield self.codes[part, 0], self.labels[part]
 
 
 def opened(dataset: str | Path | LatentDataset) -> LatentDataset:
@@ -72,23 +97,3 @@ def check_classes(dataset: LatentDataset, train: Split) -> None:
 def batches_per_epoch(samples: int, batch_size: int) -> int:
     """The last, smaller batch is left out, other samples each epoch; fewer samples than a batch make one batch."""
     return max(1, samples // batch_size)
-
-
-def training_batches(split: Split, batch_size: int, generator: Generator) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch in random order, of each sample one view drawn at random: codes u8 [B,C,h,w], labels i64 [B].
-
-    The order depends on the generator (on the split's device) alone.
-    """
-    samples, views = split.codes.shape[:2]
-    order = torch.randperm(samples, generator=generator, device=split.codes.device)
-    view = torch.randint(views, (samples,), generator=generator, device=split.codes.device)
-    for index in range(batches_per_epoch(samples, batch_size)):
-        chosen = order[index * batch_size : (index + 1) * batch_size]
-        yield split.codes[chosen, view[chosen]], split.labels[chosen]
-
-
-def canonical_batches(split: Split, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every sample once, in order, view 0: codes u8 [B,C,h,w], labels i64 [B]."""
-    for start in range(0, len(split), batch_size):
-        part = slice(start, start + batch_size)
-        yield split.codes[part, 0], split.labels[part]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from latentprep.format import LatentDataset
 
 from .checkpoint import load_net
 from .config import check_dataset
-from .data import Split, canonical_batches, load_split, opened
+from .data import Split, load_split, opened
 from .device import autocast
 from .nets import Net
 
@@ -98,9 +99,9 @@ def evaluate(
 def split_logits(net: Net, split: Split) -> Tensor:
     """f32 [n,classes] of view 0 of every sample, the network in evaluation mode and at the precision it trains in."""
     net.eval()
-    size = max(1, _CELLS // (split.codes.shape[-2] * split.codes.shape[-1]))
-    with torch.inference_mode(), autocast(split.codes.device):
-        return torch.cat([net(codes) for codes, _ in canonical_batches(split, size)])
+    size = max(1, _CELLS // math.prod(net.config.latent[1:]))
+    with torch.inference_mode(), autocast(net, split.device):
+        return torch.cat([net(codes) for codes, _ in split.batches(size)])
 
 
 def scores(logits: Tensor, labels: Tensor) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from latentprep.errors import UsageError, nearest
 
@@ -17,6 +18,7 @@ class Recipe:
     """The numbers of a run; the defaults train well untouched.
 
     Muon and AdamW, the learning rate rising linearly and then falling to zero as a cosine, averaged weights.
+    `RECIPES` has others by name.
 
     Raises `UsageError` for a number out of range, naming it and the option that sets it.
     """
@@ -29,8 +31,13 @@ class Recipe:
     warmup: float = 0.15  # fraction of all steps in which the learning rate rises
     ema: float = 0.99  # highest decay a step of the averaged weights, which are those evaluated and kept
     seed: int = 0
+    optimizer: str = "muon"  # or adam
+    schedule: str = "cosine"  # or constant, after the warm-up
 
     def __post_init__(self) -> None:
+        for name, words in (("optimizer", ("muon", "adam")), ("schedule", ("cosine", "constant"))):
+            if getattr(self, name) not in words:
+                raise UsageError(f"unknown {name} {getattr(self, name)!r}", nearest(str(getattr(self, name)), words))
         whole = {"epochs": (1, 1 << 20), "batch_size": (2, 1 << 20), "seed": (0, (1 << 63) - 1)}
         for name, (low, high) in whole.items():
             value = getattr(self, name)
@@ -66,7 +73,31 @@ class Recipe:
         rising = math.ceil(self.warmup * steps)
         if step < rising:
             return self.lr * (step + 1) / rising
+        if self.schedule == "constant":
+            return self.lr
         return self.lr * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+
+
+# What each recipe sets other than `Recipe` does. Only the default's learning rate follows the batch size.
+RECIPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "talk": {  # Jacobellis 2023; with no augmentation, which `fit` sees to
+        "epochs": 20, "batch_size": 32, "lr": 0.001, "optimizer": "adam", "schedule": "constant",
+        "weight_decay": 0.0, "label_smoothing": 0.0, "warmup": 0.0, "ema": 0.0,
+    },
+}  # fmt: skip
+
+
+def make_recipe(name: str = "default", **given: Any) -> Recipe:
+    """A recipe by its name in `RECIPES`, changed by what is given and not None.
+
+    Raises `UsageError` for a name that is not there or a number out of range.
+    """
+    if name not in RECIPES:
+        raise UsageError(f"unknown recipe {name!r}", nearest(name, list(RECIPES)))
+    settings = RECIPES[name] | {key: value for key, value in given.items() if value is not None}
+    settings.setdefault("lr", default_lr(settings.get("batch_size", BASE_BATCH)))
+    return Recipe(**settings)
 
 
 def default_lr(batch_size: int) -> float:

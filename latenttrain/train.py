@@ -23,12 +23,12 @@ from latentprep.format import LatentDataset
 from .augment import Augment, augment
 from .checkpoint import CURVE, State, check_run_folder, restore, run_folder, save_epoch
 from .config import RunConfig, describe_dataset, versions
-from .data import Split, batches_per_epoch, check_classes, check_trainable, load_split, opened, training_batches
+from .data import Split, batches_per_epoch, check_classes, check_trainable, load_split, opened
 from .device import autocast, reproducible, synchronize
 from .evaluation import scores, split_logits
-from .muon import Muon
 from .nets import Net, NetConfig, build_net
-from .recipe import Recipe, default_lr
+from .optimizers import make_optimizer
+from .recipe import Recipe, default_lr, make_recipe
 from .report import draw_curve
 from .scaling import count_flops, count_parameters
 
@@ -65,14 +65,15 @@ def fit(
     *,
     width: float = 1.0,
     depth: float = 1.0,
-    epochs: int = Recipe.epochs,
-    batch_size: int = Recipe.batch_size,
+    recipe: str = "default",
+    epochs: int | None = None,
+    batch_size: int | None = None,
     lr: float | None = None,
-    weight_decay: float = Recipe.weight_decay,
-    label_smoothing: float = Recipe.label_smoothing,
-    warmup: float = Recipe.warmup,
-    ema: float = Recipe.ema,
-    seed: int = Recipe.seed,
+    weight_decay: float | None = None,
+    label_smoothing: float | None = None,
+    warmup: float | None = None,
+    ema: float | None = None,
+    seed: int = 0,
     device: str = "auto",
     out: str | Path | None = None,
     arch: str = "latentnet",
@@ -86,8 +87,9 @@ def fit(
     """Train a network on the train split of a latent dataset, evaluating it on the val split after each epoch.
 
     dataset: its folder, or what `latentprep.open` returned. width, depth: see `latenttrain.scaling`.
-    lr: the peak; None is `recipe.default_lr` of the batch size. augment: None is the default of `Augment`, with
-    mirroring where the dataset's codec has an exact mirror. limit: train on at most so many samples.
+    recipe: one of `RECIPES`; epochs to ema: in place of its own. lr: the peak. augment: None is the recipe's, which is
+    none for ``talk`` and else the default of `Augment`, with mirroring where the dataset's codec has an exact mirror.
+    limit: train on at most so many samples.
     out: the run folder, by default `default_out`. resume: go on after the last whole epoch, to the same weights
     as without the break; overwrite: delete an earlier run there. progress: ``latentprep.console.progress_bar``.
 
@@ -96,27 +98,41 @@ def fit(
     Raises `UsageError` for a value out of range or a loss that is no number, `DatasetError` for a dataset that cannot
     be trained on, `CheckpointError` for a run folder in the way, `SystemFault` for a device absent or too small.
     """
-    recipe = Recipe(
+    asked = make_recipe(
+        recipe,
         epochs=epochs,
         batch_size=batch_size,
-        lr=default_lr(batch_size) if lr is None else lr,
+        lr=lr,
         weight_decay=weight_decay,
         label_smoothing=label_smoothing,
         warmup=warmup,
         ema=ema,
         seed=seed,
     )
+    if augment is None and recipe == "talk":
+        augment = Augment.none()
     target = pick_device(device)
     dataset = opened(dataset)
     check_trainable(dataset)
-    config = plan_run(dataset, recipe, width, depth, arch, stem, augment, limit)
+    config = plan_run(dataset, asked, width, depth, arch, stem, augment, limit)
     root = Path(out) if out is not None else default_out(dataset.root, config)
     check_run_folder(root, config, resume, overwrite)
     try:
         train = load_split(dataset, "train", target, limit)
         check_classes(dataset, train)
         val = load_split(dataset, "val", target, views=False)
-        with run_folder(root, config, resume), reproducible(target, seed):
+    except torch.OutOfMemoryError as error:
+        raise SystemFault(f"{target} has too little memory", "lower --limit") from error
+    return run_fit(config, train, val, root, resume, progress)
+
+
+def run_fit(
+    config: RunConfig, train: Split, val: Split, root: Path, resume: bool, progress: ProgressFactory
+) -> FitResult:
+    """The run itself, once its folder was checked and its splits are on their device."""
+    recipe, target = config.recipe, train.device
+    try:
+        with run_folder(root, config, resume), reproducible(target, recipe.seed):
             state = start_state(config, target)
             if resume:
                 restore(root, state)
@@ -185,9 +201,7 @@ def default_out(dataset: str | Path, config: RunConfig) -> Path:
 def start_state(config: RunConfig, device: torch.device) -> State:
     """A fresh network on the device, drawn on the CPU so that the device does not matter, and its optimizer."""
     net = build_net(config.net).to(device)
-    recipe, fused = config.recipe, device.type in ("cpu", "cuda")
-    optimizer = Muon(net, recipe.lr, recipe.weight_decay, betas=(0.9, 0.99), fused=fused)
-    return State(net, copy.deepcopy(net), optimizer, [])
+    return State(net, copy.deepcopy(net), make_optimizer(net, config.recipe), [])
 
 
 def train_epochs(
@@ -198,7 +212,7 @@ def train_epochs(
     batches = batches_per_epoch(len(train), recipe.batch_size)
     with progress("train", recipe.epochs * batches, "batches", done * batches) as bar:
         for epoch in range(done, recipe.epochs):
-            synchronize(train.codes.device)
+            synchronize(train.device)
             start = time.perf_counter()
             loss = train_epoch(state, config, train, epoch, bar).item()
             seconds = time.perf_counter() - start
@@ -230,7 +244,7 @@ def train_epochs(
 
 def train_epoch(state: State, config: RunConfig, train: Split, epoch: int, bar: Progress) -> Tensor:
     """One epoch; the mean training loss, f32 [], still on the device: nothing here waits for it."""
-    recipe, net, device = config.recipe, state.net.train(), train.codes.device
+    recipe, net, device = config.recipe, state.net.train(), train.device
     batches = batches_per_epoch(len(train), recipe.batch_size)
     order, dropout = np.random.SeedSequence([recipe.seed, epoch]).generate_state(2).tolist()
     generator = torch.Generator(device).manual_seed(order)
@@ -239,10 +253,10 @@ def train_epoch(state: State, config: RunConfig, train: Split, epoch: int, bar: 
     total = torch.zeros((), device=device)
     known = {"val_top-1": f"{state.metrics[-1]['top1']:.1%}"} if state.metrics else {}
     step = epoch * batches
-    for codes, labels in training_batches(train, recipe.batch_size, generator):
+    for codes, labels in train.training_batches(recipe.batch_size, generator):
         state.optimizer.set_lr(recipe.lr_at(step, batches))
         planes, targets = augment(net, codes, labels, config.augment, generator)
-        with autocast(device):
+        with autocast(net, device):
             logits = net.logits(planes)
         loss = F.cross_entropy(logits.float(), targets, label_smoothing=recipe.label_smoothing)
         loss.backward()

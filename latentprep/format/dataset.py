@@ -125,7 +125,7 @@ class LatentDataset:
         """The whole split in memory, invalid rows left out; with `limit`, at most so many, spread evenly."""
         self.check_complete(split)
         rows = self.manifest.splits[split]
-        codes = np.empty((rows, *self.manifest.row_shape), np.uint8)
+        codes = np.empty((rows, *self.manifest.row_shape(split)), np.uint8)
         labels = np.empty(rows, np.int32)
         keys = [""] * rows
 

@@ -7,6 +7,7 @@ does: the record is the last thing written, and names each of the shard's files 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -56,14 +57,19 @@ class Manifest:
     store: str = "zarr"
     written_by: str = ""
 
-    @property
-    def views(self) -> int:
-        return int(self.transform["views"])
+    def views(self, split: str) -> int:
+        """Views of each sample of a split."""
+        views = self.transform["views"]
+        return int(views[split] if isinstance(views, dict) else views)
 
     @property
-    def row_shape(self) -> tuple[int, int, int, int]:
-        """(V, C, h, w): the codes of one sample."""
-        return (self.views, *self.latent)
+    def most_views(self) -> int:
+        """Of the split that has the most."""
+        return max(map(self.views, self.splits))
+
+    def row_shape(self, split: str) -> tuple[int, int, int, int]:
+        """(V, C, h, w): the codes of one sample of a split."""
+        return (self.views(split), *self.latent)
 
     def shard_count(self, split: str) -> int:
         return -(-self.splits[split] // self.shard_rows)
@@ -116,13 +122,17 @@ class Manifest:
             raise top.error("has a field 'flip' that is not one sign a channel")
         transform = top.object("transform")
         transform.whole("size", 1, _MAX_SIDE)
-        transform.whole("views", 1, 4096)
         source = top.object("source")
         source.text("spec")
         source.sha256("sha256")
         codec = top.object("codec")
         codec.text("name")
         splits = top.object("splits")
+        if isinstance(transform.get("views"), dict):
+            for name in splits.document:
+                transform.object("views").whole(name, 1, 4096)
+        else:
+            transform.whole("views", 1, 4096)
         return cls(
             codec=codec.document,
             quantizer=quantizer,
@@ -248,3 +258,9 @@ def read_record(root: Path, split: str, index: int) -> ShardRecord | None:
     if (record.split, record.index) != (split, index):
         raise DatasetError(f"{path} records shard {record.split} {record.index}", "restore the file under its own name")
     return record
+
+
+def train_split(splits: Iterable[str]) -> str:
+    """The split that is learned from: train, or the first where there is no train."""
+    names = list(splits)
+    return "train" if "train" in names else names[0]

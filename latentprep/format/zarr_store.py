@@ -62,7 +62,7 @@ def encode_shard_files(
     """
     paths = shard_files(split, index)
     arrays = {"codes": codes, "labels": labels, "keys": np.array(keys, dtype=np.dtypes.StringDType())}
-    return {paths[name]: _chunk_bytes(manifest, name, array) for name, array in arrays.items()}
+    return {paths[name]: _chunk_bytes(manifest, split, name, array) for name, array in arrays.items()}
 
 
 def decode_shard_files(
@@ -73,7 +73,8 @@ def decode_shard_files(
     rows = manifest.rows_in_shard(split, index)
     paths = shard_files(split, index)
     codes, labels, keys = (
-        _chunk_array(manifest, name, rows, files[paths[name]], paths[name]) for name in ("codes", "labels", "keys")
+        _chunk_array(manifest, split, name, rows, files[paths[name]], paths[name])
+        for name in ("codes", "labels", "keys")
     )
     return codes, labels, [str(key) for key in keys]
 
@@ -81,7 +82,7 @@ def decode_shard_files(
 def decode_labels(manifest: Manifest, split: str, index: int, data: bytes) -> np.ndarray:
     """The bytes of one shard's labels file -> i32 [n]."""
     return _chunk_array(
-        manifest, "labels", manifest.rows_in_shard(split, index), data, shard_files(split, index)["labels"]
+        manifest, split, "labels", manifest.rows_in_shard(split, index), data, shard_files(split, index)["labels"]
     )
 
 
@@ -93,7 +94,7 @@ def metadata_files(manifest: Manifest) -> dict[str, bytes]:
     for split, rows in manifest.splits.items():
         zarr.create_group(store=store, path=split, zarr_format=3, attributes={"classes": list(manifest.classes)})
         for name in ("codes", "labels", "keys"):
-            _create(manifest, store, f"{split}/{name}", name, rows)
+            _create(manifest, store, f"{split}/{name}", split, name, rows)
     return {path: buffer.to_bytes() for path, buffer in files.items()}
 
 
@@ -131,18 +132,19 @@ def _codecs(chain: list[dict]) -> dict[str, Any]:
         raise DatasetError(f"the manifest's compression is not one this version writes ({error})") from error
 
 
-def _create(manifest: Manifest, store: Any, path: str, name: str, rows: int) -> zarr.Array:
+def _create(manifest: Manifest, store: Any, path: str, split: str, name: str, rows: int) -> zarr.Array:
     """An array of the dataset: the same metadata whether on disk or in memory."""
     with warnings.catch_warnings():  # `string` is a registered extension type; zarr-python warns at each use
         warnings.simplefilter("ignore")
         if name == "codes":
+            row = manifest.row_shape(split)
             return zarr.create_array(
                 store,
                 name=path or None,
-                shape=(rows, *manifest.row_shape),
+                shape=(rows, *row),
                 dtype="u1",
-                chunks=(manifest.chunk_rows, *manifest.row_shape),
-                shards=(manifest.shard_rows, *manifest.row_shape),
+                chunks=(manifest.chunk_rows, *row),
+                shards=(manifest.shard_rows, *row),
                 fill_value=0,
                 dimension_names=("sample", "view", "channel", "height", "width"),
                 **_codecs(manifest.compression),
@@ -161,18 +163,18 @@ def _create(manifest: Manifest, store: Any, path: str, name: str, rows: int) -> 
         )
 
 
-def _chunk_bytes(manifest: Manifest, name: str, values: np.ndarray) -> bytes:
+def _chunk_bytes(manifest: Manifest, split: str, name: str, values: np.ndarray) -> bytes:
     """What Zarr stores for one whole shard (codes) or chunk (labels, keys) holding `values`."""
     files: dict[str, Any] = {}
-    array = _create(manifest, MemoryStore(files), "", name, len(values))
+    array = _create(manifest, MemoryStore(files), "", split, name, len(values))
     array[:] = values
     return _only_chunk(files)
 
 
-def _chunk_array(manifest: Manifest, name: str, rows: int, data: bytes, where: str) -> np.ndarray:
+def _chunk_array(manifest: Manifest, split: str, name: str, rows: int, data: bytes, where: str) -> np.ndarray:
     """The first `rows` values that Zarr reads from one shard's or chunk's bytes."""
     files: dict[str, Any] = {}
-    array = _create(manifest, MemoryStore(files), "", name, rows)
+    array = _create(manifest, MemoryStore(files), "", split, name, rows)
     files["/".join(("c", *itertools.repeat("0", array.ndim)))] = Buffer.from_bytes(data)
     try:
         values = array[:]

@@ -56,12 +56,14 @@ def test_views(images: Path, tmp_path: Path) -> None:
     encode(images, tmp_path / "one")
     encode(images, tmp_path / "three", views=3)
     one, three = latentprep.open(tmp_path / "one"), latentprep.open(tmp_path / "three")
-    assert three.manifest.views == 3
+    assert three.manifest.transform["views"] == {"train": 3, "val": 1}
     assert three.quantizer == one.quantizer  # calibrated on view 0
     codes = three.load("train").codes
     assert codes.shape[1] == 3
     assert np.array_equal(codes[:, :1], one.load("train").codes)
     assert not np.array_equal(codes[:, 1], codes[:, 2])
+    assert np.array_equal(three.load("val").codes, one.load("val").codes)
+    assert latentprep.encode(images, codec="resample", factor=8, views=3, out=tmp_path / "x", dry_run=True).views == 3
 
 
 def test_same_input_same_bytes_whatever_the_threads(images: Path, tmp_path: Path) -> None:

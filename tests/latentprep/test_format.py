@@ -47,7 +47,7 @@ def manifest(rows: int = 10, shard: int = 4, views: int = 2, compression: int = 
 def rows_of(m: Manifest, split: str, index: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
     n = m.rows_in_shard(split, index)
     random = np.random.default_rng([len(split), index])
-    codes = random.integers(0, m.quantizer.levels, (n, *m.row_shape), dtype=np.uint8)
+    codes = random.integers(0, m.quantizer.levels, (n, *m.row_shape("train")), dtype=np.uint8)
     labels = random.integers(-1, len(m.classes), n).astype(np.int32)
     return codes, labels, [f"{split}/ä{index}-{i}.jpg" for i in range(n)]
 
@@ -80,7 +80,7 @@ def dataset(tmp_path: Path) -> LatentDataset:
 def test_shard_files_round_trip(n: int, views: int, bits: int, compression: int, keys: list[str]) -> None:
     quantizer = Quantizer(bits, (0.0, 0.0), (1.0, 1.0))
     m = manifest(n, 9, views, compression, quantizer=quantizer, chunk_rows=3, splits={"train": n})
-    codes = np.random.default_rng(n).integers(0, 2**bits, (n, *m.row_shape), dtype=np.uint8)
+    codes = np.random.default_rng(n).integers(0, 2**bits, (n, *m.row_shape("train")), dtype=np.uint8)
     labels = np.arange(-1, n - 1, dtype=np.int32)
     files = encode_shard_files(m, "train", 0, codes, labels, keys[:n])
     assert files == encode_shard_files(m, "train", 0, codes, labels, keys[:n])  # deterministic
@@ -92,7 +92,9 @@ def test_shard_files_round_trip(n: int, views: int, bits: int, compression: int,
 
 def test_all_zero_codes_are_stored_not_left_out() -> None:
     m = manifest(4)
-    files = encode_shard_files(m, "train", 0, np.zeros((4, *m.row_shape), np.uint8), np.zeros(4, np.int32), [""] * 4)
+    files = encode_shard_files(
+        m, "train", 0, np.zeros((4, *m.row_shape("train")), np.uint8), np.zeros(4, np.int32), [""] * 4
+    )
     assert set(files) == set(shard_files("train", 0).values())
     assert all(files.values())
 

@@ -6,12 +6,10 @@ from latentprep.format import open_dataset
 from latenttrain.data import (
     Split,
     batches_per_epoch,
-    canonical_batches,
     check_classes,
     check_trainable,
     load_split,
     opened,
-    training_batches,
 )
 
 CPU = torch.device("cpu")
@@ -25,7 +23,7 @@ def numbered(samples, views=1):
 
 
 def epoch(split, batch_size, seed=0):
-    return list(training_batches(split, batch_size, torch.Generator().manual_seed(seed)))
+    return list(split.training_batches(batch_size, torch.Generator().manual_seed(seed)))
 
 
 def test_a_split_is_one_tensor_of_codes_as_they_were_written(codes):
@@ -92,7 +90,7 @@ def test_all_views_of_a_sample_turn_up_about_equally():
 
 
 def test_evaluation_sees_view_0_of_every_sample_in_order():
-    batches = list(canonical_batches(numbered(7, views=3), 3))
+    batches = list(numbered(7, views=3).batches(3))
     assert [len(labels) for _, labels in batches] == [3, 3, 1]
     assert torch.cat([labels for _, labels in batches]).tolist() == list(range(7))
     assert all(codes[:, 1].max() == 0 for codes, _ in batches)

@@ -1,4 +1,4 @@
-"""Muon: momentum whose matrices are orthogonalized, for the filters; AdamW for all else, in one optimizer.
+"""Optimizers: AdamW, and Muon for the filters with AdamW for all else.
 
 K. Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024): an update is replaced by the
 nearest matrix with orthonormal rows or columns, so that directions which gradients seldom show are learned as fast as
@@ -9,22 +9,58 @@ recorded in ``benchmarks/records/net_search.md``.
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .recipe import Recipe
+
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan's quintic: singular values from 0.01 to 1 land in 0.7 to 1.2
 _ITERATIONS = 5
+_MOMENTUM = 0.9
 ADAM_SHARE = 0.2  # AdamW's learning rate as a share of Muon's: their updates differ in size by about that
 
 
-class Muon(torch.optim.AdamW):
+class Adam(torch.optim.AdamW):
+    """AdamW, without decay on BatchNorm and biases; at no decay at all it is Adam.
+
+    A group's learning rate is ``scale`` times the optimizer's, and ``momentum`` says that it is not AdamW's but Muon's.
+    """
+
+    def __init__(self, net: nn.Module, lr: float, weight_decay: float, **adam: Any) -> None:
+        super().__init__(self.groups(net, weight_decay), lr=lr, **adam)
+        self.set_lr(lr)
+
+    @staticmethod
+    def groups(net: nn.Module, weight_decay: float) -> list[dict]:
+        matrices = [p for p in net.parameters() if p.ndim >= 2]
+        vectors = [p for p in net.parameters() if p.ndim < 2]
+        return [
+            {"params": matrices, "momentum": 0.0, "weight_decay": weight_decay, "scale": 1.0},
+            {"params": vectors, "momentum": 0.0, "weight_decay": 0.0, "scale": 1.0},
+        ]
+
+    def set_lr(self, lr: float) -> None:
+        """The optimizer's learning rate; each group's follows."""
+        for group in self.param_groups:
+            group["lr"] = lr * group["scale"]
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step from the gradients, which are gone afterwards."""
+        super().step()
+        self.zero_grad()
+
+
+class Muon(Adam):
     """Muon on parameters of two or more dimensions but the last layer's; AdamW, without decay, on all others.
 
     lr: Muon's; AdamW's is `ADAM_SHARE` of it. weight_decay: of Muon's parameters and the last layer, a step times lr.
     """
 
-    def __init__(self, net: nn.Module, lr: float, weight_decay: float, momentum: float = 0.9, **adam: object) -> None:
+    @staticmethod
+    def groups(net: nn.Module, weight_decay: float) -> list[dict]:
         parameters = list(net.parameters())
         last = [module for module in net.modules() if isinstance(module, nn.Linear)][-1:]
         head = {id(layer.weight) for layer in last}
@@ -33,17 +69,11 @@ class Muon(torch.optim.AdamW):
         matrices = [p for p in parameters if p.ndim >= 2 and id(p) not in muon]
         vectors = [p for p in parameters if p.ndim < 2]
         groups = [
-            {"params": filters, "momentum": momentum, "weight_decay": weight_decay, "scale": 1.0},
+            {"params": filters, "momentum": _MOMENTUM, "weight_decay": weight_decay, "scale": 1.0},
             {"params": matrices, "momentum": 0.0, "weight_decay": weight_decay, "scale": ADAM_SHARE},
             {"params": vectors, "momentum": 0.0, "weight_decay": 0.0, "scale": ADAM_SHARE},
         ]
-        super().__init__([group for group in groups if group["params"]], lr=lr, **adam)  # type: ignore[arg-type]
-        self.set_lr(lr)
-
-    def set_lr(self, lr: float) -> None:
-        """Muon's learning rate; AdamW's follows."""
-        for group in self.param_groups:
-            group["lr"] = lr * group["scale"]
+        return [group for group in groups if group["params"]]
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -52,7 +82,6 @@ class Muon(torch.optim.AdamW):
             if group["momentum"]:
                 self._muon_step(group)
         super().step()
-        self.zero_grad()
 
     def _muon_step(self, group: dict) -> None:
         alike: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
@@ -88,3 +117,11 @@ def orthogonalized(matrices: Tensor) -> Tensor:
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.mT if tall else x
+
+
+def make_optimizer(net: nn.Module, recipe: Recipe) -> Adam:
+    """The recipe's optimizer on a network that is on its device already."""
+    fused = next(net.parameters()).device.type in ("cpu", "cuda")
+    if recipe.optimizer == "adam":
+        return Adam(net, recipe.lr, recipe.weight_decay, fused=fused)
+    return Muon(net, recipe.lr, recipe.weight_decay, betas=(0.9, 0.99), fused=fused)

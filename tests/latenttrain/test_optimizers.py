@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from latenttrain.muon import ADAM_SHARE, Muon, orthogonalized
+from latenttrain.optimizers import ADAM_SHARE, Muon, orthogonalized
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 40), (2, 40, 16), (1, 8, 8)])
