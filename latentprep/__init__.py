@@ -1,7 +1,7 @@
 """Encode an image dataset once with a lossy codec and keep its low-bit codes.
 
-`encode`, `open` and `requantize` are what the command line runs; they are imported on first use, so that importing this
-package stays cheap.
+`encode`, `open`, `requantize` and `write_latents` are what the command line runs; they are imported on first use, so
+that importing this package stays cheap.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["encode", "open", "requantize"]
+__all__ = ["encode", "open", "requantize", "write_latents"]
 
 if TYPE_CHECKING:
     from .encoder import encode
     from .format import open_dataset as open
+    from .latents import write_latents
     from .requantizer import requantize
 
 
@@ -30,6 +31,10 @@ def __getattr__(name: str) -> Any:
         from .requantizer import requantize
 
         return requantize
+    if name == "write_latents":
+        from .latents import write_latents
+
+        return write_latents
     raise AttributeError(f"module 'latentprep' has no attribute '{name}'")
 
 

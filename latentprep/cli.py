@@ -51,11 +51,14 @@ def encode(
     ] = None,
     bits: Annotated[int, typer.Option(help="Bits a code, 1 to 8.")] = 4,
     size: Annotated[int | None, typer.Option(help="Pixels a side. Default: suits the source and the codec.")] = None,
+    phi: Annotated[
+        float, typer.Option(help="Compound scaling: 1.15^phi times the pixels a side; latenttrain fit has it too.")
+    ] = 0.0,
     out: Annotated[Path, typer.Option(help="Folder to write to; an unfinished encode there is resumed.")] = Path(
         "shards"
     ),
     views: Annotated[
-        int, typer.Option(help="Renderings a sample: the canonical one, then random crops and mirrors.")
+        int, typer.Option(help="Renderings of a train sample: the canonical one, then random crops and mirrors.")
     ] = 1,
     splits: Annotated[
         str | None, typer.Option(rich_help_panel="Source", help="Comma-separated splits to encode. Default: all.")
@@ -149,6 +152,7 @@ def encode(
         codec=codec,
         bits=bits,
         size=size,
+        phi=phi,
         out=out,
         views=views,
         splits=[name.strip() for name in splits.split(",")] if splits else None,
@@ -200,6 +204,45 @@ def requantize(
         console.print_json(result.to_json())
     else:
         _show_result(result)
+
+
+@app.command()
+def latents(
+    dataset: Annotated[Path, typer.Argument(help="A folder that latentprep encode made.")],
+    source: Annotated[str, typer.Argument(help="The source that it was made of.")],
+    out: Annotated[Path, typer.Option(help="Folder to write to; splits that are there already are left alone.")],
+    data: Annotated[Path | None, typer.Option(help="A copy of the named dataset that you already have.")] = None,
+    val_fraction: Annotated[float | None, typer.Option(help="As it was for the encode.")] = None,
+    limit: Annotated[int | None, typer.Option(help="As it was for the encode.")] = None,
+    seed: Annotated[int, typer.Option(help="As it was for the encode.")] = 0,
+    weights: Annotated[
+        str | None, typer.Option(help="Folder of the autoencoder's weights, if they are not where they were.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images the codec takes at once.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Threads that read and decode images.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Write a dataset's float16 latents as .npy files: what latenttrain sweep compares its codes with.
+
+    Example:
+
+      latentprep latents shards imagenette --out shards-float
+    """
+    from .latents import write_latents as run
+    from .sources import open_source
+
+    with console.byte_progress() as reading:
+        opened = open_source(source, data=data, val_fraction=val_fraction, seed=seed, progress=reading)
+    opened = opened.take(limit) if limit is not None else opened
+    folder = run(
+        dataset, opened, out=out, weights=weights, device=device, batch_size=batch_size, workers=workers,
+        progress=console.progress_bar,
+    )  # fmt: skip
+    if as_json:
+        console.print_json({"out": str(folder)})
+    else:
+        console.print_facts(f"wrote {folder}", {"next": f"latenttrain sweep {dataset} --latents {folder}"})
 
 
 @app.command()

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 CALIBRATION = 256  # images, spread evenly over the train split
 SHARD_ROWS = 1024
 MIN_DEFAULT_GRID = 8  # cells of the latents a side: what networks need; smaller images are enlarged for it
+RESOLUTION_BASE = 1.15  # gamma of compound scaling
 MAX_DEFAULT_SIZE = 224  # pixels; larger sources are shrunk to it unless --size says otherwise
 
 
@@ -71,6 +72,7 @@ def encode(
     codec: str | Codec | None = None,
     bits: int = 4,
     size: int | None = None,
+    phi: float = 0.0,
     out: str | Path = "shards",
     views: int = 1,
     splits: list[str] | None = None,
@@ -96,8 +98,9 @@ def encode(
     codec: a name (default: ``taesd`` if its weights are at hand, else ``dct``) with its options as further
     keywords (``weights``, ``posterior``, ``luma``, ``chroma``, ``factor``, …), or a `Codec`.
     progress: ``latentprep.console.progress_bar`` shows what goes on.
-    size: pixels a side; default suits source and codec. views: of a train sample, see
-    `images.load_views`; other splits have view 0 alone.
+    size: pixels a side; default suits source and codec. phi: makes it 1.15**phi times as large, the resolution of
+    compound scaling (https://arxiv.org/abs/1905.11946), to the nearest that the codec takes.
+    views: of a train sample, see `images.load_views`; other splits have view 0 alone.
     limit: at most that many samples a split, spread over it. batch_size: images the codec takes at once.
 
     Raises `UsageError`, `SourceError`, `CodecError`, `DatasetError`, `SystemFault` or `Interrupted`; whatever
@@ -126,7 +129,7 @@ def encode(
     if codec_options.get("posterior") == "sample":
         codec_options.setdefault("seed", seed)
     coder = _open_codec(codec, device, codec_options)
-    image_size = size or default_size(source, coder)
+    image_size = scaled_size(size or default_size(source, coder), phi, coder)
     latent = coder.latent_shape(image_size, image_size)
     asked = _manifest(source, names, coder, bits, image_size, latent, views, seed, shard_rows)
 
@@ -195,6 +198,20 @@ def default_size(source: Source, codec: Codec) -> int:
         except UsageError:
             continue
     raise UsageError(f"codec '{codec.name}' takes no size up to 1024", "give one with --size")
+
+
+def scaled_size(size: int, phi: float, codec: Codec) -> int:
+    """``size * 1.15**phi`` to the nearest that the codec takes; `size` itself at phi 0."""
+    if not -10 <= phi <= 10:
+        raise UsageError(f"--phi must be -10 to 10, got {phi}", "use --phi 1 for 1.15 times the resolution")
+    target = size * RESOLUTION_BASE**phi
+    for candidate in sorted(range(1, 2 * round(target) + 2), key=lambda side: abs(side - target)) if phi else ():
+        try:
+            codec.latent_shape(candidate, candidate)
+            return candidate
+        except UsageError:
+            continue
+    return size
 
 
 def _run(

@@ -121,6 +121,18 @@ def calibrate(stages: Stages, asked: Manifest, count: int, progress: ProgressFac
     return replace(asked, quantizer=quantizer, compression=choose_compression(codes))
 
 
+def encoded_rows(stages: Stages, manifest: Manifest, split: str, rows: int) -> Iterator[tuple[list[int], Tensor]]:
+    """Every row of a split in order, by batches: rows, and latents of view 0, f32 [b,C,h,w] on the
+    host, 0 where unreadable."""
+    step = stages.batch_samples(1)
+    specs = [(split, 0, list(range(i, min(i + step, rows)))) for i in range(0, rows, step)]
+    with ThreadPoolExecutor(stages.threads()) as pool:
+        for batch in _decoded(stages, manifest, specs, pool):
+            found = _encode(stages, batch).cpu().clone()
+            found[[place for place, row in enumerate(batch.rows) if row in batch.invalid]] = 0
+            yield batch.rows, found
+
+
 def loads(stages: Stages, split: str, row: int) -> bool:
     """Whether a sample can be read and decoded now."""
     try:

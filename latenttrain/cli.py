@@ -95,6 +95,13 @@ def fit(
     stem: Annotated[
         str, typer.Option(help="How the network takes codes in: affine, embedding, bitplane or ordinal.")
     ] = "affine",
+    phi: Annotated[
+        float,
+        typer.Option(help="Compound scaling: width × 1.1^phi, depth × 1.2^phi; encode with the same --phi."),
+    ] = 0.0,
+    holdout: Annotated[
+        float, typer.Option(help="Judge by this share of train in place of val: for choices, so that val stays unseen.")
+    ] = 0.0,
     as_json: Json = False,
 ) -> None:
     """Train a network on the codes in DIR, and print what it came to.
@@ -127,6 +134,8 @@ def fit(
             arch=arch,
             stem=stem,
             limit=limit,
+            phi=phi,
+            holdout=holdout,
             resume=resume,
             overwrite=overwrite,
             progress=console.progress_bar,
@@ -139,6 +148,108 @@ def fit(
         return
     console.print_table(f"latenttrain fit {dataset}", *fit_table(result))
     console.print_facts("", {"run": result.run, "picture": result.curve})
+
+
+@app.command()
+def scale(
+    dataset: Annotated[
+        Path | None,
+        typer.Argument(metavar="[DIR]", help="Latent dataset to count for; else 28×28×4 latents.", show_default=False),
+    ] = None,
+    phi: Annotated[str, typer.Option(help="Compound coefficients: 0..3, or 0,1,2.5.")] = "0..3",
+    arch: Annotated[str, typer.Option(help="Network: latentnet or mobilenetv2.")] = "latentnet",
+    as_json: Json = False,
+) -> None:
+    """List what compound scaling makes of a network: parameters and FLOPs at each phi.
+
+    Width grows as 1.1^phi, depth as 1.2^phi, resolution as 1.15^phi, FLOPs by about 2^phi (EfficientNet).
+
+    Example:
+
+      latenttrain scale --phi 0..3
+    """
+    from .scaling import numbers, scale_table
+
+    rows = scale_table(dataset, numbers("--phi", phi), arch)
+    if as_json:
+        console.print_json({"arch": arch, "rows": rows})
+        return
+    columns = ["phi", "width", "depth", "resolution", "latents", "parameters", "FLOPs", "growth", "α·β²·γ²"]
+    console.print_table(
+        f"{arch}: FLOPs of a sample's forward pass, 2 a multiply-add",
+        columns,
+        [
+            [
+                f"{row['phi']:g}", *(f"{row[name]:.3g}" for name in ("width", "depth", "resolution")),
+                "×".join(map(str, row["latent"][1:] + row["latent"][:1])), f"{row['parameters']:,}",
+                f"{row['flops']:,}", f"{row['growth']:.2f}", f"{row['expected']:.2f}",
+            ]
+            for row in rows
+        ],
+    )  # fmt: skip
+
+
+@app.command()
+def sweep(
+    dataset: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Latent dataset, at 8 bits as a rule.", show_default=False)
+    ],
+    bits: Annotated[str, typer.Option(help="Bits to try: 1..8, or 1,2,4.")] = "1..8",
+    stem: Annotated[str, typer.Option(help="Stems to try, comma-separated.")] = "affine",
+    seeds: Annotated[int, typer.Option(help="Runs of each, with seeds 0, 1, …")] = 3,
+    epochs: Annotated[
+        int | None, typer.Option(help=f"Passes over the train split.  [default: {Recipe.epochs}]", show_default=False)
+    ] = None,
+    latents: Annotated[
+        Path | None, typer.Option(help="Folder that latentprep latents made: the float latents as reference.")
+    ] = None,
+    margin: Annotated[float, typer.Option(help="Recommend the fewest bits within so many points of it.")] = 0.5,
+    holdout: Annotated[
+        float, typer.Option(help="Judge by this share of train in place of val, so that val stays unseen.")
+    ] = 0.0,
+    limit: Annotated[int | None, typer.Option(help="Train on at most so many samples.")] = None,
+    device: Device = "auto",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write to; by default sweeps/DIR.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure what fewer bits cost: train at each number of bits and with each stem, and draw accuracy against bytes.
+
+    The same command goes on where it stopped. The folder holds the datasets of fewer bits, the runs, sweep.csv and
+    sweep.png. Accuracies are of the last epoch, so that nothing is chosen by them.
+
+    Examples:
+
+      latenttrain sweep shards8 --bits 1..8 --seeds 3
+
+      latenttrain sweep shards8 --bits 2,4 --stem affine,embedding --holdout 0.15
+    """
+    from .scaling import numbers
+    from .sweep import sweep as run
+
+    try:
+        result = run(
+            dataset,
+            bits=[int(number) for number in numbers("--bits", bits)],
+            stems=[name.strip() for name in stem.split(",")],
+            seeds=seeds,
+            epochs=epochs,
+            latents=latents,
+            margin=margin,
+            holdout=holdout,
+            limit=limit,
+            device=device,
+            out=out,
+            progress=console.progress_bar,
+        )
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted; whole epochs are kept", "the same command goes on") from None
+    if as_json:
+        console.print_json(result.to_json())
+        return
+    console.print_table(f"latenttrain sweep {dataset}", *result.table())
+    console.print_facts("", {"recommended": result.advice, "runs": result.csv, "picture": result.picture})
 
 
 @app.command(name="eval")

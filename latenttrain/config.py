@@ -24,7 +24,8 @@ FORMAT, VERSION = "latenttrain run", 1
 class RunConfig:
     """All that decides how a run comes out, and all that is needed to use what it learned.
 
-    dataset: ``path``, ``source``, ``codec``, ``quantizer``, ``transform``, ``classes``, ``limit``, ``manifest_sha256``.
+    dataset: ``path``, ``source``, ``codec``, ``quantizer``, ``transform``, ``classes``, ``manifest_sha256``,
+    and what of it was used: ``limit``, ``holdout``, ``latents``.
     versions: of latenttrain, torch and Python. They and the path may differ between a run's start and its resumption.
     """
 
@@ -73,7 +74,7 @@ class RunConfig:
         return config
 
 
-def describe_dataset(dataset: LatentDataset, limit: int | None) -> dict[str, Any]:
+def describe_dataset(dataset: LatentDataset) -> dict[str, Any]:
     """`RunConfig.dataset`: what of the manifest a run depends on."""
     manifest = dataset.manifest
     return {
@@ -83,7 +84,6 @@ def describe_dataset(dataset: LatentDataset, limit: int | None) -> dict[str, Any
         "quantizer": manifest.quantizer.to_json(),
         "transform": manifest.transform,
         "classes": list(manifest.classes),
-        "limit": limit,
         "manifest_sha256": dataset.manifest_sha256,
     }
 
@@ -97,7 +97,7 @@ def check_dataset(config: RunConfig, dataset: LatentDataset) -> None:
 
     The images may be others, and so may the number of views: view 0 is the same whatever their number.
     """
-    given = meaning(describe_dataset(dataset, None))
+    given = meaning(describe_dataset(dataset))
     for field, trained in meaning(config.dataset).items():
         if (found := difference(trained, given[field], field)) is not None:
             name, there, here_value = found

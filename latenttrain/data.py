@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 
 from latentprep.errors import DatasetError, UsageError
 from latentprep.format import LatentDataset, open_dataset
+from latentprep.format.latents import read_latents
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,51 @@ def load_split(
         raise DatasetError(f"{dataset.root}: split '{split}' holds no valid sample", "see errors.jsonl beside it")
     codes = torch.from_numpy(loaded.codes if views else loaded.codes[:, :1].copy())
     return Split(codes.to(device), torch.from_numpy(loaded.labels).to(device, torch.int64))
+
+
+def load_trained(
+    dataset: LatentDataset,
+    device: torch.device,
+    limit: int | None = None,
+    holdout: float = 0.0,
+    latents: Path | None = None,
+) -> tuple[Split, Split]:
+    """What a run learns from and what it is judged by: train with all its views, and val's view 0.
+
+    holdout: a share of train takes the place of val, the same one each time, so that val stays unseen while choices
+    are made. latents: a folder that ``latentprep latents`` made for this dataset; its float latents in units of
+    codes, view 0, take the place of the codes.
+
+    Raises as `load_split` does, and `UsageError` for a holdout out of range.
+    """
+    if not 0 <= holdout <= 0.9:
+        raise UsageError(f"--holdout must be 0 to 0.9, got {holdout}", "use --holdout 0.15 to choose, 0 to report")
+    train = load_split(dataset, "train", device, limit)
+    if latents is not None:
+        train = replace(train, codes=float_codes(dataset, "train", latents, limit).to(device))
+    check_classes(dataset, train)
+    if holdout:
+        held = np.zeros(len(train), bool)
+        held[np.random.default_rng(len(train)).permutation(len(train))[: max(1, round(holdout * len(train)))]] = True
+        judged = torch.from_numpy(held).to(device)
+        return (
+            Split(train.codes[~judged], train.labels[~judged]),
+            Split(train.codes[judged, :1].contiguous(), train.labels[judged]),
+        )
+    val = load_split(dataset, "val", device, views=False)
+    if latents is not None:
+        val = replace(val, codes=float_codes(dataset, "val", latents).to(device))
+    return train, val
+
+
+def float_codes(dataset: LatentDataset, split: str, latents: Path, limit: int | None = None) -> Tensor:
+    """The split's float latents in units of its codes, f32 [n,1,C,h,w]: what dequantizes to them.
+
+    Raises `DatasetError` if the folder does not hold this dataset's.
+    """
+    values = read_latents(latents, dataset, split)[dataset.valid_rows(split, limit)]
+    lo, step = (np.array(v, np.float32)[:, None, None] for v in (dataset.quantizer.lo, dataset.quantizer.step))
+    return torch.from_numpy((values.astype(np.float32) - lo) / step - 0.5)[:, None]
 
 
 def check_classes(dataset: LatentDataset, train: Split) -> None:

@@ -2,50 +2,63 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from latentprep.format.commit import write_atomic
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from .evaluation import EvalResult
     from .train import FitResult
 
-_TRAIN, _VAL, _INK, _GRID = "#8a8f98", "#1f6feb", "#24292f", "#e6e8eb"
+GREY, BLUE, INK, GRID = "#8a8f98", "#1f6feb", "#24292f", "#e6e8eb"
+
+
+@contextlib.contextmanager
+def draw(path: Path, panels: int) -> Iterator[Sequence[Axes]]:
+    """Axes side by side to draw on, in this project's looks; at the end they are a PNG at `path`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.5 * panels, 3.6), dpi=144, layout="constrained")
+    every = figure.subplots(1, panels, squeeze=False)[0]
+    yield every
+    for axes in every:
+        axes.grid(color=GRID)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    write_atomic(path, picture.getvalue())
 
 
 def draw_curve(metrics: list[dict], path: Path) -> None:
     """Loss and val accuracy over the epochs, as a PNG. metrics: entries of ``metrics.jsonl``, at least one."""
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     epochs = [entry["epoch"] for entry in metrics]
     best = max(metrics, key=lambda entry: entry["top1"])
-    figure = Figure(figsize=(9, 3.6), dpi=144, layout="constrained")
-    left, right = figure.subplots(1, 2)
+    with draw(path, 2) as (left, right):
+        left.plot(epochs, [entry["loss"] for entry in metrics], color=GREY, label="train: augmented, smoothed labels")
+        left.plot(epochs, [entry["val_loss"] for entry in metrics], color=BLUE, label="val")
+        left.set_title("loss (nats)", loc="left", color=INK)
+        left.legend(frameon=False, labelcolor=INK)
 
-    left.plot(epochs, [entry["loss"] for entry in metrics], color=_TRAIN, label="train: augmented, smoothed labels")
-    left.plot(epochs, [entry["val_loss"] for entry in metrics], color=_VAL, label="val")
-    left.set_title("loss (nats)", loc="left", color=_INK)
-    left.legend(frameon=False, labelcolor=_INK)
+        right.plot(epochs, [entry["top5"] for entry in metrics], color=GREY, label="val top-5")
+        right.plot(epochs, [entry["top1"] for entry in metrics], color=BLUE, label="val top-1")
+        right.plot(best["epoch"], best["top1"], "o", color=BLUE, markersize=5)
+        right.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        right.set_title(f"accuracy, best {best['top1']:.1%} at epoch {best['epoch']}", loc="left", color=INK)
+        right.legend(frameon=False, labelcolor=INK, loc="lower right")
 
-    right.plot(epochs, [entry["top5"] for entry in metrics], color=_TRAIN, label="val top-5")
-    right.plot(epochs, [entry["top1"] for entry in metrics], color=_VAL, label="val top-1")
-    right.plot(best["epoch"], best["top1"], "o", color=_VAL, markersize=5)
-    right.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    right.set_title(f"accuracy, best {best['top1']:.1%} at epoch {best['epoch']}", loc="left", color=_INK)
-    right.legend(frameon=False, labelcolor=_INK, loc="lower right")
-
-    for axes in (left, right):
-        axes.set_xlabel("epoch", color=_INK)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(color=_GRID)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.margins(x=0.02)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
-    write_atomic(path, picture.getvalue())
+        for axes in (left, right):
+            axes.set_xlabel("epoch", color=INK)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.margins(x=0.02)
 
 
 def fit_table(result: FitResult) -> tuple[list[str], list[list[str]]]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from latentprep.errors import UsageError
@@ -28,6 +31,50 @@ def compound(phi: float) -> Compound:
     if not (math.isfinite(phi) and -10 <= phi <= 10):
         raise UsageError(f"phi must be a number from -10 to 10, got {phi}", "use --phi 0 for the network as it stands")
     return Compound(WIDTH_BASE**phi, DEPTH_BASE**phi, RESOLUTION_BASE**phi)
+
+
+def numbers(option: str, text: str) -> list[float]:
+    """``0..3`` or ``1-8`` (whole steps), or ``0,1,2.5`` -> the numbers. `UsageError` naming the option for all else."""
+    try:
+        if found := re.fullmatch(r"(\d+)(?:\.\.|-)(\d+)", text.strip()):
+            first, last = map(int, found.groups())
+            if not first <= last <= first + 1000:
+                raise ValueError
+            return [float(number) for number in range(first, last + 1)]
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{option} must be like 0..3 or 0,1,3, got {text!r}", f"use {option} 1..3") from None
+
+
+def scale_table(dataset: str | Path | None, phis: Sequence[float], arch: str = "latentnet") -> list[dict]:
+    """What the network becomes at each compound coefficient, for a dataset's latents or else 28 x 28 x 4 ones.
+
+    Each entry: phi, width, depth, resolution, latent, parameters, flops; growth: of the FLOPs since phi 0, and
+    expected: what ``depth * width**2 * resolution**2`` says, which whole blocks, channels and cells only come near.
+    """
+    from latentprep.format import open_dataset
+
+    from .nets import NetConfig, build_net
+
+    latent, classes = (4, 28, 28), 10
+    if dataset is not None:
+        manifest = open_dataset(dataset).manifest
+        latent, classes = manifest.latent, max(2, len(manifest.classes))
+
+    def row(phi: float) -> dict:
+        factors = compound(phi)
+        height, width = (max(8, round(side * factors.resolution)) for side in latent[1:])
+        grown = latent[0], height, width
+        plain = (0.0,) * latent[0], (1.0,) * latent[0]
+        net = build_net(NetConfig(grown, classes, 4, *plain, arch, width=factors.width, depth=factors.depth))
+        expected = factors.depth * factors.width**2 * factors.resolution**2
+        return {
+            "phi": phi, **factors._asdict(), "latent": grown, "parameters": count_parameters(net),
+            "flops": count_flops(net), "expected": expected,
+        }  # fmt: skip
+
+    base = row(0)["flops"]
+    return [{**entry, "growth": entry["flops"] / base} for entry in map(row, phis)]
 
 
 def round_width(channels: int, width: float, divisor: int = 8) -> int:

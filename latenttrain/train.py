@@ -23,14 +23,14 @@ from latentprep.format import LatentDataset
 from .augment import Augment, augment
 from .checkpoint import CURVE, State, check_run_folder, restore, run_folder, save_epoch
 from .config import RunConfig, describe_dataset, versions
-from .data import Split, batches_per_epoch, check_classes, check_trainable, load_split, opened
+from .data import Split, batches_per_epoch, check_trainable, load_trained, opened
 from .device import autocast, reproducible, synchronize
 from .evaluation import scores, split_logits
 from .nets import Net, NetConfig, build_net
 from .optimizers import make_optimizer
 from .recipe import Recipe, default_lr, make_recipe
 from .report import draw_curve
-from .scaling import count_flops, count_parameters
+from .scaling import compound, count_flops, count_parameters
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,9 @@ def fit(
     stem: str = "affine",
     augment: Augment | None = None,
     limit: int | None = None,
+    holdout: float = 0.0,
+    phi: float = 0.0,
+    latents: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
     progress: ProgressFactory = silent,
@@ -89,7 +92,10 @@ def fit(
     dataset: its folder, or what `latentprep.open` returned. width, depth: see `latenttrain.scaling`.
     recipe: one of `RECIPES`; epochs to ema: in place of its own. lr: the peak. augment: None is the recipe's, which is
     none for ``talk`` and else the default of `Augment`, with mirroring where the dataset's codec has an exact mirror.
-    limit: train on at most so many samples.
+    limit: train on at most so many samples. holdout: judge by this share of train in place of val, and learn from the
+    rest: for choices, so that val stays unseen. phi: compound scaling, factors on top of width and depth; the
+    resolution is ``encode``'s. latents: a folder that ``latentprep latents`` made, to learn from float latents (view 0)
+    in place of codes.
     out: the run folder, by default `default_out`. resume: go on after the last whole epoch, to the same weights
     as without the break; overwrite: delete an earlier run there. progress: ``latentprep.console.progress_bar``.
 
@@ -114,13 +120,14 @@ def fit(
     target = pick_device(device)
     dataset = opened(dataset)
     check_trainable(dataset)
-    config = plan_run(dataset, asked, width, depth, arch, stem, augment, limit)
+    factors, floats = compound(phi), None if latents is None else Path(latents)
+    config = plan_run(dataset, asked, width * factors.width, depth * factors.depth, arch, stem, augment)
+    for name, value in (("limit", limit), ("holdout", holdout or None), ("latents", floats and str(floats))):
+        config.dataset[name] = value
     root = Path(out) if out is not None else default_out(dataset.root, config)
     check_run_folder(root, config, resume, overwrite)
     try:
-        train = load_split(dataset, "train", target, limit)
-        check_classes(dataset, train)
-        val = load_split(dataset, "val", target, views=False)
+        train, val = load_trained(dataset, target, limit, holdout, floats)
     except torch.OutOfMemoryError as error:
         raise SystemFault(f"{target} has too little memory", "lower --limit") from error
     return run_fit(config, train, val, root, resume, progress)
@@ -167,7 +174,6 @@ def plan_run(
     arch: str,
     stem: str,
     augment: Augment | None,
-    limit: int | None,
 ) -> RunConfig:
     """The run's whole configuration, from what was asked and what the dataset is."""
     manifest = dataset.manifest
@@ -187,7 +193,7 @@ def plan_run(
         width=width,
         depth=depth,
     )
-    return RunConfig(net, recipe, augment, describe_dataset(dataset, limit), versions())
+    return RunConfig(net, recipe, augment, describe_dataset(dataset), versions())
 
 
 def default_out(dataset: str | Path, config: RunConfig) -> Path:

@@ -139,12 +139,16 @@ class LatentDataset:
         with ThreadPoolExecutor(_READERS) as pool:
             for _ in pool.map(place, range(self.manifest.shard_count(split))):
                 pass
-        kept = np.flatnonzero(labels != INVALID_LABEL)
-        if limit is not None and limit < len(kept):
-            kept = kept[np.arange(limit) * len(kept) // limit]
+        kept = _kept(labels, limit)
         if len(kept) < rows:
             codes, labels, keys = codes[kept], labels[kept], [keys[i] for i in kept]
         return Codes(codes, labels, keys)
+
+    def valid_rows(self, split: str, limit: int | None = None) -> np.ndarray:
+        """i64 [n]: the rows of a split that `load` returns, in order."""
+        self.check_complete(split)
+        labels = [self.read_labels(split, index) for index in range(self.manifest.shard_count(split))]
+        return _kept(np.concatenate(labels), limit)
 
     def _known(self, split: str) -> str:
         if split not in self.manifest.splits:
@@ -175,6 +179,12 @@ class LatentDataset:
             )
         if labels.size and not (labels.min() >= INVALID_LABEL and labels.max() < len(self.classes)):
             raise DatasetError(f"{self.root}: {where} holds a label outside the {len(self.classes)} classes")
+
+
+def _kept(labels: np.ndarray, limit: int | None) -> np.ndarray:
+    """Rows with a label, at most `limit` of them, spread evenly: i32 [N] -> i64 [n]"""
+    kept = np.flatnonzero(labels != INVALID_LABEL)
+    return kept if limit is None or limit >= len(kept) else kept[np.arange(limit) * len(kept) // limit]
 
 
 def open_dataset(path: str | Path) -> LatentDataset:

@@ -1,0 +1,206 @@
+"""`sweep`: what fewer bits and other stems cost, over seeds, against the float latents."""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from latentprep.console import ProgressFactory, silent
+from latentprep.errors import UsageError
+from latentprep.format import LatentDataset
+from latentprep.format.commit import write_atomic
+
+from .data import opened
+from .report import BLUE, GREY, GRID, INK, draw
+from .train import fit
+
+FLOAT = 32  # "bits" of the reference
+
+
+class Point(NamedTuple):
+    """One run. bits: 32 for float latents. Accuracies are of the last epoch; bytes_per_image: its codes on disk."""
+
+    bits: int
+    stem: str
+    seed: int
+    top1: float
+    bytes_per_image: float
+    parameters: int
+    flops: int
+    seconds_per_epoch: float
+    run: str
+
+
+class Group(NamedTuple):
+    """Runs that differ in their seed only: mean and standard deviation (0 for one run) of their accuracies."""
+
+    bits: int
+    stem: str
+    mean: float
+    deviation: float
+    n: int
+    bytes_per_image: float
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What came of a sweep. recommended: the bits that `advice` names, None where none is near enough."""
+
+    points: list[Point]
+    groups: list[Group]
+    recommended: int | None
+    advice: str
+    csv: str
+    picture: str
+
+    def to_json(self) -> dict:
+        named = {"points": [p._asdict() for p in self.points], "groups": [g._asdict() for g in self.groups]}
+        return asdict(self) | named
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Columns and rows for people."""
+        rows = [
+            [name(g.bits), g.stem, f"{g.mean:.2%}", f"{g.deviation * 100:.2f}" if g.n > 1 else "-", str(g.n),
+             f"{g.bytes_per_image:,.0f}"]
+            for g in self.groups
+        ]  # fmt: skip
+        return ["bits", "stem", "top-1", "± points", "n", "bytes an image"], rows
+
+
+def sweep(
+    dataset: str | Path | LatentDataset,
+    *,
+    bits: list[int],
+    stems: list[str] | None = None,
+    seeds: int = 3,
+    epochs: int | None = None,
+    latents: str | Path | None = None,
+    margin: float = 0.5,
+    holdout: float = 0.0,
+    limit: int | None = None,
+    device: str = "auto",
+    out: str | Path | None = None,
+    progress: ProgressFactory = silent,
+) -> SweepResult:
+    """Train at each number of bits, with each stem and seed, and compare. Run again, it goes on where it stopped.
+
+    Datasets of fewer bits are made from `dataset` by `latentprep.requantize`. latents: what ``latentprep latents``
+    made, the reference; without it, the most bits are. margin: points of accuracy that the recommended bits may lose.
+    holdout: a share of train to judge by in place of val. Accuracies are of each run's last epoch.
+
+    Raises as `fit` and `requantize` do, and `UsageError` for more bits than the dataset has.
+    """
+    from latentprep import requantize
+    from latentprep.info import info
+
+    source = opened(dataset)
+    stems = stems or ["affine"]
+    most = source.quantizer.bits
+    wrong = [b for b in bits if not 1 <= b <= most]
+    if wrong or not bits:
+        raise UsageError(
+            f"--bits must be 1 to {most}, what {source.root} has, got {wrong[0] if wrong else 'none'}",
+            f"use --bits 1..{most}, or encode with --bits 8",
+        )
+    if not 1 <= seeds <= 1000:
+        raise UsageError(f"--seeds must be 1 to 1000, got {seeds}", "use --seeds 3")
+    root = Path(out) if out is not None else Path("sweeps", source.root.resolve().name)
+    sizes: dict[int, float] = {}
+    points = []
+    grid = [(b, stem) for b in sorted(set(bits), reverse=True) for stem in stems]
+    if latents is not None:
+        grid.insert(0, (FLOAT, "affine"))
+    for seed in range(seeds):  # one of each first, so that a sweep cut short still shows every one
+        for b, stem in grid:
+            codes = source.root if b in (most, FLOAT) else root / f"{b}bit"
+            if b not in sizes:
+                if codes != source.root:
+                    requantize(source, bits=b, out=codes, progress=progress)
+                float_bytes = 2.0 * source.manifest.latent[0] * source.manifest.latent[1] * source.manifest.latent[2]
+                sizes[b] = float_bytes if b == FLOAT else info(codes).bytes_per_image
+            run = fit(
+                codes, stem=stem, seed=seed, epochs=epochs, limit=limit, holdout=holdout, device=device,
+                latents=latents if b == FLOAT else None, out=root / "runs" / f"{name(b)}-{stem}-s{seed}",
+                resume=True, progress=progress,
+            )  # fmt: skip
+            points.append(
+                Point(b, stem, seed, run.last_top1, sizes[b], run.parameters, run.flops, run.seconds_per_epoch, run.run)
+            )
+            write_csv(root / "sweep.csv", points)
+    groups = grouped(points)
+    best, advice = recommended(groups, margin)
+    draw_sweep(groups, root / "sweep.png", "held-out part of train" if holdout else "val")
+    return SweepResult(points, groups, best, advice, str(root / "sweep.csv"), str(root / "sweep.png"))
+
+
+def name(bits: int) -> str:
+    return "float" if bits == FLOAT else str(bits)
+
+
+def write_csv(path: Path, points: list[Point]) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(Point._fields)
+    writer.writerows([point._replace(bits=name(point.bits)) for point in points])  # type: ignore[arg-type]
+    write_atomic(path, text.getvalue().encode())
+
+
+def grouped(points: list[Point]) -> list[Group]:
+    """Runs of the same bits and stem together, the most bits first."""
+    groups = []
+    for bits, stem in dict.fromkeys((p.bits, p.stem) for p in sorted(points, key=lambda p: -p.bits)):
+        alike = [p for p in points if (p.bits, p.stem) == (bits, stem)]
+        found = [p.top1 for p in alike]
+        deviation = statistics.stdev(found) if len(found) > 1 else 0.0
+        groups.append(Group(bits, stem, statistics.mean(found), deviation, len(found), alike[0].bytes_per_image))
+    return groups
+
+
+def recommended(groups: list[Group], margin: float) -> tuple[int | None, str]:
+    """The fewest bits whose best stem's mean is within `margin` points of the reference, and that as a sentence."""
+    reference = max((g for g in groups if g.bits == groups[0].bits), key=lambda g: g.mean)
+    near = [g for g in groups if g.bits != FLOAT and g.mean >= reference.mean - margin / 100]
+    if not near:
+        return (
+            None,
+            f"none: every number of bits tried loses more than {margin:g} points against {name(reference.bits)}",
+        )
+    fewest = min(near, key=lambda g: (g.bits, -g.mean))
+    bits = f"{fewest.bits} bit{'s' if fewest.bits > 1 else ''}"
+    lost = (reference.mean - fewest.mean) * 100
+    return fewest.bits, (
+        f"{bits} with stem {fewest.stem}: {abs(lost):.2f} points {'below' if lost > 0 else 'above'} "
+        f"{'float latents' if reference.bits == FLOAT else f'{reference.bits} bits'}, "
+        f"{fewest.bytes_per_image:,.0f} bytes an image"
+    )
+
+
+def draw_sweep(groups: list[Group], path: Path, judged_by: str) -> None:
+    """Accuracy against bits, and against bytes an image: a line a stem, bars of one standard deviation, as a PNG."""
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    stems = list(dict.fromkeys(g.stem for g in groups))
+    reference = next((g for g in groups if g.bits == FLOAT), None)
+    with draw(path, 2) as (left, right):
+        for axes, of in ((left, lambda g: g.bits), (right, lambda g: g.bytes_per_image)):
+            for stem, color in zip(stems, (BLUE, "#bc4c00", "#1a7f37", "#8250df"), strict=False):
+                line = sorted((g for g in groups if g.stem == stem and g.bits != FLOAT), key=of)
+                axes.errorbar(
+                    [of(g) for g in line], [g.mean for g in line], [g.deviation for g in line],
+                    color=color, marker="o", markersize=4, capsize=3, label=stem,
+                )  # fmt: skip
+            if reference is not None:
+                axes.axhline(reference.mean, color=GREY, linestyle="--", label="float latents")
+                low, high = reference.mean - reference.deviation, reference.mean + reference.deviation
+                axes.axhspan(low, high, color=GRID, zorder=0)
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            axes.legend(frameon=False, labelcolor=INK, loc="lower right")
+        left.set_title(f"top-1 on {judged_by}, against bits a code", loc="left", color=INK)
+        left.set_xlabel("bits", color=INK)
+        left.xaxis.set_major_locator(MaxNLocator(integer=True))
+        right.set_title("against bytes an image", loc="left", color=INK)
+        right.set_xlabel("bytes an image on disk", color=INK)
