@@ -15,6 +15,7 @@ import dataclasses
 import json
 import os
 import statistics
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,7 +25,8 @@ from torch.utils.data import DataLoader, Dataset
 
 import latentprep
 import latenttrain
-from common import machine
+from common import machine, spread
+from latentprep import console
 from latentprep.codecs import Codec, make_codec
 from latentprep.console import progress_bar, tune_process
 from latentprep.device import pick_device
@@ -34,12 +36,14 @@ from latentprep.images import load_views
 from latentprep.info import info
 from latentprep.sources import Source, open_source
 from latenttrain.augment import Augment
-from latenttrain.checkpoint import check_run_folder
+from latenttrain.checkpoint import check_run_folder, read_config
 from latenttrain.config import RunConfig, versions
-from latenttrain.data import batches_per_epoch
+from latenttrain.data import Split, batches_per_epoch, load_trained
+from latenttrain.device import synchronize
 from latenttrain.nets import NetConfig
 from latenttrain.recipe import make_recipe
-from latenttrain.train import run_fit
+from latenttrain.report import BLUE, GREY, INK, draw
+from latenttrain.train import run_fit, start_state, train_epoch
 
 ROWS = ("pixels", "resampled", "latents", "ours")
 
@@ -90,8 +94,8 @@ class JpegSplit:
             yield pixels.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
 
-def fit_pixels(asked: argparse.Namespace, source: Source, root: Path) -> dict:
-    """MobileNetV2 at its full width on pixels; its result as JSON."""
+def pixels_config(asked: argparse.Namespace, source: Source) -> RunConfig:
+    """MobileNetV2 at its full width on pixels, as a run."""
     quantizer = Quantizer(8, (-0.5,) * 3, (1.0,) * 3)
     net = NetConfig(
         latent=(3, asked.size, asked.size), classes=len(source.classes), bits=8, lo=quantizer.lo, step=quantizer.step,
@@ -104,56 +108,115 @@ def fit_pixels(asked: argparse.Namespace, source: Source, root: Path) -> dict:
     }  # fmt: skip
     recipe = make_recipe(asked.recipe, epochs=asked.epochs, seed=asked.seed)
     augmentation = Augment.none() if asked.recipe == "talk" else Augment(shift=24, noise=False, mirror=True)
-    config = RunConfig(net, recipe, augmentation, dataset, versions())
+    return RunConfig(net, recipe, augmentation, dataset, versions())
+
+
+def fit_pixels(asked: argparse.Namespace, source: Source, root: Path) -> dict:
+    """The first row's run; its result as JSON."""
+    config = pixels_config(asked, source)
     check_run_folder(root, config, resume=True, overwrite=False)
     device = pick_device(asked.device)
     splits = (JpegSplit(Images(source, split, asked.size), asked.workers, device) for split in ("train", "val"))
     return run_fit(config, *splits, root, True, progress_bar).to_json()  # type: ignore[arg-type]
 
 
-def fit_codes(asked: argparse.Namespace, name: str, shards: Path, root: Path) -> dict:
-    """A network on codes; its result as JSON."""
-    ours = name == "ours"
-    settings: dict = {} if ours else {"arch": "mobilenetv2", "width": 0.25, "recipe": asked.recipe}
-    result = latenttrain.fit(
-        shards, **settings, epochs=asked.epochs, seed=asked.seed, device=asked.device, out=root, resume=True,
-        progress=progress_bar,
-    )  # fmt: skip
-    return result.to_json()
-
-
-def make_row(asked: argparse.Namespace, source: Source, codec: Codec, name: str) -> dict:
-    """One row of the table: encode and train what of it is missing."""
-    run = asked.out / f"{name}-{'default' if name == 'ours' else asked.recipe}-e{asked.epochs}-s{asked.seed}"
-    if name == "pixels":
-        jpeg = statistics.mean(len(source.read("train", row).data) for row in range(min(500, source.size("train"))))
-        return {"row": name, "input": f"{asked.size}×{asked.size}×3 JPEG", "bytes_per_image": jpeg, "run": str(run),
-                **fit_pixels(asked, source, run)}  # fmt: skip
+def make_shards(asked: argparse.Namespace, source: Source, codec: Codec, name: str) -> Path:
+    """The row's latent dataset, encoded unless it is there."""
     if name == "resampled":
         shards = asked.out / "resampled-64"
-        latentprep.encode(source, codec="resample", size=64, bits=8, factor=1, out=shards,
-                          progress=progress_bar)  # fmt: skip
+        latentprep.encode(source, codec="resample", size=64, bits=8, factor=1, out=shards, progress=progress_bar)
     elif asked.shards is not None:
         shards = asked.shards
     else:
         shards = asked.out / f"{asked.codec}-{asked.bits}bit"
-        latentprep.encode(source, codec=codec, size=asked.size, bits=asked.bits,
-                          out=shards, progress=progress_bar)  # fmt: skip
-    facts = info(shards).to_json()
-    channels, height, width = facts["latent"]
-    what = f"{height}×{width}×{channels} {facts['codec']['name']}, {facts['bits']} bits"
-    return {
-        "row": name,
-        "input": what,
-        "bytes_per_image": facts["bytes_per_image"],
-        **fit_codes(asked, name, shards, run),
-    }
+        latentprep.encode(source, codec=codec, size=asked.size, bits=asked.bits, out=shards, progress=progress_bar)
+    return shards
+
+
+def make_row(asked: argparse.Namespace, source: Source, codec: Codec, name: str) -> dict:
+    """One row of the table: encode and train what of it is missing."""
+    recipe = "default" if name == "ours" else asked.recipe
+    run = asked.out / f"{name}-{recipe}-e{asked.epochs}-s{asked.seed}"
+    row = {"row": name, "recipe": recipe, "net": "latentnet" if name == "ours" else "MobileNetV2 ×0.25"}
+    if name == "pixels":
+        rows = range(min(500, source.size("train")))
+        row |= {"net": "MobileNetV2 ×1.0", "input": f"{asked.size}×{asked.size}×3 pixels (JPEG)"}
+        row["bytes_per_image"] = statistics.mean(len(source.read("train", i).data) for i in rows)
+        row |= fit_pixels(asked, source, run)
+    else:
+        shards = make_shards(asked, source, codec, name)
+        facts = info(shards)
+        channels, height, width = facts.latent
+        row["input"] = f"{height}×{width}×{channels} {facts.codec['name']}, {facts.bits} bits"
+        row["bytes_per_image"] = facts.bytes_per_image
+        settings = {} if name == "ours" else {"arch": "mobilenetv2", "width": 0.25, "recipe": asked.recipe}
+        result = latenttrain.fit(
+            shards, **settings, epochs=asked.epochs, seed=asked.seed, device=asked.device, out=run, resume=True,
+            progress=progress_bar,
+        )  # fmt: skip
+        row |= result.to_json()
+    # 3 forward passes a training step: torch's own count of the backward pass overlooks groups
+    return row | {"training_flops_per_epoch": 3 * row["flops"] * source.size("train")}
+
+
+def clock(asked: argparse.Namespace, source: Source, rows: list[dict], rounds: int = 5, images: int = 256) -> None:
+    """Adds to each row the seconds an epoch takes with nothing else running: all rows in turn, `rounds` times."""
+    device = pick_device(asked.device)
+    few = source.take(images)
+    work = []
+    for row in rows:
+        config = read_config(Path(row["run"]))
+        if row["row"] == "pixels":
+            split = JpegSplit(Images(few, "train", asked.size), asked.workers, device)
+        else:
+            whole = load_trained(latentprep.open(config.dataset["path"]), device)[0]
+            split = Split(whole.codes[: 8 * images], whole.labels[: 8 * images])
+        torch.manual_seed(0)
+        work.append((row, config, split, start_state(config, device), []))
+    with console.silent("", 0, "") as bar:
+        for _, config, split, state, seconds in work * (rounds + 1):
+            batch = min(config.recipe.batch_size, len(split))
+            synchronize(device)
+            start = time.perf_counter()
+            train_epoch(state, config, split, 0, bar)
+            synchronize(device)
+            step = (time.perf_counter() - start) / batches_per_epoch(len(split), batch)
+            seconds.append(step * source.size("train") / batch)
+    for row, _, _, _, seconds in work:
+        row["clocked"] = spread(seconds[1:])  # the first warms up
+    slowest = rows[0]["clocked"]["median"]
+    for row in rows:
+        row["times_faster"] = slowest / row["clocked"]["median"]
 
 
 def write(asked: argparse.Namespace, rows: list[dict]) -> None:
     """The table as JSON, Markdown and a picture."""
-    document = {"benchmark": "talk_table", "machine": machine(), "rows": rows}
-    (asked.out / "table.json").write_text(json.dumps(document, indent=1) + "\n")
+    document = {"benchmark": "talk_table", "epochs": asked.epochs, "seed": asked.seed, "machine": machine()}
+    (asked.out / f"table-e{asked.epochs}.json").write_text(json.dumps(document | {"rows": rows}, indent=1) + "\n")
+    lines = [
+        "| network | input | recipe | last val top-1 | parameters | TFLOPs/epoch | bytes/image | s/epoch | faster |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        flops, seconds = row["training_flops_per_epoch"] / 1e12, row["clocked"]["median"]
+        lines.append(
+            f"| {row['net']} | {row['input']} | {row['recipe']} | {row['last_top1']:.1%} | {row['parameters']:,} "
+            f"| {flops:.2f} | {row['bytes_per_image']:,.0f} | {seconds:.1f} | {row['times_faster']:.1f}× |"
+        )
+    text = "\n".join(lines) + "\n"
+    (asked.out / f"table-e{asked.epochs}.md").write_text(text)
+    print(text)
+    with draw(asked.out / f"table-e{asked.epochs}.png", 2) as (left, right):
+        for axes, of, label in ((left, "clocked", "seconds an epoch"), (right, "bytes_per_image", "bytes an image")):
+            for row in rows:
+                x = row[of]["median"] if of == "clocked" else row[of]
+                axes.plot(x, row["last_top1"], "o", color=BLUE if row["row"] == "ours" else GREY)
+                axes.annotate(f" {row['row']}", (x, row["last_top1"]), color=INK, va="center")
+            axes.set_xscale("log")
+            axes.margins(0.25)
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+            axes.set_xlabel(label, color=INK)
+        left.set_title(f"val top-1 after {asked.epochs} epochs", loc="left", color=INK)
 
 
 def main() -> None:
@@ -182,6 +245,7 @@ def main() -> None:
     codec = make_codec(asked.codec, **({"weights": asked.weights} if asked.weights else {}))
     asked.size = asked.size or default_size(source, codec)
     rows = [make_row(asked, source, codec, name) for name in asked.rows.split(",")]
+    clock(asked, source, rows)
     write(asked, rows)
 
 
