@@ -1,0 +1,106 @@
+"""What each augmentation is worth on codes: alone, all of the recipe's, and the recipe without it.
+
+    python benchmarks/ablation.py shards --epochs 15 --out ablation
+
+Judged by a held-out part of train; val is not looked at. Every run resumes. Without arguments it encodes the built-in
+`shapes` and ends in minutes. The cost is that of the augmentation of a batch of 64, as a share of the whole step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import latentprep
+import latenttrain
+from common import record
+from latentprep.console import progress_bar, silent, tune_process
+from latenttrain.augment import Augment, augment
+from latenttrain.checkpoint import read_config
+from latenttrain.data import Split, load_trained
+from latenttrain.train import start_state, train_epoch
+
+OFF = Augment.none()
+ALONE = {
+    "none": OFF,
+    "shift 3": replace(OFF, shift=3),
+    "cut-out 0.4": replace(OFF, cutout=0.4),
+    "noise": replace(OFF, noise=True),
+    "zoom 0.25": replace(OFF, zoom=0.25),
+    "mixup 0.2": replace(OFF, mixup=0.2),
+    "cutmix 1": replace(OFF, cutmix=1.0),
+    "channel drop 0.1": replace(OFF, channel_drop=0.1),
+}
+TOGETHER = {
+    "recipe (shift, cut-out, noise)": Augment(),
+    "recipe + mixup 0.2": Augment(mixup=0.2),
+    "recipe + cutmix 1": Augment(cutmix=1.0),
+    "recipe + all": Augment(mixup=0.2, cutmix=1.0, zoom=0.25, channel_drop=0.1),
+}
+
+
+def cost(run: Path, shards: Path, setting: Augment, rounds: int = 7) -> float:
+    """Augmenting a batch as a share of a training step's time."""
+    config, device = read_config(run), torch.device("cpu")
+    whole = load_trained(latentprep.open(shards), device)[0]
+    few = Split(whole.codes[:320], whole.labels[:320])
+    state, generator = start_state(config, device), torch.Generator().manual_seed(0)
+    steps, augmented = [], []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        with silent("", 0, "") as bar:
+            train_epoch(state, replace(config, augment=OFF), few, 0, bar)
+        steps.append((time.perf_counter() - start) / 5)
+        start = time.perf_counter()
+        for codes, labels in few.training_batches(64, generator):
+            augment(state.net, codes, labels, setting, generator)
+        augmented.append((time.perf_counter() - start) / 5)
+    spent = statistics.median(augmented)
+    return spent / (spent + statistics.median(steps))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shards", nargs="?", type=Path, default=None)
+    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--holdout", type=float, default=0.15)
+    parser.add_argument("--rows", default=None, help="some of the rows, comma-separated")
+    parser.add_argument("--out", type=Path, default=Path("ablation"))
+    parser.add_argument("--name", default="ablation", help="of the record")
+    asked = parser.parse_args()
+    tune_process()
+    shards = asked.shards or asked.out / "shapes"
+    if asked.shards is None:
+        latentprep.encode("shapes", codec="resample", factor=4, out=shards, progress=progress_bar)
+    rows = []
+    for label, setting in (ALONE | TOGETHER).items():
+        if asked.rows and label not in asked.rows.split(","):
+            continue
+        runs = [
+            latenttrain.fit(
+                shards, augment=setting, holdout=asked.holdout, epochs=asked.epochs, seed=seed, resume=True,
+                out=asked.out / f"{label.replace(' ', '-')}-s{seed}", progress=progress_bar,
+            )
+            for seed in range(asked.seeds)
+        ]  # fmt: skip
+        found = [run.last_top1 for run in runs]
+        rows.append(
+            {
+                "augmentation": label,
+                "top1": statistics.mean(found),
+                "deviation": statistics.stdev(found) if len(found) > 1 else None,
+                "share_of_step": cost(Path(runs[0].run), shards, setting),
+            }
+        )
+    facts = {"dataset": shards.name, "epochs": asked.epochs, "holdout": asked.holdout, "seeds": asked.seeds}
+    record(asked.name, facts | {"rows": rows})
+
+
+if __name__ == "__main__":
+    main()
