@@ -16,11 +16,13 @@ import pytest
 import torch
 
 import latentprep
+from latentprep import encoder
 from latentprep.codecs import make_codec
 from latentprep.encoder import EncodeResult
 from latentprep.errors import CodecError, DatasetError, Interrupted, SourceError, SystemFault, UsageError
 from latentprep.images import load_views
 from latentprep.quantize import quantize
+from latenttrain import scaling
 from pictures import jpeg, make_folder, picture
 
 PLUGIN = Path(__file__).parent.parent / "plugin"
@@ -368,3 +370,13 @@ def test_imagenette_with_taesd(assets: Path, tmp_path: Path) -> None:
     assert dataset.manifest.flip is None
     histogram = np.bincount(loaded.codes.ravel(), minlength=16)
     assert (histogram > 0).all()  # the whole range is used
+
+
+@pytest.mark.parametrize(("phi", "size"), [(0, 32), (1, 40), (2, 40), (3, 48), (-2, 24)])
+def test_phi_scales_the_resolution(images: Path, tmp_path: Path, phi: float, size: int) -> None:
+    """1.15**phi times 32 pixels, to the nearest that a codec of factor 8 takes."""
+    planned = latentprep.encode(
+        images, codec="resample", factor=8, size=32, phi=phi, out=tmp_path / "out", dry_run=True
+    )
+    assert planned.size == size
+    assert scaling.RESOLUTION_BASE == encoder.RESOLUTION_BASE
