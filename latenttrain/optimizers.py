@@ -107,15 +107,21 @@ class Muon(Adam):
 def orthogonalized(matrices: Tensor) -> Tensor:
     """Each matrix with its singular values brought near 1: f32 [n,a,b] -> f32 [n,a,b]
 
-    By Newton and Schulz's iteration; values below about 0.01 of the largest stay smaller.
+    By Newton and Schulz's iteration; values below about 0.01 of the largest stay smaller. What an iteration
+    multiplies by is a polynomial of the Gram matrix, so all happens on that small symmetric matrix, and the given one is
+    multiplied once, at the end: 0.4 of the FLOPs for 64 filters of 576 weights.
     """
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     a, b, c = _NEWTON_SCHULZ
+    gram, product = x @ x.mT, None
     for _ in range(_ITERATIONS):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal(dim1=1, dim2=2).add_(a)
+        product = factor if product is None else factor @ product
+        gram = factor @ gram @ factor
+    x = product @ x
     return x.mT if tall else x
 
 
