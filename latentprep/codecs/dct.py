@@ -12,6 +12,7 @@ from ..errors import UsageError
 from .base import check_multiple, to_pixels
 
 BLOCK = 8
+_IN_CACHE = 8  # images
 
 # R'G'B' in 0…255 to full-range Y'CbCr, all three centred on zero (ITU-T T.871, section 7).
 _YCBCR = (
@@ -57,8 +58,10 @@ class DctCodec:
     @torch.inference_mode()
     def encode(self, images: Tensor) -> Tensor:
         """u8 [B,3,H,W] -> f32 [B, luma + 2 chroma, H/8, W/8]."""
-        pixels = images.to(self.device).float() - 128
-        return F.conv2d(pixels, self._analysis, stride=BLOCK)
+        images = images.to(self.device)
+        # On a CPU a few images at a time, whose float pixels stay in the cache: less than half the time of 32.
+        parts = images.split(_IN_CACHE) if self.device.type == "cpu" else (images,)
+        return torch.cat([F.conv2d(part.float().sub_(128), self._analysis, stride=BLOCK) for part in parts])
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
