@@ -102,6 +102,18 @@ def fit(
     holdout: Annotated[
         float, typer.Option(help="Judge by this share of train in place of val: for choices, so that val stays unseen.")
     ] = 0.0,
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="Read the train split from disk in every epoch.  [default: where it would fill half of free memory]",
+            show_default=False,
+        ),
+    ] = None,
+    buffer: Annotated[
+        int | None,
+        typer.Option(help="Shards mixed at a time with --stream; by default 256 MiB of codes.", show_default=False),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train a network on the codes in DIR, and print what it came to.
@@ -136,6 +148,8 @@ def fit(
             limit=limit,
             phi=phi,
             holdout=holdout,
+            stream=stream,
+            buffer=buffer,
             resume=resume,
             overwrite=overwrite,
             progress=console.progress_bar,

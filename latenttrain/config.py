@@ -25,7 +25,7 @@ class RunConfig:
     """All that decides how a run comes out, and all that is needed to use what it learned.
 
     dataset: ``path``, ``source``, ``codec``, ``quantizer``, ``transform``, ``classes``, ``manifest_sha256``,
-    and what of it was used: ``limit``, ``holdout``, ``latents``.
+    and what of it was used: ``limit``, ``holdout``, ``latents``, and ``stream``, the shards held if it was streamed.
     versions: of latenttrain, torch and Python. They and the path may differ between a run's start and its resumption.
     """
 

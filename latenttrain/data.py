@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,11 +16,29 @@ from latentprep.format import LatentDataset, open_dataset
 from latentprep.format.latents import read_latents
 
 
+class Samples(Protocol):
+    """What training and evaluation ask of a split: `Split` holds it in memory, `StreamedSplit` reads it from disk."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def labels(self) -> Tensor: ...
+
+    def classes(self) -> list[int]: ...
+
+    def training_batches(self, batch_size: int, generator: Generator) -> Iterator[tuple[Tensor, Tensor]]: ...
+
+    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]: ...
+
+
 @dataclass(frozen=True)
 class Split:
-    """Samples on one device. codes: u8 [n,V,C,h,w], or f16 where they are latents in units of codes; labels: i64 [n].
+    """Samples in the device's memory. labels: i64 [n].
 
-    Training and evaluation use its methods, `labels` and `device` only: what has the same can take its place.
+    codes: u8 [n,V,C,h,w], or f16 where they are latents in units of codes.
     """
 
     codes: Tensor
@@ -32,6 +51,14 @@ class Split:
     def device(self) -> torch.device:
         return self.codes.device
 
+    def classes(self) -> list[int]:
+        """Two or more of the labels that occur, or the only one."""
+        return self.labels.unique().tolist()
+
+    def take(self, samples: Tensor | slice, views: Tensor | int) -> Tensor:
+        """One view of each of these samples: i64 [B], i64 [B] -> u8 [B,C,h,w]"""
+        return self.codes[samples, views]
+
     def training_batches(self, batch_size: int, generator: Generator) -> Iterator[tuple[Tensor, Tensor]]:
         """One epoch in random order, of each sample one view drawn at random: codes u8 [B,C,h,w], labels i64 [B].
 
@@ -42,13 +69,13 @@ class Split:
         view = torch.randint(views, (samples,), generator=generator, device=self.device)
         for index in range(batches_per_epoch(samples, batch_size)):
             chosen = order[index * batch_size : (index + 1) * batch_size]
-            yield self.codes[chosen, view[chosen]], self.labels[chosen]
+            yield self.take(chosen, view[chosen]), self.labels[chosen]
 
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Every sample once, in order, view 0: codes u8 [B,C,h,w], labels i64 [B]."""
         for start in range(0, len(self), batch_size):
             part = slice(start, start + batch_size)
-            yield self.codes[part, 0], self.labels[part]
+            yield self.take(part, 0), self.labels[part]
 
 
 def opened(dataset: str | Path | LatentDataset) -> LatentDataset:
@@ -77,11 +104,9 @@ def load_split(
 
     Raises `DatasetError` if shards are missing or damaged or no sample is valid, `UsageError` for a bad limit.
     """
-    if limit is not None and limit < 2:
-        raise UsageError(f"limit must be 2 or more, got {limit}", "leave --limit out to use every sample")
+    check_limit(limit)
     loaded = dataset.load(split, limit)
-    if not len(loaded):
-        raise DatasetError(f"{dataset.root}: split '{split}' holds no valid sample", "see errors.jsonl beside it")
+    check_samples(dataset, split, len(loaded))
     codes = torch.from_numpy(loaded.codes if views else loaded.codes[:, :1].copy())
     return Split(codes.to(device), torch.from_numpy(loaded.labels).to(device, torch.int64))
 
@@ -131,9 +156,21 @@ def float_codes(dataset: LatentDataset, split: str, latents: Path, limit: int | 
     return torch.from_numpy((values.astype(np.float32) - lo) / step - 0.5)[:, None]
 
 
-def check_classes(dataset: LatentDataset, train: Split) -> None:
+def check_limit(limit: int | None) -> None:
+    """Raises `UsageError` for a limit that leaves nothing to learn from."""
+    if limit is not None and limit < 2:
+        raise UsageError(f"limit must be 2 or more, got {limit}", "leave --limit out to use every sample")
+
+
+def check_samples(dataset: LatentDataset, split: str, samples: int) -> None:
+    """Raises `DatasetError` if no sample of the split is valid."""
+    if not samples:
+        raise DatasetError(f"{dataset.root}: split '{split}' holds no valid sample", "see errors.jsonl beside it")
+
+
+def check_classes(dataset: LatentDataset, train: Samples) -> None:
     """Raises `DatasetError` if all training samples are of one class, whatever the manifest lists."""
-    found = train.labels.unique().tolist()
+    found = train.classes()
     if len(found) < 2:
         raise DatasetError(
             f"{dataset.root}: all {len(train)} training samples are of one class, '{dataset.classes[found[0]]}'",

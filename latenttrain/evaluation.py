@@ -18,7 +18,7 @@ from latentprep.format import LatentDataset
 
 from .checkpoint import load_net
 from .config import check_dataset
-from .data import Split, load_split, opened
+from .data import Samples, load_split, opened
 from .device import autocast
 from .nets import Net
 
@@ -96,7 +96,7 @@ def evaluate(
     )
 
 
-def split_logits(net: Net, split: Split) -> Tensor:
+def split_logits(net: Net, split: Samples) -> Tensor:
     """f32 [n,classes] of view 0 of every sample, the network in evaluation mode and at the precision it trains in."""
     net.eval()
     size = max(1, _CELLS // math.prod(net.config.latent[1:]))

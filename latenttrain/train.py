@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import math
@@ -17,13 +18,13 @@ from torch import Tensor
 
 from latentprep.console import Progress, ProgressFactory, silent
 from latentprep.device import pick_device
-from latentprep.errors import SystemFault, UsageError
+from latentprep.errors import CheckpointError, SystemFault, UsageError
 from latentprep.format import LatentDataset
 
 from .augment import Augment, augment
-from .checkpoint import CURVE, State, check_run_folder, restore, run_folder, save_epoch
+from .checkpoint import CURVE, State, check_run_folder, read_config, restore, run_folder, save_epoch
 from .config import RunConfig, describe_dataset, versions
-from .data import Split, batches_per_epoch, check_trainable, load_trained, opened
+from .data import Samples, batches_per_epoch, check_trainable, load_trained, opened
 from .device import autocast, reproducible, synchronize
 from .evaluation import scores, split_logits
 from .nets import Net, NetConfig, build_net
@@ -31,6 +32,7 @@ from .optimizers import make_optimizer
 from .recipe import Recipe, default_lr, make_recipe
 from .report import draw_curve
 from .scaling import compound, count_flops, count_parameters
+from .streaming import shards_to_hold, training_data
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,8 @@ def fit(
     holdout: float = 0.0,
     phi: float = 0.0,
     latents: str | Path | None = None,
+    stream: bool | None = None,
+    buffer: int | None = None,
     resume: bool = False,
     overwrite: bool = False,
     progress: ProgressFactory = silent,
@@ -96,6 +100,8 @@ def fit(
     rest: for choices, so that val stays unseen. phi: compound scaling, factors on top of width and depth; the
     resolution is ``encode``'s. latents: a folder that ``latentprep latents`` made, to learn from float latents (view 0)
     in place of codes.
+    stream: read train from disk in every epoch, by default where its codes take more than half of the free memory.
+    buffer: shards that are then mixed at a time; the more, the closer the order is to a true permutation.
     out: the run folder, by default `default_out`. resume: go on after the last whole epoch, to the same weights
     as without the break; overwrite: delete an earlier run there. progress: ``latentprep.console.progress_bar``.
 
@@ -125,16 +131,27 @@ def fit(
     for name, value in (("limit", limit), ("holdout", holdout or None), ("latents", floats and str(floats))):
         config.dataset[name] = value
     root = Path(out) if out is not None else default_out(dataset.root, config)
+    in_memory = bool(holdout) or floats is not None
+    held = shards_to_hold(dataset, target, stream, buffer, in_memory)
+    if resume and stream is None and buffer is None:  # as the run began, whatever memory is free today
+        with contextlib.suppress(CheckpointError):
+            earlier = read_config(root).dataset.get("stream")
+            held = earlier if earlier is None or isinstance(earlier, int) else held
+    config.dataset["stream"] = held
     check_run_folder(root, config, resume, overwrite)
     try:
-        train, val = load_trained(dataset, target, limit, holdout, floats)
+        train, val = (
+            load_trained(dataset, target, limit, holdout, floats)
+            if in_memory
+            else training_data(dataset, target, held, limit)
+        )
     except torch.OutOfMemoryError as error:
-        raise SystemFault(f"{target} has too little memory", "lower --limit") from error
+        raise SystemFault(f"{target} has too little memory", "lower --limit, or use --stream") from error
     return run_fit(config, train, val, root, resume, progress)
 
 
 def run_fit(
-    config: RunConfig, train: Split, val: Split, root: Path, resume: bool, progress: ProgressFactory
+    config: RunConfig, train: Samples, val: Samples, root: Path, resume: bool, progress: ProgressFactory
 ) -> FitResult:
     """The run itself, once its folder was checked and its splits are on their device."""
     recipe, target = config.recipe, train.device
@@ -211,7 +228,7 @@ def start_state(config: RunConfig, device: torch.device) -> State:
 
 
 def train_epochs(
-    state: State, config: RunConfig, root: Path, train: Split, val: Split, progress: ProgressFactory
+    state: State, config: RunConfig, root: Path, train: Samples, val: Samples, progress: ProgressFactory
 ) -> None:
     """The epochs that `state` still lacks, each committed to the run folder as it ends; then the curve."""
     recipe, done = config.recipe, len(state.metrics)
@@ -248,7 +265,7 @@ def train_epochs(
     draw_curve(state.metrics, root / CURVE)
 
 
-def train_epoch(state: State, config: RunConfig, train: Split, epoch: int, bar: Progress) -> Tensor:
+def train_epoch(state: State, config: RunConfig, train: Samples, epoch: int, bar: Progress) -> Tensor:
     """One epoch; the mean training loss, f32 [], still on the device: nothing here waits for it."""
     recipe, net, device = config.recipe, state.net.train(), train.device
     batches = batches_per_epoch(len(train), recipe.batch_size)

@@ -1,0 +1,61 @@
+"""Codes of few bits side by side in bytes: eight codes of b bits in b bytes, and a resident split held that way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .data import Split
+
+
+def packed_bytes(count: int, bits: int) -> int:
+    """What `count` codes take: whole groups of eight codes."""
+    return -(-count // 8) * bits
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """u8 [...,n], each below ``2**bits``, -> u8 [...,p]: the bits of all codes in a row, the lowest first.
+
+    Inverse of `unpack`.
+    """
+    groups = F.pad(codes, (0, -codes.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    packed = codes.new_zeros((*groups.shape[:-1], bits))
+    for place in range(8):
+        byte, shift = divmod(place * bits, 8)
+        packed[..., byte] |= groups[..., place] << shift  # what leaves the byte on the left is lost …
+        if shift + bits > 8:
+            packed[..., byte + 1] |= groups[..., place] >> (8 - shift)  # … and starts the next one
+    return packed.flatten(-2)
+
+
+def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
+    """u8 [...,p] -> u8 [...,count]. Inverse of `pack`; a few shifts on the device, no table."""
+    device, mask = packed.device, (1 << bits) - 1
+    if 8 % bits == 0:  # no code straddles two bytes
+        shift = torch.arange(0, 8, bits, dtype=torch.uint8, device=device)
+        return ((packed[..., None] >> shift) & mask).flatten(-2)[..., :count]
+    start = torch.arange(0, 8 * bits, bits, device=device)
+    byte, shift = start // 8, (start % 8).to(torch.uint8)
+    groups = packed.unflatten(-1, (-1, bits))
+    low = groups[..., byte] >> shift
+    high = (groups[..., (byte + 1).clamp(max=bits - 1)] << 1) << (7 - shift)  # in two steps: 8 at once is undefined
+    return ((low | high) & mask).flatten(-2)[..., :count]
+
+
+@dataclass(frozen=True)
+class PackedSplit(Split):
+    """A `Split` whose codes are packed, u8 [n,V,p], and unpacked a batch at a time. Its batches are the same.
+
+    bits: of a code; latent: (C, h, w) of one view.
+    """
+
+    bits: int
+    latent: tuple[int, int, int]
+
+    def take(self, samples: Tensor | slice, views: Tensor | int) -> Tensor:
+        packed = super().take(samples, views)
+        channels, height, width = self.latent
+        return unpack(packed, self.bits, channels * height * width).unflatten(-1, self.latent)

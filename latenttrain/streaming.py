@@ -1,0 +1,290 @@
+"""Datasets larger than memory: shards read ahead in random order and mixed in a buffer; and which form a split takes.
+
+Memory is that of the buffer, of the shards read ahead and of no more, whatever the size of the dataset.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentprep.errors import DatasetError, UsageError
+from latentprep.format import INVALID_LABEL, LatentDataset, Manifest
+
+from .data import Samples, batches_per_epoch, check_classes, check_limit, check_samples, load_split
+from .packing import PackedSplit, pack, packed_bytes
+
+BUFFER_BYTES = 256 << 20  # of codes that the buffer holds if nobody says otherwise: 64 shards of 1,024 x 4 x 32 x 32
+THREADS = 4  # that read, verify and decompress; all three release the interpreter lock
+THREAD_NAME = "read-shard"
+
+
+class StreamedSplit:
+    """A split that stays on disk. Reads whole shards ahead in threads; batches come to the device.
+
+    held: shards that the buffer holds. limit: at most so many samples, the same ones as `load_split` takes.
+    What the threads do and when changes nothing in what comes out.
+
+    Opening reads the records alone. Raises `DatasetError` if shards are missing or no sample is valid, `UsageError` for
+    a limit or a buffer out of range; while it is read, `DatasetError` naming a shard that is damaged.
+    """
+
+    def __init__(
+        self,
+        dataset: LatentDataset,
+        split: str,
+        device: torch.device,
+        held: int | None = None,
+        limit: int | None = None,
+        threads: int = THREADS,
+    ) -> None:
+        check_limit(limit)
+        dataset.check_complete(split)
+        self.dataset, self.split, self.device, self.threads = dataset, split, device, threads
+        self.held = check_buffer(default_buffer(dataset.manifest, split) if held is None else held)
+        valid = np.array([record.rows - len(record.invalid) for record in dataset.records(split)])
+        self._valid, self._samples = valid, int(valid.sum())
+        self._first = np.concatenate([[0], np.cumsum(valid)])  # of each shard, among the valid samples
+        check_samples(dataset, split, self._samples)
+        self._limit = limit if limit is not None and limit < self._samples else None
+
+    def __len__(self) -> int:
+        return self._limit or self._samples
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """i64 [n] on the device, in order. Reads every shard's labels, a millisecond each, and nothing else."""
+
+        def kept(shard: int) -> np.ndarray:
+            labels = self.dataset.read_labels(self.split, shard)
+            return labels[self._kept(shard, labels)]
+
+        with ThreadPoolExecutor(self.threads, THREAD_NAME) as pool:
+            labels = np.concatenate(list(pool.map(kept, range(len(self._valid)))))
+        return torch.from_numpy(labels).to(self.device, torch.int64)
+
+    def classes(self) -> list[int]:
+        """Two or more of the labels that occur, or the only one. Looks no further than it must."""
+        last, found = len(self._valid) - 1, set[int]()
+        for shard in dict.fromkeys((0, last, *range(last))):  # sources are in class order as a rule: the ends differ
+            labels = self.dataset.read_labels(self.split, shard)
+            found.update(labels[self._kept(shard, labels)].tolist())
+            if len(found) > 1:
+                break
+        return sorted(found)
+
+    def training_batches(self, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        """One epoch in random order, of each sample one view drawn at random: codes u8 [B,C,h,w], labels i64 [B].
+
+        Shards come in random order into a buffer, each batch is drawn uniformly from what the buffer holds, and the
+        next shard comes in as soon as there is room. The order depends on the generator (on the split's device), `held`
+        and the batch size.
+        """
+        seed = int(torch.randint(1 << 62, (), generator=generator, device=self.device))
+        random = np.random.default_rng(seed)
+        order = random.permutation(len(self._valid)).tolist()
+        size, rows = min(batch_size, len(self)), self.dataset.manifest.shard_rows
+
+        def one_view(shard: int, codes: np.ndarray) -> np.ndarray:
+            samples, views = codes.shape[:2]
+            if views == 1:
+                return codes[:, 0]
+            return codes[np.arange(samples), np.random.default_rng((seed, shard)).integers(views, size=samples)]
+
+        most = min(len(self), max(self.held * rows, size + rows))
+        codes = torch.empty((most, *self.dataset.manifest.latent), dtype=torch.uint8)
+        labels = torch.empty(most, dtype=torch.int64)
+        filled = drawn = 0
+        with closing(self._read(order, one_view)) as shards:
+            coming = next(shards, None)
+            for _ in range(batches_per_epoch(len(self), batch_size)):
+                # The first batch waits for half the buffer only; two samples then come for each that leaves.
+                room = min(most, max(most // 2 + drawn, size + rows))
+                while coming is not None and filled + len(coming[1]) <= room:
+                    part = slice(filled, filled + len(coming[1]))
+                    codes[part], labels[part] = map(torch.from_numpy, coming)
+                    filled, coming = part.stop, next(shards, None)
+                chosen = random.choice(filled, size, replace=False)
+                index = torch.from_numpy(chosen)
+                yield self._moved(codes, index), self._moved(labels, index)
+                drawn, filled = drawn + size, filled - size
+                stays = np.ones(
+                    size, bool
+                )  # of the last samples, those that were not drawn fill the gaps of the others
+                stays[chosen[chosen >= filled] - filled] = False
+                gaps, last = map(torch.from_numpy, (chosen[chosen < filled], filled + np.flatnonzero(stays)))
+                codes[gaps], labels[gaps] = codes[last], labels[last]
+
+    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every sample once, in order, view 0: codes u8 [B,C,h,w], labels i64 [B]."""
+        codes = torch.empty((0, *self.dataset.manifest.latent), dtype=torch.uint8)
+        labels = torch.empty(0, dtype=torch.int64)
+        with closing(self._read(range(len(self._valid)), lambda _, codes: codes[:, 0])) as shards:
+            for coming in shards:
+                codes, labels = (
+                    torch.cat([a, torch.from_numpy(b)]) for a, b in zip((codes, labels), coming, strict=True)
+                )
+                whole = len(labels) // batch_size * batch_size
+                for start in range(0, whole, batch_size):
+                    part = torch.arange(start, start + batch_size)
+                    yield self._moved(codes, part), self._moved(labels, part)
+                codes, labels = codes[whole:], labels[whole:]
+        if len(labels):
+            yield codes.to(self.device), labels.to(self.device)
+
+    def packed(self) -> PackedSplit:
+        """All of it on the device, bit-packed shard by shard, so that the whole is never unpacked anywhere."""
+        manifest, bits = self.dataset.manifest, self.dataset.quantizer.bits
+        views, channels, height, width = manifest.row_shape(self.split)
+        size = packed_bytes(channels * height * width, bits)
+        codes = torch.empty((len(self), views, size), dtype=torch.uint8, device=self.device)
+        labels = torch.empty(len(self), dtype=torch.int64, device=self.device)
+        start = 0
+        with closing(self._read(range(len(self._valid)), lambda _, codes: codes)) as shards:
+            for shard, found in shards:
+                part = slice(start, start + len(found))
+                codes[part] = pack(torch.from_numpy(shard).flatten(2).to(self.device), bits)
+                labels[part] = torch.from_numpy(found).to(self.device)
+                start = part.stop
+        return PackedSplit(codes, labels, bits, manifest.latent)
+
+    def _read(
+        self, order: Iterable[int], pick: Callable[[int, np.ndarray], np.ndarray]
+    ) -> Generator[tuple[np.ndarray, np.ndarray]]:
+        """The kept samples of these shards, in this order: `pick` of codes u8 [n,V,C,h,w], labels i64 [n].
+
+        Threads read at most two shards each ahead of whoever asks. None runs on when the iterator is closed.
+        """
+
+        def read(shard: int) -> tuple[np.ndarray, np.ndarray]:
+            found = self.dataset.read_shard(self.split, shard)
+            rows = self._kept(shard, found.labels)
+            codes = found.codes if len(rows) == len(found) else found.codes[rows]
+            return pick(shard, codes), found.labels[rows].astype(np.int64)
+
+        left, reading = iter(order), deque[Future[tuple[np.ndarray, np.ndarray]]]()
+        with ThreadPoolExecutor(self.threads, THREAD_NAME) as pool:
+            try:
+                while True:
+                    reading.extend(pool.submit(read, shard) for shard in islice(left, 2 * self.threads - len(reading)))
+                    if not reading:
+                        return
+                    yield reading.popleft().result()
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _kept(self, shard: int, labels: np.ndarray) -> np.ndarray:
+        """Of one shard's rows, labels i32 [n], those that are valid and within the limit: i64 [k]"""
+        rows = np.flatnonzero(labels != INVALID_LABEL)
+        if len(rows) != self._valid[shard]:
+            record = self.dataset.committed(self.split, shard)
+            raise DatasetError(
+                f"{self.dataset.root}: shard {self.split} {shard} has {len(rows)} valid samples, "
+                f"its record {record.path} counts {self._valid[shard]}",
+                f"delete {record.path} and run the same latentprep encode again: it makes just that shard",
+            )
+        if self._limit is None:
+            return rows
+        first, last = (-(-int(n) * self._limit // self._samples) for n in self._first[shard : shard + 2])
+        return rows[np.arange(first, last) * self._samples // self._limit - self._first[shard]]
+
+    def _moved(self, values: Tensor, index: Tensor) -> Tensor:
+        """``values[index]`` on the device. From pinned memory a copy to CUDA waits for nothing."""
+        out = torch.empty((len(index), *values.shape[1:]), dtype=values.dtype, pin_memory=self.device.type == "cuda")
+        return torch.index_select(values, 0, index, out=out).to(self.device, non_blocking=True)
+
+
+def default_buffer(manifest: Manifest, split: str) -> int:
+    """Shards that the buffer holds if nobody says otherwise: `BUFFER_BYTES` of codes, at least 4."""
+    return max(4, BUFFER_BYTES // (manifest.shard_rows * int(np.prod(manifest.latent))))
+
+
+def check_buffer(held: int) -> int:
+    if held < 1:
+        raise UsageError(f"--buffer must be 1 or more shards, got {held}", "leave --buffer out to get the default")
+    return held
+
+
+def shards_mixed(rows: np.ndarray, shard_rows: int) -> float:
+    """How many shards neighbours in an epoch are drawn from: rows in the split i64 [n], in order of appearance.
+
+    One over the share of neighbours that are of one shard: 1 for no shuffling, the number of shards for a true
+    permutation, and about twice the number held for a buffer much smaller than the split, since shards drain in it.
+    """
+    shards = rows // shard_rows
+    return len(rows) / max(1, int((shards[1:] == shards[:-1]).sum()))
+
+
+def shards_to_hold(
+    dataset: LatentDataset, device: torch.device, stream: bool | None, buffer: int | None, resident_only: bool
+) -> int | None:
+    """Whether train is streamed: the shards that its buffer then holds, else None.
+
+    stream: None is only where its codes, packed if need be, take more than half of the free memory. resident_only:
+    what else was asked needs all codes in memory. Raises `UsageError` where the two exclude each other.
+    """
+    if stream and resident_only:
+        raise UsageError("--stream does not go with --holdout or --latents", "they need all codes in memory")
+    if buffer is not None:
+        check_buffer(buffer)
+        if stream is False or resident_only:
+            raise UsageError("--buffer is of --stream, and this run is not streamed", "leave --buffer out")
+    if stream is None:
+        stream = not (resident_only or fits(dataset, "train", device) or fits(dataset, "train", device, packed=True))
+    if not stream:
+        return None
+    return default_buffer(dataset.manifest, "train") if buffer is None else buffer
+
+
+def training_data(
+    dataset: LatentDataset, device: torch.device, held: int | None, limit: int | None = None
+) -> tuple[Samples, Samples]:
+    """What a run learns from, train with all its views, and what it is judged by, val's view 0.
+
+    held: as `shards_to_hold` says. In memory codes lie a byte each where they fit, else packed; val is streamed where
+    neither fits. Raises as `load_split` does.
+    """
+    train: Samples
+    if held is not None:
+        train = StreamedSplit(dataset, "train", device, held, limit)
+    elif fits(dataset, "train", device):
+        train = load_split(dataset, "train", device, limit)
+    else:
+        train = StreamedSplit(dataset, "train", device, limit=limit).packed()
+    check_classes(dataset, train)
+    if fits(dataset, "val", device):
+        return train, load_split(dataset, "val", device, views=False)
+    val = StreamedSplit(dataset, "val", device)
+    return train, val.packed() if fits(dataset, "val", device, packed=True) else val
+
+
+def fits(dataset: LatentDataset, split: str, device: torch.device, packed: bool = False) -> bool:
+    """Whether a split's codes take less than half of the memory that is free: a byte each, or packed."""
+    views, *latent = dataset.manifest.row_shape(split)
+    count = int(np.prod(latent))
+    row = views * (packed_bytes(count, dataset.quantizer.bits) if packed else count)
+    free = free_memory(device)
+    if not packed:  # on their way to the device they are in the host's memory, all at once
+        free = min(free, free_memory(torch.device("cpu")))
+    return dataset.manifest.splits[split] * row < free / 2
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on the device; on a CPU, what Linux says can be had without swapping."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) << 10
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

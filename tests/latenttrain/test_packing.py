@@ -1,0 +1,45 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from latentprep.format import open_dataset
+from latenttrain.data import load_split
+from latenttrain.packing import pack, packed_bytes, unpack
+from latenttrain.streaming import StreamedSplit
+
+CPU = torch.device("cpu")
+
+
+@settings(max_examples=150, deadline=None)
+@given(bits=st.integers(1, 8), rows=st.integers(0, 3), count=st.integers(1, 40), seed=st.integers(0, 1 << 20))
+def test_unpacking_undoes_packing(bits, rows, count, seed):
+    values = np.random.default_rng(seed).integers(1 << bits, size=(rows, count), dtype=np.uint8)
+    packed = pack(torch.from_numpy(values), bits)
+    assert packed.shape == (rows, packed_bytes(count, bits))
+    assert torch.equal(unpack(packed, bits, count), torch.from_numpy(values))
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_packed_codes_are_their_bits_in_a_row_lowest_first(bits):
+    codes = np.random.default_rng(bits).integers(1 << bits, size=(1, 16), dtype=np.uint8)
+    in_a_row = np.unpackbits(codes[0, :, None], axis=1, count=bits, bitorder="little").ravel()
+    expected = np.packbits(in_a_row, bitorder="little")
+    assert pack(torch.from_numpy(codes), bits)[0].tolist() == expected.tolist()
+    assert len(expected) == 2 * bits
+
+
+@pytest.mark.parametrize("bits", [1, 3, 4, 7])
+def test_a_packed_split_gives_the_same_batches_as_a_plain_one(make_dataset, bits):
+    dataset = open_dataset(make_dataset(bits=bits, views=2, latent=(3, 5, 5)))
+    plain, packed = load_split(dataset, "train", CPU), StreamedSplit(dataset, "train", CPU).packed()
+    assert packed.codes.shape == (200, 2, packed_bytes(75, bits))
+    for ways in (
+        lambda split: split.training_batches(32, torch.Generator().manual_seed(1)),
+        lambda split: split.batches(33),
+    ):
+        for ours, theirs in zip(ways(packed), ways(plain), strict=True):
+            assert torch.equal(ours[0], theirs[0])
+            assert torch.equal(ours[1], theirs[1])
+    assert packed.classes() == plain.classes()
