@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -55,7 +56,5 @@ class PackedSplit(Split):
     bits: int
     latent: tuple[int, int, int]
 
-    def take(self, samples: Tensor | slice, views: Tensor | int) -> Tensor:
-        packed = super().take(samples, views)
-        channels, height, width = self.latent
-        return unpack(packed, self.bits, channels * height * width).unflatten(-1, self.latent)
+    def unpacked(self, codes: Tensor) -> Tensor:
+        return unpack(codes, self.bits, math.prod(self.latent)).unflatten(-1, self.latent)

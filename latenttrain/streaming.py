@@ -102,8 +102,8 @@ class StreamedSplit:
             return codes[np.arange(samples), np.random.default_rng((seed, shard)).integers(views, size=samples)]
 
         most = min(len(self), max(self.held * rows, size + rows))
-        codes = torch.empty((most, *self.dataset.manifest.latent), dtype=torch.uint8)
-        labels = torch.empty(most, dtype=torch.int64)
+        codes, labels = np.empty((most, *self.dataset.manifest.latent), np.uint8), np.empty(most, np.int64)
+        slots = np.arange(most)  # of the buffer: the first `filled` hold a sample, the others are free
         filled = drawn = 0
         with closing(self._read(order, one_view)) as shards:
             coming = next(shards, None)
@@ -111,36 +111,30 @@ class StreamedSplit:
                 # The first batch waits for half the buffer only; two samples then come for each that leaves.
                 room = min(most, max(most // 2 + drawn, size + rows))
                 while coming is not None and filled + len(coming[1]) <= room:
-                    part = slice(filled, filled + len(coming[1]))
-                    codes[part], labels[part] = map(torch.from_numpy, coming)
-                    filled, coming = part.stop, next(shards, None)
+                    free = slots[filled : filled + len(coming[1])]
+                    codes[free], labels[free] = coming
+                    filled, coming = filled + len(free), next(shards, None)
                 chosen = random.choice(filled, size, replace=False)
-                index = torch.from_numpy(chosen)
-                yield self._moved(codes, index), self._moved(labels, index)
+                taken = slots[chosen]
+                yield self._moved(codes, taken), self._moved(labels, taken)
                 drawn, filled = drawn + size, filled - size
-                stays = np.ones(
-                    size, bool
-                )  # of the last samples, those that were not drawn fill the gaps of the others
+                stays = np.ones(size, bool)  # which of the last slots were not drawn: they move to where others were
                 stays[chosen[chosen >= filled] - filled] = False
-                gaps, last = map(torch.from_numpy, (chosen[chosen < filled], filled + np.flatnonzero(stays)))
-                codes[gaps], labels[gaps] = codes[last], labels[last]
+                slots[chosen[chosen < filled]] = slots[filled : filled + size][stays]
+                slots[filled : filled + size] = taken
 
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Every sample once, in order, view 0: codes u8 [B,C,h,w], labels i64 [B]."""
-        codes = torch.empty((0, *self.dataset.manifest.latent), dtype=torch.uint8)
-        labels = torch.empty(0, dtype=torch.int64)
+        codes, labels = np.empty((0, *self.dataset.manifest.latent), np.uint8), np.empty(0, np.int64)
+        left = len(self)
         with closing(self._read(range(len(self._valid)), lambda _, codes: codes[:, 0])) as shards:
             for coming in shards:
-                codes, labels = (
-                    torch.cat([a, torch.from_numpy(b)]) for a, b in zip((codes, labels), coming, strict=True)
-                )
-                whole = len(labels) // batch_size * batch_size
-                for start in range(0, whole, batch_size):
-                    part = torch.arange(start, start + batch_size)
+                codes, labels = np.concatenate([codes, coming[0]]), np.concatenate([labels, coming[1]])
+                left -= len(coming[1])
+                while len(labels) >= batch_size or (len(labels) and not left):
+                    part = np.arange(min(batch_size, len(labels)))
                     yield self._moved(codes, part), self._moved(labels, part)
-                codes, labels = codes[whole:], labels[whole:]
-        if len(labels):
-            yield codes.to(self.device), labels.to(self.device)
+                    codes, labels = codes[len(part) :], labels[len(part) :]
 
     def packed(self) -> PackedSplit:
         """All of it on the device, bit-packed shard by shard, so that the whole is never unpacked anywhere."""
@@ -198,10 +192,12 @@ class StreamedSplit:
         first, last = (-(-int(n) * self._limit // self._samples) for n in self._first[shard : shard + 2])
         return rows[np.arange(first, last) * self._samples // self._limit - self._first[shard]]
 
-    def _moved(self, values: Tensor, index: Tensor) -> Tensor:
+    def _moved(self, values: np.ndarray, index: np.ndarray) -> Tensor:
         """``values[index]`` on the device. From pinned memory a copy to CUDA waits for nothing."""
-        out = torch.empty((len(index), *values.shape[1:]), dtype=values.dtype, pin_memory=self.device.type == "cuda")
-        return torch.index_select(values, 0, index, out=out).to(self.device, non_blocking=True)
+        given = torch.from_numpy(values)
+        out = torch.empty((len(index), *given.shape[1:]), dtype=given.dtype, pin_memory=self.device.type == "cuda")
+        torch.index_select(given, 0, torch.from_numpy(index), out=out)
+        return out.to(self.device, non_blocking=True)
 
 
 def default_buffer(manifest: Manifest, split: str) -> int:
