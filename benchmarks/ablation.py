@@ -37,10 +37,11 @@ ALONE = {
     "channel drop 0.1": replace(OFF, channel_drop=0.1),
 }
 TOGETHER = {
-    "recipe (shift, cut-out, noise)": Augment(),
+    "recipe (shift, cut-out)": Augment(),
+    "recipe + noise": Augment(noise=True),
     "recipe + mixup 0.2": Augment(mixup=0.2),
     "recipe + cutmix 1": Augment(cutmix=1.0),
-    "recipe + all": Augment(mixup=0.2, cutmix=1.0, zoom=0.25, channel_drop=0.1),
+    "recipe + all": Augment(noise=True, mixup=0.2, cutmix=1.0, zoom=0.25, channel_drop=0.1),
 }
 
 

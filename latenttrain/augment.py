@@ -30,7 +30,7 @@ class Augment:
     mixup: float = 0.0  # alpha of the Beta(alpha, alpha) that weighs two samples; 0 is off
     cutmix: float = 0.0  # the same for the area of a rectangle from another sample; with mixup, half the samples each
     cutout: float = 0.4  # side of an erased rectangle as a fraction of the grid's side
-    noise: bool = True  # uniform noise within the quantizer's step
+    noise: bool = False  # uniform noise within the quantizer's step: costs 3 points at 2 bits, docs/results.md
     channel_drop: float = 0.0  # probability that a plane of a sample is zeroed
     mirror: bool = False  # half of the samples left-right; only where the codec's mirror is exact
     mirror_signs: tuple[float, ...] | None = None  # a mirrored channel's factor, 1 or -1; None is 1 for all
