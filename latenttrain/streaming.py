@@ -25,7 +25,7 @@ from .data import Samples, batches_per_epoch, check_classes, check_limit, check_
 from .packing import PackedSplit, pack, packed_bytes
 
 BUFFER_BYTES = 256 << 20  # of codes that the buffer holds if nobody says otherwise: 64 shards of 1,024 x 4 x 32 x 32
-THREADS = 4  # that read, verify and decompress; all three release the interpreter lock
+THREADS = min(4, os.cpu_count() or 1)  # that read, verify and decompress; most of it without the interpreter lock
 THREAD_NAME = "read-shard"
 
 
@@ -49,10 +49,10 @@ class StreamedSplit:
         threads: int = THREADS,
     ) -> None:
         check_limit(limit)
-        dataset.check_complete(split)
         self.dataset, self.split, self.device, self.threads = dataset, split, device, threads
         self.held = check_buffer(default_buffer(dataset.manifest, split) if held is None else held)
-        valid = np.array([record.rows - len(record.invalid) for record in dataset.records(split)])
+        records = [dataset.committed(split, shard) for shard in range(dataset.manifest.shard_count(split))]
+        valid = np.array([record.rows - len(record.invalid) for record in records], np.int64)
         self._valid, self._samples = valid, int(valid.sum())
         self._first = np.concatenate([[0], np.cumsum(valid)])  # of each shard, among the valid samples
         check_samples(dataset, split, self._samples)
@@ -108,8 +108,8 @@ class StreamedSplit:
         with closing(self._read(order, one_view)) as shards:
             coming = next(shards, None)
             for _ in range(batches_per_epoch(len(self), batch_size)):
-                # The first batch waits for half the buffer only; two samples then come for each that leaves.
-                room = min(most, max(most // 2 + drawn, size + rows))
+                # The first batch waits for a quarter of the buffer only; four samples then come for each that leaves.
+                room = min(most, max(most // 4 + 3 * drawn, size + rows))
                 while coming is not None and filled + len(coming[1]) <= room:
                     free = slots[filled : filled + len(coming[1])]
                     codes[free], labels[free] = coming
@@ -195,9 +195,10 @@ class StreamedSplit:
     def _moved(self, values: np.ndarray, index: np.ndarray) -> Tensor:
         """``values[index]`` on the device. From pinned memory a copy to CUDA waits for nothing."""
         given = torch.from_numpy(values)
-        out = torch.empty((len(index), *given.shape[1:]), dtype=given.dtype, pin_memory=self.device.type == "cuda")
+        cuda = self.device.type == "cuda"
+        out = torch.empty((len(index), *given.shape[1:]), dtype=given.dtype, pin_memory=cuda)
         torch.index_select(given, 0, torch.from_numpy(index), out=out)
-        return out.to(self.device, non_blocking=True)
+        return out.to(self.device, non_blocking=cuda)
 
 
 def default_buffer(manifest: Manifest, split: str) -> int:
@@ -258,10 +259,15 @@ def training_data(
     else:
         train = StreamedSplit(dataset, "train", device, limit=limit).packed()
     check_classes(dataset, train)
-    if fits(dataset, "val", device):
-        return train, load_split(dataset, "val", device, views=False)
-    val = StreamedSplit(dataset, "val", device)
-    return train, val.packed() if fits(dataset, "val", device, packed=True) else val
+    return train, judged_split(dataset, "val", device)
+
+
+def judged_split(dataset: LatentDataset, split: str, device: torch.device) -> Samples:
+    """What a network is judged by: view 0 of every sample, in memory where it fits, else packed, else read in order."""
+    if fits(dataset, split, device):
+        return load_split(dataset, split, device, views=False)
+    streamed = StreamedSplit(dataset, split, device)
+    return streamed.packed() if fits(dataset, split, device, packed=True) else streamed
 
 
 def fits(dataset: LatentDataset, split: str, device: torch.device, packed: bool = False) -> bool:
@@ -276,11 +282,14 @@ def fits(dataset: LatentDataset, split: str, device: torch.device, packed: bool 
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on the device; on a CPU, what Linux says can be had without swapping."""
+    """Bytes that are free on the device; on a CPU, what Linux says can be had without swapping, elsewhere a guess."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():
         lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
         return int(lines["MemAvailable"].split()[0]) << 10
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    except (AttributeError, ValueError):  # Windows
+        return 4 << 30

@@ -1,0 +1,146 @@
+"""How cost grows with the number of samples: 10^4, 10^5 and, with --million, 10^6 of 4 x 32 x 32 codes at 4 bits.
+
+    python benchmarks/scale.py --million
+
+Each size is written once and then streamed, `--epochs` times, by a process of its own, so that its peak memory is the
+streaming's. Codes are a rounded Gaussian, of about the entropy of an autoencoder's. The first five codes of a sample
+spell its row: from them one more epoch, not timed, counts the samples and measures how well they were mixed. Files are
+in the page cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from common import record, spread
+
+LATENT, BITS, SHARD_ROWS, BATCH = (4, 32, 32), 4, 1024, 256
+SPELLED = 16 ** np.arange(5)  # worth of the first five codes of a sample in its row's number
+
+
+def write(root: Path, rows: int) -> dict:
+    """Make the dataset: seconds in the store, without those that draw the codes, bytes and files."""
+    from latentprep.format import Manifest, Quantizer, ShardRecord, open_dataset
+    from latentprep.format.commit import commit_shard, create_dataset
+    from latentprep.format.zarr_store import CANDIDATES, chunk_rows, encode_shard_files
+
+    manifest = Manifest(
+        codec={"name": "synthetic"},
+        quantizer=Quantizer(BITS, (-3.0,) * LATENT[0], (0.375,) * LATENT[0]),
+        transform={"size": 256, "views": 1, "seed": 0, "resize": "bicubic"},
+        source={"spec": "rounded Gaussian", "sha256": "0" * 64},
+        classes=tuple(f"class{number:03}" for number in range(1000)),
+        latent=LATENT,
+        flip=None,
+        shard_rows=SHARD_ROWS,
+        chunk_rows=chunk_rows(SHARD_ROWS, int(np.prod(LATENT))),
+        compression=CANDIDATES[0],
+        splits={"train": rows},
+    )
+    create_dataset(root, manifest)
+    sha256, random, seconds = open_dataset(root).manifest_sha256, np.random.default_rng(0), 0.0
+    for index in range(manifest.shard_count("train")):
+        part = np.arange(manifest.rows_in_shard("train", index)) + index * SHARD_ROWS
+        values = random.standard_normal((len(part), 1, *LATENT), np.float32) * 2.7 + 8
+        codes = values.clip(0, 2**BITS - 1).astype(np.uint8)
+        codes[:, 0, 0, 0, :5] = part[:, None] // SPELLED % 16
+        labels, keys = (part * 1000 // rows).astype(np.int32), [f"train/{row:07}.jpg" for row in part]
+        start = time.perf_counter()
+        files = encode_shard_files(manifest, "train", index, codes, labels, keys)
+        commit_shard(root, ShardRecord("train", index, len(part), {}, 1, (0,) * LATENT[0], sha256), files)
+        seconds += time.perf_counter() - start
+    sizes = [path.stat().st_size for path in root.rglob("*") if path.is_file()]
+    return {
+        "write_s": seconds,
+        "write_samples_per_s": rows / seconds,
+        "files": len(sizes),
+        "bytes_per_sample": sum(sizes) / rows,
+    }
+
+
+def read(root: Path, epochs: int) -> dict:
+    """Stream it, as `latenttrain fit --stream` does: seconds, rates, and this process's peak memory in MiB."""
+    from latentprep.console import tune_process
+
+    tune_process()
+
+    import torch
+
+    from latentprep.format import open_dataset
+    from latenttrain.data import batches_per_epoch
+    from latenttrain.streaming import StreamedSplit, shards_mixed
+
+    before = peak_memory()
+    start = time.perf_counter()
+    split = StreamedSplit(open_dataset(root), "train", torch.device("cpu"))
+    opened = time.perf_counter() - start
+    first, rates = 0.0, []
+    for seed in range(epochs):
+        samples, begun = 0, time.perf_counter()
+        for _, labels in split.training_batches(BATCH, torch.Generator().manual_seed(seed)):
+            first = first or time.perf_counter() - start
+            samples += len(labels)
+        rates.append(samples / (time.perf_counter() - begun))
+    peak = peak_memory()
+    rows = [
+        codes[:, 0, 0, :5].numpy() @ SPELLED
+        for codes, _ in split.training_batches(BATCH, torch.Generator().manual_seed(epochs))
+    ]
+    seen = np.concatenate(rows)
+    assert len(np.unique(seen)) == len(seen) == batches_per_epoch(len(split), BATCH) * BATCH
+    return {
+        "open_s": opened,
+        "first_batch_s": first,  # from the start of opening
+        "stream_samples_per_s": spread(rates),
+        "memory_mib": {"imports": before, "peak": peak, "of_it_buffer": split.held * SHARD_ROWS * 4096 / 2**20},
+        "mixing": {
+            "shards": -(-len(split) // SHARD_ROWS),
+            "held": split.held,
+            "shards_mixed": shards_mixed(seen, SHARD_ROWS),
+            "same_for_a_permutation": shards_mixed(np.random.default_rng(0).permutation(len(split)), SHARD_ROWS),
+            "correlation_of_row_and_place": float(np.corrcoef(seen, np.arange(len(seen)))[0, 1]),
+        },
+    }
+
+
+def peak_memory() -> float:
+    """Most MiB that this process ever held. Not getrusage: that remembers the process it was forked from."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines["VmHWM"].split()[0]) / 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--million", action="store_true", help="10^6 samples too: 2 GB of disk, some minutes")
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--folder", type=Path, help="where to write; by default a temporary folder")
+    parser.add_argument("--read", type=Path, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.read:
+        print(json.dumps(read(asked.read, asked.epochs)))
+        return
+    sizes: dict[str, dict] = {}
+    for rows in (10_000, 100_000, 1_000_000)[: 2 + asked.million]:
+        with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
+            written = write(Path(folder), rows)
+            command = [sys.executable, __file__, "--read", folder, "--epochs", str(asked.epochs)]
+            ran = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            sizes[str(rows)] = written | json.loads(ran.stdout)
+            print(rows, json.dumps(sizes[str(rows)]), file=sys.stderr)
+    result: dict = {"latent": LATENT, "bits": BITS, "shard_rows": SHARD_ROWS, "batch": BATCH, "samples": sizes}
+    if asked.million:
+        peaks = [sizes[rows]["memory_mib"]["peak"] for rows in ("1000000", "100000")]
+        result["memory_of_a_million_over_a_tenth"] = peaks[0] / peaks[1]
+    record("scale", result)
+
+
+if __name__ == "__main__":
+    main()
