@@ -336,3 +336,7 @@ def predict(
         print(f"error: {prediction.image}: {prediction.error}", file=sys.stderr)
     if unread:
         raise typer.Exit(3)
+
+
+if __name__ == "__main__":
+    main()
