@@ -126,6 +126,9 @@ def encode(
     ] = 0.1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be made.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the dataset in --out and start anew.")] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", rich_help_panel="Machine", help="Say where the time went, stage by stage.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Encode a source of labelled images into a latent dataset.
@@ -167,6 +170,7 @@ def encode(
         max_error_fraction=max_error_fraction,
         dry_run=dry_run,
         overwrite=overwrite,
+        profile=profile,
         progress=console.progress_bar,
         **options,
     )
@@ -338,6 +342,15 @@ def _show_result(result: EncodeResult) -> None:
     if not result.dry_run and {"train", "val"} <= set(result.rows):
         facts["next"] = f"latenttrain fit {result.out}"
     console.print_facts(f"{verb} {result.out}", facts)
+    if result.profile and result.encoded:
+        _show_profile(result.profile)
+
+
+def _show_profile(profile: dict) -> None:
+    rows = [[s["stage"], str(s["threads"]), f"{s['seconds']:.1f}", f"{s['busy']:.0%}"] for s in profile["stages"]]
+    rows += [[name, "1", f"{spent:.1f}", f"{spent / profile['wall']:.0%}"] for name, spent in profile["waits"].items()]
+    console.print_table(f"{profile['wall']:.1f} s", ["stage", "threads", "busy s", "busy"], rows)
+    console.print_facts("", {"bottleneck": f"{profile['bottleneck']}: {profile['hint']}"})
 
 
 def _shape(latent: tuple[int, int, int]) -> str:

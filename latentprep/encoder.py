@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from .format.dataset import LatentDataset, open_dataset
 from .format.manifest import Manifest, ShardRecord, train_split
 from .format.quantizer import check_bits
 from .format.zarr_store import chunk_rows
+from .profile import Profile
 from .resume import check_same, stored_manifest
 from .sources import Source, open_source
 
@@ -44,6 +45,7 @@ class EncodeResult:
 
     rows: per split; invalid: samples that could not be read; encoded: samples encoded in this run.
     latent: (C, h, w) of a view; code_bytes: bytes of codes on disk (with `dry_run`: the most there will be).
+    profile: where the time went, if asked for: `profile.Profile.to_json`.
     """
 
     out: str
@@ -61,6 +63,7 @@ class EncodeResult:
     seconds: float = 0.0
     dry_run: bool = False
     splits_invalid: dict[str, int] = field(default_factory=dict)
+    profile: dict | None = None
 
     def to_json(self) -> dict:
         return asdict(self)
@@ -89,6 +92,7 @@ def encode(
     max_error_fraction: float = 0.1,
     dry_run: bool = False,
     overwrite: bool = False,
+    profile: bool = False,
     progress: ProgressFactory = silent,
     **codec_options: Any,
 ) -> EncodeResult:
@@ -102,6 +106,7 @@ def encode(
     compound scaling (https://arxiv.org/abs/1905.11946), to the nearest that the codec takes.
     views: of a train sample, see `images.load_views`; other splits have view 0 alone.
     limit: at most that many samples a split, spread over it. batch_size: images the codec takes at once.
+    profile: measure where the time goes.
 
     Raises `UsageError`, `SourceError`, `CodecError`, `DatasetError`, `SystemFault` or `Interrupted`; whatever
     was committed by then stays, and the same call goes on from there.
@@ -151,13 +156,17 @@ def encode(
             create_dataset(root, manifest)
             dataset = open_dataset(root)
             jobs = [job for job in plan(manifest) if not _is_done(stages, dataset, *job)]
+            if profile:
+                stages = replace(stages, profile=Profile(stages.threads()))
             encoded = _run(stages, dataset, jobs, max_error_fraction, progress)
             for name in names:
                 dataset.check_complete(name)
     except OSError as error:
         raise system_fault(error) from error
     records = [record for name in names for record in dataset.records(name)]
-    return encode_result(root, manifest, records, encoded=encoded, seconds=time.monotonic() - start)
+    found = stages.profile.to_json() if stages.profile else None
+    seconds = time.monotonic() - start
+    return encode_result(root, manifest, records, encoded=encoded, seconds=seconds, profile=found)
 
 
 def _is_done(stages: Stages, dataset: LatentDataset, split: str, index: int) -> bool:

@@ -11,6 +11,7 @@ import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
@@ -27,6 +28,7 @@ from .format.manifest import INVALID_LABEL, Manifest, ShardRecord, train_split
 from .format.quantizer import Quantizer
 from .format.zarr_store import choose_compression, encode_shard_files
 from .images import BadImage, load_views
+from .profile import CODEC, DECODE, QUANTIZE, WAIT_DECODE, WAIT_WRITE, WRITE, Profile
 from .quantize import fit_quantizer, quantize, quantize_counting
 from .sources import Source
 
@@ -45,6 +47,11 @@ class Stages:
     workers: int | None
     max_pixels: int
     strict: bool = False  # stop at the first sample that cannot be read
+    profile: Profile | None = None
+
+    def timed(self, stage: str) -> AbstractContextManager[None]:
+        """Counts the time inside as the stage's, where a profile is asked for."""
+        return nullcontext() if self.profile is None else self.profile.timed(stage)
 
     @property
     def device(self) -> torch.device:
@@ -165,10 +172,14 @@ def encode_shards(
                 )
                 shard.append(coded)
                 if sum(len(c.batch.rows) for c in shard) == manifest.rows_in_shard(batch.split, batch.index):
-                    waiting.append(writer.submit(_commit, dataset, shard, keys[batch.split], labels[batch.split]))
+                    waiting.append(
+                        writer.submit(_commit, stages, dataset, shard, keys[batch.split], labels[batch.split])
+                    )
                     shard = []
                 while waiting and (waiting[0].done() or len(waiting) > _SHARDS_TO_WRITE):
-                    yield waiting.popleft().result()
+                    with stages.timed(WAIT_WRITE):
+                        record = waiting.popleft().result()
+                    yield record
             assert not shard, "a shard's batches must be all its rows"
             while waiting:
                 yield waiting.popleft().result()
@@ -206,10 +217,14 @@ def _coded(
 
 
 def _code(stages: Stages, quantizer: Quantizer, batch: _Batch) -> _Coded:
-    latents = _encode(stages, batch)
+    with stages.timed(CODEC):
+        latents = _encode(stages, batch)
+        if stages.profile is not None and latents.device.type == "cuda":
+            torch.cuda.synchronize(latents.device)
     views = batch.images.shape[1]
-    codes, outside, finite = quantize_counting(latents, quantizer)
-    codes, finite = codes.unflatten(0, (-1, views)), finite.view(-1, views).all(dim=1)
+    with stages.timed(QUANTIZE):
+        codes, outside, finite = quantize_counting(latents, quantizer)
+        codes, finite = codes.unflatten(0, (-1, views)), finite.view(-1, views).all(dim=1)
     if latents.device.type != "cuda":
         return _Coded(batch, codes.cpu(), finite.cpu(), outside.cpu(), None)
     codes, finite, outside = (_to_host(tensor) for tensor in (codes, finite, outside))
@@ -251,7 +266,8 @@ def _decoded(
             return error.strerror or str(error)
 
     def load_some(batch: _Batch, places: range) -> list[int | str]:
-        return [load(batch, place) for place in places]
+        with stages.timed(DECODE):
+            return [load(batch, place) for place in places]
 
     def begin(spec: tuple[str, int, list[int]]) -> tuple[_Batch, list[Future]]:
         split, index, rows = spec
@@ -263,7 +279,9 @@ def _decoded(
     pending = deque(begin(spec) for spec in islice(todo, _AHEAD))
     while pending:
         batch, tasks = pending.popleft()
-        for row, outcome in zip(batch.rows, (one for task in tasks for one in task.result()), strict=True):
+        with stages.timed(WAIT_DECODE):
+            outcomes = [one for task in tasks for one in task.result()]
+        for row, outcome in zip(batch.rows, outcomes, strict=True):
             if isinstance(outcome, str):
                 batch.invalid[row] = outcome
             else:
@@ -285,8 +303,15 @@ def _check_finite(batch: _Batch, finite: Tensor, keys: list[str]) -> None:
             )
 
 
-def _commit(dataset: LatentDataset, shard: list[_Coded], keys: list[str], labels: np.ndarray) -> ShardRecord:
+def _commit(
+    stages: Stages, dataset: LatentDataset, shard: list[_Coded], keys: list[str], labels: np.ndarray
+) -> ShardRecord:
     """Compress and write one shard; runs in the writer's thread."""
+    with stages.timed(WRITE):
+        return _committed(dataset, shard, keys, labels)
+
+
+def _committed(dataset: LatentDataset, shard: list[_Coded], keys: list[str], labels: np.ndarray) -> ShardRecord:
     split, index = shard[0].batch.split, shard[0].batch.index
     rows = [row for coded in shard for row in coded.batch.rows]
     codes = np.concatenate([coded.codes.numpy() for coded in shard])

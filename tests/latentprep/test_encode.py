@@ -380,3 +380,37 @@ def test_phi_scales_the_resolution(images: Path, tmp_path: Path, phi: float, siz
     )
     assert planned.size == size
     assert scaling.RESOLUTION_BASE == encoder.RESOLUTION_BASE
+
+
+def test_a_profile_says_where_the_time_went(images: Path, tmp_path: Path) -> None:
+    class Slow:
+        """A codec that takes a thirtieth of a second a batch."""
+
+        name = "slow"
+
+        def __init__(self) -> None:
+            self.inner = make_codec("resample", factor=8)
+
+        def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+            time.sleep(1 / 30)
+            return self.inner.encode(pixels)
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self.inner, name)
+
+    result = latentprep.encode(images, codec=Slow(), size=32, shard_rows=4, out=tmp_path / "out", profile=True)
+    assert result.profile is not None
+    busy = {stage["stage"]: stage["seconds"] for stage in result.profile["stages"]}
+    assert list(busy) == ["read and decode", "codec", "quantize", "compress and write"]
+    assert min(busy.values()) > 0
+    assert busy["codec"] >= 5 / 30  # three batches of train, two of val
+    assert result.profile["bottleneck"] == "codec"
+    assert latentprep.encode(images, codec=Slow(), size=32, shard_rows=4, out=tmp_path / "out").profile is None
+
+
+def test_slow_decoding_is_named(tmp_path: Path) -> None:
+    from latentprep.profile import DECODE, WAIT_DECODE, Profile
+
+    profile = Profile(decoders=2)
+    profile.seconds, profile.wall = {DECODE: 10.0, WAIT_DECODE: 4.0}, 6.0
+    assert profile.to_json()["bottleneck"] == "read and decode"
