@@ -4,14 +4,16 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 DEMO ?= demo
+# What ends in minutes; ablation and net_search take longer and are run by hand.
+BENCHMARKS := startup encode_ratio kill_resume requantize talk_table time_to_accuracy loader_peers disk_peers scale
 
-.PHONY: demo test lint bench clean help
+.PHONY: demo test lint bench bench-gpu clean help
 
 help:
 	@echo "make demo   encode the built-in shapes with the block DCT, train on the codes, print the table"
 	@echo "make test   run the tests"
 	@echo "make lint   ruff and mypy"
-	@echo "make bench  run every benchmark under benchmarks/"
+	@echo "make bench  run the benchmarks under benchmarks/; make bench-gpu what is to be measured on a GPU"
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -39,7 +41,11 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/mypy
 
 bench: $(VENV)/dev.stamp
-	@for script in $$(ls benchmarks/*.py | grep -v common.py); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	@for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python benchmarks/$$script.py || exit 1; done
+
+bench-gpu: $(VENV)/run.stamp
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[vae]'
+	$(BIN)/python benchmarks/gpu.py
 
 clean:
 	rm -rf $(VENV) $(DEMO) build dist

@@ -80,6 +80,10 @@ def main() -> None:
             "encode_over_slower_of_both": spread(
                 [w / min(b, d) for w, b, d in zip(whole, bare, decoding, strict=True)]
             ),
+            # each alone keeps every core busy, so on a CPU the two cannot both run at their own rate
+            "encode_over_both_on_the_same_cores": spread(
+                [w * (1 / b + 1 / d) for w, b, d in zip(whole, bare, decoding, strict=True)]
+            ),
         },
     )
 
