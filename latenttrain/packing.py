@@ -33,17 +33,19 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
-    """u8 [...,p] -> u8 [...,count]. Inverse of `pack`; a few shifts on the device, no table."""
-    device, mask = packed.device, (1 << bits) - 1
-    if 8 % bits == 0:  # no code straddles two bytes
-        shift = torch.arange(0, 8, bits, dtype=torch.uint8, device=device)
-        return ((packed[..., None] >> shift) & mask).flatten(-2)[..., :count]
-    start = torch.arange(0, 8 * bits, bits, device=device)
-    byte, shift = start // 8, (start % 8).to(torch.uint8)
+    """u8 [...,p] -> u8 [...,count]. Inverse of `pack`; shifts on the device, no table."""
+    mask = (1 << bits) - 1
+    if 8 % bits == 0:  # no code straddles two bytes, so that all are shifted at once
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+        return ((packed[..., None] >> shifts) & mask).flatten(-2)[..., :count]
     groups = packed.unflatten(-1, (-1, bits))
-    low = groups[..., byte] >> shift
-    high = (groups[..., (byte + 1).clamp(max=bits - 1)] << 1) << (7 - shift)  # in two steps: 8 at once is undefined
-    return ((low | high) & mask).flatten(-2)[..., :count]
+    codes = packed.new_empty((*groups.shape[:-1], 8))
+    for place in range(8):
+        byte, shift = divmod(place * bits, 8)
+        codes[..., place] = groups[..., byte] >> shift
+        if shift + bits > 8:
+            codes[..., place] |= groups[..., byte + 1] << (8 - shift)
+    return codes.bitwise_and_(mask).flatten(-2)[..., :count]
 
 
 @dataclass(frozen=True)
