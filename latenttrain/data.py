@@ -38,7 +38,7 @@ class Samples(Protocol):
 class Split:
     """Samples in the device's memory. labels: i64 [n].
 
-    codes: u8 [n,V,C,h,w], or f16 where they are latents in units of codes.
+    codes: u8 [n,V,C,h,w], or f32 where they are latents in units of codes.
     """
 
     codes: Tensor

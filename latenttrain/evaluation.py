@@ -18,9 +18,10 @@ from latentprep.format import LatentDataset
 
 from .checkpoint import load_net
 from .config import check_dataset
-from .data import Samples, load_split, opened
+from .data import Samples, opened
 from .device import autocast
 from .nets import Net
+from .streaming import judged_split
 
 _CELLS = 1 << 18  # of the latent grid, in a batch for evaluation: 334 samples of 28 x 28
 _IMAGES = 16  # in a batch for the codec
@@ -80,7 +81,7 @@ def evaluate(
     net, config, epoch = load_net(run, checkpoint)
     dataset = opened(dataset)
     check_dataset(config, dataset)
-    data = load_split(dataset, split, target, views=False)
+    data = judged_split(dataset, split, target)
     logits = split_logits(net.to(target), data)
     labels, hits = data.labels.cpu().numpy(), (logits.argmax(1) == data.labels).cpu().numpy()
     total = np.bincount(labels, minlength=len(config.classes)).tolist()

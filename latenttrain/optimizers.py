@@ -108,8 +108,8 @@ def orthogonalized(matrices: Tensor) -> Tensor:
     """Each matrix with its singular values brought near 1: f32 [n,a,b] -> f32 [n,a,b]
 
     By Newton and Schulz's iteration; values below about 0.01 of the largest stay smaller. What an iteration
-    multiplies by is a polynomial of the Gram matrix, so all happens on that small symmetric matrix, and the given one is
-    multiplied once, at the end: 0.4 of the FLOPs for 64 filters of 576 weights.
+    multiplies by is a polynomial of the Gram matrix, so all happens on that small symmetric matrix, and the given one
+    is multiplied once, at the end: 0.4 of the FLOPs for 64 filters of 576 weights.
     """
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
