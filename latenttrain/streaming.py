@@ -264,6 +264,7 @@ def training_data(
 
 def judged_split(dataset: LatentDataset, split: str, device: torch.device) -> Samples:
     """What a network is judged by: view 0 of every sample, in memory where it fits, else packed, else read in order."""
+    dataset.check_complete(split)
     if fits(dataset, split, device):
         return load_split(dataset, split, device, views=False)
     streamed = StreamedSplit(dataset, split, device)
