@@ -17,6 +17,7 @@ import itertools
 import warnings
 from typing import Any
 
+import numcodecs
 import numpy as np
 import zarr
 from zarr.buffer.cpu import Buffer
@@ -36,6 +37,7 @@ _BLOSC = {
 _BY_CHANNEL = {"name": "transpose", "configuration": {"order": [2, 1, 0, 3, 4]}}
 CANDIDATES: tuple[list[dict], ...] = ([_BY_CHANNEL, _ZSTD], [_ZSTD], [_BY_CHANNEL, _BLOSC])
 _LABEL_CODECS = [_ZSTD]
+_CRC_BYTES = 4
 
 
 def chunk_rows(shard_rows: int, row_bytes: int) -> int:
@@ -72,11 +74,38 @@ def decode_shard_files(
     `encode_shard_files`. Raises `DatasetError` for bytes that do not decode."""
     rows = manifest.rows_in_shard(split, index)
     paths = shard_files(split, index)
-    codes, labels, keys = (
-        _chunk_array(manifest, split, name, rows, files[paths[name]], paths[name])
-        for name in ("codes", "labels", "keys")
-    )
+    codes = decode_codes(manifest, split, index, files[paths["codes"]])
+    labels, keys = (_chunk_array(manifest, split, n, rows, files[paths[n]], paths[n]) for n in ("labels", "keys"))
     return codes, labels, [str(key) for key in keys]
+
+
+def decode_codes(manifest: Manifest, split: str, index: int, data: bytes) -> np.ndarray:
+    """The bytes of one shard's codes file -> u8 [n,V,C,h,w]. Raises `DatasetError` for bytes that do not decode.
+
+    Zarr's sharding codec by hand: an index of (offset, length) u64 pairs and its CRC-32C at the end of the file, and
+    before it the inner chunks, each compressed. Zarr's own reader gives the same at a quarter of the speed, and speed
+    counts here: training that streams waits for nothing else.
+    """
+    rows, row = manifest.rows_in_shard(split, index), manifest.row_shape(split)
+    count = manifest.shard_rows // manifest.chunk_rows
+    end = len(data) - 16 * count - _CRC_BYTES  # of the inner chunks
+    try:
+        compressor = {"zstd": numcodecs.Zstd, "blosc": numcodecs.Blosc}[manifest.compression[-1]["name"]]()
+        order = next((c["configuration"]["order"] for c in manifest.compression if c["name"] == "transpose"), range(5))
+        raw = np.empty([(manifest.chunk_rows, *row)[axis] for axis in order], np.uint8)
+        codes = np.empty((rows, *row), np.uint8)
+        if end < 0:
+            raise ValueError(f"{len(data)} bytes are fewer than its index has")
+        places = np.frombuffer(data, "<u8", 2 * count, end).reshape(count, 2).tolist()
+        for start, (offset, length) in zip(range(0, rows, manifest.chunk_rows), places, strict=False):
+            if offset + length > end:
+                raise ValueError(f"its index points to byte {offset + length}, the chunks end at {end}")
+            compressor.decode(data[offset : offset + length], out=raw)
+            part = codes[start : start + manifest.chunk_rows]
+            part[:] = raw.transpose(np.argsort(order))[: len(part)]
+    except (ValueError, RuntimeError, KeyError, IndexError, TypeError) as error:
+        raise _undecodable(shard_files(split, index)["codes"], error) from error
+    return codes
 
 
 def decode_labels(manifest: Manifest, split: str, index: int, data: bytes) -> np.ndarray:
@@ -179,8 +208,12 @@ def _chunk_array(manifest: Manifest, split: str, name: str, rows: int, data: byt
     try:
         values = array[:]
     except Exception as error:  # whatever a decompressor makes of damaged bytes
-        raise DatasetError(f"{where} does not decode ({type(error).__name__}: {error})", "encode it again") from error
+        raise _undecodable(where, error) from error
     return np.asarray(values)
+
+
+def _undecodable(where: str, error: Exception) -> DatasetError:
+    return DatasetError(f"{where} does not decode ({type(error).__name__}: {error})", "encode it again")
 
 
 def _only_chunk(files: dict[str, Any]) -> bytes:

@@ -18,6 +18,7 @@ from latentprep.format.zarr_store import (
     CANDIDATES,
     choose_compression,
     chunk_rows,
+    decode_codes,
     decode_shard_files,
     encode_shard_files,
     shard_files,
@@ -88,6 +89,26 @@ def test_shard_files_round_trip(n: int, views: int, bits: int, compression: int,
     assert np.array_equal(again[0], codes)
     assert np.array_equal(again[1], labels)
     assert again[2] == keys[:n]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    compression=st.integers(0, len(CANDIDATES) - 1),
+    places=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=6),
+    keep=st.floats(0, 1),
+)
+def test_damaged_codes_are_an_error_or_codes_never_a_crash(compression: int, places: list, keep: float) -> None:
+    m = manifest(9, 9, 2, compression, chunk_rows=3, splits={"train": 7})
+    codes = np.random.default_rng(0).integers(0, 4, (7, *m.row_shape("train")), dtype=np.uint8)
+    files = encode_shard_files(m, "train", 0, codes, np.zeros(7, np.int32), [""] * 7)
+    data = bytearray(files[shard_files("train", 0)["codes"]])
+    for place, value in places:
+        data[int(place * len(data))] = value
+    for damaged in (bytes(data), bytes(data[: int(keep * len(data))])):
+        try:
+            assert decode_codes(m, "train", 0, damaged).shape == codes.shape
+        except DatasetError as error:
+            assert "does not decode" in error.message
 
 
 def test_all_zero_codes_are_stored_not_left_out() -> None:
