@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 DEMO ?= demo
-# What ends in minutes; ablation and net_search take longer and are run by hand.
+# ablation and net_search, which take hours on real images, are run by hand.
 BENCHMARKS := startup encode_ratio kill_resume requantize talk_table time_to_accuracy loader_peers disk_peers scale
 
 .PHONY: demo test lint bench bench-gpu clean help

@@ -211,10 +211,11 @@ def write(asked: argparse.Namespace, rows: list[dict]) -> None:
             for row in rows:
                 x = row[of]["median"] if of == "clocked" else row[of]
                 axes.plot(x, row["last_top1"], "o", color=BLUE if row["row"] == "ours" else GREY)
-                axes.annotate(f" {row['row']}", (x, row["last_top1"]), color=INK, va="center")
+                where = {"xytext": (0, 6), "textcoords": "offset points", "ha": "center"}
+                axes.annotate(row["row"], (x, row["last_top1"]), color=INK, **where)
             axes.set_xscale("log")
             axes.margins(0.25)
-            axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+            axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
             axes.set_xlabel(label, color=INK)
         left.set_title(f"val top-1 after {asked.epochs} epochs", loc="left", color=INK)
 
