@@ -12,7 +12,7 @@ from .errors import SourceError, UsageError, system_fault
 from .format.commit import locked, write_atomic
 from .format.dataset import open_dataset
 from .format.fields import dump_json
-from .format.latents import LATENTS, described
+from .format.latents import LATENTS, check_latents, described
 from .sources import Source
 
 
@@ -32,8 +32,8 @@ def write_latents(
     source: the images that the dataset was made of; splits that are there already are left alone. For what it is
     good for see `latenttrain.sweep`; training reads codes, which are a tenth of the size.
 
-    Raises `UsageError` if `out` is the dataset, `SourceError` if the source is not the dataset's, `CodecError` if the
-    codec cannot be had, `SystemFault` if the disk is full.
+    Raises `UsageError` if `out` is the dataset, `DatasetError` if it holds another's latents, `SourceError` if the
+    source is not the dataset's, `CodecError` if the codec cannot be had, `SystemFault` if the disk is full.
     """
     from .codecs import codec_from_config
     from .device import pick_device
@@ -44,18 +44,19 @@ def write_latents(
     if root.resolve() == opened.root.resolve():
         raise UsageError(f"--out is the dataset itself, {root}", "name another folder")
     manifest = opened.manifest
-    for split in manifest.splits:
-        if split not in source.splits or source.size(split) != manifest.splits[split]:
-            raise SourceError(
-                f"{source.spec} is not what {opened.root} was made of: split '{split}' differs",
-                "give the same source, with the --limit and --val-fraction of the encode",
-            )
+    if source.fingerprint() != manifest.source["sha256"]:
+        raise SourceError(
+            f"{source.spec} is not the source that {opened.root} was made of: its files or labels differ",
+            "give the same source, with the --limit, --val-fraction and --seed of the encode",
+        )
     codec = codec_from_config(manifest.codec, device=pick_device(device), weights=weights)
     stages = Stages(source, codec, batch_size, workers, MAX_PIXELS)
     canonical = replace(manifest, transform={**manifest.transform, "views": 1})
     try:
         root.mkdir(parents=True, exist_ok=True)
         with locked(root), progress("latents", sum(manifest.splits.values()), "images", 0) as bar:
+            check_latents(root, opened)
+            write_atomic(root / LATENTS, dump_json(described(opened)))  # first: what is beside it is of this dataset
             for split, rows in manifest.splits.items():
                 final, part = root / f"{split}.npy", root / f"{split}.npy.tmp"
                 if final.exists():
@@ -68,7 +69,6 @@ def write_latents(
                     bar.advance(len(numbers))
                 values.flush()
                 part.replace(final)
-            write_atomic(root / LATENTS, dump_json(described(opened)))
     except OSError as error:
         raise system_fault(error) from error
     return root

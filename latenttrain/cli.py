@@ -60,10 +60,10 @@ def fit(
         typer.Option(help="default, or talk: Adam at 0.001, batches of 32, 20 epochs, no augmentation, no averaging."),
     ] = "default",
     epochs: Annotated[
-        int | None, typer.Option(help=f"Passes over the train split.  [default: {Recipe.epochs}]", show_default=False)
+        int | None, typer.Option(help=f"Passes over the train split (default {Recipe.epochs}).", show_default=False)
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help=f"Samples a step.  [default: {Recipe.batch_size}]", show_default=False)
+        int | None, typer.Option(help=f"Samples a step (default {Recipe.batch_size}).", show_default=False)
     ] = None,
     lr: Annotated[
         float | None,
@@ -74,7 +74,7 @@ def fit(
     ] = None,
     weight_decay: Annotated[
         float | None,
-        typer.Option(help=f"Decay of filters and matrices.  [default: {Recipe.weight_decay}]", show_default=False),
+        typer.Option(help=f"Decay of filters and matrices (default {Recipe.weight_decay}).", show_default=False),
     ] = None,
     seed: Annotated[
         int, typer.Option(help="Of the first weights, the order and the augmentation: same seed, same result.")
@@ -212,7 +212,7 @@ def sweep(
     stem: Annotated[str, typer.Option(help="Stems to try, comma-separated.")] = "affine",
     seeds: Annotated[int, typer.Option(help="Runs of each, with seeds 0, 1, …")] = 3,
     epochs: Annotated[
-        int | None, typer.Option(help=f"Passes over the train split.  [default: {Recipe.epochs}]", show_default=False)
+        int | None, typer.Option(help=f"Passes over the train split (default {Recipe.epochs}).", show_default=False)
     ] = None,
     latents: Annotated[
         Path | None, typer.Option(help="Folder that latentprep latents made: the float latents as reference.")
@@ -245,7 +245,7 @@ def sweep(
     try:
         result = run(
             dataset,
-            bits=[int(number) for number in numbers("--bits", bits)],
+            bits=numbers("--bits", bits),
             stems=[name.strip() for name in stem.split(",")],
             seeds=seeds,
             epochs=epochs,

@@ -5,17 +5,19 @@ from __future__ import annotations
 import csv
 import io
 import statistics
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from latentprep.console import ProgressFactory, silent
-from latentprep.errors import UsageError
+from latentprep.errors import UsageError, nearest
 from latentprep.format import LatentDataset
 from latentprep.format.commit import write_atomic
 
 from .data import opened
 from .report import BLUE, GREY, GRID, INK, draw
+from .stems import STEMS
 from .train import fit
 
 FLOAT = 32  # "bits" of the reference
@@ -74,7 +76,7 @@ class SweepResult:
 def sweep(
     dataset: str | Path | LatentDataset,
     *,
-    bits: list[int],
+    bits: Sequence[float],
     stems: list[str] | None = None,
     seeds: int = 3,
     epochs: int | None = None,
@@ -92,7 +94,7 @@ def sweep(
     made, the reference; without it, the most bits are. margin: points of accuracy that the recommended bits may lose.
     holdout: a share of train to judge by in place of val. Accuracies are of each run's last epoch.
 
-    Raises as `fit` and `requantize` do, and `UsageError` for more bits than the dataset has.
+    Raises as `fit` and `requantize` do, and `UsageError` for more bits than the dataset has or more views than latents.
     """
     from latentprep import requantize
     from latentprep.info import info
@@ -100,18 +102,26 @@ def sweep(
     source = opened(dataset)
     stems = stems or ["affine"]
     most = source.quantizer.bits
-    wrong = [b for b in bits if not 1 <= b <= most]
+    wrong = [b for b in bits if b not in range(1, most + 1)]
     if wrong or not bits:
         raise UsageError(
-            f"--bits must be 1 to {most}, what {source.root} has, got {wrong[0] if wrong else 'none'}",
+            f"--bits must be 1 to {most}, what {source.root} has, got {format(wrong[0], 'g') if wrong else 'none'}",
             f"use --bits 1..{most}, or encode with --bits 8",
+        )
+    for stem in stems:
+        if stem not in STEMS:
+            raise UsageError(f"unknown stem {stem!r}", nearest(stem, list(STEMS)))
+    if latents is not None and source.manifest.views("train") > 1:
+        raise UsageError(
+            f"{source.root} has {source.manifest.views('train')} views, float latents are of view 0 only",
+            "compare on a dataset of one view, or leave --latents out",
         )
     if not 1 <= seeds <= 1000:
         raise UsageError(f"--seeds must be 1 to 1000, got {seeds}", "use --seeds 3")
     root = Path(out) if out is not None else Path("sweeps", source.root.resolve().name)
     sizes: dict[int, float] = {}
     points = []
-    grid = [(b, stem) for b in sorted(set(bits), reverse=True) for stem in stems]
+    grid = [(b, stem) for b in sorted(set(map(int, bits)), reverse=True) for stem in stems]
     if latents is not None:
         grid.insert(0, (FLOAT, "affine"))
     for seed in range(seeds):  # one of each first, so that a sweep cut short still shows every one

@@ -29,6 +29,18 @@ def described(dataset: LatentDataset) -> dict[str, Any]:
     }
 
 
+def check_latents(folder: Path, dataset: LatentDataset) -> None:
+    """`DatasetError` if the folder holds latents of another dataset; one that holds none is free."""
+    try:
+        found = json.loads((folder / LATENTS).read_bytes())
+    except FileNotFoundError:
+        return
+    except ValueError:
+        found = None
+    if found != described(dataset):
+        raise DatasetError(f"{folder} holds the latents of another dataset than {dataset.root}", "choose another --out")
+
+
 def read_latents(folder: Path, dataset: LatentDataset, split: str) -> np.ndarray:
     """f16 [N,C,h,w], mapped, of a split. Raises `DatasetError` if they are not there or not of this dataset."""
     way_out = f"make them with latentprep latents {dataset.root} SOURCE --out {folder}"

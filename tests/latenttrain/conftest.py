@@ -87,6 +87,34 @@ def small_options(small) -> list[str]:
     return [part for name, value in small.items() for part in (f"--{name.replace('_', '-')}", str(value))]
 
 
+@pytest.fixture(scope="session")
+def interrupted_after() -> type:
+    """``interrupted_after(batches)`` -> a progress bar at which someone then presses Ctrl-C."""
+
+    class Interrupting:
+        def __init__(self, batches):
+            self.left = batches
+
+        def __call__(self, *_):
+            return self
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            return False
+
+        def note(self, text):
+            pass
+
+        def advance(self, n, **facts):
+            self.left -= n
+            if self.left < 0:
+                raise KeyboardInterrupt
+
+    return Interrupting
+
+
 @pytest.fixture
 def latenttrain(monkeypatch, capfd):
     """``latenttrain("fit", …)`` -> (exit code, stdout, stderr), as the console script would."""

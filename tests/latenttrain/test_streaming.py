@@ -221,13 +221,13 @@ def test_what_cannot_be_streamed_is_said(make_dataset):
 # What follows is `fit`.
 
 
-def test_a_streamed_run_learns_and_resumes_to_the_same_bytes(codes, tmp_path, small):
+def test_a_streamed_run_learns_and_resumes_to_the_same_bytes(codes, tmp_path, small, interrupted_after):
     settings = {**small, "epochs": 4, "stream": True, "buffer": 2}
     whole = latenttrain.fit(codes, **settings, out=tmp_path / "whole")
     assert whole.last_top1 > 0.5
     assert read_config(tmp_path / "whole").dataset["stream"] == 2
     with pytest.raises(KeyboardInterrupt):
-        latenttrain.fit(codes, **settings, out=tmp_path / "broken", progress=Interrupting(9))
+        latenttrain.fit(codes, **settings, out=tmp_path / "broken", progress=interrupted_after(9))
     assert not readers()
     latenttrain.fit(codes, **{**small, "epochs": 4}, out=tmp_path / "broken", resume=True)  # goes on streaming
     assert (tmp_path / "broken/best.safetensors").read_bytes() == (tmp_path / "whole/best.safetensors").read_bytes()
@@ -235,30 +235,6 @@ def test_a_streamed_run_learns_and_resumes_to_the_same_bytes(codes, tmp_path, sm
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     with pytest.raises(CheckpointError, match="stream = 2, asked is 3"):
         latenttrain.fit(codes, **{**settings, "buffer": 3}, out=tmp_path / "whole", resume=True)
-
-
-class Interrupting:
-    """A progress bar at which someone presses Ctrl-C after so many batches."""
-
-    def __init__(self, batches):
-        self.left = batches
-
-    def __call__(self, *_):
-        return self
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        return False
-
-    def note(self, text):
-        pass
-
-    def advance(self, n, **facts):
-        self.left -= n
-        if self.left < 0:
-            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(

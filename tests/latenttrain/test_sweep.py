@@ -9,7 +9,7 @@ import torch
 
 import latentprep
 import latenttrain
-from latentprep.errors import DatasetError, UsageError
+from latentprep.errors import DatasetError, SourceError, UsageError
 from latentprep.sources import open_source
 from latenttrain.checkpoint import load_net, read_config
 from latenttrain.data import float_codes, load_trained
@@ -48,6 +48,23 @@ def test_float_latents_of_another_dataset_are_refused(shapes, tmp_path, codes):
         latenttrain.fit(codes, latents=shapes / "floats", out=tmp_path / "run", epochs=1)
     with pytest.raises(DatasetError, match="holds no float latents"):
         latenttrain.fit(codes, latents=tmp_path, out=tmp_path / "run", epochs=1)
+
+
+def test_latents_of_another_source_or_folder_are_never_made_out_to_be_this_ones(shapes, tmp_path):
+    with pytest.raises(SourceError, match="is not the source that .* was made of"):
+        latentprep.write_latents(shapes / "x8", open_source("shapes", seed=1).take(59), out=tmp_path / "floats")
+    latentprep.encode("shapes", codec="dct", size=64, limit=30, bits=8, out=tmp_path / "other")
+    with pytest.raises(DatasetError, match="latents of another dataset"):
+        latentprep.write_latents(tmp_path / "other", open_source("shapes").take(30), out=shapes / "floats")
+
+
+def test_what_cannot_be_compared_is_refused_before_anything_is_made(make_dataset, shapes, tmp_path):
+    with pytest.raises(UsageError, match="3 views, float latents are of view 0"):
+        sweep(make_dataset(views=3), bits=[2], latents=shapes / "floats", out=tmp_path / "sweep")
+    for bits, stems, words in (([2], ["affin"], "unknown stem 'affin'"), ([2.5], ["affine"], "got 2.5")):
+        with pytest.raises(UsageError, match=words):
+            sweep(shapes / "x8", bits=bits, stems=stems, out=tmp_path / "sweep")
+    assert not (tmp_path / "sweep").exists()
 
 
 def test_latents_again_leave_whole_splits_alone(shapes):
@@ -157,6 +174,8 @@ def test_scale_and_sweep_on_the_command_line(latenttrain, shapes, tmp_path, monk
     assert json.loads(out)["rows"][0]["parameters"] == 240_010
     code, out, _ = latenttrain("scale", shapes / "x8")
     assert "8×8×16" in out
+    code, out, _ = latenttrain("fit", "--help")
+    assert "default 15" in out
     code, out, _ = latenttrain("sweep", shapes / "x8", "--bits", "2", "--seeds", "1", "--epochs", "1")
     assert code == 0
     assert "recommended" in out

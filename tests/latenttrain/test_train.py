@@ -92,47 +92,23 @@ def test_the_callers_random_state_is_left_alone(codes, tmp_path, small):
     assert torch.equal(torch.rand(4), expected)
 
 
-class Interrupting:
-    """A progress bar at which someone presses Ctrl-C after so many batches."""
-
-    def __init__(self, batches):
-        self.left = batches
-
-    def __call__(self, *_):
-        return self
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        return False
-
-    def note(self, text):
-        pass
-
-    def advance(self, n, **facts):
-        self.left -= n
-        if self.left < 0:
-            raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize("batches", [0, 3, 6, 29])
-def test_an_interrupted_run_resumes_to_the_same_bytes(whole, codes, tmp_path, batches, small):
+def test_an_interrupted_run_resumes_to_the_same_bytes(whole, codes, tmp_path, batches, small, interrupted_after):
     settings = {**small, "epochs": 5, "out": tmp_path / "run"}
     with pytest.raises(KeyboardInterrupt):
-        latenttrain.fit(codes, **settings, progress=Interrupting(batches))
+        latenttrain.fit(codes, **settings, progress=interrupted_after(batches))
     result = latenttrain.fit(codes, **settings, resume=True)
     assert same_run(tmp_path / "run", whole[0])
     assert result.top1 == whole[1].top1
 
 
-def test_dropout_and_a_stem_that_learns_resume_to_the_same_bytes(make_dataset, tmp_path, small):
+def test_dropout_and_a_stem_that_learns_resume_to_the_same_bytes(make_dataset, tmp_path, small, interrupted_after):
     codes = make_dataset(latent=(3, 24, 24), rows={"train": 100, "val": 20})
     settings = {**small, "epochs": 2, "arch": "mobilenetv2", "stem": "embedding"}
     settings["augment"] = Augment(mixup=0.2, cutmix=1.0, cutout=0.3, channel_drop=0.1, mirror=True)
     latenttrain.fit(codes, **settings, out=tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        latenttrain.fit(codes, **settings, out=tmp_path / "broken", progress=Interrupting(4))
+        latenttrain.fit(codes, **settings, out=tmp_path / "broken", progress=interrupted_after(4))
     latenttrain.fit(codes, **settings, out=tmp_path / "broken", resume=True)
     assert same_run(tmp_path / "broken", tmp_path / "whole")
 
