@@ -12,7 +12,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from functools import cached_property
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from latentprep.errors import DatasetError, UsageError
 from latentprep.format import INVALID_LABEL, LatentDataset, Manifest
 
 from .data import Samples, batches_per_epoch, check_classes, check_limit, check_samples, load_split
+from .memory import free_memory
 from .packing import PackedSplit, pack, packed_bytes
 
 BUFFER_BYTES = 256 << 20  # of codes that the buffer holds if nobody says otherwise: 64 shards of 1,024 x 4 x 32 x 32
@@ -280,17 +280,3 @@ def fits(dataset: LatentDataset, split: str, device: torch.device, packed: bool 
     if not packed:  # on their way to the device they are in the host's memory, all at once
         free = min(free, free_memory(torch.device("cpu")))
     return dataset.manifest.splits[split] * row < free / 2
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on the device; on a CPU, what Linux says can be had without swapping, elsewhere a guess."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    if meminfo.is_file():
-        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        return int(lines["MemAvailable"].split()[0]) << 10
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    except (AttributeError, ValueError):  # Windows
-        return 4 << 30

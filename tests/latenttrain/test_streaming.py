@@ -14,10 +14,10 @@ from latentprep.format import Codes, LatentDataset, Manifest, Quantizer, ShardRe
 from latenttrain import streaming
 from latenttrain.checkpoint import load_tensors, read_config
 from latenttrain.data import load_split
+from latenttrain.memory import container_memory, free_memory
 from latenttrain.streaming import (
     THREAD_NAME,
     StreamedSplit,
-    free_memory,
     shards_mixed,
     shards_to_hold,
     training_data,
@@ -266,7 +266,19 @@ def test_what_is_packed_trains_to_the_same_bytes_and_val_may_be_streamed(codes, 
 
 
 def test_this_machine_has_free_memory():
-    assert free_memory(CPU) > 1 << 20
+    assert 1 << 20 < free_memory(CPU) < 1 << 60
+
+
+@pytest.mark.parametrize("prefix", ["memory.", "memory/memory."])
+def test_a_containers_limit_counts(tmp_path, prefix):
+    limit, usage = ("max", "current") if prefix == "memory." else ("limit_in_bytes", "usage_in_bytes")
+    assert container_memory(tmp_path) == 1 << 63
+    (tmp_path / "memory").mkdir()
+    for name, text in ((limit, "3000"), (usage, "2500"), ("stat", "anon 700\ninactive_file 400\n")):
+        (tmp_path / f"{prefix}{name}").write_text(text)
+    assert container_memory(tmp_path) == 900
+    (tmp_path / f"{prefix}{limit}").write_text("max")
+    assert container_memory(tmp_path) == 1 << 63
 
 
 @pytest.mark.parametrize(
