@@ -21,13 +21,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import loader_peers
 import numpy as np
 import torch
-from loader_peers import PEERS, Skipped, call, environment, write_numpy
 from torch import Tensor
 
+import loader_peers
 from common import record
+from loader_peers import Skipped, call, environment
+from peers import PEERS, write_numpy
 
 BITS = (2, 3, 4, 8)
 RANGE_BITS = (2, 3, 4)  # for the ranges of vaezip's blocks; its shortcuts have 4
