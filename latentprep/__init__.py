@@ -1,7 +1,7 @@
 """Encode an image dataset once with a lossy codec and keep its low-bit codes.
 
-`encode`, `open`, `requantize` and `write_latents` are what the command line runs; they are imported on first use, so
-that importing this package stays cheap.
+`encode`, `open`, `requantize`, `convert`, `subset`, `merge` and `write_latents` are what the command line runs; they
+are imported on first use, so that importing this package stays cheap.
 """
 
 from __future__ import annotations
@@ -9,32 +9,33 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["encode", "open", "requantize", "write_latents"]
+__all__ = ["convert", "encode", "merge", "open", "requantize", "subset", "write_latents"]
 
 if TYPE_CHECKING:
+    from .derived import convert
     from .encoder import encode
     from .format import open_dataset as open
     from .latents import write_latents
     from .requantizer import requantize
+    from .selection import merge, subset
+
+_HOMES = {
+    "convert": ".derived",
+    "encode": ".encoder",
+    "merge": ".selection",
+    "requantize": ".requantizer",
+    "subset": ".selection",
+    "write_latents": ".latents",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "encode":
-        from .encoder import encode
+    from importlib import import_module
 
-        return encode
     if name == "open":
-        from .format import open_dataset
-
-        return open_dataset
-    if name == "requantize":
-        from .requantizer import requantize
-
-        return requantize
-    if name == "write_latents":
-        from .latents import write_latents
-
-        return write_latents
+        return import_module(".format", __name__).open_dataset
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name], __name__), name)
     raise AttributeError(f"module 'latentprep' has no attribute '{name}'")
 
 

@@ -57,6 +57,15 @@ def encode(
     out: Annotated[Path, typer.Option(help="Folder to write to; an unfinished encode there is resumed.")] = Path(
         "shards"
     ),
+    store: Annotated[
+        str, typer.Option(help="How shards are stored: zarr, or wds: tars that any WebDataset reader reads.")
+    ] = "zarr",
+    quantizer: Annotated[
+        Path | None,
+        typer.Option(
+            rich_help_panel="Codec", help="Take the quantizer of this dataset, so that latentprep merge takes both."
+        ),
+    ] = None,
     views: Annotated[
         int, typer.Option(help="Renderings of a train sample: the canonical one, then random crops and mirrors.")
     ] = 1,
@@ -157,6 +166,8 @@ def encode(
         size=size,
         phi=phi,
         out=out,
+        store=store,
+        quantizer=quantizer,
         views=views,
         splits=[name.strip() for name in splits.split(",")] if splits else None,
         limit=limit,
@@ -174,10 +185,7 @@ def encode(
         progress=console.progress_bar,
         **options,
     )
-    if as_json:
-        console.print_json(result.to_json())
-    else:
-        _show_result(result)
+    _finish(result, as_json)
     if result.invalid:
         console.warn(
             f"{result.invalid} samples could not be read; they are listed in {Path(result.out) / 'errors.jsonl'}"
@@ -203,11 +211,74 @@ def requantize(
     """
     from .requantizer import requantize as run
 
-    result = run(dataset, bits=bits, out=out, overwrite=overwrite, progress=console.progress_bar)
-    if as_json:
-        console.print_json(result.to_json())
-    else:
-        _show_result(result)
+    _finish(run(dataset, bits=bits, out=out, overwrite=overwrite, progress=console.progress_bar), as_json)
+
+
+@app.command()
+def convert(
+    dataset: Annotated[Path, typer.Argument(help="A folder that latentprep encode made.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write to; an unfinished one there is resumed.")],
+    store: Annotated[str, typer.Option(help="zarr, or wds: tars that any WebDataset reader reads.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the dataset in OUT and start anew.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Store a dataset otherwise. Nothing is lost: there and back gives the same bytes. What is written is read back.
+
+    Example:
+
+      latentprep convert shards shards-tars --store wds
+    """
+    from .derived import convert as run
+
+    _finish(run(dataset, out=out, store=store, overwrite=overwrite, progress=console.progress_bar), as_json)
+
+
+@app.command()
+def subset(
+    dataset: Annotated[Path, typer.Argument(help="A folder that latentprep encode made.")],
+    out: Annotated[Path, typer.Option(help="Folder to write to; an unfinished one there is resumed.")],
+    classes: Annotated[str | None, typer.Option(help="Comma-separated classes to keep. Default: all.")] = None,
+    fraction: Annotated[float, typer.Option(help="Share of each class of each split to keep.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Draws which. A smaller share is part of a larger one.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the dataset in --out and start anew.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Make a dataset of some of another one's samples. Those that could not be read are left out.
+
+    Example:
+
+      latentprep subset shards --classes circle,star --fraction 0.5 --out shards-small
+    """
+    from .selection import subset as run
+
+    names = [name.strip() for name in classes.split(",")] if classes else None
+    result = run(
+        dataset, out=out, classes=names, fraction=fraction, seed=seed, overwrite=overwrite,
+        progress=console.progress_bar,
+    )  # fmt: skip
+    _finish(result, as_json)
+
+
+@app.command()
+def merge(
+    datasets: Annotated[list[Path], typer.Argument(help="Two folders or more that latentprep encode made.")],
+    out: Annotated[Path, typer.Option(help="Folder to write to; an unfinished one there is resumed.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the dataset in --out and start anew.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Make one dataset of several that were encoded alike: other splits, or other samples of the same ones.
+
+    Encode the first part, and the others with --quantizer FIRST. Parts whose codes mean different things are refused.
+
+    Example:
+
+      latentprep encode more/ --codec dct --quantizer shards --out more-shards
+
+      latentprep merge shards more-shards --out all-shards
+    """
+    from .selection import merge as run
+
+    _finish(run(datasets, out=out, overwrite=overwrite, progress=console.progress_bar), as_json)
 
 
 @app.command()
@@ -323,6 +394,13 @@ def codecs(
             for row in rows
         ],
     )
+
+
+def _finish(result: EncodeResult, as_json: bool) -> None:
+    if as_json:
+        console.print_json(result.to_json())
+    else:
+        _show_result(result)
 
 
 def _show_result(result: EncodeResult) -> None:

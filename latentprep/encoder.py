@@ -18,14 +18,15 @@ import numpy as np
 
 from . import __version__
 from .console import ProgressFactory, silent
-from .errors import Interrupted, SourceError, UsageError, system_fault
+from .errors import Interrupted, SourceError, UsageError, nearest, system_fault
 from .format.commit import create_dataset, locked, write_errors
 from .format.dataset import LatentDataset, open_dataset
-from .format.manifest import Manifest, ShardRecord, train_split
+from .format.manifest import STORES, Manifest, ShardRecord, train_split
 from .format.quantizer import check_bits
+from .format.stores import code_bytes
 from .format.zarr_store import chunk_rows
 from .profile import Profile
-from .resume import check_same, stored_manifest
+from .resume import check_same, stored_manifest, with_quantizer_of
 from .sources import Source, open_source
 
 if TYPE_CHECKING:
@@ -77,6 +78,8 @@ def encode(
     size: int | None = None,
     phi: float = 0.0,
     out: str | Path = "shards",
+    store: str = "zarr",
+    quantizer: str | Path | None = None,
     views: int = 1,
     splits: list[str] | None = None,
     limit: int | None = None,
@@ -104,6 +107,8 @@ def encode(
     progress: ``latentprep.console.progress_bar`` shows what goes on.
     size: pixels a side; default suits source and codec. phi: makes it 1.15**phi times as large, the resolution of
     compound scaling (https://arxiv.org/abs/1905.11946), to the nearest that the codec takes.
+    store: ``zarr``, or ``wds`` for WebDataset tars. quantizer: a dataset whose quantizer is taken instead of a fitted
+    one, so that the two can be merged.
     views: of a train sample, see `images.load_views`; other splits have view 0 alone.
     limit: at most that many samples a split, spread over it. batch_size: images the codec takes at once.
     profile: measure where the time goes.
@@ -124,6 +129,8 @@ def encode(
     _check_whole("seed", seed, 0, (1 << 63) - 1)
     if not 0 <= max_error_fraction <= 1:
         raise UsageError(f"--max-error-fraction must be 0 to 1, got {max_error_fraction}")
+    if store not in STORES:
+        raise UsageError(f"--store must be {' or '.join(STORES)}, got {store}", nearest(store, STORES))
     root = Path(out)
 
     if not isinstance(source, Source):
@@ -136,11 +143,12 @@ def encode(
     coder = _open_codec(codec, device, codec_options)
     image_size = scaled_size(size or default_size(source, coder), phi, coder)
     latent = coder.latent_shape(image_size, image_size)
-    asked = _manifest(source, names, coder, bits, image_size, latent, views, seed, shard_rows)
+    asked = _manifest(source, names, coder, bits, image_size, latent, views, seed, shard_rows, store)
+    given = None if quantizer is None else with_quantizer_of(open_dataset(quantizer), asked)
 
     if dry_run:
-        code_bytes = sum(n * int(np.prod(asked.row_shape(split))) for split, n in asked.splits.items()) * bits // 8
-        return encode_result(root, asked, [], code_bytes=code_bytes, dry_run=True)
+        most = sum(n * int(np.prod(asked.row_shape(split))) for split, n in asked.splits.items()) * bits // 8
+        return encode_result(root, asked, [], code_bytes=most, dry_run=True)
 
     start = time.monotonic()
     try:
@@ -149,9 +157,9 @@ def encode(
             stored = stored_manifest(root, overwrite)
             stages = Stages(source, coder, batch_size, workers, max_pixels or MAX_PIXELS, strict)
             if stored is None:
-                manifest = calibrate(stages, asked, CALIBRATION, progress)
+                manifest = given or calibrate(stages, asked, CALIBRATION, progress)
             else:
-                check_same(root, stored, asked)
+                check_same(root, stored, asked if given is None else given, fitted=given is None)
                 manifest = stored
             create_dataset(root, manifest)
             dataset = open_dataset(root)
@@ -305,6 +313,7 @@ def _manifest(
     views: int,
     seed: int,
     shard_rows: int,
+    store: str,
 ) -> Manifest:
     """The manifest as asked for; quantizer and compression are placeholders until `calibrate` fills them in."""
     from .codecs import flip_signs
@@ -329,6 +338,7 @@ def _manifest(
         chunk_rows=chunk_rows(shard_rows, views * channels * height * width),
         compression=[],
         splits={name: source.size(name) for name in names},
+        store=store,
         written_by=f"latentprep {__version__}",
     )
 
@@ -341,7 +351,7 @@ def _check_whole(option: str, value: int | None, low: int, high: int) -> None:
 def encode_result(root: Path, manifest: Manifest, records: list[ShardRecord], **facts: Any) -> EncodeResult:
     """The result of a run that left `records` in the dataset at `root`."""
     invalid = {name: sum(len(r.invalid) for r in records if r.split == name) for name in manifest.splits}
-    facts = {"code_bytes": sum(record.code_bytes for record in records), **facts}
+    facts = {"code_bytes": sum(code_bytes(manifest, record) for record in records), **facts}
     return EncodeResult(
         out=str(root),
         codec=manifest.codec,

@@ -10,6 +10,7 @@ import numpy as np
 
 from .format.dataset import LatentDataset, open_dataset
 from .format.manifest import INVALID_LABEL, ShardRecord
+from .format.stores import code_bytes, store_of
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class DatasetInfo:
     """Facts of a dataset.
 
     latent: (C, h, w); views: of a train sample; size: pixels a side of the images that were encoded.
-    code_bytes: on disk, all committed codes; dataset_bytes: labels and keys too.
+    code_bytes: on disk, all committed codes (of a WebDataset store, the tars); dataset_bytes: labels and keys too.
     bits_per_value: ``8 * code_bytes`` over the number of codes. bytes_per_image: code bytes a sample.
     source_bytes: the encoded images read (JPEGs, as a rule). saturation: share of latents a channel that lay
     outside the quantizer's range.
@@ -71,7 +72,7 @@ def info(path: str | Path) -> DatasetInfo:
     rows = sum(record.rows for record in everything)
     valid = rows - sum(len(record.invalid) for record in everything)
     values = sum(record.rows * int(np.prod(manifest.row_shape(record.split))) for record in everything)
-    code_bytes = sum(record.code_bytes for record in everything)
+    codes = sum(code_bytes(manifest, record) for record in everything)
     source_bytes = sum(record.source_bytes for record in everything)
     saturated = (
         np.sum([record.saturated for record in everything], axis=0) if everything else np.zeros(manifest.latent[0])
@@ -85,19 +86,19 @@ def info(path: str | Path) -> DatasetInfo:
         views=manifest.most_views,
         latent=manifest.latent,
         store=manifest.store,
-        compression="+".join(step["name"] for step in manifest.compression),
+        compression=store_of(manifest).described(manifest),
         source=manifest.source["spec"],
         mirror=manifest.flip is not None,
         complete=all(len(shards) == manifest.shard_count(split) for split, shards in records.items()),
         classes=len(manifest.classes),
         splits={split: _split_info(dataset, split, shards) for split, shards in records.items()},
-        code_bytes=code_bytes,
+        code_bytes=codes,
         dataset_bytes=sum(file.bytes for record in everything for file in record.files.values()),
         source_bytes=source_bytes,
-        bits_per_value=8 * code_bytes / max(1, values),
-        bytes_per_image=code_bytes / max(1, rows),
-        smaller_than_source=source_bytes / max(1, code_bytes),
-        smaller_than_pixels=pixel_bytes / max(1, code_bytes),
+        bits_per_value=8 * codes / max(1, values),
+        bytes_per_image=codes / max(1, rows),
+        smaller_than_source=source_bytes / max(1, codes),
+        smaller_than_pixels=pixel_bytes / max(1, codes),
         saturation=tuple((saturated * manifest.latent[0] / max(1, values)).tolist()),
     )
 

@@ -26,7 +26,8 @@ from .format.commit import commit_shard
 from .format.dataset import LatentDataset
 from .format.manifest import INVALID_LABEL, Manifest, ShardRecord, train_split
 from .format.quantizer import Quantizer
-from .format.zarr_store import choose_compression, encode_shard_files
+from .format.stores import store_of
+from .format.zarr_store import choose_compression
 from .images import BadImage, load_views
 from .profile import CODEC, DECODE, QUANTIZE, WAIT_DECODE, WAIT_WRITE, WRITE, Profile
 from .quantize import fit_quantizer, quantize, quantize_counting
@@ -330,7 +331,8 @@ def _committed(dataset: LatentDataset, shard: list[_Coded], keys: list[str], lab
         manifest=dataset.manifest_sha256,
         invalid=tuple({"row": rows[place], "key": shard_keys[place], "reason": invalid[rows[place]]} for place in bad),
     )
-    files = encode_shard_files(dataset.manifest, split, index, codes, shard_labels, shard_keys)
+    store = store_of(dataset.manifest)
+    files = store.encode_shard_files(dataset.manifest, split, index, codes, shard_labels, shard_keys)
     return commit_shard(dataset.root, record, files)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,16 +10,15 @@ import torch
 
 from . import __version__
 from .console import ProgressFactory, silent
-from .encoder import CALIBRATION, EncodeResult, encode_result, plan
-from .errors import DatasetError, UsageError, system_fault
-from .format.commit import commit_shard, create_dataset, locked, write_errors
-from .format.dataset import LatentDataset, open_dataset
-from .format.manifest import INVALID_LABEL, Manifest, ShardRecord, train_split
+from .derived import derive, every_row, opened
+from .encoder import CALIBRATION, EncodeResult
+from .errors import UsageError
+from .format.dataset import Codes, LatentDataset
+from .format.manifest import INVALID_LABEL, Manifest, train_split
 from .format.quantizer import Quantizer, check_bits
-from .format.zarr_store import choose_compression, encode_shard_files
+from .format.zarr_store import choose_compression
 from .pipeline import calibration_rows
 from .quantize import fit_quantizer
-from .resume import check_same, stored_manifest
 
 
 def requantize(
@@ -39,41 +37,29 @@ def requantize(
     Raises `UsageError` if the dataset has no more than `bits` bits, `DatasetError` if it is damaged or not complete.
     """
     check_bits(bits)
-    source = dataset if isinstance(dataset, LatentDataset) else open_dataset(dataset)
+    source = opened(dataset)
     if bits >= source.quantizer.bits:
         raise UsageError(
             f"{source.root} has {source.quantizer.bits} bits a code; requantizing to {bits} would gain nothing",
             f"use --bits 1 to {source.quantizer.bits - 1}" if source.quantizer.bits > 1 else "encode with more bits",
         )
-    for split in source.splits:
-        source.check_complete(split)
-    root = Path(out)
-    if root.resolve() == source.root.resolve():
-        raise UsageError(f"--out is the dataset itself, {root}", "name another folder")
     manifest = requantized_manifest(source, bits)
-    start = time.monotonic()
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with locked(root):
-            stored = stored_manifest(root, overwrite)
-            if stored is not None:
-                check_same(root, stored, manifest)
-                if stored.quantizer != manifest.quantizer:
-                    raise DatasetError(f"{root} was not made from {source.root}", "choose another --out")
-                manifest = stored
-            create_dataset(root, manifest)
-            target = open_dataset(root)
-            jobs = [job for job in plan(manifest) if target.record(*job) is None]
-            encoded = 0
-            with progress("requantizing", sum(manifest.splits.values()), "samples", 0) as bar:
-                for split, index in jobs:
-                    encoded += _requantize_shard(source, target, split, index).rows
-                    bar.advance(manifest.rows_in_shard(split, index))
-            records = [record for split in manifest.splits for record in target.records(split)]
-            write_errors(root, records)
-    except OSError as error:
-        raise system_fault(error) from error
-    return encode_result(root, manifest, records, encoded=encoded, seconds=time.monotonic() - start)
+    table, outside = code_table(source.quantizer, manifest.quantizer)
+
+    def fewer_bits(shard: Codes, saturated: tuple[int, ...]) -> tuple[Codes, tuple[int, ...]]:
+        codes, counts = np.empty_like(shard.codes), []
+        for channel, (new, out) in enumerate(zip(table, outside, strict=True)):
+            plane = shard.codes[:, :, channel]
+            codes[:, :, channel] = new[plane]
+            found = np.bincount(plane[shard.labels != INVALID_LABEL].ravel(), minlength=len(out))
+            counts.append(int(found[out].sum()))
+        codes[shard.labels == INVALID_LABEL] = 0
+        return replace(shard, codes=codes), tuple(counts)
+
+    return derive(
+        out, manifest, [source], every_row([source]), fewer_bits,
+        title="requantizing", overwrite=overwrite, progress=progress,
+    )  # fmt: skip
 
 
 def requantized_manifest(source: LatentDataset, bits: int) -> Manifest:
@@ -91,23 +77,6 @@ def requantized_manifest(source: LatentDataset, bits: int) -> Manifest:
     codes = quantizer.quantize(latents)[:, None]
     compression = choose_compression(codes)
     return replace(manifest, quantizer=quantizer, compression=compression, written_by=f"latentprep {__version__}")
-
-
-def _requantize_shard(source: LatentDataset, target: LatentDataset, split: str, index: int) -> ShardRecord:
-    record, shard = source.committed(split, index), source.read_shard(split, index)
-    table, outside = code_table(source.quantizer, target.quantizer)
-    codes = np.empty_like(shard.codes)
-    saturated = []
-    for channel, (new, out) in enumerate(zip(table, outside, strict=True)):
-        plane = shard.codes[:, :, channel]
-        codes[:, :, channel] = new[plane]
-        counts = np.bincount(plane[shard.labels != INVALID_LABEL].ravel(), minlength=len(out))
-        saturated.append(int(counts[out].sum()))
-    codes[shard.labels == INVALID_LABEL] = 0
-    made = replace(record, files={}, saturated=tuple(saturated), manifest=target.manifest_sha256)
-    return commit_shard(
-        target.root, made, encode_shard_files(target.manifest, split, index, codes, shard.labels, shard.keys)
-    )
 
 
 def code_table(source: Quantizer, target: Quantizer) -> tuple[np.ndarray, np.ndarray]:

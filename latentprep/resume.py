@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from .errors import DatasetError
 from .format.commit import remove_dataset
-from .format.dataset import open_dataset
+from .format.dataset import LatentDataset, open_dataset
 from .format.manifest import MANIFEST, Manifest
 
 
@@ -27,16 +28,22 @@ def stored_manifest(root: Path, overwrite: bool) -> Manifest | None:
     return None
 
 
-def check_same(root: Path, stored: Manifest, asked: Manifest) -> None:
-    """`DatasetError` naming the first field in which the dataset at `root` is not the one asked for."""
-    for name, have, want in _differences(_comparable(stored), _comparable(asked)):
+def check_same(root: Path, stored: Manifest, asked: Manifest, fitted: bool) -> None:
+    """`DatasetError` naming the first field in which the dataset at `root` is not the one asked for.
+
+    fitted: the quantizer asked for is still to be fitted, so that only its bits count.
+    """
+    have, want = _decided(stored), _decided(asked)
+    if not fitted:
+        have, want = have | {"quantizer": stored.quantizer.to_json()}, want | {"quantizer": asked.quantizer.to_json()}
+    for name, there, here in differences(have, want):
         hints = {
             "source.sha256": "its files, labels, or --limit, --val-fraction or --seed changed; ",
-            "codec.dtype": f"pass --dtype {have}; ",
+            "codec.dtype": f"pass --dtype {there}; ",
             **dict.fromkeys((f"splits.{n}" for n in stored.splits), "--limit or --val-fraction may have changed; "),
         }
         what = (
-            "the source has changed" if name == "source.sha256" else f"{name} is {have}, this command asks for {want}"
+            "the source has changed" if name == "source.sha256" else f"{name} is {there}, this command asks for {here}"
         )
         raise DatasetError(
             f"{root} was made otherwise: {what}",
@@ -44,22 +51,44 @@ def check_same(root: Path, stored: Manifest, asked: Manifest) -> None:
         )
 
 
-def _comparable(manifest: Manifest) -> dict:
-    """What the user decided; quantizer ranges and compression follow from it."""
+def with_quantizer_of(dataset: LatentDataset, asked: Manifest) -> Manifest:
+    """The manifest asked for with the dataset's quantizer and compression, so that the two can be merged.
+
+    Raises `DatasetError` naming the first field in which codes of the two cannot mean the same.
+    """
+    for name, there, here in differences(_meaning(dataset.manifest), _meaning(asked)):
+        raise DatasetError(
+            f"the quantizer of {dataset.root} is for other latents: {name} is {there}, this command asks for {here}",
+            "give the same options as for that dataset, or leave out --quantizer",
+        )
+    return replace(asked, quantizer=dataset.manifest.quantizer, compression=dataset.manifest.compression)
+
+
+def _meaning(manifest: Manifest) -> dict:
+    """What decides which latents an image has, and into how many codes they go."""
     return {
         "codec": {key: value for key, value in manifest.codec.items() if key != "weights"},
         "bits": manifest.quantizer.bits,
+        "transform": {key: manifest.transform.get(key) for key in ("size", "resize")},
+    }
+
+
+def _decided(manifest: Manifest) -> dict:
+    """What the user decided; quantizer ranges and compression follow from it."""
+    return _meaning(manifest) | {
         "transform": manifest.transform,
         "splits": manifest.splits,
         "classes": list(manifest.classes),
         "source": {"sha256": manifest.source["sha256"]},
         "shard_rows": manifest.shard_rows,
+        "store": manifest.store,
     }
 
 
-def _differences(have: Any, want: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+def differences(have: Any, want: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Where two JSON values differ: the dotted name and both values."""
     if isinstance(have, dict) and isinstance(want, dict):
         for key in dict.fromkeys([*have, *want]):
-            yield from _differences(have.get(key), want.get(key), f"{name}.{key}".lstrip("."))
+            yield from differences(have.get(key), want.get(key), f"{name}.{key}".lstrip("."))
     elif have != want:
         yield name, have, want

@@ -19,7 +19,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -101,10 +101,7 @@ class Source:
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) over classes, splits, keys and labels: what a resumed run must find unchanged."""
-        digest = hashlib.sha256(json.dumps([self.classes, self.splits]).encode())
-        for rows in self._rows.values():
-            digest.update(json.dumps([row[:2] for row in rows]).encode())
-        return digest.hexdigest()
+        return fingerprint(self.classes, {split: [row[:2] for row in rows] for split, rows in self._rows.items()})
 
     def take(self, limit: int) -> Source:
         """The source with at most ``limit`` samples a split, evenly spaced over its classes and keys.
@@ -114,6 +111,14 @@ class Source:
         if limit < 1:
             raise UsageError(f"limit must be 1 or more, got {limit}", "leave --limit out for all samples")
         return Source(self.spec, self.classes, {s: _spread(rows, limit) for s, rows in self._rows.items()}, self._load)
+
+
+def fingerprint(classes: Sequence[str], splits: Mapping[str, Iterable[tuple[str, int]]]) -> str:
+    """SHA-256 (hex) over class names, split names, and the (key, label) of every row of each split."""
+    digest = hashlib.sha256(json.dumps([list(classes), list(splits)]).encode())
+    for rows in splits.values():
+        digest.update(json.dumps(list(rows)).encode())
+    return digest.hexdigest()
 
 
 def _spread(rows: list[Row], limit: int) -> list[Row]:

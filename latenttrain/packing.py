@@ -1,4 +1,7 @@
-"""Codes of few bits side by side in bytes: eight codes of b bits in b bytes, and a resident split held that way."""
+"""Codes of few bits side by side in bytes: eight codes of b bits in b bytes, and a resident split held that way.
+
+The bits lie as in `latentprep.format.packing`, which also says how many bytes they take.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .data import Split
-
-
-def packed_bytes(count: int, bits: int) -> int:
-    """What `count` codes take: whole groups of eight codes."""
-    return -(-count // 8) * bits
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import latentprep
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CHANGELOG.md"]
@@ -42,19 +44,33 @@ def test_the_python_runs(folder: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_reader_in_the_specification_reads(folder: Path) -> None:
+CHECKS = {
+    "zarr": """
+import latentprep
+expected = latentprep.open("shards").load("train")
+assert (codes == expected.codes).all() and (labels == expected.labels).all()
+assert (latents == latentprep.open("shards").quantizer.dequantize(expected.codes)[:, 0]).all()
+""",
+    "wds": """
+import latentprep, urllib.parse
+expected = latentprep.open("shards-tars").load("train")
+samples = list(samples)
+assert [urllib.parse.unquote(key) for key, _, _ in samples] == expected.keys and len(samples) == 100
+assert (numpy.stack([codes for _, codes, _ in samples]) == expected.codes[:, 0]).all()
+assert [label for _, _, label in samples] == expected.labels.tolist()
+""",
+}
+
+
+@pytest.mark.parametrize(("place", "store"), list(enumerate(CHECKS)))
+def test_the_readers_in_the_specification_read(place: int, store: str, tmp_path: Path) -> None:
     text = (ROOT / "docs" / "format.md").read_text()
-    (code,) = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
-    check = (
-        "\nimport latentprep\n"
-        "expected = latentprep.open('shards').load('train')\n"
-        "assert (codes == expected.codes).all() and (labels == expected.labels).all()\n"
-        "assert (latents == latentprep.open('shards').quantizer.dequantize(expected.codes)[:, 0]).all()\n"
-    )
-    if not (folder / "shards").exists():
-        command = [sys.executable, "-m", "latentprep.cli", "encode", "shapes", "--codec", "dct", "--limit", "100"]
-        subprocess.run(command, cwd=folder, check=True, capture_output=True)
-    done = subprocess.run([sys.executable, "-c", code + check], cwd=folder, capture_output=True, text=True)
+    code = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)[place]
+    out = "shards" if store == "zarr" else "shards-tars"
+    latentprep.encode(
+        "shapes", codec="dct", limit=100, views=2, shard_rows=60, store=store, out=tmp_path / out
+    )  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code + CHECKS[store]], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

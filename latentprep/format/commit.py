@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..errors import DatasetError
 from .manifest import ERRORS, MANIFEST, FileRecord, Manifest, ShardRecord, read_manifest, record_path
-from .zarr_store import metadata_files, shard_files
+from .stores import store_of
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -37,7 +37,7 @@ def create_dataset(root: Path, manifest: Manifest) -> None:
 
     Run again at every resume: files that are already right are left alone.
     """
-    files = {MANIFEST: manifest.to_bytes(), **metadata_files(manifest)}
+    files = {MANIFEST: manifest.to_bytes(), **store_of(manifest).metadata_files(manifest)}
     for path, data in files.items():
         if not (root / path).is_file() or (root / path).read_bytes() != data:
             write_atomic(root / path, data)
@@ -72,10 +72,11 @@ def write_errors(root: Path, records: list[ShardRecord]) -> None:
 def remove_dataset(root: Path) -> None:
     """Delete what an encode wrote at `root` (for ``--overwrite``), file by file, and nothing else. Manifest first."""
     manifest, _ = read_manifest(root)
-    files = [MANIFEST, ERRORS, *metadata_files(manifest)]
+    store = store_of(manifest)
+    files = [MANIFEST, ERRORS, *store.metadata_files(manifest)]
     for split in manifest.splits:
         for index in range(manifest.shard_count(split)):
-            files += [record_path(split, index), *shard_files(split, index).values()]
+            files += [record_path(split, index), *store.shard_files(split, index).values()]
     for path in files:
         (root / path).unlink(missing_ok=True)
         (root / (path + ".tmp")).unlink(missing_ok=True)

@@ -12,7 +12,7 @@ import numpy as np
 from ..errors import DatasetError, UsageError
 from .manifest import INVALID_LABEL, ShardRecord, read_manifest, read_record
 from .quantizer import Quantizer
-from .zarr_store import decode_labels, decode_shard_files, shard_files
+from .stores import store_of
 
 _READERS = 4  # threads that read, verify and decompress shards; all three release the interpreter lock
 
@@ -41,6 +41,7 @@ class LatentDataset:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.manifest, self.manifest_sha256 = read_manifest(root)
+        self._store = store_of(self.manifest)
         self._verified: set[str] = set()
 
     @property
@@ -109,8 +110,9 @@ class LatentDataset:
         Raises `DatasetError` naming the shard if it is missing, cut short, altered, or from another encode.
         """
         record = self.committed(split, index)
-        files = {path: self._read(record, path, verify) for path in shard_files(split, index).values()}
-        codes, labels, keys = decode_shard_files(self.manifest, split, index, files)
+        paths = set(self._store.shard_files(split, index).values())
+        files = {path: self._read(record, path, verify) for path in paths}
+        codes, labels, keys = self._store.decode_shard_files(self.manifest, split, index, files)
         if verify:
             self._check_values(codes, labels, f"shard {split} {index}")
         return Codes(codes, labels, keys)
@@ -118,8 +120,8 @@ class LatentDataset:
     def read_labels(self, split: str, index: int) -> np.ndarray:
         """i32 [n]: the labels of one shard's rows, −1 for invalid ones, without touching its codes."""
         record = self.committed(split, index)
-        path = shard_files(split, index)["labels"]
-        return decode_labels(self.manifest, split, index, self._read(record, path, verify=True))
+        path = self._store.shard_files(split, index)["labels"]
+        return self._store.decode_labels(self.manifest, split, index, self._read(record, path, verify=True))
 
     def load(self, split: str, limit: int | None = None) -> Codes:
         """The whole split in memory, invalid rows left out; with `limit`, at most so many, spread evenly."""

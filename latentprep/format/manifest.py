@@ -17,7 +17,7 @@ from .quantizer import Quantizer
 
 FORMAT = "latentprep"
 VERSION = 1
-STORES = ("zarr",)
+STORES = ("zarr", "wds")
 MANIFEST = "manifest.json"
 RECORDS = "records"
 ERRORS = "errors.jsonl"
@@ -39,8 +39,9 @@ class Manifest:
     latent: (C, h, w) of one view's codes.
     flip: per-channel signs, if ``sign * mirrored latents`` are exactly the mirrored image's latents, else None.
     shard_rows, chunk_rows: samples in a (whole) shard, and in one separately compressed chunk of it.
-    compression: the Zarr codec chain of the codes array, chosen by measurement.
+    compression: the Zarr codec chain of the codes array, chosen by measurement; other stores keep it for a conversion.
     splits: rows of each split, invalid ones included.
+    store: how shards are stored; see `latentprep.format.stores`.
     """
 
     codec: dict
@@ -188,11 +189,6 @@ class ShardRecord:
     @property
     def path(self) -> str:
         return record_path(self.split, self.index)
-
-    @property
-    def code_bytes(self) -> int:
-        """Bytes on disk of the shard's codes, without its labels and keys."""
-        return sum(file.bytes for path, file in self.files.items() if "/codes/" in path)
 
     def to_bytes(self) -> bytes:
         return dump_json(

@@ -115,6 +115,10 @@ def decode_labels(manifest: Manifest, split: str, index: int, data: bytes) -> np
     )
 
 
+def described(manifest: Manifest) -> str:
+    return "+".join(step["name"] for step in manifest.compression)
+
+
 def metadata_files(manifest: Manifest) -> dict[str, bytes]:
     """path: bytes of the `zarr.json` files, so that any Zarr v3 reader opens the dataset."""
     files: dict[str, Any] = {}

@@ -9,13 +9,16 @@ import pytest
 
 from latentprep.format import Manifest, Quantizer, ShardRecord, open_dataset
 from latentprep.format.commit import commit_shard, create_dataset
-from latentprep.format.zarr_store import CANDIDATES, chunk_rows, encode_shard_files
+from latentprep.format.stores import store_of
+from latentprep.format.zarr_store import CANDIDATES, chunk_rows
 
 CLASSES = ("apple", "birch", "cedar", "daisy")
 SHARD_ROWS = 64
 
 
-def make_manifest(classes=CLASSES, rows=None, latent=(3, 8, 8), views=1, bits=4, flip=None, codec=None, size=64):
+def make_manifest(
+    classes=CLASSES, rows=None, latent=(3, 8, 8), views=1, bits=4, flip=None, codec=None, size=64, store="zarr"
+):
     return Manifest(
         codec=codec or {"name": "fake", "levels": 7},
         quantizer=Quantizer(bits, (-2.0,) * latent[0], (0.25,) * latent[0]),
@@ -28,6 +31,7 @@ def make_manifest(classes=CLASSES, rows=None, latent=(3, 8, 8), views=1, bits=4,
         chunk_rows=chunk_rows(SHARD_ROWS, views * int(np.prod(latent))),
         compression=CANDIDATES[0],
         splits=rows or {"train": 200, "val": 70},
+        store=store,
         written_by="a test",
     )
 
@@ -52,7 +56,8 @@ def write_dataset(root: Path, manifest: Manifest, invalid: int = 0, skip: tuple[
         for index in range(manifest.shard_count(split)):
             part = slice(index * SHARD_ROWS, index * SHARD_ROWS + manifest.rows_in_shard(split, index))
             keys = [f"{split}/{row}.jpg" for row in range(rows)[part]]
-            files = encode_shard_files(manifest, split, index, codes[part], labels[part], keys)
+            codes[part][labels[part] < 0] = 0
+            files = store_of(manifest).encode_shard_files(manifest, split, index, codes[part], labels[part], keys)
             record = ShardRecord(split, index, len(keys), {}, 1, (0,) * manifest.latent[0], sha256)
             if (split, index) != skip:
                 commit_shard(root, record, files)

@@ -1,0 +1,50 @@
+"""The stores by their names in a manifest. Each is a module with the functions of `Store`; nothing else knows which."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from . import wds_store, zarr_store
+from .manifest import Manifest, ShardRecord
+
+
+class Store(Protocol):
+    """Arrays to the bytes of files, and back. What is written when, and whether it is damaged, is decided elsewhere."""
+
+    def described(self, manifest: Manifest) -> str:
+        """In a word or two, how codes become small."""
+
+    def metadata_files(self, manifest: Manifest) -> dict[str, bytes]:
+        """path: bytes of the files that a dataset has beside its shards."""
+
+    def shard_files(self, split: str, index: int) -> dict[str, str]:
+        """``codes``, ``labels`` and ``keys`` -> path of the file that holds them of shard `index`."""
+
+    def encode_shard_files(
+        self, manifest: Manifest, split: str, index: int, codes: np.ndarray, labels: np.ndarray, keys: list[str]
+    ) -> dict[str, bytes]:
+        """codes u8 [n,V,C,h,w], labels i32 [n], n keys -> path: bytes of the shard's files. The same input, the same
+        bytes."""
+
+    def decode_shard_files(
+        self, manifest: Manifest, split: str, index: int, files: dict[str, bytes]
+    ) -> tuple[np.ndarray, np.ndarray, list[str]]:
+        """Inverse of `encode_shard_files`. Raises `DatasetError` for bytes that do not decode."""
+
+    def decode_labels(self, manifest: Manifest, split: str, index: int, data: bytes) -> np.ndarray:
+        """The bytes of the file that holds a shard's labels -> i32 [n]."""
+
+
+_STORES: dict[str, Store] = {"zarr": zarr_store, "wds": wds_store}
+
+
+def store_of(manifest: Manifest) -> Store:
+    return _STORES[manifest.store]
+
+
+def code_bytes(manifest: Manifest, record: ShardRecord) -> int:
+    """Size of the file that holds a shard's codes: in a WebDataset store with its labels, keys and headers."""
+    file = record.files.get(store_of(manifest).shard_files(record.split, record.index)["codes"])
+    return file.bytes if file else 0
