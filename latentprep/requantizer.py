@@ -13,7 +13,7 @@ from . import __version__
 from .console import ProgressFactory, silent
 from .encoder import CALIBRATION, EncodeResult, encode_result, plan
 from .errors import DatasetError, UsageError, system_fault
-from .format.commit import commit_shard, create_dataset, locked, write_errors
+from .format.commit import commit_shard, create_dataset, locked, make_folder, write_errors
 from .format.dataset import LatentDataset, open_dataset
 from .format.manifest import INVALID_LABEL, Manifest, ShardRecord, train_split
 from .format.quantizer import Quantizer, check_bits
@@ -53,7 +53,7 @@ def requantize(
     manifest = requantized_manifest(source, bits)
     start = time.monotonic()
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        make_folder(root)
         with locked(root):
             stored = stored_manifest(root, overwrite)
             if stored is not None:
