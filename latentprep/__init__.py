@@ -1,7 +1,7 @@
 """Encode an image dataset once with a lossy codec and keep its low-bit codes.
 
-`encode`, `open`, `requantize` and `write_latents` are what the command line runs; they are imported on first use, so
-that importing this package stays cheap.
+`encode`, `open`, `requantize`, `verify` and `write_latents` are what the command line runs; they are imported on first
+use, so that importing this package stays cheap.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["encode", "open", "requantize", "write_latents"]
+__all__ = ["encode", "open", "requantize", "verify", "write_latents"]
 
 if TYPE_CHECKING:
     from .encoder import encode
     from .format import open_dataset as open
     from .latents import write_latents
     from .requantizer import requantize
+    from .verifier import verify
 
 
 def __getattr__(name: str) -> Any:
@@ -31,6 +32,10 @@ def __getattr__(name: str) -> Any:
         from .requantizer import requantize
 
         return requantize
+    if name == "verify":
+        from .verifier import verify
+
+        return verify
     if name == "write_latents":
         from .latents import write_latents
 

@@ -12,7 +12,7 @@ import numpy as np
 from ..errors import DatasetError, UsageError
 from .manifest import INVALID_LABEL, ShardRecord, read_manifest, read_record
 from .quantizer import Quantizer
-from .zarr_store import decode_labels, decode_shard_files, shard_files
+from .zarr_store import decode_keys, decode_labels, decode_shard_files, shard_files
 
 _READERS = 4  # threads that read, verify and decompress shards; all three release the interpreter lock
 
@@ -30,6 +30,10 @@ class Codes:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+
+class ForeignRecord(DatasetError):
+    """A record made under another manifest than the dataset's."""
 
 
 class LatentDataset:
@@ -72,7 +76,7 @@ class LatentDataset:
         if record is None:
             return None
         if record.manifest != self.manifest_sha256:
-            raise DatasetError(
+            raise ForeignRecord(
                 f"{self.root / record.path} belongs to another encode than {self.root / 'manifest.json'}",
                 "one of them was altered or copied in; restore it, or encode again with --overwrite",
             )
@@ -128,6 +132,22 @@ class LatentDataset:
         record = self.committed(split, index)
         path = shard_files(split, index)["labels"]
         return decode_labels(self.manifest, split, index, self._read(record, path))
+
+    def read_keys(self, split: str, index: int) -> list[str]:
+        """The keys of one shard's rows, invalid ones included, without touching its codes."""
+        record = self.committed(split, index)
+        path = shard_files(split, index)["keys"]
+        return decode_keys(self.manifest, split, index, self._read(record, path))
+
+    def check_files(self, record: ShardRecord) -> None:
+        """`DatasetError` if a file of the shard is not the recorded one."""
+        paths = shard_files(record.split, record.index).values()
+        if set(record.files) != set(paths):
+            raise DatasetError(
+                f"{self.root / record.path} lists other files than shard {record.split} {record.index} has"
+            )
+        for path in paths:
+            self._read(record, path)
 
     def load(self, split: str, limit: int | None = None) -> Codes:
         """The whole split in memory, invalid rows left out; with `limit`, at most so many, spread evenly."""
