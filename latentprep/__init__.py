@@ -1,7 +1,7 @@
 """Encode an image dataset once with a lossy codec and keep its low-bit codes.
 
-`encode`, `open`, `requantize`, `convert`, `subset`, `merge` and `write_latents` are what the command line runs; they
-are imported on first use, so that importing this package stays cheap.
+`encode`, `open`, `requantize`, `convert`, `subset`, `merge`, `verify` and `write_latents` are what the command line
+runs; they are imported on first use, so that importing this package stays cheap.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["convert", "encode", "merge", "open", "requantize", "subset", "write_latents"]
+__all__ = ["convert", "encode", "merge", "open", "requantize", "subset", "verify", "write_latents"]
 
 if TYPE_CHECKING:
     from .derived import convert
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .latents import write_latents
     from .requantizer import requantize
     from .selection import merge, subset
+    from .verifier import verify
 
 _HOMES = {
     "convert": ".derived",
@@ -25,6 +26,7 @@ _HOMES = {
     "merge": ".selection",
     "requantize": ".requantizer",
     "subset": ".selection",
+    "verify": ".verifier",
     "write_latents": ".latents",
 }
 

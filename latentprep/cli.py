@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import __version__, console
-from .errors import UsageError
+from .errors import DatasetError, UsageError
 
 if TYPE_CHECKING:
     from .encoder import EncodeResult
+    from .verifier import VerifyResult
 
 app = typer.Typer(
     name="latentprep",
@@ -321,6 +322,66 @@ def latents(
 
 
 @app.command()
+def verify(
+    dataset: Annotated[Path, typer.Argument(help="A folder that latentprep encode made.")],
+    deep: Annotated[bool, typer.Option("--deep", help="Decode every shard, not only some of each split.")] = False,
+    source: Annotated[
+        str | None, typer.Option(help="The source that it was made of: compare with it, and encode some images again.")
+    ] = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Encode damaged and missing shards again, from --source.")
+    ] = False,
+    samples: Annotated[int, typer.Option(rich_help_panel="Source", help="Images to encode again and compare.")] = 64,
+    data: Annotated[
+        Path | None, typer.Option(rich_help_panel="Source", help="A copy of the named dataset that you already have.")
+    ] = None,
+    val_fraction: Annotated[
+        float | None, typer.Option(rich_help_panel="Source", help="As it was for the encode.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(rich_help_panel="Source", help="As it was for the encode.")] = None,
+    seed: Annotated[
+        int, typer.Option(rich_help_panel="Source", help="As it was for the encode; it also draws the samples.")
+    ] = 0,
+    weights: Annotated[
+        str | None, typer.Option(help="Folder of the autoencoder's weights, if they are not where they were.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images the codec takes at once.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Threads that read and decode images.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Check every file of a dataset against its checksums, and its rows against what they must be.
+
+    Exit code 0: all is well. 6: something is damaged or missing; each shard is named, and --repair makes it again.
+
+    Examples:
+
+      latentprep verify shards --deep
+
+      latentprep verify shards --source photos/ --repair
+    """
+    from .verifier import verify as run
+
+    opened = None
+    if source is not None:
+        from .sources import open_source
+
+        with console.byte_progress() as reading:
+            opened = open_source(source, data=data, val_fraction=val_fraction, seed=seed, progress=reading)
+        opened = opened.take(limit) if limit is not None else opened
+    found = run(
+        dataset, deep=deep, source=opened, samples=samples, seed=seed, repair=repair, weights=weights, device=device,
+        batch_size=batch_size, workers=workers, progress=console.progress_bar,
+    )  # fmt: skip
+    if as_json:
+        console.print_json(found.to_json())
+    else:
+        _show_verified(found)
+    if not found.ok:
+        raise typer.Exit(DatasetError.exit_code)
+
+
+@app.command()
 def info(
     dataset: Annotated[Path, typer.Argument(help="A folder that latentprep encode made.")],
     as_json: Json = False,
@@ -401,6 +462,31 @@ def _finish(result: EncodeResult, as_json: bool) -> None:
         console.print_json(result.to_json())
     else:
         _show_result(result)
+
+
+def _show_verified(found: VerifyResult) -> None:
+    facts = {
+        "checked": f"{found.checked} of {console.plural(found.shards, 'shard')}, {found.rows} rows, "
+        f"{console.size(found.bytes)}; codes of {found.decoded} decoded"
+    }
+    if found.invalid:
+        facts["invalid"] = f"{found.invalid} samples could not be read when they were encoded"
+    if found.compared is not None:
+        facts["compared"] = (
+            f"{console.plural(found.compared.images, 'image')} encoded again: {found.compared.differing:.3%} of the "
+            f"codes differ, an image by {found.compared.farthest:.3%} of the range at most"
+        )
+        if found.compared.unreadable:
+            facts["unreadable"] = f"{len(found.compared.unreadable)} now, first {found.compared.unreadable[0]}"
+    if found.repaired:
+        same = sum(map(bool, found.repaired.values()))
+        facts["repaired"] = ", ".join(found.repaired) + (f"; {same} to the recorded bytes" if same else "")
+    if not found.ok:
+        facts["next"] = "run the same command with --source SOURCE --repair: it encodes just these shards again"
+    console.print_facts(f"{found.path} is " + ("whole" if found.ok else "not whole"), facts)
+    if found.problems:
+        rows = [["-" if p.split is None else f"{p.split} {p.index}", p.what] for p in found.problems]
+        console.print_table("", ["shard", "what is wrong"], rows)
 
 
 def _show_result(result: EncodeResult) -> None:

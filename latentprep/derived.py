@@ -17,7 +17,7 @@ import numpy as np
 from .console import ProgressFactory, silent
 from .encoder import EncodeResult, encode_result, plan
 from .errors import DatasetError, UsageError, nearest, system_fault
-from .format.commit import commit_shard, create_dataset, locked, write_errors
+from .format.commit import commit_shard, create_dataset, locked, make_folder, write_errors
 from .format.dataset import Codes, LatentDataset, open_dataset
 from .format.manifest import INVALID_LABEL, STORES, Manifest, ShardRecord
 from .format.stores import store_of
@@ -90,7 +90,7 @@ def derive(
         if root.resolve() == part.root.resolve():
             raise UsageError(f"--out is the dataset itself, {root}", "name another folder")
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        make_folder(root)
         with locked(root):
             stored = stored_manifest(root, overwrite)
             if stored is not None:

@@ -19,9 +19,9 @@ import numpy as np
 from . import __version__
 from .console import ProgressFactory, silent
 from .errors import Interrupted, SourceError, UsageError, nearest, system_fault
-from .format.commit import create_dataset, locked, write_errors
+from .format.commit import create_dataset, locked, make_folder, write_errors
 from .format.dataset import LatentDataset, open_dataset
-from .format.manifest import STORES, Manifest, ShardRecord, train_split
+from .format.manifest import MAX_SHARD_CODES, MAX_SHARDS, STORES, Manifest, ShardRecord, train_split
 from .format.quantizer import check_bits
 from .format.stores import code_bytes
 from .format.zarr_store import chunk_rows
@@ -150,9 +150,14 @@ def encode(
         most = sum(n * int(np.prod(asked.row_shape(split))) for split, n in asked.splits.items()) * bits // 8
         return encode_result(root, asked, [], code_bytes=most, dry_run=True)
 
+    if sum(map(asked.shard_count, names)) > MAX_SHARDS:
+        raise UsageError(f"--shard-rows {shard_rows} makes more than {MAX_SHARDS} shards", "use larger shards")
+    if shard_rows * max(int(np.prod(asked.row_shape(split))) for split in names) > MAX_SHARD_CODES:
+        raise UsageError(f"--shard-rows {shard_rows} makes shards of more than {MAX_SHARD_CODES} codes", "use fewer")
+
     start = time.monotonic()
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        make_folder(root)
         with locked(root):
             stored = stored_manifest(root, overwrite)
             stages = Stages(source, coder, batch_size, workers, max_pixels or MAX_PIXELS, strict)
@@ -255,7 +260,7 @@ def _run(
                 encoded += record.rows
                 records[record.split].append(record)
                 if record.invalid:
-                    write_errors(dataset.root, sorted(_flat(records), key=lambda r: (r.split, r.index)))
+                    write_errors(dataset.root, _flat(records))
                 _check_errors(records, manifest, max_fraction)
     except KeyboardInterrupt as error:
         committed, total = len(_flat(records)), sum(manifest.shard_count(name) for name in manifest.splits)
@@ -263,7 +268,7 @@ def _run(
             f"interrupted: {committed} of {total} shards are committed",
             "run the same command again to go on from there",
         ) from error
-    write_errors(dataset.root, sorted(_flat(records), key=lambda r: (r.split, r.index)))
+    write_errors(dataset.root, _flat(records))
     return encoded
 
 

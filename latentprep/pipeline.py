@@ -141,6 +141,17 @@ def encoded_rows(stages: Stages, manifest: Manifest, split: str, rows: int) -> I
             yield batch.rows, found
 
 
+def code_rows(
+    stages: Stages, manifest: Manifest, split: str, rows: list[int]
+) -> Iterator[tuple[list[int], np.ndarray, dict[int, str]]]:
+    """Given rows of a split by batches: rows, codes u8 [b,V,C,h,w], and why those that cannot be read cannot."""
+    step = stages.batch_samples(manifest.views(split))
+    specs = [(split, 0, rows[i : i + step]) for i in range(0, len(rows), step)]
+    with ThreadPoolExecutor(stages.threads()) as pool:
+        for batch in _decoded(stages, manifest, specs, pool):
+            yield batch.rows, _code(stages, manifest.quantizer, batch).wait().codes.numpy(), batch.invalid
+
+
 def loads(stages: Stages, split: str, row: int) -> bool:
     """Whether a sample can be read and decoded now."""
     try:

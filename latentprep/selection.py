@@ -156,7 +156,7 @@ def _labels(dataset: LatentDataset, split: str) -> np.ndarray:
 
 def _keys(dataset: LatentDataset, split: str) -> list[str]:
     shards = range(dataset.manifest.shard_count(split))
-    return [key for index in shards for key in dataset.read_shard(split, index).keys]
+    return [key for index in shards for key in dataset.read_keys(split, index)]
 
 
 def _draw(rows: np.ndarray, fraction: float, seed: list[int]) -> np.ndarray:

@@ -16,7 +16,7 @@ from .stores import store_of
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write `data` under a temporary name, flush it to the disk, rename. Whoever opens `path` sees all of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as file:
@@ -30,6 +30,15 @@ def write_atomic(path: Path, data: bytes) -> None:
             error.filename = str(path)
         raise
     _sync_folder(path.parent)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it, so that it survives a power cut: its name is flushed to the disk too."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    _sync_folder(folder.parent)
 
 
 def create_dataset(root: Path, manifest: Manifest) -> None:
@@ -48,7 +57,9 @@ def commit_shard(root: Path, record: ShardRecord, files: dict[str, bytes]) -> Sh
 
     A shard made again loses its old record first, so that a crash leaves no record of files it does not describe.
     """
-    (root / record.path).unlink(missing_ok=True)
+    if (root / record.path).exists():
+        (root / record.path).unlink()
+        _sync_folder((root / record.path).parent)
     for path, data in files.items():
         write_atomic(root / path, data)
     record.files.update({p: FileRecord(len(d), hashlib.sha256(d).hexdigest()) for p, d in files.items()})
@@ -58,15 +69,19 @@ def commit_shard(root: Path, record: ShardRecord, files: dict[str, bytes]) -> Sh
 
 def write_errors(root: Path, records: list[ShardRecord]) -> None:
     """`errors.jsonl`, from the records: a line for each sample that could not be read, no file where all could."""
-    lines = [
-        json.dumps({"split": record.split, **entry}, ensure_ascii=False)
-        for record in records
-        for entry in record.invalid
-    ]
-    if lines:
-        write_atomic(root / ERRORS, ("\n".join(lines) + "\n").encode())
+    if lines := error_lines(records):
+        write_atomic(root / ERRORS, lines)
     else:
         (root / ERRORS).unlink(missing_ok=True)
+
+
+def error_lines(records: list[ShardRecord]) -> bytes:
+    """What `errors.jsonl` holds: by split and row."""
+    ordered = sorted(records, key=lambda record: (record.split, record.index))
+    entries = [(record, entry) for record in ordered for entry in record.invalid]
+    return "".join(
+        json.dumps({"split": record.split, **entry}, ensure_ascii=False) + "\n" for record, entry in entries
+    ).encode()
 
 
 def remove_dataset(root: Path) -> None:

@@ -32,14 +32,19 @@ class Codes:
         return len(self.labels)
 
 
+class ForeignRecord(DatasetError):
+    """A record made under another manifest than the dataset's."""
+
+
 class LatentDataset:
     """A latent dataset on disk. Shards are verified against their records the first time they are read.
 
     root: its folder; manifest: see `Manifest`; manifest_sha256: identifies this very dataset's configuration.
+    verify: whether shards are; without, damaged ones may go unnoticed, and reading is a little faster.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, verify: bool = True) -> None:
+        self.root, self.verify = root, verify
         self.manifest, self.manifest_sha256 = read_manifest(root)
         self._store = store_of(self.manifest)
         self._verified: set[str] = set()
@@ -72,12 +77,19 @@ class LatentDataset:
         if record is None:
             return None
         if record.manifest != self.manifest_sha256:
-            raise DatasetError(
+            raise ForeignRecord(
                 f"{self.root / record.path} belongs to another encode than {self.root / 'manifest.json'}",
                 "one of them was altered or copied in; restore it, or encode again with --overwrite",
             )
-        if record.rows != self.manifest.rows_in_shard(split, index):
-            raise DatasetError(f"{self.root / record.path} counts {record.rows} rows", "delete it and encode again")
+        start = index * self.manifest.shard_rows
+        if (
+            record.rows != self.manifest.rows_in_shard(split, index)
+            or len(record.saturated) != self.manifest.latent[0]
+            or not all(start <= entry["row"] < start + record.rows for entry in record.invalid)
+        ):
+            raise DatasetError(
+                f"{self.root / record.path} does not describe shard {split} {index}", "delete it and encode again"
+            )
         return record
 
     def is_whole(self, record: ShardRecord) -> bool:
@@ -104,16 +116,16 @@ class LatentDataset:
                 "run the same latentprep encode again: it makes just those",
             )
 
-    def read_shard(self, split: str, index: int, verify: bool = True) -> Codes:
+    def read_shard(self, split: str, index: int) -> Codes:
         """All rows of one shard, invalid ones included (label −1, codes all 0).
 
         Raises `DatasetError` naming the shard if it is missing, cut short, altered, or from another encode.
         """
         record = self.committed(split, index)
         paths = set(self._store.shard_files(split, index).values())
-        files = {path: self._read(record, path, verify) for path in paths}
+        files = {path: self._read(record, path) for path in paths}
         codes, labels, keys = self._store.decode_shard_files(self.manifest, split, index, files)
-        if verify:
+        if self.verify:
             self._check_values(codes, labels, f"shard {split} {index}")
         return Codes(codes, labels, keys)
 
@@ -121,7 +133,23 @@ class LatentDataset:
         """i32 [n]: the labels of one shard's rows, −1 for invalid ones, without touching its codes."""
         record = self.committed(split, index)
         path = self._store.shard_files(split, index)["labels"]
-        return self._store.decode_labels(self.manifest, split, index, self._read(record, path, verify=True))
+        return self._store.decode_labels(self.manifest, split, index, self._read(record, path))
+
+    def read_keys(self, split: str, index: int) -> list[str]:
+        """The keys of one shard's rows, invalid ones included, without touching its codes."""
+        record = self.committed(split, index)
+        path = self._store.shard_files(split, index)["keys"]
+        return self._store.decode_keys(self.manifest, split, index, self._read(record, path))
+
+    def check_files(self, record: ShardRecord) -> None:
+        """`DatasetError` if a file of the shard is not the recorded one."""
+        paths = set(self._store.shard_files(record.split, record.index).values())
+        if set(record.files) != paths:
+            raise DatasetError(
+                f"{self.root / record.path} lists other files than shard {record.split} {record.index} has"
+            )
+        for path in sorted(paths):
+            self._read(record, path)
 
     def load(self, split: str, limit: int | None = None) -> Codes:
         """The whole split in memory, invalid rows left out; with `limit`, at most so many, spread evenly."""
@@ -157,8 +185,8 @@ class LatentDataset:
             raise UsageError(f"{self.root} has no split '{split}'", f"use one of {', '.join(self.splits)}")
         return split
 
-    def _read(self, record: ShardRecord, path: str, verify: bool) -> bytes:
-        """One file of a shard, checked against its record unless that was done before."""
+    def _read(self, record: ShardRecord, path: str) -> bytes:
+        """One file of a shard, checked against its record unless that was done before or is switched off."""
         again = f"delete {record.path} and run the same latentprep encode again: it makes just that shard"
         shard = f"{self.root}: shard {record.split} {record.index}"
         try:
@@ -166,7 +194,7 @@ class LatentDataset:
             data = (self.root / path).read_bytes()
         except (KeyError, FileNotFoundError) as error:
             raise DatasetError(f"{shard} is missing its file {path}", again) from error
-        if verify and path not in self._verified:
+        if self.verify and path not in self._verified:
             if len(data) != expected.bytes:
                 raise DatasetError(f"{shard}: {path} has {len(data)} bytes, recorded were {expected.bytes}", again)
             if hashlib.sha256(data).hexdigest() != expected.sha256:
@@ -189,9 +217,9 @@ def _kept(labels: np.ndarray, limit: int | None) -> np.ndarray:
     return kept if limit is None or limit >= len(kept) else kept[np.arange(limit) * len(kept) // limit]
 
 
-def open_dataset(path: str | Path) -> LatentDataset:
-    """Open the latent dataset in the folder `path`.
+def open_dataset(path: str | Path, verify: bool = True) -> LatentDataset:
+    """Open the latent dataset in the folder `path`. verify: compare each file with its checksum when it is first read.
 
     Raises `DatasetError` if there is none, or one that this version cannot read.
     """
-    return LatentDataset(Path(path))
+    return LatentDataset(Path(path), verify)

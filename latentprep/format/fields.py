@@ -80,8 +80,11 @@ def parse_json(data: bytes, where: str, way_out: str) -> Fields:
     def refuse(constant: str) -> Any:
         raise ValueError(f"{constant} is not JSON")
 
+    def finite(digits: str) -> float:
+        return value if math.isfinite(value := float(digits)) else refuse(digits)
+
     try:
-        document = json.loads(data.decode("utf-8"), parse_constant=refuse)
+        document = json.loads(data.decode("utf-8"), parse_constant=refuse, parse_float=finite)
     except (ValueError, RecursionError) as error:
         raise DatasetError(f"{where} is not valid JSON ({error})", way_out) from error
     return Fields(document, where, way_out)

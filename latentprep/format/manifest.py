@@ -7,6 +7,7 @@ does: the record is the last thing written, and names each of the shard's files 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,8 @@ INVALID_LABEL = -1  # the label of a row whose sample could not be read
 
 _MAX_ROWS = 1 << 40
 _MAX_SIDE = 1 << 16
+MAX_SHARDS = 1_000_000  # of a dataset: its records are looked for one by one
+MAX_SHARD_CODES = 1 << 34  # a shard is read whole
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,7 @@ class Manifest:
                 transform.object("views").whole(name, 1, 4096)
         else:
             transform.whole("views", 1, 4096)
-        return cls(
+        manifest = cls(
             codec=codec.document,
             quantizer=quantizer,
             transform=transform.document,
@@ -149,11 +152,22 @@ class Manifest:
             store=top.text("store", STORES),
             written_by=top.text("written_by"),
         )
+        manifest._check_sizes(top)
+        return manifest
+
+    def _check_sizes(self, where: Fields) -> None:
+        """Refuse what would take a reader all memory or all time, however few bytes say so."""
+        if self.shard_rows % self.chunk_rows:
+            raise where.error(f"has chunk_rows = {self.chunk_rows}, which does not divide shard_rows")
+        if not self.splits or sum(map(self.shard_count, self.splits)) > MAX_SHARDS:
+            raise where.error(f"has no splits, or more than {MAX_SHARDS} shards")
+        if self.shard_rows * max(math.prod(self.row_shape(split)) for split in self.splits) > MAX_SHARD_CODES:
+            raise where.error(f"has shards of more than {MAX_SHARD_CODES} codes")
 
 
 def _split_name(name: str, where: Fields) -> str:
     """A split's name becomes a folder's, so it must be nothing else."""
-    if not name.isidentifier():
+    if not name.isidentifier() or len(name) > 60 or name == RECORDS:
         raise where.error(f"has a split named {name!r:.60}; a split's name is letters, digits and _")
     return name
 
@@ -164,6 +178,11 @@ class FileRecord:
 
     bytes: int
     sha256: str
+
+
+# A record's checksum of itself, the last field; absent in those of the first release.
+_CHECKSUM, _END = b',\n "sha256": "', b"\n}\n"
+_FIELDS = {"split", "index", "rows", "manifest", "files", "source_bytes", "saturated", "invalid"}
 
 
 @dataclass(frozen=True)
@@ -191,7 +210,8 @@ class ShardRecord:
         return record_path(self.split, self.index)
 
     def to_bytes(self) -> bytes:
-        return dump_json(
+        """The record's file: its fields, and at the end the SHA-256 of all bytes before that."""
+        plain = dump_json(
             {
                 "split": self.split,
                 "index": self.index,
@@ -203,11 +223,18 @@ class ShardRecord:
                 "invalid": list(self.invalid),
             }
         )
+        head = plain.removesuffix(_END)
+        return head + _CHECKSUM + hashlib.sha256(head).hexdigest().encode() + b'"' + _END
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> ShardRecord:
         """Parse and check; `DatasetError` names the first thing that is wrong."""
         top = parse_json(data, where, "delete it and run the same latentprep encode again: it makes just that shard")
+        head, mark, tail = data.rpartition(_CHECKSUM)
+        if mark and tail != hashlib.sha256(head).hexdigest().encode() + b'"' + _END:
+            raise top.error("was altered: its SHA-256 is not the one at its end")
+        if not mark and (unknown := set(top.document) - _FIELDS):  # one may be a checksum's altered name
+            raise top.error(f"was altered: it has an unknown field '{min(unknown):.60}' and no checksum")
         files = top.object("files")
         invalid = top.list("invalid", dict)
         rows = top.whole("rows", 1, _MAX_ROWS)
@@ -216,6 +243,8 @@ class ShardRecord:
             entry.text("key")
             entry.text("reason")
         saturated = top.list("saturated", int)
+        if not all(0 <= count <= _MAX_ROWS << 20 for count in saturated):
+            raise top.error("has a count in 'saturated' that is none")
         return cls(
             split=top.text("split"),
             index=top.whole("index", 0, _MAX_ROWS),

@@ -36,6 +36,9 @@ class Store(Protocol):
     def decode_labels(self, manifest: Manifest, split: str, index: int, data: bytes) -> np.ndarray:
         """The bytes of the file that holds a shard's labels -> i32 [n]."""
 
+    def decode_keys(self, manifest: Manifest, split: str, index: int, data: bytes) -> list[str]:
+        """The bytes of the file that holds a shard's keys -> n keys."""
+
 
 _STORES: dict[str, Store] = {"zarr": zarr_store, "wds": wds_store}
 

@@ -96,6 +96,11 @@ def decode_labels(manifest: Manifest, split: str, index: int, data: bytes) -> np
     return _decode(manifest, split, index, data)[0]
 
 
+def decode_keys(manifest: Manifest, split: str, index: int, data: bytes) -> list[str]:
+    """The bytes of one shard's tar -> n keys."""
+    return _decode(manifest, split, index, data)[1]
+
+
 def quote_key(key: str) -> str:
     """A sample's key -> what its members' names begin with. Inverse of `unquote_key`."""
     return _QUOTED.sub(lambda found: b"%%%02X" % ord(found[0]), key.encode()).decode()

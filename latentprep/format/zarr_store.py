@@ -13,14 +13,12 @@ Layout (Zarr v3): group / ; group /{split} ; arrays
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from typing import Any
 
 import numcodecs
 import numpy as np
 import zarr
-from zarr.buffer.cpu import Buffer
 from zarr.codecs import BloscCodec, TransposeCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
@@ -38,6 +36,7 @@ _BY_CHANNEL = {"name": "transpose", "configuration": {"order": [2, 1, 0, 3, 4]}}
 CANDIDATES: tuple[list[dict], ...] = ([_BY_CHANNEL, _ZSTD], [_ZSTD], [_BY_CHANNEL, _BLOSC])
 _LABEL_CODECS = [_ZSTD]
 _CRC_BYTES = 4
+_MAX_KEY_BYTES = 1 << 16  # a key has fewer: it is a path
 
 
 def chunk_rows(shard_rows: int, row_bytes: int) -> int:
@@ -72,11 +71,12 @@ def decode_shard_files(
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """path: bytes of one shard's files -> codes u8 [n,V,C,h,w], labels i32 [n], keys. Inverse of
     `encode_shard_files`. Raises `DatasetError` for bytes that do not decode."""
-    rows = manifest.rows_in_shard(split, index)
-    paths = shard_files(split, index)
-    codes = decode_codes(manifest, split, index, files[paths["codes"]])
-    labels, keys = (_chunk_array(manifest, split, n, rows, files[paths[n]], paths[n]) for n in ("labels", "keys"))
-    return codes, labels, [str(key) for key in keys]
+    data = {name: files[path] for name, path in shard_files(split, index).items()}
+    return (
+        decode_codes(manifest, split, index, data["codes"]),
+        decode_labels(manifest, split, index, data["labels"]),
+        decode_keys(manifest, split, index, data["keys"]),
+    )
 
 
 def decode_codes(manifest: Manifest, split: str, index: int, data: bytes) -> np.ndarray:
@@ -100,19 +100,66 @@ def decode_codes(manifest: Manifest, split: str, index: int, data: bytes) -> np.
         for start, (offset, length) in zip(range(0, rows, manifest.chunk_rows), places, strict=False):
             if offset + length > end:
                 raise ValueError(f"its index points to byte {offset + length}, the chunks end at {end}")
-            compressor.decode(data[offset : offset + length], out=raw)
+            chunk = data[offset : offset + length]
+            if _declared_bytes(chunk) != raw.size:
+                raise ValueError(f"a chunk declares {_declared_bytes(chunk)} codes, not {raw.size}")
+            compressor.decode(chunk, out=raw)
             part = codes[start : start + manifest.chunk_rows]
             part[:] = raw.transpose(np.argsort(order))[: len(part)]
-    except (ValueError, RuntimeError, KeyError, IndexError, TypeError) as error:
+    except (ValueError, RuntimeError, KeyError, IndexError, TypeError, MemoryError) as error:
         raise _undecodable(shard_files(split, index)["codes"], error) from error
     return codes
 
 
 def decode_labels(manifest: Manifest, split: str, index: int, data: bytes) -> np.ndarray:
-    """The bytes of one shard's labels file -> i32 [n]."""
-    return _chunk_array(
-        manifest, split, "labels", manifest.rows_in_shard(split, index), data, shard_files(split, index)["labels"]
-    )
+    """The bytes of one shard's labels file -> i32 [n]. Raises `DatasetError` for bytes that do not decode."""
+    try:
+        if _declared_bytes(data) != 4 * manifest.shard_rows:
+            raise ValueError(f"it declares {_declared_bytes(data)} bytes, not {4 * manifest.shard_rows}")
+        values = np.frombuffer(numcodecs.Zstd().decode(data), "<i4").astype(np.int32)
+    except (ValueError, RuntimeError, MemoryError) as error:
+        raise _undecodable(shard_files(split, index)["labels"], error) from error
+    return values[: manifest.rows_in_shard(split, index)]
+
+
+def decode_keys(manifest: Manifest, split: str, index: int, data: bytes) -> list[str]:
+    """The bytes of one shard's keys file -> n keys. Raises `DatasetError` for bytes that do not decode.
+
+    ``vlen-utf8``: how many, u32, and then for each its length in bytes, u32, and its bytes.
+    """
+    keys: list[str] = []
+    try:
+        if not 0 <= _declared_bytes(data) <= _MAX_KEY_BYTES * manifest.shard_rows:
+            raise ValueError(f"it declares {_declared_bytes(data)} bytes for {manifest.shard_rows} keys")
+        plain = memoryview(numcodecs.Zstd().decode(data))
+        if (count := int.from_bytes(plain[:4], "little")) != manifest.shard_rows:
+            raise ValueError(f"it holds {count} keys, not {manifest.shard_rows}")
+        at = 4
+        for _ in range(manifest.rows_in_shard(split, index)):
+            start, at = at + 4, at + 4 + int.from_bytes(plain[at : at + 4], "little")
+            if at > len(plain):
+                raise ValueError("a key ends after the last byte")
+            keys.append(str(plain[start:at], "utf-8"))
+    except (ValueError, RuntimeError, MemoryError) as error:
+        raise _undecodable(shard_files(split, index)["keys"], error) from error
+    return keys
+
+
+def _declared_bytes(chunk: bytes) -> int:
+    """How many bytes a zstd frame (RFC 8878, section 3.1.1.1) or a blosc buffer says that it holds, −1 if it does not.
+
+    Decompressors reserve what a chunk declares: asked first, a few bytes cannot fill the memory.
+    """
+    if chunk[:4] != b"\x28\xb5\x2f\xfd":
+        return int.from_bytes(chunk[4:8], "little") if len(chunk) >= 16 else -1
+    if len(chunk) < 6:
+        return -1
+    width, single = chunk[4] >> 6, chunk[4] >> 5 & 1
+    if width == single == 0:
+        return -1
+    start = 6 - single + (0, 1, 2, 4)[chunk[4] & 3]
+    size = int.from_bytes(chunk[start : start + (1 << width)], "little")
+    return size + 256 if width == 1 else size
 
 
 def described(manifest: Manifest) -> str:
@@ -154,11 +201,10 @@ _WRITE_EVERY_CHUNK: dict[str, Any] = {"config": {"write_empty_chunks": True}}
 
 def _codecs(chain: list[dict]) -> dict[str, Any]:
     """A recorded chain -> `zarr.create_array`'s arguments. Only core Zarr codecs are ever built."""
-    filters = [TransposeCodec.from_dict(c) for c in chain if c.get("name") == "transpose"]
     kinds: dict[str, Any] = {"zstd": ZstdCodec, "blosc": BloscCodec}
     try:
         return {
-            "filters": filters,
+            "filters": [TransposeCodec.from_dict(c) for c in chain if c.get("name") == "transpose"],
             "compressors": [kinds[c["name"]].from_dict(c) for c in chain if c["name"] != "transpose"],
         }
     except (KeyError, TypeError, ValueError) as error:
@@ -202,18 +248,6 @@ def _chunk_bytes(manifest: Manifest, split: str, name: str, values: np.ndarray) 
     array = _create(manifest, MemoryStore(files), "", split, name, len(values))
     array[:] = values
     return _only_chunk(files)
-
-
-def _chunk_array(manifest: Manifest, split: str, name: str, rows: int, data: bytes, where: str) -> np.ndarray:
-    """The first `rows` values that Zarr reads from one shard's or chunk's bytes."""
-    files: dict[str, Any] = {}
-    array = _create(manifest, MemoryStore(files), "", split, name, rows)
-    files["/".join(("c", *itertools.repeat("0", array.ndim)))] = Buffer.from_bytes(data)
-    try:
-        values = array[:]
-    except Exception as error:  # whatever a decompressor makes of damaged bytes
-        raise _undecodable(where, error) from error
-    return np.asarray(values)
 
 
 def _undecodable(where: str, error: Exception) -> DatasetError:
