@@ -31,17 +31,18 @@ ALONE = {
     "shift 3": replace(OFF, shift=3),
     "cut-out 0.4": replace(OFF, cutout=0.4),
     "noise": replace(OFF, noise=True),
-    "zoom 0.25": replace(OFF, zoom=0.25),
+    "zoom 0.2": replace(OFF, zoom=0.2),
     "mixup 0.2": replace(OFF, mixup=0.2),
     "cutmix 1": replace(OFF, cutmix=1.0),
     "channel drop 0.1": replace(OFF, channel_drop=0.1),
 }
 TOGETHER = {
-    "recipe (shift, cut-out)": Augment(),
+    "recipe (shift, zoom, cut-out)": Augment(),
+    "recipe without zoom": Augment(zoom=0),
     "recipe + noise": Augment(noise=True),
     "recipe + mixup 0.2": Augment(mixup=0.2),
     "recipe + cutmix 1": Augment(cutmix=1.0),
-    "recipe + all": Augment(noise=True, mixup=0.2, cutmix=1.0, zoom=0.25, channel_drop=0.1),
+    "recipe + all": Augment(noise=True, mixup=0.2, cutmix=1.0, channel_drop=0.1),
 }
 
 

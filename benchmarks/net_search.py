@@ -34,6 +34,7 @@ from latenttrain.train import plan_run, start_state, train_epoch
 PARAMETERS = 260_000
 # The default network as a point of the space: the search begins there.
 DEFAULT = {"normalize": False, "kernel": 3, "first": 32, "read": 1, "block": "dense", "second": 64, "blocks": 2}
+ACT = nn.Hardswish  # the default network's
 
 
 def candidate(trial: dict):
@@ -42,13 +43,13 @@ def candidate(trial: dict):
     def build(planes: int, config: NetConfig) -> nn.Sequential:
         layers: list[nn.Module] = [nn.BatchNorm2d(planes)] if trial["normalize"] else []
         channels = trial["first"]
-        layers += [convolution(planes, channels, trial["kernel"], trial["read"]), nn.ReLU()]
+        layers += [convolution(planes, channels, trial["kernel"], trial["read"]), ACT()]
         for index in range(trial["blocks"]):
             stride = (1 if trial["read"] == 2 else 2) if index == 0 else 1
-            layers.append(BLOCKS[trial["block"]](channels, trial["second"], stride))
+            layers.append(BLOCKS[trial["block"]](channels, trial["second"], stride, ACT))
             channels = trial["second"]
         for index in range(3):
-            layers.append(bottleneck(channels, 128, 1 if index else 2))
+            layers.append(bottleneck(channels, 128, 1 if index else 2, ACT))
             channels = 128
         return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, config.classes))
 
@@ -58,20 +59,21 @@ def candidate(trial: dict):
 class Depthwise(nn.Module):
     """A depthwise 5 x 5 and a 1 x 1 that widens fourfold and back (ConvNeXt's order), pooled where the grid shrinks."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+    def __init__(self, inputs: int, outputs: int, stride: int, act: type[nn.Module]) -> None:
         super().__init__()
         self.enter = nn.Sequential(
             *([nn.AvgPool2d(stride, ceil_mode=True)] if stride > 1 else []),
             *([convolution(inputs, outputs, 1)] if inputs != outputs else []),
         )
         self.branch = nn.Sequential(
-            convolution(outputs, outputs, 5, groups=outputs), convolution(outputs, 4 * outputs, 1), nn.ReLU(),
+            convolution(outputs, outputs, 5, groups=outputs), convolution(outputs, 4 * outputs, 1), act(),
             convolution(4 * outputs, outputs, 1),
         )  # fmt: skip
+        self.activation = act()
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.enter(x)
-        return torch.relu(x + self.branch(x))
+        return self.activation(x + self.branch(x))
 
 
 BLOCKS = {"dense": dense, "bottleneck": bottleneck, "depthwise": Depthwise}

@@ -26,7 +26,7 @@ class Augment:
     """What happens to a training batch. The defaults are the shipped recipe; `Augment.none` changes nothing."""
 
     shift: int = 3  # cells: up to so many in each direction, the border mirrored into the gap
-    zoom: float = 0.0  # each side stretched or squeezed by up to this fraction, to the nearest cells
+    zoom: float = 0.2  # each side stretched or squeezed by up to this fraction, to the nearest cells
     mixup: float = 0.0  # alpha of the Beta(alpha, alpha) that weighs two samples; 0 is off
     cutmix: float = 0.0  # the same for the area of a rectangle from another sample; with mixup, half the samples each
     cutout: float = 0.4  # side of an erased rectangle as a fraction of the grid's side

@@ -63,7 +63,7 @@ class RunConfig:
             if not isinstance(dataset[name], kind):
                 raise TypeError(f"dataset.{name} is no {kind.__name__}")
         config = cls(
-            NetConfig.from_json(document["net"]),
+            NetConfig.from_json({"activation": "relu"} | document["net"]),  # there was no other before it was recorded
             Recipe.from_json(document["recipe"]),
             Augment.from_json(document["augment"]),
             dataset,

@@ -7,7 +7,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latentprep.errors import UsageError, nearest
@@ -28,6 +27,7 @@ class NetConfig:
     stem: str = "affine"
     width: float = 1.0
     depth: float = 1.0
+    activation: str = "hardswish"  # of latentnet; mobilenetv2 has its own
 
     def __post_init__(self) -> None:
         for name, kind in (("latent", int), ("lo", float), ("step", float)):
@@ -50,9 +50,11 @@ class NetConfig:
                 )
         if min(self.step) <= 0:
             raise UsageError(f"step must be above 0, got {self.step}", "take it from the dataset's manifest")
-        for name, allowed in (("arch", list(ARCHITECTURES)), ("stem", list(STEMS))):
+        for name, allowed in (("arch", ARCHITECTURES), ("stem", STEMS), ("activation", ACTIVATIONS)):
             if getattr(self, name) not in allowed:
-                raise UsageError(f"unknown {name} {getattr(self, name)!r}", nearest(str(getattr(self, name)), allowed))
+                raise UsageError(
+                    f"unknown {name} {getattr(self, name)!r}", nearest(str(getattr(self, name)), list(allowed))
+                )
         for name in ("width", "depth"):
             if not 0.05 <= getattr(self, name) <= 20:
                 raise UsageError(f"{name} must be 0.05 to 20, got {getattr(self, name)}", f"--{name} 1 is the default")
@@ -107,11 +109,14 @@ def convolution(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, gro
 
 
 class Residual(nn.Module):
-    """``relu(x + branch(x))``; the branch starts at zero, a changed shape is met by pooling and a 1 x 1 convolution."""
+    """``act(x + branch(x))``; the branch starts at zero, a changed shape is met by pooling and a 1 x 1 convolution."""
 
-    def __init__(self, branch: nn.Sequential, inputs: int, outputs: int, stride: int) -> None:
+    def __init__(
+        self, branch: nn.Sequential, inputs: int, outputs: int, stride: int, activation: type[nn.Module]
+    ) -> None:
         super().__init__()
         self.branch = branch
+        self.activation = activation()
         nn.init.zeros_(branch[-1][1].weight)  # type: ignore[index]
         shortcut: list[nn.Module] = []
         if stride > 1:
@@ -121,26 +126,26 @@ class Residual(nn.Module):
         self.shortcut = nn.Sequential(*shortcut)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.shortcut(x) + self.branch(x))
+        return self.activation(self.shortcut(x) + self.branch(x))
 
 
-def dense(inputs: int, outputs: int, stride: int) -> Residual:
+def dense(inputs: int, outputs: int, stride: int, act: type[nn.Module]) -> Residual:
     """Two 3 x 3 convolutions: many FLOPs and few parameters while the grid is large and the channels few."""
     return Residual(
-        nn.Sequential(convolution(inputs, outputs, 3, stride), nn.ReLU(), convolution(outputs, outputs)),
-        inputs, outputs, stride,
+        nn.Sequential(convolution(inputs, outputs, 3, stride), act(), convolution(outputs, outputs)),
+        inputs, outputs, stride, act,
     )  # fmt: skip
 
 
-def bottleneck(inputs: int, outputs: int, stride: int) -> Residual:
+def bottleneck(inputs: int, outputs: int, stride: int, act: type[nn.Module]) -> Residual:
     """A 3 x 3 convolution between 1 x 1 convolutions, on three eighths of the channels."""
     inner = round_width(outputs, 3 / 8)
     return Residual(
         nn.Sequential(
-            convolution(inputs, inner, 1), nn.ReLU(), convolution(inner, inner, 3, stride), nn.ReLU(),
+            convolution(inputs, inner, 1), act(), convolution(inner, inner, 3, stride), act(),
             convolution(inner, outputs, 1),
         ),
-        inputs, outputs, stride,
+        inputs, outputs, stride, act,
     )  # fmt: skip
 
 
@@ -149,12 +154,12 @@ def latentnet(planes: int, config: NetConfig) -> nn.Sequential:
 
     benchmarks/records/net_search.md has what it was chosen from. float [B,P,h,w] -> [B,classes]
     """
-    channels = round_width(32, config.width)
-    layers: list[nn.Module] = [convolution(planes, channels), nn.ReLU()]
+    channels, act = round_width(32, config.width), ACTIVATIONS[config.activation]
+    layers: list[nn.Module] = [convolution(planes, channels), act()]
     for block, base, blocks, stride in ((dense, 64, 2, 2), (bottleneck, 128, 3, 2)):
         outputs = round_width(base, config.width)
         for index in range(round_depth(blocks, config.depth)):
-            layers.append(block(channels, outputs, 1 if index else stride))
+            layers.append(block(channels, outputs, 1 if index else stride, act))
             channels = outputs
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, config.classes))
 
@@ -199,3 +204,5 @@ def mobilenetv2(planes: int, config: NetConfig) -> nn.Sequential:
 
 
 ARCHITECTURES = {"latentnet": latentnet, "mobilenetv2": mobilenetv2}
+# Hardswish trains to what SiLU does at nearly the cost of ReLU: Howard et al. 2019, https://arxiv.org/abs/1905.02244
+ACTIVATIONS: dict[str, type[nn.Module]] = {"hardswish": nn.Hardswish, "relu": nn.ReLU}

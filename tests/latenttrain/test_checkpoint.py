@@ -44,6 +44,12 @@ def test_a_configuration_survives_json(trained):
     assert RunConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
 
 
+def test_a_run_from_before_activations_were_recorded_has_relu(trained):
+    document = json.loads(json.dumps(read_config(trained).to_json()))
+    assert document["net"].pop("activation") == "hardswish"
+    assert RunConfig.from_json(document).net.activation == "relu"
+
+
 def test_best_and_last_are_the_epochs_they_say(trained):
     epochs = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     net, config, notes = load_net(trained)

@@ -67,6 +67,18 @@ def test_every_parameter_learns(stem):
     assert not any(torch.equal(old, new) for old, new in zip(before, net.parameters(), strict=True))
 
 
+def test_the_activation_is_that_of_the_configuration():
+    nets = {}
+    for activation in ("hardswish", "relu"):
+        torch.manual_seed(0)
+        nets[activation] = build_net(config(activation=activation)).eval()
+    codes = random_codes(nets["relu"].config)
+    assert nets["relu"].state_dict().keys() == nets["hardswish"].state_dict().keys()
+    assert not torch.allclose(nets["relu"](codes), nets["hardswish"](codes))
+    with pytest.raises(UsageError, match="unknown activation 'swish'"):
+        config(activation="swish")
+
+
 def test_same_seed_gives_the_same_network():
     states = []
     for _ in range(2):
