@@ -1,7 +1,6 @@
 """Encode an image dataset once with a lossy codec and keep its low-bit codes.
 
-`encode`, `open`, `requantize` and `write_latents` are what the command line runs; they are imported on first use, so
-that importing this package stays cheap.
+`__all__` is what the command line runs; all of it is imported on first use, so that importing this package stays cheap.
 """
 
 from __future__ import annotations
@@ -9,32 +8,42 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["encode", "open", "requantize", "write_latents"]
+__all__ = [
+    "decode",
+    "encode",
+    "fit_linear_decoder",
+    "open",
+    "preview",
+    "requantize",
+    "write_latents",
+]
 
 if TYPE_CHECKING:
+    from .decoding import decode
     from .encoder import encode
     from .format import open_dataset as open
     from .latents import write_latents
+    from .linear_decoder import fit_linear_decoder
+    from .previewer import preview
     from .requantizer import requantize
+
+_HOMES = {
+    "decode": ".decoding",
+    "encode": ".encoder",
+    "fit_linear_decoder": ".linear_decoder",
+    "preview": ".previewer",
+    "requantize": ".requantizer",
+    "write_latents": ".latents",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "encode":
-        from .encoder import encode
+    from importlib import import_module
 
-        return encode
     if name == "open":
-        from .format import open_dataset
-
-        return open_dataset
-    if name == "requantize":
-        from .requantizer import requantize
-
-        return requantize
-    if name == "write_latents":
-        from .latents import write_latents
-
-        return write_latents
+        return import_module(".format", __name__).open_dataset
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name], __name__), name)
     raise AttributeError(f"module 'latentprep' has no attribute '{name}'")
 
 

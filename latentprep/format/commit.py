@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import DatasetError
-from .manifest import ERRORS, MANIFEST, FileRecord, Manifest, ShardRecord, read_manifest, record_path
+from .manifest import ERRORS, LINEAR_DECODER, MANIFEST, FileRecord, Manifest, ShardRecord, read_manifest, record_path
 from .zarr_store import metadata_files, shard_files
 
 
@@ -72,7 +72,7 @@ def write_errors(root: Path, records: list[ShardRecord]) -> None:
 def remove_dataset(root: Path) -> None:
     """Delete what an encode wrote at `root` (for ``--overwrite``), file by file, and nothing else. Manifest first."""
     manifest, _ = read_manifest(root)
-    files = [MANIFEST, ERRORS, *metadata_files(manifest)]
+    files = [MANIFEST, ERRORS, LINEAR_DECODER, *metadata_files(manifest)]
     for split in manifest.splits:
         for index in range(manifest.shard_count(split)):
             files += [record_path(split, index), *shard_files(split, index).values()]
