@@ -14,6 +14,8 @@ __all__ = [
     "fit_linear_decoder",
     "open",
     "preview",
+    "rd",
+    "report",
     "requantize",
     "write_latents",
 ]
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from .latents import write_latents
     from .linear_decoder import fit_linear_decoder
     from .previewer import preview
+    from .rate_distortion import rd
+    from .reporter import report
     from .requantizer import requantize
 
 _HOMES = {
@@ -32,6 +36,8 @@ _HOMES = {
     "encode": ".encoder",
     "fit_linear_decoder": ".linear_decoder",
     "preview": ".previewer",
+    "rd": ".rate_distortion",
+    "report": ".reporter",
     "requantize": ".requantizer",
     "write_latents": ".latents",
 }

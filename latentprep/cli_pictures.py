@@ -111,6 +111,105 @@ def preview(
     _show_sheet(result.out, result.samples, result.split, result.columns, show, as_json)
 
 
+@app.command()
+def rd(
+    source: Annotated[str, typer.Argument(help="Folder, tars or a named dataset, as for encode.", show_default=False)],
+    codecs: Annotated[
+        str, typer.Option(help="Codecs, comma-separated, with options as taesd:weights=FOLDER or dct:luma=20.")
+    ] = "dct",
+    bits: Annotated[str, typer.Option(help="Bits a code, such as 1-8 or 2,4.")] = "1-8",
+    qualities: Annotated[
+        str, typer.Option(help="Qualities of JPEG, WebP and AVIF.")
+    ] = "5,10,20,30,40,50,60,70,80,90,95",
+    images: Annotated[int, typer.Option(help="Images of val, or of the first split, drawn with the seed.")] = 200,
+    size: Annotated[int | None, typer.Option(help="Pixels a side. Default: suits the source and the codec.")] = None,
+    data: Data = None,
+    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
+    device: Device = "auto",
+    out: Annotated[Path, typer.Option(help="Folder to write to: rd.json, rd.png, rd.svg, side-by-side.png.")] = Path(
+        "rd"
+    ),
+    as_json: Json = False,
+) -> None:
+    """Measure rate against distortion: codecs at each number of bits beside JPEG, WebP and AVIF.
+
+    Bytes are those on disk, entropy-coded as encode does it, with labels, keys, metadata and manifest.
+
+    Examples:
+
+      latentprep rd shapes --images 100
+
+      latentprep rd imagenette --codecs dct,taesd,taesd3:weights=path/to/taesd3 --out rd-imagenette
+    """
+    from .rate_distortion import rd as run
+
+    opened = _source(source, data)
+    assert opened is not None
+    result = run(
+        opened, codecs=[name.strip() for name in codecs.split(",")], bits=_whole_numbers("--bits", bits),
+        qualities=_whole_numbers("--qualities", qualities), images=images, size=size, seed=seed, device=device,
+        out=out, progress=console.progress_bar,
+    )  # fmt: skip
+    if as_json:
+        console.print_json(result.to_json())
+        return
+    rows = [
+        [p.name, str(p.setting), f"{p.bytes:,.0f}", f"{p.bpp:.3f}", f"{result.size**2 * 3 / p.bytes:.1f}",
+         _number(p.psnr, 2), _number(p.ssim, 4)]
+        for p in result.points
+    ]  # fmt: skip
+    columns = ["codec", "bits or quality", "bytes", "bits a pixel", "ratio", "PSNR dB", "SSIM"]
+    console.print_table(f"{result.images} images of {source} {result.split} at {result.size} px", columns, rows)
+    for name, reason in result.skipped.items():
+        console.warn(f"{name} is left out: {reason}")
+    console.print_facts("", {"wrote": f"rd.json, rd.png, rd.svg and side-by-side.png to {result.out}"})
+
+
+@app.command()
+def report(
+    dataset: Dataset,
+    run: Annotated[
+        list[Path] | None, typer.Option("--run", help="A run folder of latenttrain fit; may be repeated.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
+    samples: Annotated[int, typer.Option(help="Samples to show, spread over the classes.")] = 10,
+    source: SourceOption = None,
+    data: Data = None,
+    decoder: DecoderOption = "codec",
+    weights: Weights = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Write one HTML page: what was encoded and how, what the codes keep, and how runs on them do.
+
+    It needs no network and opens from disk, on a phone too.
+
+    Examples:
+
+      latentprep report shards
+
+      latentprep report shards --run runs/first --run runs/second --out report.html
+    """
+    from .reporter import report as write
+
+    result = write(
+        dataset, out=out, runs=run or [], samples=samples, decoder=decoder, source=_source(source, data),
+        weights=weights, device=device, progress=console.progress_bar,
+    )  # fmt: skip
+    if as_json:
+        console.print_json(result.to_json())
+        return
+    mean = sum(result.entropy) / len(result.entropy)
+    console.print_facts(
+        f"wrote {result.out}",
+        {
+            "page": f"{console.size(result.bytes)}, in one file",
+            "codes": f"{result.bits_per_value:.2f} bits a value, entropy {mean:.2f}",
+            "saturated": f"at most {max(result.saturation):.2%} of a channel's values",
+        },
+    )
+
+
 @linear.command("fit")
 def linear_fit(
     dataset: Dataset,

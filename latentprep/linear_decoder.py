@@ -122,7 +122,7 @@ def fit_linear_decoder(
     opened = dataset if isinstance(dataset, LatentDataset) else open_dataset(dataset)
     factor, images = grid_factor(opened), Originals(opened, source)
     learned = pick(opened, train_split(opened.splits), limit=samples)
-    judged = pick(opened, shown_split(opened), limit=samples)
+    judged = pick(opened, shown_split(opened.splits), limit=samples)
     if not len(learned) or not len(judged):
         raise DatasetError(f"{opened.root} has no valid sample to fit to", "encode a source that can be read")
     with progress("fitting", len(learned) + len(judged), "images", 0) as bar:

@@ -43,16 +43,18 @@ def ssim(images: Tensor, others: Tensor, data_range: float = 255.0, window: str 
     taps = torch.exp(-0.5 * (taps / _SIGMA) ** 2) if window == "gaussian" else torch.ones_like(taps)
     kernel = (taps / taps.sum()).float().to(images.device)
     # Centred on zero, so that float32 loses little in E[x²] − E[x]².
-    x, y = ((values.float() / data_range - 0.5).flatten(0, 1) for values in (images, others))
-    maps = torch.stack([x, y, x * x, y * y, x * y], 1).flatten(0, 1)[:, None]
-    maps = F.conv2d(F.conv2d(maps, kernel.view(1, 1, -1, 1)), kernel.view(1, 1, 1, -1))
-    mx, my, xx, yy, xy = maps.view(-1, 5, *maps.shape[-2:]).unbind(1)
+    x, y = (values.float() / data_range - 0.5 for values in (images, others))
+    # As channels of one depthwise convolution, channels last: fifty times as fast on a CPU as one by one.
+    maps = torch.cat([x, y, x * x + y * y, x * y], 1).contiguous(memory_format=torch.channels_last)
+    for shape in ((1, 1, -1, 1), (1, 1, 1, -1)):
+        maps = F.conv2d(maps, kernel.view(shape).repeat(maps.shape[1], 1, 1, 1), groups=maps.shape[1])
+    mx, my, squares, xy = maps.chunk(4, 1)
     sample = 1.0 if window == "gaussian" else side**2 / (side**2 - 1)
-    vx, vy, vxy = sample * (xx - mx * mx), sample * (yy - my * my), sample * (xy - mx * my)
+    variances, covariance = sample * (squares - mx * mx - my * my), sample * (xy - mx * my)
     mx, my = mx + 0.5, my + 0.5
-    numerator = (2 * mx * my + _K1**2) * (2 * vxy + _K2**2)
-    similarity = numerator / ((mx * mx + my * my + _K1**2) * (vx + vy + _K2**2))
-    return similarity.double().mean((1, 2)).view(images.shape[:2]).mean(1)
+    numerator = (2 * mx * my + _K1**2) * (2 * covariance + _K2**2)
+    similarity = numerator / ((mx * mx + my * my + _K1**2) * (variances + _K2**2))
+    return similarity.double().mean((1, 2, 3))
 
 
 def mean(values: Iterable[float]) -> float | None:

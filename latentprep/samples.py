@@ -51,9 +51,9 @@ class Decoder(Protocol):
         ...
 
 
-def shown_split(dataset: LatentDataset) -> str:
+def shown_split(splits: Sequence[str]) -> str:
     """The split that pictures are made of unless another is asked for: val, or the first where there is no val."""
-    return "val" if "val" in dataset.splits else dataset.splits[0]
+    return "val" if "val" in splits else splits[0]
 
 
 def pick(
@@ -69,7 +69,7 @@ def pick(
     index: just these rows. classes: of these names only. limit: at most so many, spread evenly over the classes.
     Raises `UsageError` for a split, class or row that is not there or not valid, `DatasetError` for a damaged dataset.
     """
-    split = split or shown_split(dataset)
+    split = split or shown_split(dataset.splits)
     dataset.check_complete(split)
     manifest = dataset.manifest
     shards = range(manifest.shard_count(split))

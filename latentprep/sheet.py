@@ -25,16 +25,17 @@ class Column:
     smooth: bool = False
 
 
-def draw_sheet(columns: list[Column], names: list[str], title: str = "", tile: int = TILE) -> Image.Image:
+def draw_sheet(
+    columns: list[Column], names: list[str], title: str = "", tile: int = TILE, width: int = WIDTH
+) -> Image.Image:
     """The contact sheet: as many samples side by side as its width holds, each under its name."""
     group = len(columns) * (tile + _GAP) - _GAP
-    across = max(1, min(len(names), (WIDTH - 2 * _MARGIN + _MARGIN) // (group + _MARGIN)))
+    across = max(1, min(len(names), (width - _MARGIN) // (group + _MARGIN)))
     down = -(-len(names) // across)
     top = _MARGIN + (_LINE + 4 if title else 0) + _LINE
     heading = font(_TEXT + 3)
-    width = 2 * _MARGIN + across * (group + _MARGIN) - _MARGIN
-    width = max(width, round(heading.getlength(title)) + 2 * _MARGIN)
-    sheet = Image.new("RGB", (width, top + down * (tile + _LINE + 6) + _MARGIN), "white")
+    needed = across * (group + _MARGIN) + _MARGIN, round(heading.getlength(title)) + 2 * _MARGIN
+    sheet = Image.new("RGB", (max(needed), top + down * (tile + _LINE + 6) + _MARGIN), "white")
     draw = ImageDraw.Draw(sheet)
     if title:
         draw.text((_MARGIN, _MARGIN), title, INK, heading, anchor="lt")
