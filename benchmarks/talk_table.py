@@ -30,6 +30,7 @@ from latentprep import console
 from latentprep.codecs import Codec, make_codec
 from latentprep.console import progress_bar, tune_process
 from latentprep.device import pick_device
+from latentprep.drawing import BLUE, GREY, INK, draw
 from latentprep.encoder import default_size
 from latentprep.format import Quantizer
 from latentprep.images import load_views
@@ -42,7 +43,6 @@ from latenttrain.data import Split, batches_per_epoch, load_trained
 from latenttrain.device import synchronize
 from latenttrain.nets import NetConfig
 from latenttrain.recipe import make_recipe
-from latenttrain.report import BLUE, GREY, INK, draw
 from latenttrain.train import run_fit, start_state, train_epoch
 
 ROWS = ("pixels", "resampled", "latents", "ours")

@@ -1,7 +1,6 @@
 """Encode an image dataset once with a lossy codec and keep its low-bit codes.
 
-`encode`, `open`, `requantize`, `convert`, `subset`, `merge`, `verify` and `write_latents` are what the command line
-runs; they are imported on first use, so that importing this package stays cheap.
+`__all__` is what the command line runs; all of it is imported on first use, so that importing this package stays cheap.
 """
 
 from __future__ import annotations
@@ -9,21 +8,45 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["convert", "encode", "merge", "open", "requantize", "subset", "verify", "write_latents"]
+__all__ = [
+    "convert",
+    "decode",
+    "encode",
+    "fit_linear_decoder",
+    "merge",
+    "open",
+    "preview",
+    "rd",
+    "report",
+    "requantize",
+    "subset",
+    "verify",
+    "write_latents",
+]
 
 if TYPE_CHECKING:
+    from .decoding import decode
     from .derived import convert
     from .encoder import encode
     from .format import open_dataset as open
     from .latents import write_latents
+    from .linear_decoder import fit_linear_decoder
+    from .previewer import preview
+    from .rate_distortion import rd
+    from .reporter import report
     from .requantizer import requantize
     from .selection import merge, subset
     from .verifier import verify
 
 _HOMES = {
     "convert": ".derived",
+    "decode": ".decoding",
     "encode": ".encoder",
+    "fit_linear_decoder": ".linear_decoder",
     "merge": ".selection",
+    "preview": ".previewer",
+    "rd": ".rate_distortion",
+    "report": ".reporter",
     "requantize": ".requantizer",
     "subset": ".selection",
     "verify": ".verifier",

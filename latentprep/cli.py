@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import __version__, console
+from . import __version__, cli_pictures, console
 from .errors import DatasetError, UsageError
+from .options import Json
 
 if TYPE_CHECKING:
     from .encoder import EncodeResult
@@ -23,7 +24,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
+app.add_typer(cli_pictures.app)
 
 
 def main() -> None:

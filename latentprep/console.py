@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
 from .errors import LatentError, system_fault
@@ -100,6 +101,27 @@ def print_facts(title: str, facts: dict[str, str]) -> None:
         console.width = 200
     console.print(title, style="bold")
     console.print(grid)
+
+
+def show_picture(path: Path) -> None:
+    """Show a PNG file on stdout if that is a terminal which says of itself that it takes pictures: kitty's protocol
+    (kitty, Ghostty) or iTerm2's (iTerm2, WezTerm). Others get nothing: asking one may hang."""
+    import base64
+
+    if not sys.stdout.isatty():
+        return
+    kind, program = os.environ.get("TERM", ""), os.environ.get("TERM_PROGRAM", "")
+    data = base64.standard_b64encode(path.read_bytes()).decode()
+    if "kitty" in kind or "ghostty" in kind or "KITTY_WINDOW_ID" in os.environ:
+        parts = [data[i : i + 4096] for i in range(0, len(data), 4096)]
+        for number, part in enumerate(parts):
+            first, more = "a=T,f=100," if number == 0 else "", int(number < len(parts) - 1)
+            sys.stdout.write(f"\x1b_G{first}m={more};{part}\x1b\\")
+    elif program in ("iTerm.app", "WezTerm"):
+        sys.stdout.write(f"\x1b]1337;File=inline=1;width=100%:{data}\a")
+    else:
+        return
+    sys.stdout.write("\n")
 
 
 class Progress(Protocol):

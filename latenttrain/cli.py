@@ -298,6 +298,33 @@ def evaluate(
 
 
 @app.command()
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN…", help="Run folders that latenttrain fit made.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("runs.html"),
+    as_json: Json = False,
+) -> None:
+    """Compare runs: a table, and one HTML page with their curves and accuracy against bits.
+
+    latentprep report DIR --run RUN shows their mistakes too.
+
+    Example:
+
+      latenttrain report runs/first runs/second --out runs.html
+    """
+    from .comparison import report as compare
+    from .comparison import runs_table
+
+    found = compare(runs, out=out)
+    if as_json:
+        console.print_json({"out": str(out), "runs": [run.to_json() for run in found]})
+        return
+    console.print_table("runs", *runs_table(found))
+    console.print_facts("", {"wrote": str(out)})
+
+
+@app.command()
 def predict(
     run: Run,
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE…", help="Image files.", show_default=False)],

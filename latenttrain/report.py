@@ -2,38 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from latentprep.format.commit import write_atomic
+from latentprep.drawing import BLUE, GREY, INK, draw
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
     from .evaluation import EvalResult
     from .train import FitResult
-
-GREY, BLUE, INK, GRID = "#8a8f98", "#1f6feb", "#24292f", "#e6e8eb"
-
-
-@contextlib.contextmanager
-def draw(path: Path, panels: int) -> Iterator[Sequence[Axes]]:
-    """Axes side by side to draw on, in this project's looks; at the end they are a PNG at `path`."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.5 * panels, 3.6), dpi=144, layout="constrained")
-    every = figure.subplots(1, panels, squeeze=False)[0]
-    yield every
-    for axes in every:
-        axes.grid(color=GRID)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
-    write_atomic(path, picture.getvalue())
 
 
 def draw_curve(metrics: list[dict], path: Path) -> None:

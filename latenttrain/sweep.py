@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from latentprep.console import ProgressFactory, silent
+from latentprep.drawing import COLOURS, GREY, GRID, INK, draw
 from latentprep.errors import UsageError, nearest
 from latentprep.format import LatentDataset
 from latentprep.format.commit import write_atomic
 
 from .data import opened
-from .report import BLUE, GREY, GRID, INK, draw
 from .stems import STEMS
 from .train import fit
 
@@ -197,7 +197,7 @@ def draw_sweep(groups: list[Group], path: Path, judged_by: str) -> None:
     reference = next((g for g in groups if g.bits == FLOAT), None)
     with draw(path, 2) as (left, right):
         for axes, of in ((left, lambda g: g.bits), (right, lambda g: g.bytes_per_image)):
-            for stem, color in zip(stems, (BLUE, "#bc4c00", "#1a7f37", "#8250df"), strict=False):
+            for stem, color in zip(stems, COLOURS, strict=False):
                 line = sorted((g for g in groups if g.stem == stem and g.bits != FLOAT), key=of)
                 axes.errorbar(
                     [of(g) for g in line], [g.mean for g in line], [g.deviation for g in line],

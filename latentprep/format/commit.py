@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import DatasetError
-from .manifest import ERRORS, MANIFEST, FileRecord, Manifest, ShardRecord, read_manifest, record_path
+from .manifest import ERRORS, LINEAR_DECODER, MANIFEST, FileRecord, Manifest, ShardRecord, read_manifest, record_path
 from .stores import store_of
 
 
@@ -88,7 +88,7 @@ def remove_dataset(root: Path) -> None:
     """Delete what an encode wrote at `root` (for ``--overwrite``), file by file, and nothing else. Manifest first."""
     manifest, _ = read_manifest(root)
     store = store_of(manifest)
-    files = [MANIFEST, ERRORS, *store.metadata_files(manifest)]
+    files = [MANIFEST, ERRORS, LINEAR_DECODER, *store.metadata_files(manifest)]
     for split in manifest.splits:
         for index in range(manifest.shard_count(split)):
             files += [record_path(split, index), *store.shard_files(split, index).values()]

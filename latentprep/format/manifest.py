@@ -22,6 +22,7 @@ STORES = ("zarr", "wds")
 MANIFEST = "manifest.json"
 RECORDS = "records"
 ERRORS = "errors.jsonl"
+LINEAR_DECODER = "linear-decoder.safetensors"  # derived from the dataset and its source; may be absent
 INVALID_LABEL = -1  # the label of a row whose sample could not be read
 
 _MAX_ROWS = 1 << 40

@@ -1,0 +1,27 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
+Dataset = Annotated[
+    Path, typer.Argument(metavar="DIR", help="A folder that latentprep encode made.", show_default=False)
+]
+SourceOption = Annotated[
+    str | None, typer.Option("--source", help="The source that it was made of, for the original images.")
+]
+Data = Annotated[Path | None, typer.Option(help="A copy of the named dataset that you already have.")]
+Split = Annotated[str | None, typer.Option(help="Split to show. Default: val, or the first where there is no val.")]
+Index = Annotated[str | None, typer.Option(help="Only these rows of the split, comma-separated.")]
+Class = Annotated[list[str] | None, typer.Option("--class", help="Only this class; may be repeated.")]
+DecoderOption = Annotated[
+    str, typer.Option("--decoder", help="codec, or linear: see [b]latentprep linear-decoder[/b].")
+]
+Weights = Annotated[
+    str | None, typer.Option(help="Folder of the autoencoder's weights, if they are not where they were.")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]

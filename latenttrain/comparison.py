@@ -1,0 +1,195 @@
+"""`report`: runs side by side, as a table and as one HTML page."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from latentprep.drawing import COLOURS, INK, drawn
+from latentprep.errors import CheckpointError, UsageError, system_fault
+from latentprep.format.commit import write_atomic
+
+from .checkpoint import METRICS, read_config
+from .nets import build_net
+from .report import count
+from .scaling import count_flops, count_parameters
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+FLOAT = 32  # "bits" of float latents
+_MARKS = ("-", "--", ":", "-.")
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """A run and what it came to. top1: of the best epoch; last_top1, last_top5: of the last; fractions of val.
+
+    bits: of the codes, 32 for float latents. seconds_per_epoch: median. metrics: one entry an epoch.
+    """
+
+    run: str
+    name: str
+    codec: str
+    bits: int
+    arch: str
+    stem: str
+    width: float
+    depth: float
+    seed: int
+    parameters: int
+    flops: int
+    epochs: int
+    planned: int
+    best_epoch: int
+    top1: float
+    last_top1: float
+    last_top5: float
+    seconds_per_epoch: float
+    metrics: list[dict]
+
+    def to_json(self) -> dict:
+        return dataclasses.asdict(self)
+
+
+def read_run(run: str | Path) -> RunSummary:
+    """A run folder's configuration and metrics. Raises `CheckpointError` if it is none or no epoch has ended."""
+    root = Path(run)
+    config = read_config(root)
+    path = root / METRICS
+    try:
+        metrics = [json.loads(line) for line in path.read_text().splitlines()]
+        best = max(metrics, key=lambda entry: entry["top1"])
+        seconds = statistics.median(float(entry["seconds"]) for entry in metrics)
+        last = metrics[-1]
+        numbers = [float(entry[name]) for entry in metrics for name in ("loss", "val_loss", "top1", "top5")]
+        assert numbers
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        raise CheckpointError(f"{path} is missing, damaged or empty", "train until an epoch has ended") from error
+    net = build_net(config.net)
+    return RunSummary(
+        run=str(root),
+        name=root.resolve().name,
+        codec=config.dataset["codec"]["name"],
+        bits=FLOAT if config.dataset.get("latents") else config.quantizer.bits,
+        arch=config.net.arch,
+        stem=config.net.stem,
+        width=config.net.width,
+        depth=config.net.depth,
+        seed=config.recipe.seed,
+        parameters=count_parameters(net),
+        flops=count_flops(net),
+        epochs=len(metrics),
+        planned=config.recipe.epochs,
+        best_epoch=best["epoch"],
+        top1=best["top1"],
+        last_top1=last["top1"],
+        last_top5=last["top5"],
+        seconds_per_epoch=seconds,
+        metrics=metrics,
+    )
+
+
+def report(runs: Sequence[str | Path], *, out: str | Path = "runs.html") -> list[RunSummary]:
+    """Write one HTML page that compares runs, and return what they came to.
+
+    Raises `UsageError` for no run, `CheckpointError` for a folder that is none.
+    """
+    from latentprep import page
+
+    if not runs:
+        raise UsageError("there is no run to report on", "name folders that latenttrain fit made")
+    read = [read_run(run) for run in runs]
+    document = page.page(
+        "Runs compared", f"{len(read)} run folders of latenttrain fit.", [page.section("Runs", *comparison(read))]
+    )
+    try:
+        write_atomic(Path(out), document)
+    except OSError as error:
+        raise system_fault(error) from error
+    return read
+
+
+def runs_table(runs: Sequence[RunSummary]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows for people; a run's number is its place."""
+    columns = ["run", "codec", "bits", "net", "seed", "epochs", "best top-1", "last top-1", "last top-5", "params",
+               "FLOPs", "s/epoch"]  # fmt: skip
+    return columns, [
+        [
+            f"{number} {run.name}",
+            run.codec,
+            "float" if run.bits == FLOAT else str(run.bits),
+            f"{run.arch} w{run.width:g} d{run.depth:g} {run.stem}",
+            str(run.seed),
+            f"{run.epochs}" if run.epochs == run.planned else f"{run.epochs} of {run.planned}",
+            f"{run.top1:.2%}",
+            f"{run.last_top1:.2%}",
+            f"{run.last_top5:.2%}",
+            f"{run.parameters:,}",
+            count(run.flops),
+            f"{run.seconds_per_epoch:.1f}",
+        ]
+        for number, run in enumerate(runs, 1)
+    ]
+
+
+def comparison(runs: Sequence[RunSummary]) -> list[str]:
+    """The table, the curves, and accuracy against bits, in HTML."""
+    from latentprep import page
+
+    figures = [_curves(runs, "val_loss", "val loss (nats)"), _curves(runs, "top1", "val top-1")]
+    if len({run.bits for run in runs}) > 1:
+        figures.append(_against_bits(runs))
+    return [page.table("Runs; accuracies are on val", *runs_table(runs)), page.charts(figures)]
+
+
+def _curves(runs: Sequence[RunSummary], what: str, title: str) -> str:
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    from latentprep import page
+
+    with drawn(1, 4.5, 3.2) as ((axes,), picture):
+        for number, run in enumerate(runs):
+            axes.plot(
+                [entry["epoch"] for entry in run.metrics], [entry[what] for entry in run.metrics],
+                color=COLOURS[number % len(COLOURS)], linestyle=_MARKS[number // len(COLOURS) % len(_MARKS)],
+                label=f"run {number + 1}", marker="o" if len(run.metrics) == 1 else None,
+            )  # fmt: skip
+        if what == "top1":
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("epoch", color=INK)
+        axes.set_title(title, loc="left", color=INK)
+        _legend(axes, len(runs))
+    ends = "; ".join(f"run {n} ends at {run.metrics[-1][what]:.3f}" for n, run in enumerate(runs, 1))
+    return page.chart(picture, f"{title} over the epochs: {ends}")
+
+
+def _against_bits(runs: Sequence[RunSummary]) -> str:
+    from matplotlib.ticker import PercentFormatter
+
+    from latentprep import page
+
+    places = sorted({run.bits for run in runs})
+    with drawn(1, 4.5, 3.2) as ((axes,), picture):
+        for number, run in enumerate(runs):
+            axes.plot(places.index(run.bits), run.last_top1, "o", color=COLOURS[number % len(COLOURS)],
+                      label=f"run {number + 1}")  # fmt: skip
+        axes.set_xticks(range(len(places)), ["float" if bits == FLOAT else str(bits) for bits in places])
+        axes.margins(x=0.1)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.set_xlabel("bits a code", color=INK)
+        axes.set_title("last val top-1 against bits", loc="left", color=INK)
+        _legend(axes, len(runs))
+    values = "; ".join(f"run {n}: {run.bits} bits, {run.last_top1:.1%}" for n, run in enumerate(runs, 1))
+    return page.chart(picture, f"Last val top-1 against bits: {values}")
+
+
+def _legend(axes: Axes, runs: int) -> None:
+    if 1 < runs <= 12:
+        axes.legend(frameon=False, labelcolor=INK, ncols=1 + (runs - 1) // 6, loc="best")

@@ -1,0 +1,263 @@
+"""rd, and the HTML page about a dataset and its runs."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import latentprep
+import latenttrain
+from latentprep import page
+from latentprep.drawing import drawn
+from latentprep.errors import CheckpointError, CodecError, UsageError
+from latentprep.rate_distortion import FORMATS, _file, _file_of_at_most, rd
+from latentprep.reporter import channel_counts, entropy
+from latenttrain.diagnosis import diagnose
+from pictures import make_folder, picture
+
+SMALL = {"width": 0.25, "depth": 0.5, "batch_size": 16, "device": "cpu"}
+
+
+class Strict(HTMLParser):
+    """Collects what a page refers to, the names it gives, and whether its elements nest."""
+
+    VOID = frozenset({"meta", "link", "img", "br"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.links: list[str] = []
+        self.names: list[str] = []
+        self.pictures: list[dict[str, str | None]] = []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.links += [str(found[name]) for name in ("src", "href") if name in found]
+        self.names += [str(found["id"])] if "id" in found else []
+        if tag == "img":
+            self.pictures.append(found)
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = make_folder(tmp_path_factory.mktemp("source") / "images", train=20, val=6)
+    (root / "val" / "class_1" / "003.jpg").write_bytes(b"no picture")
+    return root
+
+
+@pytest.fixture(scope="module")
+def dataset(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("dct") / "a <dataset> & more"
+    latentprep.encode(images, codec="dct", luma=3, chroma=1, bits=4, size=64, max_error_fraction=0.5, out=out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def runs(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two runs on the dataset at 4 bits, one on it at 2."""
+    root = tmp_path_factory.mktemp("runs")
+    latentprep.requantize(dataset, bits=2, out=root / "two")
+    folders = []
+    for name, data, epochs in (("first", dataset, 2), ("second", dataset, 1), ("two-bits", root / "two", 2)):
+        latenttrain.fit(data, epochs=epochs, out=root / name, **SMALL)  # type: ignore[arg-type]
+        folders.append(root / name)
+    return folders
+
+
+def test_rd(images: Path, tmp_path: Path) -> None:
+    result = rd(
+        str(images), codecs=["dct:luma=3:chroma=1", "dct"], bits=[1, 4], qualities=[10, 90], images=9, size=64,
+        out=tmp_path / "rd",
+    )  # fmt: skip
+    assert result.images in (8, 9)  # one of val cannot be read
+    by_name = {(p.name, p.setting): p for p in result.points}
+    assert len(by_name) == 4 + 2 * (len(FORMATS) - len(result.skipped))
+    for name, low, high in (("dct", 1, 4), ("JPEG", 10, 90)):
+        few, many = by_name[name, low], by_name[name, high]
+        assert few.bytes < many.bytes
+        assert few.psnr < many.psnr  # type: ignore[operator]
+        assert few.ssim < many.ssim  # type: ignore[operator]
+        assert many.bpp == pytest.approx(8 * many.bytes / 64**2)
+    files = sorted(path.name for path in (tmp_path / "rd").iterdir())
+    assert files == ["rd.json", "rd.png", "rd.svg", "side-by-side.png"]
+    first = (tmp_path / "rd" / "rd.svg").read_bytes()
+    assert json.loads((tmp_path / "rd" / "rd.json").read_text())["points"][0]["name"] == "dct:luma=3:chroma=1"
+    rd(
+        str(images), codecs=["dct:luma=3:chroma=1", "dct"], bits=[1, 4], qualities=[10, 90], images=9, size=64,
+        out=tmp_path / "again",
+    )  # fmt: skip
+    assert (tmp_path / "again" / "rd.svg").read_bytes() == first
+
+
+def test_rd_counts_what_encode_writes(images: Path, tmp_path: Path) -> None:
+    """All of val through rd takes the bytes of a dataset of val: shard, record and metadata."""
+    good = make_folder(tmp_path / "good", train=8, val=4)
+    out = tmp_path / "codes"
+    latentprep.encode(good, codec="dct", bits=3, size=32, splits=["val"], shard_rows=8, out=out)
+    on_disk = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    result = rd(str(good), codecs=["dct"], bits=[3], qualities=[50], images=100, size=32, out=tmp_path / "rd")
+    assert result.points[0].bytes * result.images == pytest.approx(on_disk, rel=0.1)
+
+
+def test_files_of_at_most() -> None:
+    image = torch.from_numpy(picture(3)).permute(2, 0, 1)
+    for name in FORMATS:
+        sizes = {quality: len(_file(name, image, quality)) for quality in (0, 60, 95)}
+        assert len(_file_of_at_most(name, image, sizes[60])) <= sizes[60]
+        assert len(_file_of_at_most(name, image, 1)) == sizes[0]
+        assert len(_file_of_at_most(name, image, 10**9)) == sizes[95]
+
+
+def test_what_rd_refuses(tmp_path: Path) -> None:
+    for options, error in (
+        ({"codecs": ["dtc"]}, CodecError),
+        ({"codecs": ["dct:luma"]}, UsageError),
+        ({"bits": [9]}, UsageError),
+        ({"qualities": [0]}, UsageError),
+        ({"images": 0}, UsageError),
+    ):
+        with pytest.raises(error):
+            rd("shapes", out=tmp_path, **options)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
+def test_entropy_and_counts(dataset: Path) -> None:
+    assert entropy(np.array([5, 5, 5, 5])) == 2
+    assert entropy(np.array([0, 7])) == 0
+    assert entropy(np.zeros(4, np.int64)) == 0
+    opened = latentprep.open(dataset)
+    counts, shards = channel_counts(opened)
+    codes = np.concatenate([opened.load(split).codes for split in opened.splits if opened.manifest.views(split) == 1])
+    assert counts.sum() == codes.size
+    assert counts[2].tolist() == np.bincount(codes[:, :, 2].ravel(), minlength=16).tolist()
+    assert shards == (2, 2)
+
+
+def test_a_report_stands_alone(dataset: Path, runs: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "report.html"
+    result = latentprep.report(dataset, out=out, runs=runs, samples=4)
+    text = out.read_text()
+    found = Strict(text)
+    assert all(link.startswith(("data:", "#")) for link in found.links)
+    assert "<script" not in text
+    assert not re.search(r"https?://(?!www\.w3\.org/)", text)
+    assert len(found.names) == len(set(found.names))
+    for link in found.links:
+        if link.startswith("#"):
+            assert link[1:] in found.names
+    assert found.pictures
+    assert all(picture["alt"] for picture in found.pictures)
+    assert "a &lt;dataset&gt; &amp; more" in text
+    assert "<dataset>" not in text
+    assert "class_1/003.jpg" in text  # the one that could not be read
+    assert "Confusion matrix" in text
+    assert "Not evaluated on this dataset" in text  # the run on 2 bits
+    assert text.count("<svg") == result_charts(latentprep.open(dataset).manifest.latent[0])
+    assert result.bytes == out.stat().st_size
+    latentprep.report(dataset, out=tmp_path / "again.html", runs=runs, samples=4)
+    assert (tmp_path / "again.html").read_bytes() == out.read_bytes()
+
+
+def result_charts(channels: int) -> int:
+    return channels + 3  # a histogram a channel; loss, accuracy, accuracy against bits
+
+
+def test_diagnosis_agrees_with_evaluation(dataset: Path, runs: list[Path]) -> None:
+    found = diagnose(runs[0], dataset)
+    measured = latenttrain.evaluate(runs[0], dataset)
+    assert found.top1 == pytest.approx(measured.top1)
+    assert found.loss.mean() == pytest.approx(measured.loss, rel=1e-4)
+    assert found.confusion.sum() == len(found.rows) == measured.samples == 11
+    assert found.confusion.trace() == (found.labels == found.predicted).sum()
+    wrong = found.most_wrong()
+    assert all(mistake.label != mistake.predicted for mistake in wrong + found.most_confused())
+    labels = latentprep.open(dataset).load("val").labels
+    assert (found.labels == labels).all()
+    losses = [float(found.loss[found.rows.tolist().index(mistake.row)]) for mistake in wrong]
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_runs_are_compared(runs: list[Path], tmp_path: Path) -> None:
+    from latenttrain.comparison import report, runs_table
+
+    found = report(runs, out=tmp_path / "runs.html")
+    assert [run.bits for run in found] == [4, 4, 2]
+    assert [run.epochs for run in found] == [2, 1, 2]
+    lines = [json.loads(line) for line in (runs[0] / "metrics.jsonl").read_text().splitlines()]
+    assert found[0].top1 == max(line["top1"] for line in lines)
+    assert found[0].last_top1 == lines[-1]["top1"]
+    columns, rows = runs_table(found)
+    assert all(len(row) == len(columns) for row in rows)
+    Strict((tmp_path / "runs.html").read_text())
+    with pytest.raises(CheckpointError):
+        report([tmp_path], out=tmp_path / "none.html")
+    (runs[1] / "metrics.jsonl").write_text("")
+    with pytest.raises(CheckpointError, match="empty"):
+        report(runs, out=tmp_path / "none.html")
+    assert not (tmp_path / "none.html").exists()
+
+
+def test_pages_escape_and_describe() -> None:
+    with drawn(1) as ((axes,), picture):
+        axes.plot([1, 2], [3, 4], color="#1f6feb", label="<b>")
+        axes.legend(frameon=False)
+    chart = page.chart(picture, 'a "line" & more')
+    Strict(chart)
+    assert "&lt;b&gt;" in chart
+    assert 'aria-label="a &quot;line&quot; &amp; more"' in chart
+    assert "var(--c0)" in chart
+    assert not re.search(r"#[0-9a-f]{6}", chart)
+    table = page.table("of <things>", ["", "share"], [["<a>", "50%"]], heat=[[0.5]])
+    Strict(table)
+    assert "<a>" not in table
+    assert 'tabindex="0"' in table
+    tile = page.tile(Image.new("RGB", (4, 4)), 'an "alt"', exact=True)
+    assert "data:image/png;base64," in tile
+    assert math.isclose(len(Strict(tile).pictures), 1)
+
+
+def test_the_colours_of_pages_have_contrast() -> None:
+    """WCAG AA: 4.5:1 for text on cards and on the page, light and dark, and under the strongest heat."""
+
+    def luminance(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [p / 12.92 if p <= 0.03928 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    def ratio(one: str, two: str) -> float:
+        light, dark = sorted((luminance(one), luminance(two)), reverse=True)
+        return (light + 0.05) / (dark + 0.05)
+
+    text = page.page("t", "l", []).decode()
+    light, dark = text.split("@media")
+    for style in (light, dark):
+        colours = dict(re.findall(r"--(\w+):(#[0-9a-f]{6})", style))
+        heat = [round(0.4 * int(colours["heat"][i : i + 2], 16) + 0.6 * int(colours["card"][i : i + 2], 16))
+                for i in (1, 3, 5)]  # fmt: skip
+        hot = "#" + "".join(f"{part:02x}" for part in heat)
+        for ground in (colours["paper"], colours["card"]):
+            assert ratio(colours["ink"], ground) >= 4.5
+            assert ratio(colours["muted"], ground) >= 4.5
+        assert ratio(colours["ink"], hot) >= 4.5
+        for line in (f"c{i}" for i in range(6)):
+            assert ratio(colours[line], colours["card"]) >= 3  # of graphics
