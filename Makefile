@@ -5,15 +5,16 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 DEMO ?= demo
 # ablation and net_search, which take hours on real images, are run by hand.
-BENCHMARKS := startup encode_ratio kill_resume requantize talk_table time_to_accuracy loader_peers disk_peers scale
+BENCHMARKS := startup encode_ratio requantize talk_table time_to_accuracy loader_peers disk_peers scale
 
-.PHONY: demo test lint bench bench-gpu clean help
+.PHONY: demo test lint bench bench-gpu chaos clean help
 
 help:
 	@echo "make demo   encode the built-in shapes with the block DCT, train on the codes, print the table"
 	@echo "make test   run the tests"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  run the benchmarks under benchmarks/; make bench-gpu what is to be measured on a GPU"
+	@echo "make chaos  kill, cut off, fill up and rob an encode hundreds of times: nothing may be lost"
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -46,6 +47,9 @@ bench: $(VENV)/dev.stamp
 bench-gpu: $(VENV)/run.stamp
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[vae]'
 	$(BIN)/python benchmarks/gpu.py
+
+chaos: $(VENV)/dev.stamp
+	$(BIN)/python benchmarks/chaos.py
 
 clean:
 	rm -rf $(VENV) $(DEMO) build dist

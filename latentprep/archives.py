@@ -24,6 +24,7 @@ LABEL_BYTES = 1024  # the longest `.cls` member taken for a label
 _GZIP_SPACING = 128 * 1024  # plain bytes between two kept decompressors, at least
 _GZIP_POINTS = 2048  # how many are kept, at most (140 MB)
 _CHUNK = 64 * 1024
+_HEADER_BYTES = 1 << 20  # of one member, long names and all
 
 
 class PlainFile:
@@ -210,17 +211,21 @@ def list_archive(path: Path, progress: Progress | None = None) -> Listing:
             done = cursor.compressed if isinstance(file, GzipFile) else cursor.tell
             tick = (lambda: progress(f"reading {path.name}", done(), total)) if progress else None
             return _list_members(path, file, cursor, tick)
-    except (tarfile.TarError, EOFError, zlib.error) as error:
-        raise SourceError(f"{path} is damaged or cut short: {error}", _AGAIN) from error
+    except (SourceError, OSError):
+        raise
+    except Exception as error:  # tarfile raises whatever it meets in damaged headers
+        raise SourceError(f"{path} is damaged or cut short: {error or type(error).__name__}", _AGAIN) from error
 
 
 def _list_members(path: Path, file: PlainFile | GzipFile, cursor: Any, tick: Callable[[], None] | None) -> Listing:
     listing = Listing()
     count = 0
-    with tarfile.open(fileobj=_as_file(cursor), mode="r:", encoding="utf-8") as tar:
+    headers = _Headers(cursor)
+    with tarfile.open(fileobj=_as_file(headers), mode="r:", encoding="utf-8") as tar:
         while (member := tar.next()) is not None:
             tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep every header: about 1 KiB each
             count += 1
+            headers.left = _HEADER_BYTES
             if tick and count % 256 == 0:
                 tick()
             name = _inner_path(path, member.name)
@@ -264,5 +269,26 @@ def _inner_path(archive: Path, name: str) -> str:
     return text_path("/".join(parts))
 
 
-def _as_file(cursor: Any) -> BinaryIO:
-    return cursor  # a _GzipCursor has what tarfile calls: read, seek, tell
+class _Headers:
+    """What tarfile reads one member's headers through: only forward, and no more of them than anyone needs.
+
+    A header may claim a name of gigabytes, or a member of negative length, which tarfile would visit for ever.
+    """
+
+    def __init__(self, cursor: Any) -> None:
+        self._cursor, self.left, self.tell = cursor, _HEADER_BYTES, cursor.tell
+
+    def read(self, size: int) -> bytes:
+        self.left -= size
+        if size < 0 or self.left < 0:
+            raise tarfile.ReadError(f"the headers of a member take more than {_HEADER_BYTES} bytes")
+        return self._cursor.read(size)
+
+    def seek(self, offset: int) -> int:
+        if offset < self._cursor.tell():
+            raise tarfile.ReadError("a member ends before it begins")
+        return self._cursor.seek(offset)
+
+
+def _as_file(headers: _Headers) -> BinaryIO:
+    return headers  # type: ignore[return-value]  # it has what tarfile calls: read, seek, tell

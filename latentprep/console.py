@@ -6,17 +6,19 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from .errors import LatentError, system_fault
+from .errors import LatentError, SystemFault, system_fault
 
 
 def run(app: Any) -> None:
     """Run a Typer `app` as a program: a user's mistake is one or two lines on stderr and its exit code."""
     tune_process()
+    warnings.filterwarnings("ignore", module="PIL")  # of damaged images, which we report ourselves
     try:
         app()
     except LatentError as error:
@@ -27,6 +29,8 @@ def run(app: Any) -> None:
         raise
     except OSError as error:
         fail(system_fault(error))
+    except MemoryError:
+        fail(SystemFault("out of memory", "close other programs, or use smaller batches or shards"))
 
 
 def tune_process() -> None:

@@ -25,6 +25,9 @@ _REDUCING_GAP = 2.0
 # libjpeg's warnings (jerror.h) that mean part of the picture is lost. Its others are harmless, and Pillow decides.
 _DAMAGE = ("premature end", "bad huffman", "bad arithmetic", "instead of rst")
 
+# What Pillow may take bytes for. Left out: formats that run a program (EPS starts Ghostscript) and those nobody keeps.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "MPO")
+
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 
 
@@ -130,7 +133,7 @@ def _decode_jpeg(data: bytes, need_side: int | None, max_pixels: int) -> np.ndar
 def _decode_other(data: bytes, max_pixels: int) -> np.ndarray:
     """u8 [H,W,3] by Pillow. `BadImage` for everything it cannot read."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             _check_pixels(*image.size, max_pixels)
             orientation = image.getexif().get(0x0112, 1)
             image.load()
@@ -164,7 +167,7 @@ def _orientation(data: bytes) -> int:
     if data.find(b"Exif\0\0", 0, 1 << 16) < 0:
         return 1
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
             return int(image.getexif().get(0x0112, 1))
     except Exception:  # broken metadata says nothing about the picture
         return 1

@@ -40,6 +40,7 @@ from latentprep.layouts import (
     read_file,
 )
 
+MAX_TARS = 100_000  # that one brace pattern may stand for
 VAL_FRACTION = 0.1  # of each class, taken from train where a source has no val split
 
 
@@ -221,15 +222,20 @@ def _expand_braces(spec: str) -> list[str]:
     match = re.search(r"\{([^{}]*)\}", spec)
     if not match:
         return [spec]
-    bounds = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
+    bounds = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", match[1])
     if bounds:
         if int(bounds[1]) > int(bounds[2]):
             raise SourceError(f"{spec} ends before it begins", "write a range as train-{000000..000012}.tar")
         width = len(bounds[1]) if bounds[1].startswith("0") else 0
-        parts = [str(n).zfill(width) for n in range(int(bounds[1]), int(bounds[2]) + 1)]
+        parts: Iterable[str] = (str(n).zfill(width) for n in range(int(bounds[1]), int(bounds[2]) + 1))
     else:
         parts = match[1].split(",")
-    return [name for part in parts for name in _expand_braces(spec[: match.start()] + part + spec[match.end() :])]
+    names: list[str] = []
+    for part in parts:
+        names += _expand_braces(spec[: match.start()] + part + spec[match.end() :])
+        if len(names) > MAX_TARS:
+            raise SourceError(f"{spec} stands for more than {MAX_TARS} files", "name fewer")
+    return names
 
 
 def _is_tar(path: Path) -> bool:

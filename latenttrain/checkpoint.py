@@ -135,7 +135,7 @@ def read_config(root: Path) -> RunConfig:
         return RunConfig.from_json(document)
     except CheckpointError:
         raise
-    except (LatentError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (LatentError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(f"{path} is damaged: {reason}", "restore it, or train again") from error
 

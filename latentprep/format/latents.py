@@ -35,7 +35,7 @@ def check_latents(folder: Path, dataset: LatentDataset) -> None:
         found = json.loads((folder / LATENTS).read_bytes())
     except FileNotFoundError:
         return
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if found != described(dataset):
         raise DatasetError(f"{folder} holds the latents of another dataset than {dataset.root}", "choose another --out")
@@ -47,7 +47,7 @@ def read_latents(folder: Path, dataset: LatentDataset, split: str) -> np.ndarray
     try:
         found = json.loads((folder / LATENTS).read_bytes())
         values = np.load(folder / f"{split}.npy", mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # numpy takes the header for Python's literals, which fail in many ways
         raise DatasetError(f"{folder} holds no float latents of split '{split}' ({error})", way_out) from error
     want = described(dataset)
     if found != want or values.shape != (want["splits"][split], *dataset.manifest.latent) or values.dtype != np.float16:

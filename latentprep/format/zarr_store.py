@@ -174,7 +174,10 @@ def metadata_files(manifest: Manifest) -> dict[str, bytes]:
     for split, rows in manifest.splits.items():
         zarr.create_group(store=store, path=split, zarr_format=3, attributes={"classes": list(manifest.classes)})
         for name in ("codes", "labels", "keys"):
-            _create(manifest, store, f"{split}/{name}", split, name, rows)
+            try:
+                _create(manifest, store, f"{split}/{name}", split, name, rows)
+            except (TypeError, ValueError) as error:
+                raise _unknown_compression(error) from error
     return {path: buffer.to_bytes() for path, buffer in files.items()}
 
 
@@ -208,7 +211,11 @@ def _codecs(chain: list[dict]) -> dict[str, Any]:
             "compressors": [kinds[c["name"]].from_dict(c) for c in chain if c["name"] != "transpose"],
         }
     except (KeyError, TypeError, ValueError) as error:
-        raise DatasetError(f"the manifest's compression is not one this version writes ({error})") from error
+        raise _unknown_compression(error) from error
+
+
+def _unknown_compression(error: Exception) -> DatasetError:
+    return DatasetError(f"the manifest's compression is not one this version writes ({error})", "restore the manifest")
 
 
 def _create(manifest: Manifest, store: Any, path: str, split: str, name: str, rows: int) -> zarr.Array:

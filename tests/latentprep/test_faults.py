@@ -1,0 +1,229 @@
+"""What a crash, a power cut, a full disk or a vanishing source may not do. `benchmarks/chaos.py` does more of each."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import latentprep
+from faults import Disk, full_after, read_only
+from latentprep import pipeline
+from latentprep.encoder import EncodeResult
+from latentprep.errors import DatasetError, SourceError, SystemFault
+from latentprep.sources import Sample, Source, open_source
+from pictures import jpeg, make_folder, picture
+
+
+def encode(source: Path | Source, out: Path, **options: object) -> EncodeResult:
+    return latentprep.encode(source, **{"codec": "dct", "size": 32, "out": out, "shard_rows": 4, **options})
+
+
+def digest(root: Path) -> dict[str, str]:
+    """path -> SHA-256 of every file of a dataset but the temporaries that a crash leaves."""
+    files = (path for path in root.rglob("*") if path.is_file() and path.suffix != ".tmp")
+    return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def committed(root: Path) -> set[tuple[str, int]]:
+    """The shards that are there, all of them whole; nothing else is wrong but what a resumed encode makes."""
+    if not (root / "manifest.json").exists():
+        return set()
+    found = latentprep.verify(root, deep=True)
+    missing = {(p.split, p.index) for p in found.problems if p.what == "is not committed"}
+    others = [p for p in found.problems if p.what != "is not committed" and p.split is not None]
+    assert not others, others
+    dataset = latentprep.open(root)
+    return {(s, i) for s in dataset.splits for i in range(dataset.manifest.shard_count(s))} - missing
+
+
+@pytest.fixture
+def commits(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[tuple[str, int]]]:
+    """The shards whose commit has returned."""
+    real, done = pipeline.commit_shard, set()
+
+    def commit_shard(root, record, files):  # type: ignore[no-untyped-def]
+        done.discard((record.split, record.index))
+        made = real(root, record, files)
+        done.add((record.split, record.index))
+        return made
+
+    monkeypatch.setattr(pipeline, "commit_shard", commit_shard)
+    yield done
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_power_cut_loses_nothing_committed_and_leaves_nothing_half(
+    images: Path, tmp_path: Path, commits: set, again: bool
+) -> None:
+    """At drawn moments, what an unlucky disk keeps: whole shards, and a resumed run ends as an unbroken one."""
+    draw, states, left = random.Random(again), 0, []
+    out = tmp_path / "disk" / "new" / "folder" / "out"
+    (tmp_path / "disk").mkdir()
+    if again:  # a shard is made again, with other bytes of the same files
+        good = (images / "train" / "class_0" / "001.jpg").read_bytes()
+        (images / "train" / "class_0" / "001.jpg").write_bytes(b"junk")
+        for folder in (tmp_path / "whole", out):
+            encode(images, folder)
+        (images / "train" / "class_0" / "001.jpg").write_bytes(good)
+    encode(images, tmp_path / "whole")
+    commits.clear()
+    commits |= committed(out)
+
+    def at(event: str) -> None:
+        nonlocal states
+        if draw.random() > (0.5 if again else 0.15):
+            return
+        for lost in (1.0, 0.0, 0.5):
+            states += 1
+            kept = tmp_path / f"cut{states}"
+            disk.cut(kept, lost, draw)
+            here = committed(kept / "new" / "folder" / "out")
+            assert commits <= here, (event, lost)
+            if states % 12 == 0 and here:
+                left.append(kept / "new" / "folder" / "out")
+
+    disk = Disk(tmp_path / "disk", tmp_path / "attic", at)
+    with disk.watching():
+        encode(images, out)
+    assert states > 30
+    assert digest(out) == digest(tmp_path / "whole")
+    assert left
+    for kept in left:
+        encode(images, kept)
+        assert digest(kept) == digest(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("share", [0.01, 0.3, 0.6, 0.95])
+def test_a_disk_full_in_the_middle_of_a_shard(images: Path, tmp_path: Path, share: float) -> None:
+    encode(images, tmp_path / "whole")
+    size = sum(path.stat().st_size for path in (tmp_path / "whole").rglob("*") if path.is_file())
+    with full_after(int(share * size)), pytest.raises(SystemFault, match=r"no space left.*free some space"):
+        encode(images, tmp_path / "out")
+    before = committed(tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("*.tmp"))
+    with full_after(10), pytest.raises(SystemFault):
+        encode(images, tmp_path / "out")
+    assert committed(tmp_path / "out") == before
+    encode(images, tmp_path / "out")
+    assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+
+
+def test_a_read_only_target(images: Path, tmp_path: Path) -> None:
+    with read_only(), pytest.raises(SystemFault, match=r"read-only file system.*choose another folder"):
+        encode(images, tmp_path / "out")
+    encode(images, tmp_path / "out")
+    before = digest(tmp_path / "out")
+    (tmp_path / "out" / "records" / "val-000000.json").unlink()
+    with read_only(), pytest.raises(SystemFault, match="read-only"):
+        encode(images, tmp_path / "out")
+    with read_only():
+        assert not latentprep.verify(tmp_path / "out").ok  # which needs no writing
+    encode(images, tmp_path / "out")
+    assert digest(tmp_path / "out") == before
+
+
+class Meddled:
+    """A source in which something happens just before its `count`-th read."""
+
+    def __init__(self, source: Source, count: int, what) -> None:  # type: ignore[no-untyped-def]
+        self.source, self.left, self.what, self.lock = source, count, what, threading.Lock()
+        self.real, source.read = source.read, self.read  # type: ignore[method-assign]
+
+    def read(self, split: str, i: int) -> Sample:
+        with self.lock:
+            self.left -= 1
+            if self.left == 0:
+                self.what()
+        return self.real(split, i)
+
+
+@pytest.mark.parametrize("how", ["vanish", "cut short"])
+def test_a_source_that_changes_under_way_costs_its_rows_only(images: Path, tmp_path: Path, how: str) -> None:
+    encode(images, tmp_path / "whole")
+    file = images / "val" / "class_1" / "002.jpg"
+    good = file.read_bytes()
+    source = open_source(images)
+    Meddled(source, 20, file.unlink if how == "vanish" else lambda: file.write_bytes(good[:300]))
+    result = encode(source, tmp_path / "out", max_error_fraction=0.5)
+    assert result.invalid == 1
+    (line,) = (tmp_path / "out" / "errors.jsonl").read_text().splitlines()
+    assert json.loads(line)["key"] == "val/class_1/002.jpg"
+    file.write_bytes(good)
+    assert encode(images, tmp_path / "out").encoded == 2  # the shard of that row
+    assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+
+
+def test_an_image_swapped_for_another_under_way_is_found_by_verify(images: Path, tmp_path: Path) -> None:
+    encode(images, tmp_path / "whole")
+    file = images / "val" / "class_1" / "002.jpg"
+    good = file.read_bytes()
+    source = open_source(images)
+    Meddled(source, 20, lambda: file.write_bytes(jpeg(picture(99))))
+    assert encode(source, tmp_path / "out").invalid == 0
+    file.write_bytes(good)
+    found = latentprep.verify(tmp_path / "out", source=open_source(images))
+    assert [(p.split, p.index) for p in found.problems] == [("val", 1)]
+    assert latentprep.verify(tmp_path / "out", source=open_source(images), repair=True).ok
+    assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+
+
+def test_a_whole_source_that_vanishes_ends_the_run_and_can_come_back(images: Path, tmp_path: Path) -> None:
+    encode(images, tmp_path / "whole")
+    source = open_source(images)
+    Meddled(source, 24, lambda: images.rename(tmp_path / "away"))
+    with pytest.raises(SourceError, match="cannot be read, more than"):
+        encode(source, tmp_path / "out")
+    (tmp_path / "away").rename(images)
+    encode(images, tmp_path / "out")
+    assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("where", ["load_views", "encode_shard_files"])
+def test_a_worker_that_dies_ends_the_run_and_loses_nothing(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    encode(images, tmp_path / "whole")
+    real, calls = getattr(pipeline, where), []
+
+    def die(*args: object, **kwargs: object) -> object:
+        calls.append(0)
+        if len(calls) == (26 if where == "load_views" else 3):
+            raise MemoryError("worker")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(pipeline, where, die)
+    with pytest.raises(MemoryError, match="worker"):
+        encode(images, tmp_path / "out")
+    monkeypatch.undo()
+    before = committed(tmp_path / "out")
+    encode(images, tmp_path / "out")
+    assert before
+    assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+
+
+def test_of_two_encodes_at_once_the_second_is_refused_and_a_dead_one_holds_nothing(tmp_path: Path) -> None:
+    source = make_folder(tmp_path / "images", train=150, val=10)
+    command = [sys.executable, "-m", "latentprep.cli", "encode", str(source), "--codec", "dct", "--shard-rows", "4"]
+    process = subprocess.Popen([*command, "--out", str(tmp_path / "out")], stdout=-3, stderr=-3)
+    try:
+        while process.poll() is None and not (tmp_path / "out" / "records").exists():
+            time.sleep(0.001)
+        process.send_signal(signal.SIGSTOP)  # alive, and holding the folder
+        with pytest.raises(DatasetError, match="is being written by another latentprep encode"):
+            encode(source, tmp_path / "out", size=None)
+    finally:
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    encode(source, tmp_path / "out", size=None)
+    encode(source, tmp_path / "whole", size=None)
+    assert digest(tmp_path / "out") == digest(tmp_path / "whole")
