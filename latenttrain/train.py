@@ -95,7 +95,8 @@ def fit(
 
     dataset: its folder, or what `latentprep.open` returned. width, depth: see `latenttrain.scaling`.
     recipe: one of `RECIPES`; epochs to ema: in place of its own. lr: the peak. augment: None is the recipe's, which is
-    none for ``talk`` and else the default of `Augment`, with mirroring where the dataset's codec has an exact mirror.
+    none for ``talk`` and else the default of `Augment`, with mirroring where the dataset's codec has an exact mirror,
+    and without zoom where there are views.
     limit: train on at most so many samples. holdout: judge by this share of train in place of val, and learn from the
     rest: for choices, so that val stays unseen. phi: compound scaling, factors on top of width and depth; the
     resolution is ``encode``'s. latents: a folder that ``latentprep latents`` made, to learn from float latents (view 0)
@@ -197,6 +198,8 @@ def plan_run(
     quantizer = manifest.quantizer
     if augment is None:
         augment = Augment(mirror=manifest.flip is not None)
+        if manifest.views("train") > 1:  # true crops of many sizes: more zoom than theirs costs accuracy
+            augment = dataclasses.replace(augment, zoom=0.0)
     if augment.mirror and augment.mirror_signs is None and manifest.flip is not None:
         augment = dataclasses.replace(augment, mirror_signs=tuple(map(float, manifest.flip)))
     net = NetConfig(

@@ -274,3 +274,13 @@ def test_a_recipe_survives_json():
 
 def test_larger_batches_get_a_higher_rate():
     assert default_lr(512) == pytest.approx(2 * default_lr(128), rel=1e-3)
+
+
+def test_true_crops_take_the_place_of_zoom(make_dataset, tmp_path, small):
+    zooms = []
+    for views in (1, 2):
+        codes = make_dataset(f"views{views}", views=views, rows={"train": 40, "val": 10})
+        latenttrain.fit(codes, **{**small, "epochs": 1}, out=tmp_path / f"run{views}")
+        zooms.append(read_config(tmp_path / f"run{views}").augment.zoom)
+    assert zooms == [Augment().zoom, 0.0]
+    assert zooms[0] > 0
