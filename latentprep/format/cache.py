@@ -51,7 +51,8 @@ class ShardCache:
             part.write_bytes(data)
             part.replace(self.folder / sha256)
             self._evict()
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
 
     def _evict(self) -> None:
         with self._evicting:

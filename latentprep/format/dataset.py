@@ -6,6 +6,7 @@ import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -52,7 +53,7 @@ class LatentDataset:
         self.manifest, self.manifest_sha256 = read_manifest(root)
         self._store = store_of(self.manifest)
         self._verified: set[str] = set()
-        self._fetched: dict[tuple[str, int], ShardRecord] = {}  # remote records: read once
+        self._fetched: dict[tuple[str, int], ShardRecord] = {}  # remote records that were read
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -73,11 +74,10 @@ class LatentDataset:
 
     def records(self, split: str) -> list[ShardRecord]:
         """The records of the split's committed shards, in order; shards not committed yet are left out."""
+        shards = range(self.manifest.shard_count(self._known(split)))
         with ThreadPoolExecutor(_READERS) as pool:
-            found = pool.map(
-                lambda index: self.record(split, index), range(self.manifest.shard_count(self._known(split)))
-            )
-            return [record for record in found if record is not None]
+            found = [record for record in pool.map(partial(self.record, split), shards) if record is not None]
+        return [self._kept_record(record) for record in found]
 
     def record(self, split: str, index: int) -> ShardRecord | None:
         """One shard's record, None where it is not committed. `DatasetError` if it does not belong to this dataset."""
@@ -112,9 +112,7 @@ class LatentDataset:
         record = self._fetched.get((split, index)) or self.record(split, index)
         if record is None:
             raise DatasetError(f"{self.root}: shard {split} {index} is not committed", "run latentprep encode again")
-        if isinstance(self.root, RemotePath):
-            self._fetched[split, index] = record
-        return record
+        return self._kept_record(record)
 
     def check_complete(self, split: str) -> None:
         """`DatasetError` if a shard of the split is not committed."""
@@ -193,6 +191,12 @@ class LatentDataset:
         if split not in self.manifest.splits:
             raise UsageError(f"{self.root} has no split '{split}'", f"use one of {', '.join(self.splits)}")
         return split
+
+    def _kept_record(self, record: ShardRecord) -> ShardRecord:
+        """The record, which readers then need not fetch again."""
+        if isinstance(self.root, RemotePath):
+            self._fetched[record.split, record.index] = record
+        return record
 
     def _read(self, record: ShardRecord, path: str) -> bytes:
         """One file of a shard, checked against its record unless that was done before or is switched off."""
