@@ -16,20 +16,22 @@ FAULTS = ("500", "503", "dropped", "lost answer", "truncated", "slow", "altered"
 
 
 class Proxy:
-    """Hands requests on to the server at `port`, and of these a `share` with one of `kinds` of faults.
+    """Hands requests on to the server at `port`, and of these a `share`, drawn by the seed, with the fault of `kinds`
+    that was least often yet.
 
-    What becomes of the n-th request is drawn by the seed and n. ``altered`` answers have one wrong byte, and are of
-    shards only: nothing else has a checksum apart from itself. injected: how often each fault was.
+    ``altered`` answers have one wrong byte, and are of shards only: nothing else has a checksum apart from itself.
+    asked: how many requests there were; injected: how often each fault was.
     """
 
     def __init__(self, port: int, share: float = 0.0, kinds: tuple[str, ...] = FAULTS, seed: int = 0) -> None:
         self.upstream, self.share, self.kinds = port, share, kinds
-        self.injected: Counter[str] = Counter()
+        self.asked, self.injected = 0, Counter[str]()
         self._random, self._lock = random.Random(seed), threading.Lock()
         proxy = self
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True
 
             def do_any(self) -> None:
                 proxy.answer(self)
@@ -45,11 +47,12 @@ class Proxy:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     def draw(self, request: BaseHTTPRequestHandler) -> str:
+        shard = request.command == "GET" and ("/c/" in request.path or request.path.endswith(".tar"))
         with self._lock:
-            fault = self._random.choice(self.kinds) if self._random.random() < self.share else ""
-            shard = request.command == "GET" and ("/c/" in request.path or request.path.endswith(".tar"))
-            if fault == "altered" and not shard:
-                fault = ""
+            self.asked += 1
+            if self._random.random() >= self.share:
+                return ""
+            fault = min((k for k in self.kinds if shard or k != "altered"), key=self.injected.__getitem__)
             self.injected[fault] += 1
         return fault
 

@@ -90,7 +90,7 @@ def numbers(run: Path) -> list[dict]:
 def test_through_faults_an_encode_and_a_fit_equal_the_local_ones(
     through: Callable[..., Proxy], images: Path, tmp_path: Path, store: str
 ) -> None:
-    faulty = through(0.25)
+    faulty = through(0.3)
     url = f"s3://bucket/faults/{store}"
     latentprep.encode(images, **OPTIONS, store=store, out=tmp_path / "local")
     result = latentprep.encode(images, **OPTIONS, store=store, out=url)
@@ -107,7 +107,7 @@ def test_through_faults_an_encode_and_a_fit_equal_the_local_ones(
     assert numbers(tmp_path / "remote") == numbers(tmp_path / "local-run")
     weights = [(tmp_path / run / "best.safetensors").read_bytes() for run in ("remote", "local-run")]
     assert weights[0] == weights[1]
-    assert set(FAULTS) <= set(faulty.injected), faulty.injected
+    assert min(faulty.injected[fault] for fault in FAULTS) >= 2, faulty.injected
     through()
     assert files(place(url)) == files(tmp_path / "local")  # byte for byte, and no lock is left
 
@@ -173,10 +173,10 @@ def test_a_cache_keeps_what_was_fetched(through: Callable[..., Proxy], images: P
     assert len(list(cache.iterdir())) == 5
 
     def asked() -> int:
-        proxy.injected.clear()
+        before = proxy.asked
         found = latentprep.open(url, cache_dir=cache).load("train")
         assert np.array_equal(found.codes, first.codes)
-        return sum(proxy.injected.values())
+        return proxy.asked - before
 
     assert asked() == 1 + 5  # manifest and records
     damaged = min(cache.iterdir())
