@@ -9,12 +9,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["convert", "encode", "merge", "open", "requantize", "subset", "verify", "write_latents"]
+__all__ = ["convert", "encode", "merge", "open", "push", "requantize", "subset", "verify", "write_latents"]
 
 if TYPE_CHECKING:
     from .derived import convert
     from .encoder import encode
     from .format import open_dataset as open
+    from .hub import push
     from .latents import write_latents
     from .requantizer import requantize
     from .selection import merge, subset
@@ -24,6 +25,7 @@ _HOMES = {
     "convert": ".derived",
     "encode": ".encoder",
     "merge": ".selection",
+    "push": ".hub",
     "requantize": ".requantizer",
     "subset": ".selection",
     "verify": ".verifier",

@@ -283,6 +283,29 @@ def merge(
 
 
 @app.command()
+def push(
+    dataset: Annotated[str, typer.Argument(help="Folder that latentprep encode wrote to.")],
+    repository: Annotated[str, typer.Argument(help="owner/name on the Hugging Face hub; made if there is none.")],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository a private one.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Put a dataset on the Hugging Face hub, in one commit, with a card made from its manifest.
+
+    Example:
+
+      latentprep push shards me/shapes-dct
+    """
+    from .hub import push as run
+
+    result = run(dataset, repository, private=private, progress=console.progress_bar)
+    if as_json:
+        console.print_json(result.to_json())
+    else:
+        facts = {"files": f"{result.files}, {console.size(result.bytes)}", "next": f"latenttrain fit {result.place}"}
+        console.print_facts(f"wrote {result.url}", facts)
+
+
+@app.command()
 def latents(
     dataset: Annotated[str, typer.Argument(help="Folder or URL that latentprep encode wrote to.")],
     source: Annotated[str, typer.Argument(help="The source that it was made of.")],

@@ -59,7 +59,7 @@ class Bucket(Protocol):
         """Nothing happens where there is no such object."""
 
     def names(self, key: str) -> list[str]:
-        """The names directly below a key."""
+        """The names directly below a key; none where the store cannot list them."""
 
 
 class ObjectStore:
@@ -128,6 +128,8 @@ class ObjectStore:
             return
 
     def names(self, key: str) -> list[str]:
+        if not self._writable:  # web servers do not list
+            return []
         prefix = f"{key}/" if key else ""
         found = self._tried("list", key, lambda: self._obstore.list_with_delimiter(self._store, prefix))
         paths = [*found["common_prefixes"], *(entry["path"] for entry in found["objects"])]
@@ -178,16 +180,18 @@ class HubRepository:
         self._hub = huggingface_hub
 
     def get(self, key: str, most: int = MOST) -> bytes:
-        from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
+        from huggingface_hub import errors
 
         def whole() -> bytes:
             try:
                 path = self._hub.hf_hub_download(self._name, key, repo_type="dataset", revision=self._revision)
-            except (EntryNotFoundError, RepositoryNotFoundError) as error:
+            except errors.LocalEntryNotFoundError as error:  # neither here nor to be reached
+                raise OSError(str(error)) from error
+            except (errors.EntryNotFoundError, errors.RepositoryNotFoundError) as error:
                 raise FileNotFoundError(f"{self.url}/{key}") from error
             return Path(path).read_bytes()
 
-        return _tried(f"read {self.url}/{key}", whole, (HfHubHTTPError, OSError))
+        return _tried(f"read {self.url}/{key}", whole, hub_errors())
 
     def size(self, key: str) -> int | None:
         try:
@@ -206,6 +210,13 @@ class HubRepository:
 
     def names(self, key: str) -> list[str]:
         return []
+
+
+def hub_errors() -> tuple[type[Exception], ...]:
+    """What the hub's client raises where a request fails: its own errors, and those of the HTTP client under it."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return (*HfHubHTTPError.__bases__, OSError)
 
 
 def _version(found: Any) -> dict:
