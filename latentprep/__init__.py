@@ -16,6 +16,7 @@ __all__ = [
     "merge",
     "open",
     "preview",
+    "push",
     "rd",
     "report",
     "requantize",
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from .derived import convert
     from .encoder import encode
     from .format import open_dataset as open
+    from .hub import push
     from .latents import write_latents
     from .linear_decoder import fit_linear_decoder
     from .previewer import preview
@@ -45,6 +47,7 @@ _HOMES = {
     "fit_linear_decoder": ".linear_decoder",
     "merge": ".selection",
     "preview": ".previewer",
+    "push": ".hub",
     "rd": ".rate_distortion",
     "report": ".reporter",
     "requantize": ".requantizer",

@@ -56,14 +56,14 @@ def encode(
     phi: Annotated[
         float, typer.Option(help="Compound scaling: 1.15^phi times the pixels a side; latenttrain fit has it too.")
     ] = 0.0,
-    out: Annotated[Path, typer.Option(help="Folder to write to; an unfinished encode there is resumed.")] = Path(
-        "shards"
-    ),
+    out: Annotated[
+        str, typer.Option(help="Folder, s3://… or gs://… to write to; an unfinished encode there is resumed.")
+    ] = "shards",
     store: Annotated[
         str, typer.Option(help="How shards are stored: zarr, or wds: tars that any WebDataset reader reads.")
     ] = "zarr",
     quantizer: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             rich_help_panel="Codec", help="Take the quantizer of this dataset, so that latentprep merge takes both."
         ),
@@ -189,17 +189,15 @@ def encode(
     )
     _finish(result, as_json)
     if result.invalid:
-        console.warn(
-            f"{result.invalid} samples could not be read; they are listed in {Path(result.out) / 'errors.jsonl'}"
-        )
+        console.warn(f"{result.invalid} samples could not be read; they are listed in {result.out}/errors.jsonl")
         raise typer.Exit(3)
 
 
 @app.command()
 def requantize(
-    dataset: Annotated[Path, typer.Argument(help="A folder that latentprep encode made, with more bits.")],
+    dataset: Annotated[str, typer.Argument(help="Folder or URL that latentprep encode wrote to, with more bits.")],
     bits: Annotated[int, typer.Option(help="Bits a code, fewer than the dataset has.")],
-    out: Annotated[Path, typer.Option(help="Folder to write to; an unfinished one there is resumed.")],
+    out: Annotated[str, typer.Option(help="Folder, s3://… or gs://… to write to; an unfinished one there is resumed.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the dataset in --out and start anew.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -218,8 +216,10 @@ def requantize(
 
 @app.command()
 def convert(
-    dataset: Annotated[Path, typer.Argument(help="A folder that latentprep encode made.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write to; an unfinished one there is resumed.")],
+    dataset: Annotated[str, typer.Argument(help="Folder or URL that latentprep encode wrote to.")],
+    out: Annotated[
+        str, typer.Argument(help="Folder, s3://… or gs://… to write to; an unfinished one there is resumed.")
+    ],
     store: Annotated[str, typer.Option(help="zarr, or wds: tars that any WebDataset reader reads.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the dataset in OUT and start anew.")] = False,
     as_json: Json = False,
@@ -237,8 +237,8 @@ def convert(
 
 @app.command()
 def subset(
-    dataset: Annotated[Path, typer.Argument(help="A folder that latentprep encode made.")],
-    out: Annotated[Path, typer.Option(help="Folder to write to; an unfinished one there is resumed.")],
+    dataset: Annotated[str, typer.Argument(help="Folder or URL that latentprep encode wrote to.")],
+    out: Annotated[str, typer.Option(help="Folder, s3://… or gs://… to write to; an unfinished one there is resumed.")],
     classes: Annotated[str | None, typer.Option(help="Comma-separated classes to keep. Default: all.")] = None,
     fraction: Annotated[float, typer.Option(help="Share of each class of each split to keep.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Draws which. A smaller share is part of a larger one.")] = 0,
@@ -263,8 +263,8 @@ def subset(
 
 @app.command()
 def merge(
-    datasets: Annotated[list[Path], typer.Argument(help="Two folders or more that latentprep encode made.")],
-    out: Annotated[Path, typer.Option(help="Folder to write to; an unfinished one there is resumed.")],
+    datasets: Annotated[list[str], typer.Argument(help="Two folders or URLs or more that latentprep encode wrote to.")],
+    out: Annotated[str, typer.Option(help="Folder, s3://… or gs://… to write to; an unfinished one there is resumed.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the dataset in --out and start anew.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -284,8 +284,31 @@ def merge(
 
 
 @app.command()
+def push(
+    dataset: Annotated[str, typer.Argument(help="Folder that latentprep encode wrote to.")],
+    repository: Annotated[str, typer.Argument(help="owner/name on the Hugging Face hub; made if there is none.")],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository a private one.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Put a dataset on the Hugging Face hub, in one commit, with a card made from its manifest.
+
+    Example:
+
+      latentprep push shards me/shapes-dct
+    """
+    from .hub import push as run
+
+    result = run(dataset, repository, private=private, progress=console.progress_bar)
+    if as_json:
+        console.print_json(result.to_json())
+    else:
+        facts = {"files": f"{result.files}, {console.size(result.bytes)}", "next": f"latenttrain fit {result.place}"}
+        console.print_facts(f"wrote {result.url}", facts)
+
+
+@app.command()
 def latents(
-    dataset: Annotated[Path, typer.Argument(help="A folder that latentprep encode made.")],
+    dataset: Annotated[str, typer.Argument(help="Folder or URL that latentprep encode wrote to.")],
     source: Annotated[str, typer.Argument(help="The source that it was made of.")],
     out: Annotated[Path, typer.Option(help="Folder to write to; splits that are there already are left alone.")],
     data: Annotated[Path | None, typer.Option(help="A copy of the named dataset that you already have.")] = None,
@@ -324,7 +347,7 @@ def latents(
 
 @app.command()
 def verify(
-    dataset: Annotated[Path, typer.Argument(help="A folder that latentprep encode made.")],
+    dataset: Annotated[str, typer.Argument(help="Folder or URL that latentprep encode wrote to.")],
     deep: Annotated[bool, typer.Option("--deep", help="Decode every shard, not only some of each split.")] = False,
     source: Annotated[
         str | None, typer.Option(help="The source that it was made of: compare with it, and encode some images again.")
@@ -384,7 +407,7 @@ def verify(
 
 @app.command()
 def info(
-    dataset: Annotated[Path, typer.Argument(help="A folder that latentprep encode made.")],
+    dataset: Annotated[str, typer.Argument(help="Folder or URL that latentprep encode wrote to.")],
     as_json: Json = False,
 ) -> None:
     """Say what a latent dataset is: codec, bits, samples a class, bytes an image, compression.

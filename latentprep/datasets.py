@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 import time
 from pathlib import Path
 from typing import BinaryIO
 
 from latentprep.errors import SourceError, system_fault
+from latentprep.format.cache import cache_folder
 from latentprep.layouts import Progress
 
 _IMAGENETTE = {
@@ -65,15 +65,6 @@ def class_names(name: str, found: tuple[str, ...], path: Path) -> tuple[str, ...
             f"give {path} itself as the source, or a copy of {_ARCHIVES[name][0]} with --data",
         )
     return tuple(names.values())
-
-
-def cache_folder() -> Path:
-    """``LATENTPREP_CACHE``, or ``latentprep`` in the user's cache folder."""
-    if folder := os.environ.get("LATENTPREP_CACHE"):
-        return Path(folder).expanduser()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "latentprep"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "latentprep"
 
 
 def fetch(name: str, cache: Path | None = None, progress: Progress | None = None) -> Path:

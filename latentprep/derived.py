@@ -20,6 +20,7 @@ from .errors import DatasetError, UsageError, nearest, system_fault
 from .format.commit import commit_shard, create_dataset, locked, make_folder, write_errors
 from .format.dataset import Codes, LatentDataset, open_dataset
 from .format.manifest import INVALID_LABEL, STORES, Manifest, ShardRecord
+from .format.places import place
 from .format.stores import store_of
 from .resume import check_same, stored_manifest
 
@@ -85,7 +86,7 @@ def derive(
     Every shard is read back from where it was written and compared. Raises `UsageError` if `out` is one of the parts,
     `DatasetError` if it holds another dataset, `SystemFault` if the disk is full.
     """
-    root, start, made = Path(out), time.monotonic(), 0
+    root, start, made = place(out), time.monotonic(), 0
     for part in parts:
         if root.resolve() == part.root.resolve():
             raise UsageError(f"--out is the dataset itself, {root}", "name another folder")

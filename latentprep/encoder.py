@@ -22,6 +22,7 @@ from .errors import Interrupted, SourceError, UsageError, nearest, system_fault
 from .format.commit import create_dataset, locked, make_folder, write_errors
 from .format.dataset import LatentDataset, open_dataset
 from .format.manifest import MAX_SHARD_CODES, MAX_SHARDS, STORES, Manifest, ShardRecord, train_split
+from .format.places import Place, place
 from .format.quantizer import check_bits
 from .format.stores import code_bytes
 from .format.zarr_store import chunk_rows
@@ -99,7 +100,7 @@ def encode(
     progress: ProgressFactory = silent,
     **codec_options: Any,
 ) -> EncodeResult:
-    """Encode `source` with `codec`, quantize to `bits`, store in the folder `out`. Run again, it resumes.
+    """Encode `source` with `codec`, quantize to `bits`, store in `out`, a folder or URL. Run again, it resumes.
 
     source: a folder, archive, tars or named dataset (see `latentprep.sources.open_source`), or an open one.
     codec: a name (default: ``taesd`` if its weights are at hand, else ``dct``) with its options as further
@@ -131,7 +132,7 @@ def encode(
         raise UsageError(f"--max-error-fraction must be 0 to 1, got {max_error_fraction}")
     if store not in STORES:
         raise UsageError(f"--store must be {' or '.join(STORES)}, got {store}", nearest(store, STORES))
-    root = Path(out)
+    root = place(out)
 
     if not isinstance(source, Source):
         source = open_source(source, data=data, val_fraction=val_fraction, seed=seed)
@@ -353,7 +354,7 @@ def _check_whole(option: str, value: int | None, low: int, high: int) -> None:
         raise UsageError(f"--{option} must be {low} to {high}, got {value}")
 
 
-def encode_result(root: Path, manifest: Manifest, records: list[ShardRecord], **facts: Any) -> EncodeResult:
+def encode_result(root: Place, manifest: Manifest, records: list[ShardRecord], **facts: Any) -> EncodeResult:
     """The result of a run that left `records` in the dataset at `root`."""
     invalid = {name: sum(len(r.invalid) for r in records if r.split == name) for name in manifest.splits}
     facts = {"code_bytes": sum(code_bytes(manifest, record) for record in records), **facts}

@@ -13,6 +13,7 @@ from .format.commit import locked, write_atomic
 from .format.dataset import open_dataset
 from .format.fields import dump_json
 from .format.latents import LATENTS, check_latents, described
+from .format.places import local
 from .sources import Source
 
 
@@ -40,7 +41,7 @@ def write_latents(
     from .images import MAX_PIXELS
     from .pipeline import Stages, encoded_rows
 
-    opened, root = open_dataset(dataset), Path(out)
+    opened, root = open_dataset(dataset), local(out, "--out")
     if root.resolve() == opened.root.resolve():
         raise UsageError(f"--out is the dataset itself, {root}", "name another folder")
     manifest = opened.manifest

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from .errors import DatasetError
 from .format.commit import remove_dataset
 from .format.dataset import LatentDataset, open_dataset
+from .format.lease import LOCK
 from .format.manifest import MANIFEST, Manifest
+from .format.places import Place
 
 
-def stored_manifest(root: Path, overwrite: bool) -> Manifest | None:
+def stored_manifest(root: Place, overwrite: bool) -> Manifest | None:
     """The manifest of the dataset to resume; None for an empty folder. Refuses folders that hold other things."""
-    if (root / MANIFEST).exists():
+    if (root / MANIFEST).is_file():
         if not overwrite:
             return open_dataset(root).manifest
         remove_dataset(root)
         return None
-    others = sorted(entry.name for entry in root.iterdir() if entry.name != MANIFEST + ".tmp")
+    others = sorted(entry.name for entry in root.iterdir() if entry.name not in (MANIFEST + ".tmp", LOCK))
     if others:
         raise DatasetError(
             f"{root} is not empty and holds no latent dataset (it has {others[0]})", "choose another --out"
@@ -28,7 +29,7 @@ def stored_manifest(root: Path, overwrite: bool) -> Manifest | None:
     return None
 
 
-def check_same(root: Path, stored: Manifest, asked: Manifest, fitted: bool) -> None:
+def check_same(root: Place, stored: Manifest, asked: Manifest, fitted: bool) -> None:
     """`DatasetError` naming the first field in which the dataset at `root` is not the one asked for.
 
     fitted: the quantizer asked for is still to be fitted, so that only its bits count.

@@ -20,6 +20,7 @@ from .errors import DatasetError, UsageError, system_fault
 from .format.commit import create_dataset, error_lines, locked, write_errors
 from .format.dataset import ForeignRecord, LatentDataset, open_dataset
 from .format.manifest import ERRORS, INVALID_LABEL, MANIFEST, ShardRecord
+from .format.places import Place
 from .format.stores import store_of
 
 if TYPE_CHECKING:
@@ -250,7 +251,7 @@ def _repair(
     return repaired
 
 
-def _same_json(path: Path, expected: bytes) -> bool:
+def _same_json(path: Place, expected: bytes) -> bool:
     try:
         data = path.read_bytes()
         return data == expected or json.loads(data) == json.loads(expected)

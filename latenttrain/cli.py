@@ -25,6 +25,10 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of a table.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 … or mps; auto takes the fastest that is here.")]
+CacheDir = Annotated[
+    Path | None, typer.Option(help="Where copies of remote shards are kept. Default: in your cache folder.")
+]
+CacheSize = Annotated[float, typer.Option(help="GiB of them at most; those not used for longest go first. 0: none.")]
 Run = Annotated[Path, typer.Argument(help="Run folder that latenttrain fit made.", show_default=False)]
 Checkpoint = Annotated[str, typer.Option(help="best (the epoch with the highest val top-1) or last.")]
 
@@ -51,7 +55,10 @@ def root(
 @app.command()
 def fit(
     dataset: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Latent dataset with splits train and val.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="DIR", help="Latent dataset, folder or URL, of splits train and val.", show_default=False
+        ),
     ],
     width: Annotated[float, typer.Option(help="Factor on the network's channels.")] = 1.0,
     depth: Annotated[float, typer.Option(help="Factor on the network's blocks.")] = 1.0,
@@ -114,6 +121,8 @@ def fit(
         int | None,
         typer.Option(help="Shards mixed at a time with --stream; by default 256 MiB of codes.", show_default=False),
     ] = None,
+    cache_dir: CacheDir = None,
+    cache_size: CacheSize = 10.0,
     as_json: Json = False,
 ) -> None:
     """Train a network on the codes in DIR, and print what it came to.
@@ -127,12 +136,14 @@ def fit(
 
       latenttrain fit shards --width 1.1 --depth 1.2 --epochs 40 --out runs/larger
     """
+    from latentprep.format import open_dataset
+
     from .report import fit_table
     from .train import fit as train
 
     try:
         result = train(
-            dataset,
+            open_dataset(dataset, cache_dir=cache_dir, cache_bytes=int(cache_size * 2**30)),
             width=width,
             depth=depth,
             recipe=recipe,
@@ -206,7 +217,7 @@ def scale(
 @app.command()
 def sweep(
     dataset: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Latent dataset, at 8 bits as a rule.", show_default=False)
+        str, typer.Argument(metavar="DIR", help="Latent dataset, at 8 bits as a rule.", show_default=False)
     ],
     bits: Annotated[str, typer.Option(help="Bits to try: 1..8, or 1,2,4.")] = "1..8",
     stem: Annotated[str, typer.Option(help="Stems to try, comma-separated.")] = "affine",
@@ -270,7 +281,7 @@ def sweep(
 def evaluate(
     run: Run,
     dataset: Annotated[
-        Path,
+        str,
         typer.Argument(
             metavar="DIR", help="Latent dataset of the same codec, quantizer, size and classes.", show_default=False
         ),
@@ -278,6 +289,8 @@ def evaluate(
     split: Annotated[str, typer.Option(help="Split to evaluate on.")] = "val",
     checkpoint: Checkpoint = "best",
     device: Device = "auto",
+    cache_dir: CacheDir = None,
+    cache_size: CacheSize = 10.0,
     as_json: Json = False,
 ) -> None:
     """Evaluate the network of RUN on a split of DIR: top-1, top-5, loss, and top-1 of each class, the hardest first.
@@ -286,10 +299,13 @@ def evaluate(
 
       latenttrain eval runs/shards-w1-d1-s0 shards
     """
+    from latentprep.format import open_dataset
+
     from .evaluation import evaluate as measure
     from .report import eval_table
 
-    result = measure(run, dataset, split=split, checkpoint=checkpoint, device=device)
+    opened = open_dataset(dataset, cache_dir=cache_dir, cache_bytes=int(cache_size * 2**30))
+    result = measure(run, opened, split=split, checkpoint=checkpoint, device=device)
     if as_json:
         console.print_json(result.to_json())
         return

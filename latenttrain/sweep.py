@@ -126,9 +126,9 @@ def sweep(
         grid.insert(0, (FLOAT, "affine"))
     for seed in range(seeds):  # one of each first, so that a sweep cut short still shows every one
         for b, stem in grid:
-            codes = source.root if b in (most, FLOAT) else root / f"{b}bit"
+            codes = str(source.root if b in (most, FLOAT) else root / f"{b}bit")
             if b not in sizes:
-                if codes != source.root:
+                if codes != str(source.root):
                     requantize(source, bits=b, out=codes, progress=progress)
                 float_bytes = 2.0 * source.manifest.latent[0] * source.manifest.latent[1] * source.manifest.latent[2]
                 sizes[b] = float_bytes if b == FLOAT else info(codes).bytes_per_image

@@ -20,6 +20,7 @@ from latentprep.console import Progress, ProgressFactory, silent
 from latentprep.device import pick_device
 from latentprep.errors import CheckpointError, SystemFault, UsageError
 from latentprep.format import LatentDataset
+from latentprep.format.places import Place
 
 from .augment import Augment, augment
 from .checkpoint import CURVE, State, check_run_folder, read_config, restore, run_folder, save_epoch
@@ -216,10 +217,10 @@ def plan_run(
     return RunConfig(net, recipe, augment, describe_dataset(dataset), versions())
 
 
-def default_out(dataset: str | Path, config: RunConfig) -> Path:
+def default_out(dataset: Place, config: RunConfig) -> Path:
     """``runs/imagenette-w1-d1-s0``: dataset, width, depth, seed, and the network and stem if not the defaults."""
     net = config.net
-    names = [Path(dataset).resolve().name, f"w{net.width:g}", f"d{net.depth:g}", f"s{config.recipe.seed}"]
+    names = [dataset.resolve().name, f"w{net.width:g}", f"d{net.depth:g}", f"s{config.recipe.seed}"]
     names += [name for name, default in ((net.arch, "latentnet"), (net.stem, "affine")) if name != default]
     return Path("runs", "-".join(names))
 

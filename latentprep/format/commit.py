@@ -1,4 +1,4 @@
-"""Writing to a dataset's folder so that a crash at any moment leaves whole files or none."""
+"""Writing to a dataset's folder or bucket so that a crash at any moment leaves whole files or none."""
 
 from __future__ import annotations
 
@@ -7,15 +7,23 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import PurePosixPath
 
 from ..errors import DatasetError
+from .lease import leased
 from .manifest import ERRORS, LINEAR_DECODER, MANIFEST, FileRecord, Manifest, ShardRecord, read_manifest, record_path
+from .places import Place, RemotePath
 from .stores import store_of
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write `data` under a temporary name, flush it to the disk, rename. Whoever opens `path` sees all of it."""
+def write_atomic(path: Place, data: bytes) -> None:
+    """Write `data` under a temporary name, flush it to the disk, rename. Whoever opens `path` sees all of it.
+
+    An object store does that by itself.
+    """
+    if isinstance(path, RemotePath):
+        path.write_bytes(data)
+        return
     make_folder(path.parent)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -32,16 +40,16 @@ def write_atomic(path: Path, data: bytes) -> None:
     _sync_folder(path.parent)
 
 
-def make_folder(folder: Path) -> None:
+def make_folder(folder: Place) -> None:
     """Make a folder, and those above it, so that it survives a power cut: its name is flushed to the disk too."""
-    if folder.is_dir():
+    if isinstance(folder, RemotePath) or folder.is_dir():
         return
     make_folder(folder.parent)
     folder.mkdir(exist_ok=True)
     _sync_folder(folder.parent)
 
 
-def create_dataset(root: Path, manifest: Manifest) -> None:
+def create_dataset(root: Place, manifest: Manifest) -> None:
     """Write the manifest, which makes `root` a latent dataset, and then whatever the store wants beside it.
 
     Run again at every resume: files that are already right are left alone.
@@ -52,12 +60,12 @@ def create_dataset(root: Path, manifest: Manifest) -> None:
             write_atomic(root / path, data)
 
 
-def commit_shard(root: Path, record: ShardRecord, files: dict[str, bytes]) -> ShardRecord:
+def commit_shard(root: Place, record: ShardRecord, files: dict[str, bytes]) -> ShardRecord:
     """Write a shard's files, then, with their sizes and checksums, its record: from then on the shard exists.
 
     A shard made again loses its old record first, so that a crash leaves no record of files it does not describe.
     """
-    if (root / record.path).exists():
+    if (root / record.path).is_file():
         (root / record.path).unlink()
         _sync_folder((root / record.path).parent)
     for path, data in files.items():
@@ -67,7 +75,7 @@ def commit_shard(root: Path, record: ShardRecord, files: dict[str, bytes]) -> Sh
     return record
 
 
-def write_errors(root: Path, records: list[ShardRecord]) -> None:
+def write_errors(root: Place, records: list[ShardRecord]) -> None:
     """`errors.jsonl`, from the records: a line for each sample that could not be read, no file where all could."""
     if lines := error_lines(records):
         write_atomic(root / ERRORS, lines)
@@ -84,7 +92,7 @@ def error_lines(records: list[ShardRecord]) -> bytes:
     ).encode()
 
 
-def remove_dataset(root: Path) -> None:
+def remove_dataset(root: Place) -> None:
     """Delete what an encode wrote at `root` (for ``--overwrite``), file by file, and nothing else. Manifest first."""
     manifest, _ = read_manifest(root)
     store = store_of(manifest)
@@ -94,19 +102,27 @@ def remove_dataset(root: Path) -> None:
             files += [record_path(split, index), *store.shard_files(split, index).values()]
     for path in files:
         (root / path).unlink(missing_ok=True)
-        (root / (path + ".tmp")).unlink(missing_ok=True)
-    folders = {parent for path in files for parent in (root / path).parents if root in parent.parents}
+        if not isinstance(root, RemotePath):
+            (root / (path + ".tmp")).unlink(missing_ok=True)
+    if isinstance(root, RemotePath):
+        return
+    folders = {parent for path in files for parent in PurePosixPath(path).parents if parent.name}
     for folder in sorted(folders, key=lambda path: len(path.parts), reverse=True):
         with contextlib.suppress(OSError):  # not empty: somebody else's files are in it
-            folder.rmdir()
+            (root / folder).rmdir()
 
 
 @contextlib.contextmanager
-def locked(root: Path) -> Iterator[None]:
-    """Hold the folder `root` for one writer. The lock is the operating system's, so it ends with the process.
+def locked(root: Place) -> Iterator[None]:
+    """Hold the folder `root` for one writer. The lock is the operating system's, so it ends with the process; what is
+    remote is `leased`.
 
     Raises `DatasetError` if another process holds it.
     """
+    if isinstance(root, RemotePath):
+        with leased(root):
+            yield
+        return
     try:
         import fcntl
     except ImportError:  # Windows: no advisory lock on folders; two writers would commit equal bytes
@@ -124,8 +140,10 @@ def locked(root: Path) -> Iterator[None]:
         os.close(folder)
 
 
-def _sync_folder(folder: Path) -> None:
+def _sync_folder(folder: Place) -> None:
     """Make a rename in `folder` survive a power cut, where the platform can."""
+    if isinstance(folder, RemotePath):
+        return
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 
 from ..errors import DatasetError, UsageError
-from .manifest import INVALID_LABEL, ShardRecord, read_manifest, read_record
+from .cache import LIMIT, ShardCache
+from .manifest import INVALID_LABEL, FileRecord, ShardRecord, read_manifest, read_record
+from .places import Place, RemotePath, local, place
 from .quantizer import Quantizer
 from .stores import store_of
 
+_FETCHES = 3  # of a remote file that is not the recorded one, before that is an error
 _READERS = 4  # threads that read, verify and decompress shards; all three release the interpreter lock
 
 
@@ -37,17 +41,19 @@ class ForeignRecord(DatasetError):
 
 
 class LatentDataset:
-    """A latent dataset on disk. Shards are verified against their records the first time they are read.
+    """A latent dataset. Shards are verified against their records when they are first read and whenever fetched.
 
-    root: its folder; manifest: see `Manifest`; manifest_sha256: identifies this very dataset's configuration.
+    root: its folder or URL. manifest: see `Manifest`; manifest_sha256: identifies this very dataset's configuration.
+    cache: keeps copies of remote shards on this machine.
     verify: whether shards are; without, damaged ones may go unnoticed, and reading is a little faster.
     """
 
-    def __init__(self, root: Path, verify: bool = True) -> None:
-        self.root, self.verify = root, verify
+    def __init__(self, root: Place, verify: bool = True, cache: ShardCache | None = None) -> None:
+        self.root, self.verify, self.cache = root, verify, cache
         self.manifest, self.manifest_sha256 = read_manifest(root)
         self._store = store_of(self.manifest)
         self._verified: set[str] = set()
+        self._fetched: dict[tuple[str, int], ShardRecord] = {}  # remote records that were read
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -68,8 +74,10 @@ class LatentDataset:
 
     def records(self, split: str) -> list[ShardRecord]:
         """The records of the split's committed shards, in order; shards not committed yet are left out."""
-        found = (self.record(split, index) for index in range(self.manifest.shard_count(self._known(split))))
-        return [record for record in found if record is not None]
+        shards = range(self.manifest.shard_count(self._known(split)))
+        with ThreadPoolExecutor(_READERS) as pool:
+            found = [record for record in pool.map(partial(self.record, split), shards) if record is not None]
+        return [self._kept_record(record) for record in found]
 
     def record(self, split: str, index: int) -> ShardRecord | None:
         """One shard's record, None where it is not committed. `DatasetError` if it does not belong to this dataset."""
@@ -94,18 +102,17 @@ class LatentDataset:
 
     def is_whole(self, record: ShardRecord) -> bool:
         """Whether all files of a committed shard are there in their recorded sizes. Their contents are not read."""
-        for path, expected in record.files.items():
-            file = self.root / path
-            if not file.is_file() or file.stat().st_size != expected.bytes:
-                return False
-        return True
+        try:
+            return all((self.root / path).stat().st_size == file.bytes for path, file in record.files.items())
+        except OSError:
+            return False
 
     def committed(self, split: str, index: int) -> ShardRecord:
         """One shard's record; `DatasetError` where it is not committed."""
-        record = self.record(split, index)
+        record = self._fetched.get((split, index)) or self.record(split, index)
         if record is None:
             raise DatasetError(f"{self.root}: shard {split} {index} is not committed", "run latentprep encode again")
-        return record
+        return self._kept_record(record)
 
     def check_complete(self, split: str) -> None:
         """`DatasetError` if a shard of the split is not committed."""
@@ -185,21 +192,39 @@ class LatentDataset:
             raise UsageError(f"{self.root} has no split '{split}'", f"use one of {', '.join(self.splits)}")
         return split
 
+    def _kept_record(self, record: ShardRecord) -> ShardRecord:
+        """The record, which readers then need not fetch again."""
+        if isinstance(self.root, RemotePath):
+            self._fetched[record.split, record.index] = record
+        return record
+
     def _read(self, record: ShardRecord, path: str) -> bytes:
         """One file of a shard, checked against its record unless that was done before or is switched off."""
         again = f"delete {record.path} and run the same latentprep encode again: it makes just that shard"
         shard = f"{self.root}: shard {record.split} {record.index}"
-        try:
-            expected = record.files[path]
-            data = (self.root / path).read_bytes()
-        except (KeyError, FileNotFoundError) as error:
-            raise DatasetError(f"{shard} is missing its file {path}", again) from error
-        if self.verify and path not in self._verified:
-            if len(data) != expected.bytes:
-                raise DatasetError(f"{shard}: {path} has {len(data)} bytes, recorded were {expected.bytes}", again)
-            if hashlib.sha256(data).hexdigest() != expected.sha256:
-                raise DatasetError(f"{shard}: {path} was altered: its SHA-256 is not the recorded one", again)
+        if path not in record.files:
+            raise DatasetError(f"{shard} is missing its file {path}", again)
+        expected, remote = record.files[path], isinstance(self.root, RemotePath)
+        if self.cache is not None and remote:
+            cached = self.cache.read(expected.sha256)
+            if cached is not None and (path in self._verified or not _damage(path, cached, expected)):
+                self._verified.add(path)
+                return cached
+        for _ in range(_FETCHES if remote else 1):
+            try:
+                data = (self.root / path).read_bytes()
+            except FileNotFoundError as error:
+                raise DatasetError(f"{shard} is missing its file {path}", again) from error
+            fresh = remote or path not in self._verified
+            damage = _damage(path, data, expected) if self.verify and fresh else ""
+            if not damage:
+                break
+        else:
+            raise DatasetError(f"{shard}: {damage}", again)
+        if self.verify:
             self._verified.add(path)
+            if self.cache is not None and remote:
+                self.cache.write(expected.sha256, data)
         return data
 
     def _check_values(self, codes: np.ndarray, labels: np.ndarray, where: str) -> None:
@@ -217,9 +242,30 @@ def _kept(labels: np.ndarray, limit: int | None) -> np.ndarray:
     return kept if limit is None or limit >= len(kept) else kept[np.arange(limit) * len(kept) // limit]
 
 
-def open_dataset(path: str | Path, verify: bool = True) -> LatentDataset:
-    """Open the latent dataset in the folder `path`. verify: compare each file with its checksum when it is first read.
+def _damage(path: str, data: bytes, expected: FileRecord) -> str:
+    """How a file's bytes are not the recorded ones; empty if they are."""
+    if len(data) != expected.bytes:
+        return f"{path} has {len(data)} bytes, recorded were {expected.bytes}"
+    if hashlib.sha256(data).hexdigest() != expected.sha256:
+        return f"{path} was altered: its SHA-256 is not the recorded one"
+    return ""
 
-    Raises `DatasetError` if there is none, or one that this version cannot read.
+
+def open_dataset(
+    path: str | os.PathLike[str] | RemotePath,
+    verify: bool = True,
+    cache_dir: str | os.PathLike[str] | None = None,
+    cache_bytes: int = LIMIT,
+) -> LatentDataset:
+    """Open the latent dataset in the folder, or at the URL, `path`.
+
+    verify: compare each file with its checksum when it is first read. cache_dir: where copies of remote shards are kept
+    (by default in the user's cache folder), at most `cache_bytes` of them; 0 keeps none.
+
+    Raises `DatasetError` if there is none, or one that this version cannot read; `UsageError` for a URL of no kind that
+    is known, `SystemFault` for one that cannot be reached.
     """
-    return LatentDataset(Path(path), verify)
+    if cache_bytes < 0:
+        raise UsageError(f"the cache's size must be 0 or more, got {cache_bytes}")
+    folder = None if cache_dir is None else local(cache_dir, "the cache")
+    return LatentDataset(place(path), verify, ShardCache(folder, cache_bytes) if cache_bytes else None)

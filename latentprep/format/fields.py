@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 import re
-from pathlib import Path
 from typing import Any
 
 from ..errors import DatasetError
+from .places import Place
 
 MAX_JSON_BYTES = 64 << 20
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -65,7 +65,7 @@ class Fields:
         return tuple(float(v) for v in values)
 
 
-def read_json(path: Path) -> bytes:
+def read_json(path: Place) -> bytes:
     """The file's bytes, at most `MAX_JSON_BYTES` of them."""
     with path.open("rb") as file:
         data = file.read(MAX_JSON_BYTES + 1)

@@ -10,10 +10,10 @@ import hashlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from ..errors import DatasetError
 from .fields import Fields, dump_json, parse_json, read_json
+from .places import Place
 from .quantizer import Quantizer
 
 FORMAT = "latentprep"
@@ -265,22 +265,25 @@ def record_path(split: str, index: int) -> str:
     return f"{RECORDS}/{split}-{index:06d}.json"
 
 
-def read_manifest(root: Path) -> tuple[Manifest, str]:
+def read_manifest(root: Place) -> tuple[Manifest, str]:
     """The manifest of the dataset at `root` and the SHA-256 of its file; `DatasetError` if there is none."""
     path = root / MANIFEST
-    if not path.is_file():
+    try:
+        data = read_json(path)
+    except (FileNotFoundError, NotADirectoryError):
         what = "no such folder" if not root.exists() else "no latent dataset (it has no manifest.json)"
-        raise DatasetError(f"{root}: {what}", "name a folder that latentprep encode made")
-    data = read_json(path)
+        raise DatasetError(f"{root}: {what}", "name a folder that latentprep encode made") from None
     return Manifest.from_bytes(data, str(path)), hashlib.sha256(data).hexdigest()
 
 
-def read_record(root: Path, split: str, index: int) -> ShardRecord | None:
+def read_record(root: Place, split: str, index: int) -> ShardRecord | None:
     """The record of one shard, or None where that shard is not committed."""
     path = root / record_path(split, index)
-    if not path.is_file():
+    try:
+        data = read_json(path)
+    except FileNotFoundError:
         return None
-    record = ShardRecord.from_bytes(read_json(path), str(path))
+    record = ShardRecord.from_bytes(data, str(path))
     if (record.split, record.index) != (split, index):
         raise DatasetError(f"{path} records shard {record.split} {record.index}", "restore the file under its own name")
     return record
