@@ -63,7 +63,7 @@ def requantize(
                 manifest = stored
             create_dataset(root, manifest)
             target = open_dataset(root)
-            jobs = [job for job in plan(manifest) if target.record(*job) is None]
+            jobs = [job for job in plan(manifest) if not ((r := target.record(*job)) and target.is_whole(r))]
             encoded = 0
             with progress("requantizing", sum(manifest.splits.values()), "samples", 0) as bar:
                 for split, index in jobs:
