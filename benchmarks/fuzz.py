@@ -25,7 +25,13 @@ from typing import Any
 from common import record
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from fuzz_targets import make_targets, mutate
+if "--atheris" in sys.argv:  # which must see the modules as they are imported
+    import atheris
+
+    with atheris.instrument_imports(include=["latentprep", "latenttrain", "tarfile"]):
+        from fuzz_targets import make_targets, mutate
+else:
+    from fuzz_targets import make_targets, mutate
 
 # Of a hundred executions. The cheap parsers get most; `dataset` is `verify` and `load` of a whole dataset.
 SHARES = {
@@ -88,11 +94,8 @@ def fuzz(name: str, count: int, seed: int, results: Any) -> None:
 
 def by_coverage(name: str, count: int) -> None:
     """Hand a target to atheris, which stops at the first crash."""
-    import atheris
-
     with tempfile.TemporaryDirectory() as folder:
-        with atheris.instrument_imports(include=["latentprep", "latenttrain", "tarfile"]):
-            target = make_targets(Path(folder))[name]
+        target = make_targets(Path(folder))[name]
         corpus = Path(folder) / "corpus"
         corpus.mkdir()
         for i, seed in enumerate(target.seeds):

@@ -26,7 +26,7 @@ _REDUCING_GAP = 2.0
 _DAMAGE = ("premature end", "bad huffman", "bad arithmetic", "instead of rst")
 
 # What Pillow may take bytes for. Left out: formats that run a program (EPS starts Ghostscript) and those nobody keeps.
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "MPO")
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000")
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 

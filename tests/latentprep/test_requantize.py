@@ -62,6 +62,9 @@ def test_resume_and_refusals(eight: Path, tmp_path: Path) -> None:
     assert first.encoded == 48
     (out / "records" / "train-000001.json").unlink()
     assert latentprep.requantize(eight / "data", bits=3, out=out).encoded == 16
+    (out / "val" / "codes" / "c" / "0" / "0" / "0" / "0" / "0").unlink()
+    assert latentprep.requantize(eight / "data", bits=3, out=out).encoded == 8
+    assert latentprep.verify(out, deep=True).ok
     with pytest.raises(DatasetError, match="bits is 3, this command asks for 2"):
         latentprep.requantize(eight / "data", bits=2, out=out)
     with pytest.raises(UsageError, match="would gain nothing"):

@@ -1,5 +1,6 @@
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ import torch
 from PIL import Image
 
 import latenttrain
-from latentprep.errors import CheckpointError, UsageError
+from latentprep.errors import CheckpointError, CodecError, UsageError
 from latentprep.format import open_dataset
 from latenttrain.checkpoint import load_net
 from latenttrain.evaluation import scores
@@ -65,6 +66,28 @@ def test_a_split_that_is_not_there_is_said(run, codes):
 def test_a_dataset_of_another_codec_is_refused(run, make_dataset):
     with pytest.raises(CheckpointError, match=r"codec\.name"):
         latenttrain.evaluate(run, make_dataset(codec={"name": "dct"}))
+
+
+def test_a_dataset_of_another_quantizer_or_transform_is_refused(run, codes, tmp_path):
+    for change, field in (
+        (lambda fields: fields["quantizer"]["step"].__setitem__(1, 0.125), r"quantizer\.step"),
+        (lambda fields: fields["transform"].__setitem__("resize", "nearest"), r"transform\.resize"),
+    ):
+        copy = shutil.copytree(run, tmp_path / field)
+        document = json.loads((copy / "config.json").read_text())
+        change(document["dataset"])
+        (copy / "config.json").write_text(json.dumps(document))
+        with pytest.raises(CheckpointError, match=field):
+            latenttrain.evaluate(copy, codes)
+
+
+def test_predicting_with_other_weights_than_the_datasets_is_refused(run, images, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    document = json.loads((copy / "config.json").read_text())
+    document["dataset"]["codec"] = {"name": "resample", "factor": 8, "weights_sha256": "0" * 64}
+    (copy / "config.json").write_text(json.dumps(document))
+    with pytest.raises(CodecError, match="not those this dataset was made with"):
+        latenttrain.predict(copy, images)
 
 
 class FakeCodec:
