@@ -114,6 +114,9 @@ def fit(
         int | None,
         typer.Option(help="Shards mixed at a time with --stream; by default 256 MiB of codes.", show_default=False),
     ] = None,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Log the metrics for TensorBoard too, in the run folder.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train a network on the codes in DIR, and print what it came to.
@@ -150,6 +153,7 @@ def fit(
             holdout=holdout,
             stream=stream,
             buffer=buffer,
+            tensorboard=tensorboard,
             resume=resume,
             overwrite=overwrite,
             progress=console.progress_bar,
