@@ -7,12 +7,13 @@ DEMO ?= demo
 # ablation and net_search, which take hours on real images, are run by hand.
 BENCHMARKS := startup encode_ratio requantize talk_table time_to_accuracy loader_peers disk_peers scale
 
-.PHONY: demo test lint bench bench-gpu chaos clean help
+.PHONY: demo test lint docs bench bench-gpu chaos clean help
 
 help:
 	@echo "make demo   encode the built-in shapes with the block DCT, train on the codes, print the table"
 	@echo "make test   run the tests"
 	@echo "make lint   ruff and mypy"
+	@echo "make docs   write docs/cli.md from the commands"
 	@echo "make bench  run the benchmarks under benchmarks/; make bench-gpu what is to be measured on a GPU"
 	@echo "make chaos  kill, cut off, fill up and rob an encode hundreds of times: nothing may be lost"
 
@@ -40,6 +41,9 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/run.stamp
+	$(BIN)/python docs/cli.py
 
 bench: $(VENV)/dev.stamp
 	@for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python benchmarks/$$script.py || exit 1; done

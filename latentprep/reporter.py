@@ -68,7 +68,7 @@ def report(
     Raises as `preview` does, and `CheckpointError` for a folder that is no run.
     """
     opened = dataset if isinstance(dataset, LatentDataset) else open_dataset(dataset)
-    found = info(opened.root)
+    found = info(opened)
     maker = open_decoder(opened, decoder, weights, device)
     picked = pick(opened, limit=samples)
     counts, shards = channel_counts(opened)

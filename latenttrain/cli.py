@@ -123,6 +123,9 @@ def fit(
     ] = None,
     cache_dir: CacheDir = None,
     cache_size: CacheSize = 10.0,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Log the metrics for TensorBoard too, in the run folder.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train a network on the codes in DIR, and print what it came to.
@@ -161,6 +164,7 @@ def fit(
             holdout=holdout,
             stream=stream,
             buffer=buffer,
+            tensorboard=tensorboard,
             resume=resume,
             overwrite=overwrite,
             progress=console.progress_bar,

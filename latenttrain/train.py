@@ -34,6 +34,7 @@ from .recipe import Recipe, default_lr, make_recipe
 from .report import draw_curve
 from .scaling import compound, count_flops, count_parameters
 from .streaming import shards_to_hold, training_data
+from .tensorboard import MetricsLog, open_log
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ def fit(
     latents: str | Path | None = None,
     stream: bool | None = None,
     buffer: int | None = None,
+    tensorboard: bool = False,
     resume: bool = False,
     overwrite: bool = False,
     progress: ProgressFactory = silent,
@@ -104,6 +106,7 @@ def fit(
     in place of codes.
     stream: read train from disk in every epoch, by default where its codes take more than half of the free memory.
     buffer: shards that are then mixed at a time; the more, the closer the order is to a true permutation.
+    tensorboard: log the metrics for it too, under the run folder.
     out: the run folder, by default `default_out`. resume: go on after the last whole epoch, to the same weights
     as without the break; overwrite: delete an earlier run there. progress: ``latentprep.console.progress_bar``.
 
@@ -141,6 +144,7 @@ def fit(
             held = earlier if earlier is None or isinstance(earlier, int) else held
     config.dataset["stream"] = held
     check_run_folder(root, config, resume, overwrite)
+    log = open_log(root) if tensorboard else None
     try:
         train, val = (
             load_trained(dataset, target, limit, holdout, floats)
@@ -149,11 +153,17 @@ def fit(
         )
     except torch.OutOfMemoryError as error:
         raise SystemFault(f"{target} has too little memory", "lower --limit, or use --stream") from error
-    return run_fit(config, train, val, root, resume, progress)
+    return run_fit(config, train, val, root, resume, progress, log)
 
 
 def run_fit(
-    config: RunConfig, train: Samples, val: Samples, root: Path, resume: bool, progress: ProgressFactory
+    config: RunConfig,
+    train: Samples,
+    val: Samples,
+    root: Path,
+    resume: bool,
+    progress: ProgressFactory,
+    log: MetricsLog | None = None,
 ) -> FitResult:
     """The run itself, once its folder was checked and its splits are on their device."""
     recipe, target = config.recipe, train.device
@@ -162,7 +172,7 @@ def run_fit(
             state = start_state(config, target)
             if resume:
                 restore(root, state)
-            train_epochs(state, config, root, train, val, progress)
+            train_epochs(state, config, root, train, val, progress, log)
     except torch.OutOfMemoryError as error:
         raise SystemFault(f"{target} has too little memory", "lower --batch-size, --width or --limit") from error
     best, last = state.best, state.metrics[-1]
@@ -232,7 +242,13 @@ def start_state(config: RunConfig, device: torch.device) -> State:
 
 
 def train_epochs(
-    state: State, config: RunConfig, root: Path, train: Samples, val: Samples, progress: ProgressFactory
+    state: State,
+    config: RunConfig,
+    root: Path,
+    train: Samples,
+    val: Samples,
+    progress: ProgressFactory,
+    log: MetricsLog | None = None,
 ) -> None:
     """The epochs that `state` still lacks, each committed to the run folder as it ends; then the curve."""
     recipe, done = config.recipe, len(state.metrics)
@@ -262,6 +278,8 @@ def train_epochs(
                 }
             )
             save_epoch(root, state)
+            if log is not None:
+                log(state.metrics)
             bar.note(
                 f"epoch {epoch + 1}/{recipe.epochs}: loss {loss:.3f}, val loss {found['loss']:.3f}, "
                 f"val top-1 {found['top1']:.1%}, {seconds:.1f} s"

@@ -164,12 +164,21 @@ def test_latenttrain_imports_only_the_format_and_the_shared_faces() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_every_option_has_help() -> None:
+def test_every_command_and_option_has_help_and_an_example() -> None:
     import typer
 
+    found = 0
     for name in ("latentprep", "latenttrain"):
         module = __import__(f"{name}.cli", fromlist=["app"])
-        for command in typer.main.get_command(module.app).commands.values():  # type: ignore[attr-defined]
-            assert command.help, command.name
-            for parameter in command.params:
-                assert getattr(parameter, "help", None), f"{name} {command.name} {parameter.name}"
+        groups = [typer.main.get_command(module.app)]
+        for group in groups:
+            for command in group.commands.values():  # type: ignore[attr-defined]
+                assert command.help, command.name
+                if getattr(command, "commands", None):
+                    groups.append(command)
+                    continue
+                found += 1
+                assert f"{name} " in command.help.partition("Example")[2], command.name
+                for parameter in command.params:
+                    assert getattr(parameter, "help", None), f"{name} {command.name} {parameter.name}"
+    assert found > 15

@@ -284,3 +284,21 @@ def test_true_crops_take_the_place_of_zoom(make_dataset, tmp_path, small):
         zooms.append(read_config(tmp_path / f"run{views}").augment.zoom)
     assert zooms == [Augment().zoom, 0.0]
     assert zooms[0] > 0
+
+
+def test_metrics_for_tensorboard(codes, tmp_path, small):
+    """Every epoch once, also after resuming."""
+    loader = pytest.importorskip("tensorboard.backend.event_processing.event_file_loader")
+    latenttrain.fit(codes, out=tmp_path / "run", tensorboard=True, **small)
+    (tmp_path / "run" / "tensorboard" / "notes.txt").write_text("mine")
+    latenttrain.fit(codes, out=tmp_path / "run", overwrite=True, tensorboard=True, **small)
+    (events,) = (tmp_path / "run" / "tensorboard").glob("events*")
+    found = [
+        (event.step, value.tag, value.tensor.float_val[0])
+        for event in loader.EventFileLoader(str(events)).Load()
+        for value in event.summary.value
+    ]
+    logged = [value for _, tag, value in found if tag == "val_loss"]
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert logged == pytest.approx([entry["val_loss"] for entry in metrics])
+    assert [step for step, tag, _ in found if tag == "top1"] == [entry["epoch"] for entry in metrics]

@@ -1,0 +1,36 @@
+"""docs/cli.md says what the commands say, and completion knows them."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def test_the_reference_of_the_commands_is_fresh() -> None:
+    specification = importlib.util.spec_from_file_location("write_cli", DOCS / "cli.py")
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    assert (DOCS / "cli.md").read_text() == module.document(), "run make docs"
+
+
+@pytest.mark.parametrize(
+    ("program", "typed", "expected"),
+    [("latentprep", "latentprep pre", "preview"), ("latenttrain", "latenttrain fit --te", "--tensorboard")],
+)
+def test_completion(program: str, typed: str, expected: str) -> None:
+    environment = {
+        **os.environ, f"_{program.upper()}_COMPLETE": "complete_bash", "COMP_WORDS": typed,
+        "COMP_CWORD": str(len(typed.split()) - 1),
+    }  # fmt: skip
+    code = f"import sys; sys.argv = ['{program}']; from {program}.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == [expected], done.stderr
