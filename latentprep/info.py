@@ -79,7 +79,7 @@ def info(path: str | Path | LatentDataset) -> DatasetInfo:
     )
     pixel_bytes = valid * 3 * manifest.transform["size"] ** 2
     return DatasetInfo(
-        path=str(path),
+        path=str(dataset.root),
         codec=manifest.codec,
         bits=manifest.quantizer.bits,
         size=manifest.transform["size"],
