@@ -182,7 +182,7 @@ def fit(
 @app.command()
 def scale(
     dataset: Annotated[
-        Path | None,
+        str | None,
         typer.Argument(metavar="[DIR]", help="Latent dataset to count for; else 28×28×4 latents.", show_default=False),
     ] = None,
     phi: Annotated[str, typer.Option(help="Compound coefficients: 0..3, or 0,1,2.5.")] = "0..3",

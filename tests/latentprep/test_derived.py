@@ -218,3 +218,28 @@ def test_a_quantizer_of_other_latents_is_refused(root: Path, tmp_path: Path) -> 
 def test_merge_takes_two_or_more(root: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="two datasets or more"):
         latentprep.merge([root / "zarr"], out=tmp_path / "x")
+
+
+def test_the_command_line_converts_selects_and_merges(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from latentprep.cli import main
+
+    def run(*arguments: object) -> dict:
+        monkeypatch.setattr("sys.argv", ["latentprep", *map(str, arguments), "--json"])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code in (None, 0, 3)  # 3: one of the images cannot be read
+        return json.loads(capsys.readouterr().out)
+
+    assert run("convert", root / "zarr", tmp_path / "wds", "--store", "wds")["rows"] == {"train": 24, "val": 8}
+    assert digest(tmp_path / "wds") == digest(root / "wds")
+    for name in ("class_0", "class_1"):
+        options = ("--classes", name, "--fraction", "0.5", "--seed", 1, "--out", tmp_path / name)
+        assert run("subset", root / "zarr", *options)["classes"] == [name]
+    options = ("--codec", "dct", "--size", 32, "--splits", "val", "--store", "wds", "--quantizer", root / "wds")
+    run("encode", root / "images", *options, "--out", tmp_path / "val")
+    run("encode", root / "images", *options, "--splits", "train", "--out", tmp_path / "train")
+    assert run("merge", tmp_path / "val", tmp_path / "train", "--out", tmp_path / "both")["invalid"] == 1
+    assert latentprep.open(tmp_path / "both").splits == ("val", "train")
+    assert run("info", tmp_path / "both")["compression"] == "bit-packed"
