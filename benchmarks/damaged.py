@@ -2,8 +2,8 @@
 
 Damage: flipped bits, cuts, splices with another file, zeroed ranges, broken headers. Not every such file is beyond
 reading: a flipped bit in the entropy-coded data may only change colours. "Bad" is what our decoder refuses, judged for
-each file alone, outside the encode; Pillow's opinion is counted beside it. A broken header may claim a large picture, and
-each thread keeps the memory of the largest that it met: rounds over the same files show that it ends there.
+each file alone, outside the encode; Pillow's opinion is counted beside it. A broken header may claim a large picture,
+and each thread keeps the memory of the largest that it met: rounds over the same files show that it ends there.
 """
 
 from __future__ import annotations
