@@ -26,6 +26,8 @@ app = typer.Typer(
 
 app.add_typer(cli_pictures.app)
 
+_MOST_SHOWN = 50  # shards, of those that verify finds wrong
+
 
 def main() -> None:
     console.run(app)
@@ -509,7 +511,9 @@ def _show_verified(found: VerifyResult) -> None:
         facts["next"] = "run the same command with --source SOURCE --repair: it encodes just these shards again"
     console.print_facts(f"{found.path} is " + ("whole" if found.ok else "not whole"), facts)
     if found.problems:
-        rows = [["-" if p.split is None else f"{p.split} {p.index}", p.what] for p in found.problems]
+        rows = [["-" if p.split is None else f"{p.split} {p.index}", p.what] for p in found.problems[:_MOST_SHOWN]]
+        if len(found.problems) > _MOST_SHOWN:
+            rows.append(["…", f"and {len(found.problems) - _MOST_SHOWN} more; --json has them all"])
         console.print_table("", ["shard", "what is wrong"], rows)
 
 

@@ -202,6 +202,16 @@ def test_a_little_noise_from_another_machine_is_no_damage(data: Path, source: So
     assert 0 < found.compared.differing < 0.02
 
 
+def test_further_views_are_encoded_again_too(made: tuple[Path, Path], source: Source, tmp_path: Path) -> None:
+    latentprep.encode(
+        made[0], codec="dct", size=32, views=3, out=tmp_path / "three", shard_rows=4, max_error_fraction=0.5
+    )
+    found = latentprep.verify(tmp_path / "three", source=source, samples=100)
+    assert found.ok
+    assert found.compared is not None
+    assert (found.compared.images, found.compared.differing) == (16, 0.0)
+
+
 def test_images_that_vanished_are_told_apart_from_damage(data: Path, tmp_path: Path) -> None:
     images = make_folder(tmp_path / "images")
     for name in ("train/class_1/002.jpg", "val/class_0/001.jpg", "val/class_1/001.jpg"):
