@@ -14,9 +14,8 @@ import sys
 import time
 from pathlib import Path
 
-from common import assets, record
-
 import latentprep
+from common import assets, record
 from latentprep.console import progress_bar, tune_process
 
 
