@@ -158,7 +158,7 @@ def rd(
          _number(p.psnr, 2), _number(p.ssim, 4)]
         for p in result.points
     ]  # fmt: skip
-    columns = ["codec", "bits or quality", "bytes", "bits a pixel", "ratio", "PSNR dB", "SSIM"]
+    columns = ["codec", "setting", "bytes", "bits a pixel", "ratio", "PSNR dB", "SSIM"]
     console.print_table(f"{result.images} images of {source} {result.split} at {result.size} px", columns, rows)
     for name, reason in result.skipped.items():
         console.warn(f"{name} is left out: {reason}")

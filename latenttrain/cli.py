@@ -333,14 +333,16 @@ def report(
 
       latenttrain report runs/first runs/second --out runs.html
     """
+    from .comparison import BRIEF, runs_table
     from .comparison import report as compare
-    from .comparison import runs_table
 
     found = compare(runs, out=out)
     if as_json:
         console.print_json({"out": str(out), "runs": [run.to_json() for run in found]})
         return
-    console.print_table("runs", *runs_table(found))
+    columns, rows = runs_table(found)
+    kept = [columns.index(name) for name in BRIEF]
+    console.print_table("accuracies on val", list(BRIEF), [[row[i] for i in kept] for row in rows])
     console.print_facts("", {"wrote": str(out)})
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FLOAT = 32  # "bits" of float latents
+BRIEF = ("run", "codec", "bits", "epochs", "best top-1", "last top-1", "params", "s/epoch")  # what 80 columns hold
 _MARKS = ("-", "--", ":", "-.")
 
 
