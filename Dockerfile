@@ -10,7 +10,7 @@ COPY --chown=latent latenttrain /opt/latentprep/latenttrain
 # A base that brings its own torch keeps it; the others get the pinned one.
 RUN cd /opt/latentprep \
     && if python -c "import torch" 2>/dev/null; then sed -i '/^torch==/d' constraints.txt; fi \
-    && pip install --no-cache-dir --constraint constraints.txt '.[vae]'
+    && pip install --no-cache-dir --constraint constraints.txt '.[vae,s3,gcs,hub,tensorboard]'
 
 USER latent
 WORKDIR /data

@@ -22,7 +22,7 @@ from PIL import Image
 
 import latentprep
 from latentprep.errors import LatentError
-from latentprep.format import Manifest, Quantizer, ShardRecord, open_dataset
+from latentprep.format import Manifest, Quantizer, ShardRecord, open_dataset, wds_store
 from latentprep.format.latents import described, read_latents
 from latentprep.format.zarr_store import (
     CANDIDATES,
@@ -127,6 +127,7 @@ def make_targets(folder: Path) -> dict[str, Target]:
         "manifest": Target([make_manifest(i).to_bytes() for i in range(3)], Manifest.from_bytes, text=True),
         "record": _record(),
         **_shards(),
+        "tar shard": _tar_shard(),
         "image": Target(_images(), _decode, allowed=(BadImage,)),
         **_archives(folder),
         "checkpoint": _checkpoint(folder),
@@ -165,6 +166,23 @@ def _shards() -> dict[str, Target]:
 
     runs = {"codes": codes_as, "labels": labels_as, "keys": keys_as}
     return {name: Target(seeds[name], run) for name, run in runs.items()}
+
+
+def _tar_shard() -> Target:
+    """A shard of a WebDataset store, past its checksum."""
+    manifest = replace(make_manifest(), store="wds")
+    codes = np.random.default_rng(0).integers(0, 8, (4, *manifest.row_shape("train")), dtype=np.uint8)
+    codes[2] = 0
+    labels, keys = np.array([0, 1, -1, 1], np.int32), ["a.jpg", "b/ä c.png", "d", "e" * 120]
+    (data,) = wds_store.encode_shard_files(manifest, "train", 0, codes, labels, keys).values()
+    (path,) = set(wds_store.shard_files("train", 0).values())
+
+    def run(data: bytes) -> None:
+        codes, labels, keys = wds_store.decode_shard_files(manifest, "train", 0, {path: data})
+        assert codes.shape == (4, 2, 2, 3, 5)
+        assert len(labels) == len(keys) == 4
+
+    return Target([data], run)
 
 
 def _images() -> list[bytes]:

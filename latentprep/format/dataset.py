@@ -104,7 +104,7 @@ class LatentDataset:
         """Whether all files of a committed shard are there in their recorded sizes. Their contents are not read."""
         try:
             return all((self.root / path).stat().st_size == file.bytes for path, file in record.files.items())
-        except OSError:
+        except (OSError, ValueError):  # a NUL in a path
             return False
 
     def committed(self, split: str, index: int) -> ShardRecord:
