@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -20,6 +21,7 @@ from faults import Disk, full_after, read_only
 from latentprep import pipeline
 from latentprep.encoder import EncodeResult
 from latentprep.errors import DatasetError, SourceError, SystemFault
+from latentprep.format import zarr_store
 from latentprep.sources import Sample, Source, open_source
 from pictures import jpeg, make_folder, picture
 
@@ -188,12 +190,12 @@ def test_a_whole_source_that_vanishes_ends_the_run_and_can_come_back(images: Pat
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("where", ["load_views", "encode_shard_files"])
+@pytest.mark.parametrize(("module", "where"), [(pipeline, "load_views"), (zarr_store, "encode_shard_files")])
 def test_a_worker_that_dies_ends_the_run_and_loses_nothing(
-    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: ModuleType, where: str
 ) -> None:
     encode(images, tmp_path / "whole")
-    real, calls = getattr(pipeline, where), []
+    real, calls = getattr(module, where), []
 
     def die(*args: object, **kwargs: object) -> object:
         calls.append(0)
@@ -201,7 +203,7 @@ def test_a_worker_that_dies_ends_the_run_and_loses_nothing(
             raise MemoryError("worker")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(pipeline, where, die)
+    monkeypatch.setattr(module, where, die)
     with pytest.raises(MemoryError, match="worker"):
         encode(images, tmp_path / "out")
     monkeypatch.undo()

@@ -36,7 +36,7 @@ class Numbered(LatentDataset):
             source={}, classes=("a", "b", "c", "d"), latent=(3, 2, 2), flip=None, shard_rows=shard_rows,
             chunk_rows=shard_rows, compression=[], splits={"train": rows},
         )  # fmt: skip
-        self.invalid, self.labels_read = set(invalid), []
+        self.invalid, self.labels_read, self._fetched = set(invalid), [], {}
 
     def record(self, split, index):
         bad = tuple({"row": row} for row in self._rows(index) if row in self.invalid)
@@ -48,7 +48,7 @@ class Numbered(LatentDataset):
         classes = np.array(rows) * 4 // self.manifest.splits["train"]
         return np.where([row in self.invalid for row in rows], -1, classes).astype(np.int32)
 
-    def read_shard(self, split, index, verify=True):
+    def read_shard(self, split, index):
         number = np.array(self._rows(index))
         codes = np.zeros((len(number), *self.manifest.row_shape("train")), np.uint8)
         codes[:, :, 0] = (number % 256)[:, None, None, None]
