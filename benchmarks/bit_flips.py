@@ -17,10 +17,11 @@ from common import assets, record
 from latentprep.errors import DatasetError
 from latentprep.sources import open_source
 
-KINDS = ("codes", "labels", "keys", "record", "manifest.json", "errors.jsonl", "zarr.json")
+SHARDS = {"zarr": ("codes", "labels", "keys", "record"), "wds": ("tar", "record")}  # kinds that belong to one shard
+DERIVED = {"zarr": ("errors.jsonl", "zarr.json"), "wds": ("errors.jsonl",)}
 
 
-def make(root: Path) -> None:
+def make(root: Path, store: str) -> None:
     """A small dataset of real images where there are some, two of its samples damaged, five shards."""
     folder = assets()
     spec = {"data": folder / "imagenette2-224.tar"} if folder else {}
@@ -32,17 +33,19 @@ def make(root: Path) -> None:
         return type(sample)(sample.key, sample.data[: 99 if (split, row) in bad else None], sample.label)
 
     source.read = damaged  # type: ignore[method-assign]
-    latentprep.encode(source, codec="dct", size=64, out=root, shard_rows=16)
+    latentprep.encode(source, codec="dct", size=64, out=root, shard_rows=16, store=store)
 
 
 def kind_of(path: Path) -> str:
     parts = path.parts
-    return "record" if parts[0] == "records" else path.name if len(parts) == 1 or "c" not in parts else parts[1]
+    if parts[0] == "records" or path.suffix == ".tar":
+        return "tar" if path.suffix == ".tar" else "record"
+    return path.name if len(parts) == 1 or "c" not in parts else parts[1]
 
 
 def shard_of(path: Path) -> tuple[str, int] | None:
     parts = path.parts
-    if parts[0] == "records":
+    if parts[0] == "records" or path.suffix == ".tar":
         split, _, index = path.stem.partition("-")
         return split, int(index)
     return (parts[0], int(parts[3])) if "c" in parts else None
@@ -74,19 +77,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--flips", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--store", choices=list(SHARDS), default="zarr")
     options = parser.parse_args()
+    kinds = (*SHARDS[options.store], "manifest.json", *DERIVED[options.store])
     draw = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch) / "data"
-        make(root)
+        make(root, options.store)
         files = [path.relative_to(root) for path in sorted(root.rglob("*")) if path.is_file()]
-        assert {kind_of(path) for path in files} == set(KINDS), files
+        assert {kind_of(path) for path in files} == set(kinds), files
         assert latentprep.verify(root, deep=True).ok
-        table: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}
+        table: dict[str, Counter[str]] = {kind: Counter() for kind in kinds}
         missed = []
         start = time.monotonic()
         for number in range(options.flips):
-            kind = KINDS[number % len(KINDS)]
+            kind = kinds[number % len(kinds)]
             some = [path for path in files if kind_of(path) == kind]
             path = draw.choices(some, [(root / path).stat().st_size for path in some])[0]
             good = (root / path).read_bytes()
@@ -111,13 +116,13 @@ def main() -> None:
                 kind: {
                     "flips": counts["flips"],
                     "caught": counts["caught"] + counts["named"],
-                    "shard named": counts["named"] if kind in KINDS[:4] else None,
+                    "shard named": counts["named"] if kind in SHARDS[options.store] else None,
                     "noticed by reading": counts["noticed by reading"],
                 }
                 for kind, counts in table.items()
             },
         }
-        record("bit_flips", result)
+        record("bit_flips" if options.store == "zarr" else f"bit_flips_{options.store}", result)
         assert not missed, f"{len(missed)} flips were not detected"
 
 
