@@ -104,9 +104,12 @@ def test_stdout_that_is_full_or_closed_shows_no_traceback(images: Path, tmp_path
 
 def test_control_c_ends_cleanly(tmp_path: Path) -> None:
     source = make_folder(tmp_path / "images", train=300, val=5)
-    command = [sys.executable, "-m", "latentprep.cli", "encode", str(source), "--codec", "dct", "--size", "384"]
+    command = [sys.executable, "-m", "latentprep.cli", "encode", str(source), "--codec", "dct", "--size", "256"]
     command += ["--shard-rows", "16", "--batch-size", "4", "--workers", "1", "--out", str(tmp_path / "out")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )  # fmt: skip
     deadline = time.monotonic() + 60
     while not list((tmp_path / "out" / "records").glob("*.json")) and time.monotonic() < deadline:
         time.sleep(0.01)
