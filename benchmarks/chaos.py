@@ -26,7 +26,7 @@ from latentprep.errors import DatasetError, SystemFault
 from latentprep.sources import Source, open_source
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from faults import Disk, full_after, read_only
+from faults import Disk, committed, digest, full_after, read_only
 
 OPTIONS = {"codec": "dct", "size": 64, "shard_rows": 16}
 
@@ -49,24 +49,6 @@ def encode(source: Path | Source, out: Path, **options: object) -> None:
     latentprep.encode(source, out=out, **{**OPTIONS, **options})
 
 
-def contents(root: Path) -> dict[str, bytes]:
-    """Of every file but the temporaries that a crash leaves."""
-    files = (path for path in root.rglob("*") if path.is_file() and path.suffix != ".tmp")
-    return {str(path.relative_to(root)): path.read_bytes() for path in files}
-
-
-def committed(root: Path) -> set[tuple[str, int]]:
-    """The committed shards, all of them whole; anything else but missing ones is a failure."""
-    if not (root / "manifest.json").exists():
-        return set()
-    found = latentprep.verify(root, deep=True)
-    missing = {(p.split, p.index) for p in found.problems if p.what == "is not committed"}
-    damaged = [p for p in found.problems if p.what != "is not committed" and p.split is not None]
-    assert not damaged, damaged
-    dataset = latentprep.open(root)
-    return {(s, i) for s in dataset.splits for i in range(dataset.manifest.shard_count(s))} - missing
-
-
 class Chaos:
     """source: the images; whole: an unbroken encode of them, and what is in it; scratch: a folder for all else."""
 
@@ -76,13 +58,13 @@ class Chaos:
         start = time.monotonic()
         encode(self.source, scratch / "whole")
         self.seconds = time.monotonic() - start
-        self.whole = contents(scratch / "whole")
+        self.whole = digest(scratch / "whole")
         self.shards = committed(scratch / "whole")
 
     def finish(self, out: Path) -> None:
         """Go on with what a fault has left, compare, and clear away."""
         encode(self.source, out)
-        assert contents(out) == self.whole, f"{out} is not what an unbroken run makes"
+        assert digest(out) == self.whole, f"{out} is not what an unbroken run makes"
         shutil.rmtree(out)
 
     def kills(self, wanted: int) -> dict:
@@ -105,7 +87,7 @@ class Chaos:
                 left.append(len(now))
             else:
                 assert os.WEXITSTATUS(status) == 0
-                assert contents(out) == self.whole
+                assert digest(out) == self.whole
                 finished += 1
             if not os.WIFSIGNALED(status) or self.draw.random() < 0.1:
                 if now:
@@ -147,7 +129,7 @@ class Chaos:
                 encode(self.source, root / "out")
         finally:
             pipeline.commit_shard = real  # type: ignore[attr-defined]
-        assert contents(root / "out") == self.whole
+        assert digest(root / "out") == self.whole
         for out in kept:
             self.finish(out)
         return {"disk_events": disk.events, "states_left_by_a_cut": states, "gone_on_with": len(kept)}

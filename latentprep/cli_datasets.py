@@ -9,7 +9,7 @@ import typer
 
 from . import console
 from .errors import DatasetError
-from .options import Json
+from .options import BatchSize, Data, Device, Json, Weights, Workers
 from .showing import shape, show_result, show_verified
 
 app = typer.Typer()
@@ -133,16 +133,14 @@ def latents(
     dataset: Annotated[str, typer.Argument(help="Folder or URL that latentprep encode wrote to.")],
     source: Annotated[str, typer.Argument(help="The source that it was made of.")],
     out: Annotated[Path, typer.Option(help="Folder to write to; splits that are there already are left alone.")],
-    data: Annotated[Path | None, typer.Option(help="A copy of the named dataset that you already have.")] = None,
+    data: Data = None,
     val_fraction: Annotated[float | None, typer.Option(help="As it was for the encode.")] = None,
     limit: Annotated[int | None, typer.Option(help="As it was for the encode.")] = None,
     seed: Annotated[int, typer.Option(help="As it was for the encode.")] = 0,
-    weights: Annotated[
-        str | None, typer.Option(help="Folder of the autoencoder's weights, if they are not where they were.")
-    ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images the codec takes at once.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Threads that read and decode images.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    weights: Weights = None,
+    batch_size: BatchSize = None,
+    workers: Workers = None,
+    device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Write a dataset's float16 latents as .npy files: what latenttrain sweep compares its codes with.
@@ -188,12 +186,10 @@ def verify(
     seed: Annotated[
         int, typer.Option(rich_help_panel="Source", help="As it was for the encode; it also draws the samples.")
     ] = 0,
-    weights: Annotated[
-        str | None, typer.Option(help="Folder of the autoencoder's weights, if they are not where they were.")
-    ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images the codec takes at once.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Threads that read and decode images.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    weights: Weights = None,
+    batch_size: BatchSize = None,
+    workers: Workers = None,
+    device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Check every file of a dataset against its checksums, and its rows against what they must be.

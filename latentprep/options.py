@@ -25,3 +25,5 @@ Weights = Annotated[
     str | None, typer.Option(help="Folder of the autoencoder's weights, if they are not where they were.")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
+BatchSize = Annotated[int | None, typer.Option(help="Images the codec takes at once.")]
+Workers = Annotated[int | None, typer.Option(help="Threads that read and decode images.")]

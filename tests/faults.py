@@ -1,4 +1,5 @@
-"""Disks that fail: one that loses, at a power cut, what was not flushed; one that is full; one that is read-only.
+"""Disks that fail: one that loses, at a power cut, what was not flushed; one that is full; one that is read-only. And
+what must hold of a dataset afterwards.
 
 They stand between the program and the real disk by replacing, for a while, the few functions that `pathlib` calls.
 """
@@ -6,6 +7,7 @@ They stand between the program and the real disk by replacing, for a while, the 
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import os
 import random
@@ -15,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+import latentprep
 
 
 class Disk:
@@ -168,3 +172,21 @@ def read_only() -> Iterator[None]:
 
     with mock.patch.object(io, "open", opened), mock.patch.object(os, "mkdir", refuse):
         yield
+
+
+def digest(root: Path) -> dict[str, str]:
+    """path -> SHA-256 of every file of a dataset but the temporaries that a crash leaves."""
+    files = (path for path in root.rglob("*") if path.is_file() and path.suffix != ".tmp")
+    return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def committed(root: Path) -> set[tuple[str, int]]:
+    """The shards that are there, all of them whole; nothing else is wrong but what a resumed encode makes."""
+    if not (root / "manifest.json").exists():
+        return set()
+    found = latentprep.verify(root, deep=True)
+    missing = {(p.split, p.index) for p in found.problems if p.what == "is not committed"}
+    others = [p for p in found.problems if p.what != "is not committed" and p.split is not None]
+    assert not others, others
+    dataset = latentprep.open(root)
+    return {(s, i) for s in dataset.splits for i in range(dataset.manifest.shard_count(s))} - missing

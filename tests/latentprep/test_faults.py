@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 import signal
@@ -17,7 +16,7 @@ from types import ModuleType
 import pytest
 
 import latentprep
-from faults import Disk, full_after, read_only
+from faults import Disk, committed, digest, full_after, read_only
 from latentprep import pipeline
 from latentprep.encoder import EncodeResult
 from latentprep.errors import DatasetError, SourceError, SystemFault
@@ -28,24 +27,6 @@ from pictures import jpeg, make_folder, picture
 
 def encode(source: Path | Source, out: Path, **options: object) -> EncodeResult:
     return latentprep.encode(source, **{"codec": "dct", "size": 32, "out": out, "shard_rows": 4, **options})
-
-
-def digest(root: Path) -> dict[str, str]:
-    """path -> SHA-256 of every file of a dataset but the temporaries that a crash leaves."""
-    files = (path for path in root.rglob("*") if path.is_file() and path.suffix != ".tmp")
-    return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-def committed(root: Path) -> set[tuple[str, int]]:
-    """The shards that are there, all of them whole; nothing else is wrong but what a resumed encode makes."""
-    if not (root / "manifest.json").exists():
-        return set()
-    found = latentprep.verify(root, deep=True)
-    missing = {(p.split, p.index) for p in found.problems if p.what == "is not committed"}
-    others = [p for p in found.problems if p.what != "is not committed" and p.split is not None]
-    assert not others, others
-    dataset = latentprep.open(root)
-    return {(s, i) for s in dataset.splits for i in range(dataset.manifest.shard_count(s))} - missing
 
 
 @pytest.fixture
