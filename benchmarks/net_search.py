@@ -1,4 +1,5 @@
-"""A search of the network's first half with optuna: kernel, stride, width, dense or depthwise, normalization of codes.
+"""A search of the network's first half with optuna: kernel, stride, width, depth, dense or depthwise, normalization of
+codes.
 
     python benchmarks/net_search.py shards --trials 30 --epochs 8 --out net_search
 
@@ -33,7 +34,9 @@ from latenttrain.train import plan_run, start_state, train_epoch
 
 PARAMETERS = 260_000
 # The default network as a point of the space: the search begins there.
-DEFAULT = {"normalize": False, "kernel": 3, "first": 32, "read": 1, "block": "dense", "second": 64, "blocks": 2}
+DEFAULT = {
+    "normalize": False, "kernel": 3, "first": 32, "again": 0, "read": 1, "block": "dense", "second": 64, "blocks": 2,
+}  # fmt: skip
 ACT = nn.Hardswish  # the default network's
 
 
@@ -44,6 +47,8 @@ def candidate(trial: dict):
         layers: list[nn.Module] = [nn.BatchNorm2d(planes)] if trial["normalize"] else []
         channels = trial["first"]
         layers += [convolution(planes, channels, trial["kernel"], trial["read"]), ACT()]
+        for _ in range(trial["again"]):
+            layers += [convolution(channels, channels), ACT()]
         for index in range(trial["blocks"]):
             stride = (1 if trial["read"] == 2 else 2) if index == 0 else 1
             layers.append(BLOCKS[trial["block"]](channels, trial["second"], stride, ACT))
@@ -101,6 +106,7 @@ def main() -> None:
             "normalize": trial.suggest_categorical("normalize", [False, True]),
             "kernel": trial.suggest_categorical("kernel", [1, 3, 5]),
             "first": trial.suggest_categorical("first", [16, 32, 48, 64]),
+            "again": trial.suggest_int("again", 0, 2),
             "read": trial.suggest_categorical("read", [1, 2]),
             "block": trial.suggest_categorical("block", list(BLOCKS)),
             "second": trial.suggest_categorical("second", [48, 64, 80]),

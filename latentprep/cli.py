@@ -9,7 +9,7 @@ import typer
 
 from . import __version__, cli_datasets, cli_pictures, console
 from .errors import UsageError
-from .options import Json
+from .options import Joint, Json
 from .showing import shape, show_result
 
 app = typer.Typer(
@@ -63,6 +63,7 @@ def encode(
             rich_help_panel="Codec", help="Take the quantizer of this dataset, so that latentprep merge takes both."
         ),
     ] = None,
+    joint: Joint = None,
     views: Annotated[
         int, typer.Option(help="Renderings of a train sample: the canonical one, then random crops and mirrors.")
     ] = 1,
@@ -165,6 +166,7 @@ def encode(
         out=out,
         store=store,
         quantizer=quantizer,
+        joint=joint,
         views=views,
         splits=[name.strip() for name in splits.split(",")] if splits else None,
         limit=limit,

@@ -9,7 +9,7 @@ import typer
 
 from . import console
 from .errors import DatasetError
-from .options import BatchSize, Data, Device, Json, Weights, Workers
+from .options import BatchSize, Data, Device, Joint, Json, Weights, Workers
 from .showing import shape, show_result, show_verified
 
 app = typer.Typer()
@@ -20,6 +20,7 @@ def requantize(
     dataset: Annotated[str, typer.Argument(help="Folder or URL that latentprep encode wrote to, with more bits.")],
     bits: Annotated[int, typer.Option(help="Bits a code, fewer than the dataset has.")],
     out: Annotated[str, typer.Option(help="Folder, s3://… or gs://… to write to; an unfinished one there is resumed.")],
+    joint: Joint = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the dataset in --out and start anew.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -33,7 +34,8 @@ def requantize(
     """
     from .requantizer import requantize as run
 
-    show_result(run(dataset, bits=bits, out=out, overwrite=overwrite, progress=console.progress_bar), as_json)
+    made = run(dataset, bits=bits, out=out, joint=joint, overwrite=overwrite, progress=console.progress_bar)
+    show_result(made, as_json)
 
 
 @app.command()

@@ -27,7 +27,8 @@ class SplitInfo:
 class DatasetInfo:
     """Facts of a dataset.
 
-    latent: (C, h, w); views: of a train sample; size: pixels a side of the images that were encoded.
+    joint: codes were chosen together, see `latentprep.joint`. latent: (C, h, w); views: of a train sample.
+    size: pixels a side of the images that were encoded.
     code_bytes: on disk, all committed codes (of a WebDataset store, the tars); dataset_bytes: labels and keys too.
     bits_per_value: ``8 * code_bytes`` over the number of codes. bytes_per_image: code bytes a sample.
     source_bytes: the encoded images read (JPEGs, as a rule). saturation: share of latents a channel that lay
@@ -37,6 +38,7 @@ class DatasetInfo:
     path: str
     codec: dict
     bits: int
+    joint: bool
     size: int
     views: int
     latent: tuple[int, int, int]
@@ -82,6 +84,7 @@ def info(path: str | Path | LatentDataset) -> DatasetInfo:
         path=str(dataset.root),
         codec=manifest.codec,
         bits=manifest.quantizer.bits,
+        joint=bool(manifest.quantizer.filter),
         size=manifest.transform["size"],
         views=manifest.most_views,
         latent=manifest.latent,

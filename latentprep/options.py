@@ -26,4 +26,11 @@ Weights = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 BatchSize = Annotated[int | None, typer.Option(help="Images the codec takes at once.")]
+Joint = Annotated[
+    bool | None,
+    typer.Option(
+        "--joint/--no-joint",
+        help="Choose a sample's codes together, for 1 to 3 dB more. Default: at 1 bit, with autoencoders.",
+    ),
+]
 Workers = Annotated[int | None, typer.Option(help="Threads that read and decode images.")]

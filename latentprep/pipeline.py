@@ -124,7 +124,7 @@ def calibrate(stages: Stages, asked: Manifest, count: int, progress: ProgressFac
             f"none of {len(rows)} images drawn from split '{split}' decodes; the first is {reasons[0]}",
             "check that the source holds images",
         )
-    quantizer = fit_quantizer(everything, asked.quantizer.bits)
+    quantizer = fit_quantizer(everything, asked.quantizer.bits, bool(asked.quantizer.filter))
     codes = quantize(everything, quantizer).numpy()[:, None]
     return replace(asked, quantizer=quantizer, compression=choose_compression(codes))
 

@@ -17,7 +17,7 @@ from .format.commit import write_atomic
 from .format.dataset import LatentDataset, open_dataset
 from .format.quantizer import check_bits
 from .linear_decoder import LinearDecoder, load_linear_decoder, shrink
-from .requantizer import requantized_manifest
+from .requantizer import recoder, requantized_manifest
 from .samples import Decoder, Picked, decode_all, load_originals, pick
 from .sheet import Column, channel_pictures, colour_pictures, draw_sheet, png
 from .sources import Source
@@ -123,7 +123,9 @@ def sample_columns(
     with progress("decoding", len(shown), "columns", 0) as bar:
         for b in shown:
             quantizer = dataset.quantizer if b == stored else requantized_manifest(dataset, b).quantizer
-            codes = picked.codes if b == stored else quantizer.quantize(dataset.quantizer.dequantize(picked.codes))
+            codes = picked.codes
+            if b != stored:
+                codes = recoder(dataset.quantizer, quantizer)(codes[:, None])[0][:, 0]
             columns.append(Column(f"{b} bit{'s' if b > 1 else ''}", pixels(decode_all(decoder, codes, quantizer))))
             bar.advance(1)
     if isinstance(decoder, LinearDecoder):

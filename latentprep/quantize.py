@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .errors import CodecError
 from .format.quantizer import Quantizer, check_bits
+from .joint import fit_filter, restore, search
 
 _VALUES = 1 << 18  # calibration values a channel that the fit looks at, at most
 _STARTS = 64  # first guesses of the range, from all of it down to a small part
@@ -17,16 +18,19 @@ _STEPS = 60  # alternations from each; more gain less than 0.01 dB
 def quantize(latents: Tensor, quantizer: Quantizer) -> Tensor:
     """f32 [B,C,h,w] -> u8 [B,C,h,w] on the same device. Inverse of `dequantize` up to half a step.
 
-    Values outside the quantizer's range take the end codes. The same arithmetic as `Quantizer.quantize`.
+    Values outside the quantizer's range take the end codes. With a filter the codes of a sample are chosen jointly.
     """
+    if quantizer.filter:
+        return search(latents, quantizer)
     lo, step = _columns(quantizer, latents)
     return ((latents - lo) / step).floor_().clamp_(0, quantizer.levels - 1).to(torch.uint8)
 
 
 def dequantize(codes: Tensor, quantizer: Quantizer) -> Tensor:
-    """u8 [B,C,h,w] -> f32 [B,C,h,w], the middle of each code's cell. Inverse of `quantize`."""
+    """u8 [B,C,h,w] -> f32 [B,C,h,w], the middle of each code's cell, filtered if there is a filter."""
     lo, step = _columns(quantizer, codes)
-    return lo + (codes.float() + 0.5) * step
+    middles = lo + (codes.float() + 0.5) * step
+    return restore(middles, quantizer) if quantizer.filter else middles
 
 
 def quantize_counting(latents: Tensor, quantizer: Quantizer) -> tuple[Tensor, Tensor, Tensor]:
@@ -39,16 +43,18 @@ def quantize_counting(latents: Tensor, quantizer: Quantizer) -> tuple[Tensor, Te
     inside = cells.clamp(0, quantizer.levels)
     saturated = (inside != cells).sum((0, 2, 3))
     finite = torch.isfinite(cells.sum((1, 2, 3)))  # one that is not makes the sum so
+    if quantizer.filter:
+        return search(latents, quantizer), saturated, finite
     return inside.floor_().clamp_(max=quantizer.levels - 1).to(torch.uint8), saturated, finite
 
 
-def fit_quantizer(latents: Tensor, bits: int) -> Quantizer:
+def fit_quantizer(latents: Tensor, bits: int, joint: bool = False) -> Quantizer:
     """The uniform quantizer of `bits` bits with the least mean squared error on `latents`, f32 [B,C,h,w].
 
     For each channel, by Lloyd's algorithm (IEEE Trans. Inf. Theory 28, 1982) with the codebook held uniform:
     give each value its nearest code, then solve for the lo and step that reconstruct best (a linear
     least-squares fit of values on codes); each of the two can only lower the error. Run from `_STARTS` ranges,
-    and the best is taken.
+    and the best is taken. joint: with a filter, see `latentprep.joint`.
 
     Raises `CodecError` if a value is NaN or infinite.
     """
@@ -58,7 +64,8 @@ def fit_quantizer(latents: Tensor, bits: int) -> Quantizer:
     values = latents.detach().float().cpu().transpose(0, 1).flatten(1)
     values = values[:, :: -(-values.shape[1] // _VALUES)]
     fits = [_fit_channel(channel.numpy().astype(np.float64), 1 << bits) for channel in values]
-    return Quantizer(bits, tuple(lo for lo, _ in fits), tuple(step for _, step in fits))
+    quantizer = Quantizer(bits, tuple(lo for lo, _ in fits), tuple(step for _, step in fits))
+    return fit_filter(latents.detach(), quantizer) if joint else quantizer
 
 
 def requantize(codes: Tensor, source: Quantizer, target: Quantizer) -> Tensor:

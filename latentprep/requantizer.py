@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,14 +12,17 @@ import torch
 from . import __version__
 from .console import ProgressFactory, silent
 from .derived import derive, every_row, opened
-from .encoder import CALIBRATION, EncodeResult
+from .encoder import CALIBRATION, EncodeResult, joint_by_default, with_joint
 from .errors import UsageError
 from .format.dataset import Codes, LatentDataset
 from .format.manifest import INVALID_LABEL, Manifest, train_split
 from .format.quantizer import Quantizer, check_bits
 from .format.zarr_store import choose_compression
 from .pipeline import calibration_rows
-from .quantize import fit_quantizer
+from .quantize import dequantize, fit_quantizer, quantize, quantize_counting
+
+Recoder = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+_SEARCHED = 64  # samples whose codes are searched for at once
 
 
 def requantize(
@@ -26,13 +30,15 @@ def requantize(
     *,
     bits: int,
     out: str | Path,
+    joint: bool | None = None,
     overwrite: bool = False,
     progress: ProgressFactory = silent,
 ) -> EncodeResult:
     """Make `out`, the dataset with `bits` bits a code, from the codes of `dataset`. Run again, it resumes.
 
     The range is fitted anew, on the samples that `encode` calibrates on, so that the outcome is that of encoding at
-    `bits` directly but for the first quantizer's error.
+    `bits` directly but for the first quantizer's error. joint: choose the codes of a sample together, by default where
+    `encode` does.
 
     Raises `UsageError` if the dataset has no more than `bits` bits, `DatasetError` if it is damaged or not complete.
     """
@@ -43,18 +49,13 @@ def requantize(
             f"{source.root} has {source.quantizer.bits} bits a code; requantizing to {bits} would gain nothing",
             f"use --bits 1 to {source.quantizer.bits - 1}" if source.quantizer.bits > 1 else "encode with more bits",
         )
-    manifest = requantized_manifest(source, bits)
-    table, outside = code_table(source.quantizer, manifest.quantizer)
+    manifest = requantized_manifest(source, bits, joint)
+    recoded = recoder(source.quantizer, manifest.quantizer)
 
     def fewer_bits(shard: Codes, saturated: tuple[int, ...]) -> tuple[Codes, tuple[int, ...]]:
-        codes, counts = np.empty_like(shard.codes), []
-        for channel, (new, out) in enumerate(zip(table, outside, strict=True)):
-            plane = shard.codes[:, :, channel]
-            codes[:, :, channel] = new[plane]
-            found = np.bincount(plane[shard.labels != INVALID_LABEL].ravel(), minlength=len(out))
-            counts.append(int(found[out].sum()))
-        codes[shard.labels == INVALID_LABEL] = 0
-        return replace(shard, codes=codes), tuple(counts)
+        codes, valid = np.zeros_like(shard.codes), shard.labels != INVALID_LABEL
+        codes[valid], counts = recoded(shard.codes[valid])
+        return replace(shard, codes=codes), tuple(counts.tolist())
 
     return derive(
         out, manifest, [source], every_row([source]), fewer_bits,
@@ -62,9 +63,12 @@ def requantize(
     )  # fmt: skip
 
 
-def requantized_manifest(source: LatentDataset, bits: int) -> Manifest:
+def requantized_manifest(source: LatentDataset, bits: int, joint: bool | None = None) -> Manifest:
     """The source's manifest with a quantizer of `bits` bits fitted to its calibration samples' latents."""
     manifest = source.manifest
+    if joint is None:
+        joint = joint_by_default(bits, manifest.latent[0], manifest.flip)
+    with_joint(manifest.quantizer, joint)  # refuses what cannot be
     split = train_split(manifest.splits)
     rows = calibration_rows(manifest.splits[split], CALIBRATION, manifest.transform["seed"])
     drawn = []
@@ -72,18 +76,50 @@ def requantized_manifest(source: LatentDataset, bits: int) -> Manifest:
         shard = source.read_shard(split, index)
         here = [row - index * manifest.shard_rows for row in rows if row // manifest.shard_rows == index]
         drawn.append(shard.codes[[place for place in here if shard.labels[place] != INVALID_LABEL], 0])
-    latents = manifest.quantizer.dequantize(np.concatenate(drawn))
-    quantizer = fit_quantizer(torch.from_numpy(latents), bits)
-    codes = quantizer.quantize(latents)[:, None]
-    compression = choose_compression(codes)
-    return replace(manifest, quantizer=quantizer, compression=compression, written_by=f"latentprep {__version__}")
+    latents = dequantize(torch.from_numpy(np.concatenate(drawn)), manifest.quantizer)
+    quantizer = fit_quantizer(latents, bits, joint)
+    compression = choose_compression(quantize(latents, quantizer).numpy()[:, None])
+    return replace(
+        manifest,
+        quantizer=quantizer,
+        flip=None if joint else manifest.flip,
+        compression=compression,
+        written_by=f"latentprep {__version__}",
+    )
+
+
+def recoder(source: Quantizer, target: Quantizer) -> Recoder:
+    """What turns codes of `source`, u8 [n,V,C,h,w], into codes of `target`, and counts the latents a channel outside of
+    its range, i64 [C]: by a table, unless neighbours have a say."""
+    if not source.filter and not target.filter:
+        table, outside = code_table(source, target)
+
+        def looked_up(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            made, counts = np.empty_like(codes), np.zeros(len(table), np.int64)
+            for channel, (new, out) in enumerate(zip(table, outside, strict=True)):
+                plane = codes[:, :, channel]
+                made[:, :, channel] = new[plane]
+                counts[channel] = np.bincount(plane.ravel(), minlength=len(out))[out].sum()
+            return made, counts
+
+        return looked_up
+
+    def searched(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        made, counts = np.empty_like(codes), np.zeros(len(source.lo), np.int64)
+        for first in range(0, len(codes), _SEARCHED):
+            some = torch.from_numpy(codes[first : first + _SEARCHED])
+            found, outside, _ = quantize_counting(dequantize(some.flatten(0, 1), source), target)
+            made[first : first + _SEARCHED] = found.unflatten(0, some.shape[:2]).numpy()
+            counts += outside.numpy()
+        return made, counts
+
+    return searched
 
 
 def code_table(source: Quantizer, target: Quantizer) -> tuple[np.ndarray, np.ndarray]:
     """For each channel and source code, the target's code, u8 [C,L], and whether its latent saturates, bool [C,L]."""
-    channels = len(source.lo)
-    every = np.broadcast_to(np.arange(source.levels, dtype=np.uint8), (channels, 1, source.levels))
-    latents = source.dequantize(every)
-    lo, step = (np.array(v, np.float32)[:, None, None] for v in (target.lo, target.step))
+    every = torch.arange(source.levels, dtype=torch.uint8).expand(len(source.lo), 1, -1)
+    latents = dequantize(every, source)
+    lo, step = (torch.tensor(v)[:, None, None] for v in (target.lo, target.step))
     outside = (latents < lo) | (latents > lo + step * target.levels)
-    return target.quantize(latents)[:, 0], outside[:, 0]
+    return quantize(latents, target)[:, 0].numpy(), outside[:, 0].numpy()

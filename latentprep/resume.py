@@ -32,7 +32,7 @@ def stored_manifest(root: Place, overwrite: bool) -> Manifest | None:
 def check_same(root: Place, stored: Manifest, asked: Manifest, fitted: bool) -> None:
     """`DatasetError` naming the first field in which the dataset at `root` is not the one asked for.
 
-    fitted: the quantizer asked for is still to be fitted, so that only its bits count.
+    fitted: the quantizer asked for is still to be fitted, so that only its bits and whether it is joint count.
     """
     have, want = _decided(stored), _decided(asked)
     if not fitted:
@@ -40,6 +40,7 @@ def check_same(root: Place, stored: Manifest, asked: Manifest, fitted: bool) -> 
     for name, there, here in differences(have, want):
         hints = {
             "source.sha256": "its files, labels, or --limit, --val-fraction or --seed changed; ",
+            "joint": f"pass {'--joint' if there else '--no-joint'}; ",
             "codec.dtype": f"pass --dtype {there}; ",
             **dict.fromkeys((f"splits.{n}" for n in stored.splits), "--limit or --val-fraction may have changed; "),
         }
@@ -70,6 +71,7 @@ def _meaning(manifest: Manifest) -> dict:
     return {
         "codec": {key: value for key, value in manifest.codec.items() if key != "weights"},
         "bits": manifest.quantizer.bits,
+        "joint": bool(manifest.quantizer.filter),
         "transform": {key: manifest.transform.get(key) for key in ("size", "resize")},
     }
 

@@ -24,7 +24,7 @@ def show_result(result: EncodeResult, as_json: bool) -> None:
     rows = ", ".join(f"{name} {count}" for name, count in result.rows.items())
     facts = {
         "rows": f"{rows} in {console.plural(result.shards, 'shard')}, {len(result.classes)} classes",
-        "codec": f"{result.codec['name']}, {console.plural(result.bits, 'bit')}, "
+        "codec": f"{result.codec['name']}, {console.plural(result.bits, 'bit')}{' (joint)' if result.joint else ''}, "
         f"{result.size} px -> {shape(result.latent)}" + (f", {result.views} views" if result.views > 1 else ""),
         "codes": f"{most}{console.size(result.code_bytes)}, {result.code_bytes / max(1, samples):.0f} bytes an image",
     }

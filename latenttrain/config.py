@@ -42,7 +42,7 @@ class RunConfig:
     @property
     def quantizer(self) -> Quantizer:
         fields = self.dataset["quantizer"]
-        return Quantizer(fields["bits"], tuple(fields["lo"]), tuple(fields["step"]))
+        return Quantizer(fields["bits"], *(tuple(fields.get(name, ())) for name in ("lo", "step", "filter")))
 
     def to_json(self) -> dict:
         return {

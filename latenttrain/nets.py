@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from latentprep.errors import UsageError, nearest
 from latenttrain.scaling import round_depth, round_width
-from latenttrain.stems import STEMS
+from latenttrain.stems import STEMS, AffineStem
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,10 @@ class NetConfig:
     width: float = 1.0
     depth: float = 1.0
     activation: str = "hardswish"  # of latentnet; mobilenetv2 has its own
+    filter: tuple[float, ...] = ()  # the quantizer's, [C,C,3,3] in a row, if its codes were chosen jointly
 
     def __post_init__(self) -> None:
-        for name, kind in (("latent", int), ("lo", float), ("step", float)):
+        for name, kind in (("latent", int), ("lo", float), ("step", float), ("filter", float)):
             object.__setattr__(self, name, tuple(kind(value) for value in getattr(self, name)))
         if len(self.latent) != 3 or self.latent[0] < 1 or min(self.latent[1:]) < 8:
             raise UsageError(
@@ -48,6 +49,11 @@ class NetConfig:
                     f"{name} must be {self.latent[0]} finite numbers, one a channel, got {values}",
                     "take it from the dataset's manifest",
                 )
+        if self.filter and (len(self.filter) != 9 * self.latent[0] ** 2 or not all(map(math.isfinite, self.filter))):
+            raise UsageError(
+                f"filter must be {9 * self.latent[0] ** 2} finite numbers, got {len(self.filter)}",
+                "take it from the dataset's manifest",
+            )
         if min(self.step) <= 0:
             raise UsageError(f"step must be above 0, got {self.step}", "take it from the dataset's manifest")
         for name, allowed in (("arch", ARCHITECTURES), ("stem", STEMS), ("activation", ACTIVATIONS)):
@@ -81,6 +87,8 @@ class Net(nn.Module):
         super().__init__()
         self.config = config
         self.stem = STEMS[config.stem](config.latent[0], config.bits)
+        if isinstance(self.stem, AffineStem) and config.filter:
+            self.stem.set_filter(config.filter, config.step)
         self.body = ARCHITECTURES[config.arch](int(self.stem.planes), config)  # type: ignore[arg-type]
 
     def planes(self, codes: Tensor) -> Tensor:

@@ -18,18 +18,29 @@ class AffineStem(nn.Module):
 
     ``mean`` is the centre of the channel's range, and ``std`` the deviation of the normal distribution for which that
     range is the best one at this many bits: (1.25 + 0.34 * bits) standard deviations to each side (Max 1960, within
-    4%). ``lo`` and ``step`` cancel out, so the planes are a fixed scaling of the codes, alike for every channel.
+    4%). ``lo`` and ``step`` cancel out, so the planes are a fixed scaling of the codes, alike for every channel. Codes
+    that were chosen jointly (`latentprep.joint`) are filtered, too.
     """
+
+    kernel: Tensor | None
 
     def __init__(self, channels: int, bits: int) -> None:
         super().__init__()
         self.planes = channels
         self.centre = (2**bits - 1) / 2
         self.scale = 2 * (1.25 + 0.34 * bits) / 2**bits
+        self.register_buffer("kernel", None, persistent=False)  # the configuration has it
+
+    def set_filter(self, weights: tuple[float, ...], step: tuple[float, ...]) -> None:
+        """The quantizer's filter, [C,C,3,3] in a row, and its steps."""
+        steps = torch.tensor(step)
+        kernel = torch.tensor(weights).view(self.planes, self.planes, 3, 3)
+        self.kernel = kernel * steps.view(1, -1, 1, 1) / steps.view(-1, 1, 1, 1)
 
     def forward(self, codes: Tensor) -> Tensor:
         """u8 or f32 [B,C,h,w] -> f32 [B,C,h,w]"""
-        return (codes.float() - self.centre) * self.scale
+        planes = (codes.float() - self.centre) * self.scale
+        return planes if self.kernel is None else F.conv2d(planes, self.kernel, padding=1)
 
 
 class EmbeddingStem(nn.Module):

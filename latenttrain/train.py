@@ -133,6 +133,8 @@ def fit(
     check_trainable(dataset)
     factors, floats = compound(phi), None if latents is None else Path(latents)
     config = plan_run(dataset, asked, width * factors.width, depth * factors.depth, arch, stem, augment)
+    if floats is not None:  # they need no filter to be the latents
+        config = dataclasses.replace(config, net=dataclasses.replace(config.net, filter=()))
     for name, value in (("limit", limit), ("holdout", holdout or None), ("latents", floats and str(floats))):
         config.dataset[name] = value
     root = Path(out) if out is not None else default_out(dataset.root, config)
@@ -219,6 +221,7 @@ def plan_run(
         bits=quantizer.bits,
         lo=quantizer.lo,
         step=quantizer.step,
+        filter=quantizer.filter,
         arch=arch,
         stem=stem,
         width=width,

@@ -118,7 +118,8 @@ class Manifest:
                 "upgrade with pip install --upgrade latentprep",
             )
         numbers = top.object("quantizer")
-        quantizer = Quantizer(numbers.whole("bits", 1, 8), numbers.numbers("lo"), numbers.numbers("step"))
+        weights = numbers.numbers("filter") if "filter" in numbers.document else ()
+        quantizer = Quantizer(numbers.whole("bits", 1, 8), numbers.numbers("lo"), numbers.numbers("step"), weights)
         latent = tuple(top.list("latent", int))
         if len(latent) != 3 or not all(1 <= n <= _MAX_SIDE for n in latent) or latent[0] != len(quantizer.lo):
             raise top.error(f"has latent = {latent}; it must be channels (as many as the quantizer's), height, width")

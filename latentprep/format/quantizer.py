@@ -1,6 +1,6 @@
-"""What a code means: the quantizer as plain data, with its definition in numpy.
+"""What a code means: the quantizer as plain data, and in numpy from codes back to latents.
 
-The torch side (fitting, and quantizing on a device) is `latentprep.quantize`; both agree to the last bit.
+The torch side (fitting, and quantizing on a device) is `latentprep.quantize`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import DatasetError, UsageError
+
+FILTER_SIDE = 3  # cells
 
 
 def check_bits(bits: int) -> int:
@@ -26,11 +28,15 @@ class Quantizer:
 
     bits: 1 to 8; codes are u8, each below ``2**bits``.
     lo, step: one float32 value per latent channel, in latent units; ``step`` is positive.
+    filter: if there is one, float32 [C,C,3,3] in a row, codes were chosen jointly (`latentprep.joint`), and what the
+    formula gives, less the middle of each channel's range, is to be filtered by it (a convolution without flip, zeros
+    outside of the grid) before the middle is added again.
     """
 
     bits: int
     lo: tuple[float, ...]
     step: tuple[float, ...]
+    filter: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8:
@@ -41,25 +47,30 @@ class Quantizer:
             )
         if not all(map(math.isfinite, self.lo + self.step)) or not all(s > 0 for s in self.step):
             raise DatasetError("the quantizer's lows must be finite and its steps finite and above zero")
+        weights = (len(self.lo) * FILTER_SIDE) ** 2
+        if self.filter and (len(self.filter) != weights or not all(map(math.isfinite, self.filter))):
+            raise DatasetError(f"the quantizer's filter must be {weights} finite numbers, got {len(self.filter)}")
 
     @property
     def levels(self) -> int:
         return 1 << self.bits
 
-    def quantize(self, latents: np.ndarray) -> np.ndarray:
-        """f32 [..., C, h, w] -> u8 [..., C, h, w]; values outside the range take the end codes."""
-        lo, step = self._columns()
-        return np.clip(np.floor((latents - lo) / step), 0, self.levels - 1).astype(np.uint8)
-
     def dequantize(self, codes: np.ndarray) -> np.ndarray:
-        """u8 [..., C, h, w] -> f32 [..., C, h, w], the middle of each code's cell."""
-        lo, step = self._columns()
-        return lo + (codes.astype(np.float32) + np.float32(0.5)) * step
-
-    def _columns(self) -> tuple[np.ndarray, np.ndarray]:
-        """f32 [C,1,1] each."""
-        lo, step = np.array(self.lo, np.float32), np.array(self.step, np.float32)
-        return lo[:, None, None], step[:, None, None]
+        """u8 [..., C, h, w] -> f32 [..., C, h, w]: the middle of each code's cell, filtered if there is a filter."""
+        lo, step = (np.array(values, np.float32)[:, None, None] for values in (self.lo, self.step))
+        latents = lo + (codes.astype(np.float32) + np.float32(0.5)) * step
+        if not self.filter:
+            return latents
+        middle, (height, width) = lo + np.float32(self.levels / 2) * step, codes.shape[-2:]
+        kernel = np.array(self.filter, np.float32).reshape(len(lo), len(lo), FILTER_SIDE, FILTER_SIDE)
+        margin = FILTER_SIDE // 2
+        padded = np.pad(latents - middle, [(0, 0)] * (codes.ndim - 2) + [(margin, margin)] * 2)
+        filtered = sum(
+            np.einsum("ck,...khw->...chw", kernel[:, :, i, j], padded[..., i : i + height, j : j + width])
+            for i, j in np.ndindex(FILTER_SIDE, FILTER_SIDE)
+        )
+        return middle + filtered
 
     def to_json(self) -> dict:
-        return {"bits": self.bits, "lo": list(self.lo), "step": list(self.step)}
+        plain = {"bits": self.bits, "lo": list(self.lo), "step": list(self.step)}
+        return plain | ({"filter": list(self.filter)} if self.filter else {})

@@ -10,6 +10,7 @@ from PIL import Image
 import latenttrain
 from latentprep.errors import CheckpointError, CodecError, UsageError
 from latentprep.format import open_dataset
+from latentprep.quantize import quantize
 from latenttrain.checkpoint import load_net
 from latenttrain.evaluation import scores
 
@@ -129,7 +130,7 @@ def by_hand(run, path):
     pixels = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)[None]
     net, config, _ = load_net(run)
     latents = FakeCodec({"name": "fake", "levels": 7}, "cpu", None).encode(pixels)
-    return net(torch.from_numpy(config.quantizer.quantize(latents.numpy()))).softmax(1)[0]
+    return net(quantize(latents, config.quantizer)).softmax(1)[0]
 
 
 def test_predictions_are_codec_quantizer_and_network(run, images, fake_codec):

@@ -1,6 +1,9 @@
 import pytest
 import torch
 
+from latentprep.errors import UsageError
+from latentprep.format import Quantizer
+from latentprep.quantize import dequantize
 from latenttrain.nets import NetConfig, build_net
 from latenttrain.stems import STEMS
 
@@ -24,6 +27,21 @@ def test_affine_planes_are_normalized_latents(bits):
     codes = all_codes(3, bits)
     expected = (lo[:, None, None] + (codes + 0.5) * step[:, None, None] - mean[:, None, None]) / std[:, None, None]
     assert torch.allclose(net.planes(codes), expected, rtol=0.04, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_affine_planes_of_joint_codes_are_normalized_latents(bits):
+    torch.manual_seed(0)
+    lo, step, weights = (-1.0, 3.0), (0.5, 2.0), torch.randn(36).tolist()
+    quantizer = Quantizer(bits, lo, step, tuple(weights))
+    net = build_net(NetConfig((2, 16, 16), 10, bits, lo, step, filter=quantizer.filter))
+    codes, steps = all_codes(2, bits), torch.tensor(step)[:, None, None]
+    middle = torch.tensor(lo)[:, None, None] + 2**bits / 2 * steps
+    expected = (dequantize(codes, quantizer) - middle) / steps * net.stem.scale
+    assert torch.allclose(net.planes(codes), expected, atol=1e-4)
+    assert "kernel" not in " ".join(net.state_dict())  # it is configuration, not weights
+    with pytest.raises(UsageError, match="filter must be 36 finite numbers"):
+        NetConfig((2, 16, 16), 10, bits, lo, step, filter=(1.0,))
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 5, 8])
