@@ -76,7 +76,7 @@ def snr(latents: Tensor, restored: Tensor) -> float:
 # --- ours ------------------------------------------------------------------------------------------------------------
 
 
-def ours(latents: Tensor, bits: int) -> tuple[dict, np.ndarray]:
+def ours(latents: Tensor, bits: int, joint: bool) -> tuple[dict, np.ndarray]:
     """Bytes a sample and quality of what an encode would write, its quantizer fitted on as few images; the codes."""
     from latentprep.encoder import CALIBRATION, SHARD_ROWS
     from latentprep.format import Manifest
@@ -84,8 +84,8 @@ def ours(latents: Tensor, bits: int) -> tuple[dict, np.ndarray]:
     from latentprep.quantize import dequantize, fit_quantizer, quantize
 
     rows, few = len(latents), np.arange(CALIBRATION) * len(latents) // CALIBRATION
-    quantizer = fit_quantizer(latents[few], bits)
-    codes = quantize(latents, quantizer)
+    quantizer = fit_quantizer(latents[few], bits, joint)
+    codes = torch.cat([quantize(some, quantizer) for some in latents.split(64)])
     stored = codes.numpy()[:, None]
     manifest = Manifest(
         codec={"name": "any"}, quantizer=quantizer, transform={"size": 224, "views": 1}, source={}, classes=("a", "b"),
@@ -105,6 +105,7 @@ def ours(latents: Tensor, bits: int) -> tuple[dict, np.ndarray]:
     size = sizes["codes"] / rows
     return {
         "bits": bits,
+        "joint": joint,
         "bytes_a_sample": size,
         "bits_a_value": size * 8 / latents[0].numel(),
         "snr_db": snr(latents, dequantize(codes, quantizer)),
@@ -211,7 +212,7 @@ def in_formats(codes: dict[int, np.ndarray], cache: Path, work: Path) -> dict:
 def measure(latents: np.ndarray, cache: Path, work: Path, formats: bool) -> dict:
     """One set of latents through everything."""
     values = torch.from_numpy(latents.astype(np.float32))
-    made = {bits: ours(values, bits) for bits in range(1, 9)}
+    made = {(bits, joint): ours(values, bits, joint) for joint in (False, True) for bits in range(1, 9)}
     own = [row for row, _ in made.values()]
     result: dict[str, Any] = {"samples": len(latents), "latent": list(latents.shape[1:]), "ours": own}
     np.save(work / "latents.npy", latents)
@@ -225,7 +226,7 @@ def measure(latents: np.ndarray, cache: Path, work: Path, formats: bool) -> dict
     except Skipped as reason:
         result["vaezip"] = {"skipped": str(reason)}
     if formats:
-        result["formats"] = in_formats({bits: made[bits][1] for bits in BITS}, cache, work)
+        result["formats"] = in_formats({bits: made[bits, False][1] for bits in BITS}, cache, work)
     return result
 
 

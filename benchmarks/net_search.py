@@ -1,11 +1,10 @@
-"""A search of the network's first half with optuna: kernel, stride, width, depth, dense or depthwise, normalization of
-codes.
+"""A search of the network's first half with optuna: kernel, stride, width, depth, kind of block, normalized codes.
 
     python benchmarks/net_search.py shards --trials 30 --epochs 8 --out net_search
 
 Judged by a held-out part of train, never by val. Trials are kept in a journal under --out, so that the same command
-goes on where it stopped. The rest of the network is the default's, its width lowered where a candidate would exceed
-260,000 parameters. Needs `pip install optuna`.
+goes on where it stopped. The rest of the network is the default's; a candidate above 260,000 parameters is left out.
+Needs `pip install optuna`.
 """
 
 from __future__ import annotations

@@ -68,11 +68,6 @@ def fit_quantizer(latents: Tensor, bits: int, joint: bool = False) -> Quantizer:
     return fit_filter(latents.detach(), quantizer) if joint else quantizer
 
 
-def requantize(codes: Tensor, source: Quantizer, target: Quantizer) -> Tensor:
-    """u8 [B,C,h,w] codes of `source` -> u8 [B,C,h,w] codes of `target`, through the latents they stand for."""
-    return quantize(dequantize(codes, source), target)
-
-
 def _fit_channel(values: np.ndarray, levels: int) -> tuple[float, float]:
     """f64 [n] -> (lo, step), both exact in float32.
 

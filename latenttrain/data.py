@@ -15,6 +15,8 @@ from latentprep.errors import DatasetError, UsageError
 from latentprep.format import LatentDataset, open_dataset
 from latentprep.format.latents import read_latents
 
+CANONICAL = 0.5  # how often a sample that has several views shows view 0, as all are judged by: docs/results.md
+
 
 class Samples(Protocol):
     """What training and evaluation ask of a split: `Split` holds it in memory, `StreamedSplit` reads it from disk."""
@@ -60,13 +62,17 @@ class Split:
         return codes
 
     def training_batches(self, batch_size: int, generator: Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        """One epoch in random order, of each sample one view drawn at random: codes u8 [B,C,h,w], labels i64 [B].
+        """One epoch in random order, of each sample one view: codes u8 [B,C,h,w], labels i64 [B].
 
-        The order depends on the generator (on the split's device) alone.
+        View 0 with probability `CANONICAL`, else any other. The order depends on the generator (on the split's device)
+        alone.
         """
         samples, views = self.codes.shape[:2]
         order = torch.randperm(samples, generator=generator, device=self.device)
         view = torch.randint(views, (samples,), generator=generator, device=self.device)
+        if views > 1:
+            canonical = torch.rand(samples, generator=generator, device=self.device) < canonical_excess(views)
+            view = view.masked_fill(canonical, 0)
         for index in range(batches_per_epoch(samples, batch_size)):
             chosen = order[index * batch_size : (index + 1) * batch_size]
             # Whole rows: on a CPU torch copies them 20 times as fast as what two indices pick.
@@ -78,6 +84,11 @@ class Split:
         for start in range(0, len(self), batch_size):
             part = slice(start, start + batch_size)
             yield self.unpacked(self.codes[part, 0]), self.labels[part]
+
+
+def canonical_excess(views: int) -> float:
+    """How often to take view 0 instead of one drawn from all, so that view 0 comes with probability `CANONICAL`."""
+    return (CANONICAL - 1 / views) / (1 - 1 / views)
 
 
 def opened(dataset: str | Path | LatentDataset) -> LatentDataset:

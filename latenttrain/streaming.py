@@ -21,7 +21,15 @@ from latentprep.errors import DatasetError, UsageError
 from latentprep.format import INVALID_LABEL, LatentDataset, Manifest
 from latentprep.format.packing import packed_bytes
 
-from .data import Samples, batches_per_epoch, check_classes, check_limit, check_samples, load_split
+from .data import (
+    Samples,
+    batches_per_epoch,
+    canonical_excess,
+    check_classes,
+    check_limit,
+    check_samples,
+    load_split,
+)
 from .memory import free_memory
 from .packing import PackedSplit, pack
 
@@ -85,7 +93,7 @@ class StreamedSplit:
         return sorted(found)
 
     def training_batches(self, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        """One epoch in random order, of each sample one view drawn at random: codes u8 [B,C,h,w], labels i64 [B].
+        """One epoch in random order, of each sample a view drawn as `Split` does: codes u8 [B,C,h,w], labels i64 [B].
 
         Shards come in random order into a buffer, each batch is drawn uniformly from what the buffer holds, and the
         next shard comes in as soon as there is room. The order depends on the generator (on the split's device), `held`
@@ -100,7 +108,9 @@ class StreamedSplit:
             samples, views = codes.shape[:2]
             if views == 1:
                 return codes[:, 0]
-            return codes[np.arange(samples), np.random.default_rng((seed, shard)).integers(views, size=samples)]
+            draw = np.random.default_rng((seed, shard))
+            view = draw.integers(views, size=samples)
+            return codes[np.arange(samples), np.where(draw.random(samples) < canonical_excess(views), 0, view)]
 
         most = min(len(self), max(self.held * rows, size + rows))
         codes, labels = np.empty((most, *self.dataset.manifest.latent), np.uint8), np.empty(most, np.int64)

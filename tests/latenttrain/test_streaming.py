@@ -110,10 +110,10 @@ def test_the_last_smaller_batch_is_left_out_with_other_samples_each_epoch():
     assert sorted(rows_of(batch[0])) == list(range(22))
 
 
-def test_all_views_of_a_sample_turn_up_about_equally():
+def test_half_of_what_is_shown_is_view_0_and_the_other_views_turn_up_equally():
     split = StreamedSplit(Numbered(100, views=4), "train", CPU, 4)
     views = torch.cat([codes[:, 2, 0, 0] for seed in range(10) for codes, _ in epoch(split, seed=seed)])
-    assert (views.bincount() - 250).abs().max() < 70
+    assert (views.bincount() - torch.tensor([500, 167, 167, 167])).abs().max() < 60
 
 
 def test_evaluation_sees_view_0_of_every_sample_in_order():
