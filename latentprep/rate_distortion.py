@@ -19,11 +19,11 @@ from PIL import Image, features
 from torch import Tensor
 
 from . import __version__
-from .codecs import Codec, make_codec
+from .codecs import Codec, flip_signs, make_codec
 from .console import Progress, ProgressFactory, silent
 from .device import pick_device
 from .drawing import COLOURS, GREY, INK, draw
-from .encoder import CALIBRATION, default_size
+from .encoder import CALIBRATION, default_size, joint_by_default
 from .errors import SourceError, UsageError, system_fault
 from .format.commit import write_atomic
 from .format.manifest import Manifest, ShardRecord, train_split
@@ -226,8 +226,10 @@ def _coded(
     """For each number of bits: bytes an image with all overhead, and the decoded batches, u8 [b,3,S,S]."""
     labels = np.array(source.labels(split), np.int32)[rows]
     keys = [source.keys(split)[row] for row in rows]
+    channels, height, width = calibration.shape[1:]
+    flip = flip_signs(codec, (channels, height, width))
     for b in bits:
-        quantizer = fit_quantizer(calibration, b)
+        quantizer = fit_quantizer(calibration, b, joint_by_default(b, channels, flip))
         chain = choose_compression(quantize(calibration, quantizer).numpy()[:, None])
         codes = quantize(latents, quantizer)
         cost = _stored_bytes(source, codec, split, quantizer, chain, codes.numpy()[:, None], labels, keys, size, seed)
