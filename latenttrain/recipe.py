@@ -88,6 +88,19 @@ RECIPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+# What `fit --preset` sets, unless it is given itself; docs/results.md has what each comes to.
+PRESETS: dict[str, dict[str, Any]] = {"fast": {"width": 0.6, "epochs": 12}, "best": {"width": 1.0, "epochs": 40}}
+
+
+def preset_settings(name: str | None) -> dict[str, Any]:
+    """The width of a preset, and its epochs, if it has any; no name is the defaults. `UsageError` for unknown names."""
+    if name is None:
+        return {"width": 1.0, "epochs": None}
+    if name not in PRESETS:
+        raise UsageError(f"unknown preset {name!r}", nearest(name, list(PRESETS)))
+    return PRESETS[name]
+
+
 def make_recipe(name: str = "default", **given: Any) -> Recipe:
     """A recipe by its name in `RECIPES`, changed by what is given and not None.
 

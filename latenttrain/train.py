@@ -30,7 +30,7 @@ from .device import autocast, reproducible, synchronize
 from .evaluation import scores, split_logits
 from .nets import Net, NetConfig, build_net
 from .optimizers import make_optimizer
-from .recipe import Recipe, default_lr, make_recipe
+from .recipe import Recipe, default_lr, make_recipe, preset_settings
 from .report import draw_curve
 from .scaling import compound, count_flops, count_parameters
 from .streaming import shards_to_hold, training_data
@@ -67,7 +67,8 @@ class FitResult:
 def fit(
     dataset: str | Path | LatentDataset,
     *,
-    width: float = 1.0,
+    preset: str | None = None,
+    width: float | None = None,
     depth: float = 1.0,
     recipe: str = "default",
     epochs: int | None = None,
@@ -96,7 +97,8 @@ def fit(
 ) -> FitResult:
     """Train a network on the train split of a latent dataset, evaluating it on the val split after each epoch.
 
-    dataset: its folder, or what `latentprep.open` returned. width, depth: see `latenttrain.scaling`.
+    dataset: its folder, or what `latentprep.open` returned. preset: one of `PRESETS`, a width and epochs that go
+    together, in place of width 1 and the recipe's epochs. width, depth: see `latenttrain.scaling`.
     recipe: one of `RECIPES`; epochs to ema: in place of its own. lr: the peak. augment: None is the recipe's, which is
     none for ``talk`` and else the default of `Augment`, with mirroring where the dataset's codec has an exact mirror,
     and without zoom where there are views.
@@ -115,9 +117,11 @@ def fit(
     Raises `UsageError` for a value out of range or a loss that is no number, `DatasetError` for a dataset that cannot
     be trained on, `CheckpointError` for a run folder in the way, `SystemFault` for a device absent or too small.
     """
+    chosen = preset_settings(preset)
+    width = chosen["width"] if width is None else width
     asked = make_recipe(
         recipe,
-        epochs=epochs,
+        epochs=chosen["epochs"] if epochs is None else epochs,
         batch_size=batch_size,
         lr=lr,
         weight_decay=weight_decay,
