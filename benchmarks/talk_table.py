@@ -3,8 +3,8 @@
     python benchmarks/talk_table.py imagenette --codec taesd --weights … --recipe talk --epochs 20 --out talk
 
 Rows: MobileNetV2 on 224 x 224 pixels decoded from JPEG files by workers in each epoch, as is customary; a quarter of
-its width on 64 x 64 resampled pixels, and on the codec's codes; our network on the same codes. The recipe is for the
-first three; ours has its own. Every part resumes: datasets, runs and rows done are left alone. Without arguments it
+its width on 64 x 64 resampled pixels, and on the codec's codes; our network on the same codes, and a narrower one. The
+recipe is for the first three; ours has its own. Every part resumes: datasets, runs and rows done are left alone. Without arguments it
 takes the built-in `shapes` and the block DCT, and ends in minutes.
 """
 
@@ -42,10 +42,16 @@ from latenttrain.config import RunConfig, versions
 from latenttrain.data import Split, batches_per_epoch, load_trained
 from latenttrain.device import synchronize
 from latenttrain.nets import NetConfig
-from latenttrain.recipe import make_recipe
+from latenttrain.recipe import PRESETS, make_recipe
 from latenttrain.train import run_fit, start_state, train_epoch
 
-ROWS = ("pixels", "resampled", "latents", "ours")
+NETS = {
+    "pixels": "MobileNetV2 ×1.0",
+    "resampled": "MobileNetV2 ×0.25",
+    "latents": "MobileNetV2 ×0.25",
+    "ours": "latentnet",
+    "fast": f"latentnet ×{PRESETS['fast']['width']:g}",
+}
 
 
 class Images(Dataset):
@@ -135,12 +141,13 @@ def make_shards(asked: argparse.Namespace, source: Source, codec: Codec, name: s
 
 def make_row(asked: argparse.Namespace, source: Source, codec: Codec, name: str) -> dict:
     """One row of the table: encode and train what of it is missing."""
-    recipe = "default" if name == "ours" else asked.recipe
+    own = name in ("ours", "fast")
+    recipe = "default" if own else asked.recipe
     run = asked.out / f"{name}-{recipe}-e{asked.epochs}-s{asked.seed}"
-    row = {"row": name, "recipe": recipe, "net": "latentnet" if name == "ours" else "MobileNetV2 ×0.25"}
+    row = {"row": name, "recipe": recipe, "net": NETS[name]}
     if name == "pixels":
         rows = range(0, source.size("train"), -(-source.size("train") // 500))  # some of each class
-        row |= {"net": "MobileNetV2 ×1.0", "input": f"{asked.size}×{asked.size}×3 pixels (JPEG)"}
+        row["input"] = f"{asked.size}×{asked.size}×3 pixels (JPEG)"
         row["bytes_per_image"] = statistics.mean(len(source.read("train", i).data) for i in rows)
         row |= fit_pixels(asked, source, run)
     else:
@@ -149,7 +156,9 @@ def make_row(asked: argparse.Namespace, source: Source, codec: Codec, name: str)
         channels, height, width = facts.latent
         row["input"] = f"{height}×{width}×{channels} {facts.codec['name']}, {facts.bits} bits"
         row["bytes_per_image"] = facts.bytes_per_image
-        settings = {} if name == "ours" else {"arch": "mobilenetv2", "width": 0.25, "recipe": asked.recipe}
+        settings: dict = {"preset": "fast"} if name == "fast" else {}
+        if not own:
+            settings = {"arch": "mobilenetv2", "width": 0.25, "recipe": asked.recipe}
         result = latenttrain.fit(
             shards, **settings, epochs=asked.epochs, seed=asked.seed, device=asked.device, out=run, resume=True,
             progress=progress_bar,
@@ -210,7 +219,7 @@ def write(asked: argparse.Namespace, rows: list[dict]) -> None:
         for axes, of, label in ((left, "clocked", "seconds an epoch"), (right, "bytes_per_image", "bytes an image")):
             for row in rows:
                 x = row[of]["median"] if of == "clocked" else row[of]
-                axes.plot(x, row["last_top1"], "o", color=BLUE if row["row"] == "ours" else GREY)
+                axes.plot(x, row["last_top1"], "o", color=BLUE if row["row"] in ("ours", "fast") else GREY)
                 where = {"xytext": (0, 6), "textcoords": "offset points", "ha": "center"}
                 axes.annotate(row["row"], (x, row["last_top1"]), color=INK, **where)
             axes.set_xscale("log")
@@ -231,7 +240,7 @@ def main() -> None:
     parser.add_argument("--shards", type=Path, default=None, help="a latent dataset that is there already")
     parser.add_argument("--recipe", default="talk", help="of the MobileNetV2 rows: talk or default")
     parser.add_argument("--epochs", type=int, default=None, help="of every row (default: 20)")
-    parser.add_argument("--rows", default=",".join(ROWS))
+    parser.add_argument("--rows", default=",".join(NETS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=int, default=None, help="images a split")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))

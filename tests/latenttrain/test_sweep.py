@@ -14,6 +14,7 @@ from latentprep.quantize import quantize
 from latentprep.sources import open_source
 from latenttrain.checkpoint import load_net, read_config
 from latenttrain.data import float_codes, load_trained
+from latenttrain.recipe import PRESETS, preset_settings
 from latenttrain.scaling import numbers, scale_table
 from latenttrain.sweep import FLOAT, Group, recommended, sweep
 
@@ -119,6 +120,17 @@ def test_a_held_out_part_of_train_takes_the_place_of_val(codes, tmp_path, small)
     assert read_config(tmp_path / "run").dataset["holdout"] == 0.25
     with pytest.raises(UsageError, match="--holdout must be 0 to 0.9"):
         latenttrain.fit(codes, holdout=1, out=tmp_path / "other", **small)
+
+
+def test_presets_set_width_and_epochs_unless_they_are_given(codes, tmp_path):
+    fast = latenttrain.fit(codes, preset="fast", epochs=1, device="cpu", out=tmp_path / "fast")
+    config = read_config(tmp_path / "fast")
+    assert (config.net.width, config.recipe.epochs, fast.epochs) == (PRESETS["fast"]["width"], 1, 1)
+    latenttrain.fit(codes, preset="best", width=0.3, depth=0.5, epochs=1, device="cpu", out=tmp_path / "best")
+    assert read_config(tmp_path / "best").net.width == 0.3
+    assert preset_settings("best")["epochs"] > preset_settings("fast")["epochs"]
+    with pytest.raises(UsageError, match="unknown preset 'fats'"):
+        latenttrain.fit(codes, preset="fats", out=tmp_path / "other")
 
 
 def test_the_talks_recipe_is_plain_adam(codes, tmp_path):
