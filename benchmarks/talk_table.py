@@ -4,8 +4,8 @@
 
 Rows: MobileNetV2 on 224 x 224 pixels decoded from JPEG files by workers in each epoch, as is customary; a quarter of
 its width on 64 x 64 resampled pixels, and on the codec's codes; our network on the same codes, and a narrower one. The
-recipe is for the first three; ours has its own. Every part resumes: datasets, runs and rows done are left alone. Without arguments it
-takes the built-in `shapes` and the block DCT, and ends in minutes.
+recipe is for the first three; ours has its own. Every part resumes: datasets, runs and rows done are left alone.
+Without arguments it takes the built-in `shapes` and the block DCT, and ends in minutes.
 """
 
 from __future__ import annotations
