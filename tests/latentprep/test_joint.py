@@ -128,6 +128,12 @@ def test_encode_resume_and_refusals(images: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="takes up to 32 channels"):
         encode(images, tmp_path / "wide", codec="dct", luma=40, joint=True)
     assert latentprep.verify(tmp_path / "joint", source=open_source(images)).ok
+    first, other = (images / "train" / name / "000.jpg" for name in ("class_0", "class_1"))
+    kept = first.read_bytes()
+    first.write_bytes(other.read_bytes())
+    found = latentprep.verify(tmp_path / "joint", source=open_source(images))
+    first.write_bytes(kept)
+    assert [(problem.split, problem.index) for problem in found.problems] == [("train", 0)]
 
 
 def test_requantize_chooses_jointly_and_restores_joint_codes(images: Path, tmp_path: Path) -> None:
