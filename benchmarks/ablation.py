@@ -37,7 +37,7 @@ ALONE = {
     "channel drop 0.1": replace(OFF, channel_drop=0.1),
 }
 TOGETHER = {
-    "recipe (shift, zoom, cut-out)": Augment(),
+    "recipe: shift + zoom + cut-out": Augment(),
     "recipe without zoom": Augment(zoom=0),
     "recipe + noise": Augment(noise=True),
     "recipe + mixup 0.2": Augment(mixup=0.2),
