@@ -248,7 +248,8 @@ def info(
         {
             "source": found.source,
             "codec": found.codec["name"] + (f" ({options})" if options else ""),
-            "latents": f"{shape(found.latent)} of {found.size}×{found.size} px at {found.bits} bits"
+            "latents": f"{shape(found.latent)} of {found.size}×{found.size} px at {console.plural(found.bits, 'bit')}"
+            + (", chosen jointly" if found.joint else "")
             + (f", {found.views} views" if found.views > 1 else "")
             + (", exact mirror" if found.mirror else ""),
             "codes": f"{console.size(found.code_bytes)}, {found.bytes_per_image:.0f} bytes an image, "

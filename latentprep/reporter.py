@@ -137,6 +137,7 @@ def _facts(found: DatasetInfo) -> dict[str, str]:
         "source": found.source,
         "codec": found.codec["name"] + (f" ({options}{weights})" if options else ""),
         "latents": f"{height}×{width}×{channels} of {found.size}×{found.size} px, {_plural_bits(found.bits)} a code"
+        + (", chosen jointly" if found.joint else "")
         + (f", {found.views} views" if found.views > 1 else ""),
         "samples": f"{rows}; {found.classes} classes",
         "codes": f"{size(found.code_bytes)}: {found.bytes_per_image:,.0f} bytes an image ({found.store}, "

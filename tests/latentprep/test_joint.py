@@ -162,6 +162,8 @@ def test_command_line(images: Path, tmp_path: Path) -> None:
     assert run.exit_code == 0, run.output
     assert "1 bit (joint)" in run.output
     assert info(tmp_path).joint
+    shown = CliRunner().invoke(app, ["info", str(tmp_path)])
+    assert "1 bit, chosen jointly" in shown.output
 
 
 @pytest.mark.parametrize("weights", [[0.0] * 80, [float("nan")] * 81, "x", [[1.0]]])
