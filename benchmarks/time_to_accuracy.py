@@ -23,10 +23,14 @@ from common import record, spread
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shards", nargs="?", type=Path, default=None)
-    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--epochs", type=int, default=None, help="default: the preset's, or 12")
+    parser.add_argument("--preset", default=None, help="of fit")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--name", default="time_to_accuracy", help="of the record")
     asked = parser.parse_args()
+    settings = ["--preset", asked.preset] if asked.preset else []
+    if asked.epochs or not asked.preset:
+        settings += ["--epochs", str(asked.epochs or 12)]
     runs = []
     with tempfile.TemporaryDirectory() as folder:
         shards = asked.shards or Path(folder, "shapes")
@@ -35,14 +39,14 @@ def main() -> None:
         for seed in range(asked.seeds):
             start = time.perf_counter()
             done = subprocess.run(
-                [sys.executable, "-m", "latenttrain.cli", "fit", shards, "--epochs", str(asked.epochs),
-                 "--seed", str(seed), "--out", Path(folder, f"s{seed}"), "--json"],
+                [sys.executable, "-m", "latenttrain.cli", "fit", shards, *settings, "--seed", str(seed),
+                 "--out", Path(folder, f"s{seed}"), "--json"],
                 check=True, stdout=subprocess.PIPE,
             )  # fmt: skip
             found = json.loads(done.stdout)
-            wanted = ("last_top1", "top1", "parameters", "seconds_per_epoch")
+            wanted = ("last_top1", "top1", "parameters", "epochs", "seconds_per_epoch")
             runs.append({"seconds": time.perf_counter() - start, **{name: found[name] for name in wanted}})
-    facts = {"dataset": shards.name, "epochs": asked.epochs, "runs": runs}
+    facts = {"dataset": shards.name, "preset": asked.preset, "runs": runs}
     figures = {name: spread([run[name] for run in runs]) for name in ("seconds", "last_top1")}
     record(asked.name, facts | figures)
 
