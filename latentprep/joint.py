@@ -3,7 +3,7 @@
 Plain rounding minimizes each value's own error. But neighbours tell something of a value, and at few bits much: with
 ``latents ≈ centre + filter * (dequantized - centre)``, a 3 x 3 filter over all channels, codes may be moved so that
 their errors cancel. It is analysis by synthesis, as speech coders do it (Schroeder and Atal 1985), the nearest
-lattice point being sought by coordinate descent. On TAESD's latents it gains 2.7 dB at 1 bit and 1.2 dB at 4.
+lattice point being sought by coordinate descent. On TAESD's latents it gains 2.5 dB at 1 bit and 1.0 dB at 4.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def fit_filter(latents: Tensor, quantizer: Quantizer) -> Quantizer:
     for _ in range(_ROUNDS):
         _sweep(wanted - offset, codes, kernel, quantizer.levels)
         kernel, offset = _least_squares(wanted, codes)
-    kernel = (kernel * step[:, :, None] / step.view(1, -1, 1, 1)).double()
+    kernel = kernel * step[:, :, None] / step.view(1, -1, 1, 1)
     lo = (centre + offset[..., 0] * step - quantizer.levels / 2 * step).flatten()
-    return replace(quantizer, lo=tuple(lo.tolist()), filter=tuple(kernel.float().flatten().tolist()))
+    return replace(quantizer, lo=tuple(lo.tolist()), filter=tuple(kernel.flatten().tolist()))
 
 
 def search(latents: Tensor, quantizer: Quantizer) -> Tensor:
@@ -109,7 +109,7 @@ def _sweep(wanted: Tensor, codes: Tensor, kernel: Tensor, levels: int) -> None:
     margins = [residual[:, :_MARGIN], residual[:, height + _MARGIN :]]
     margins += [residual[:, :, :_MARGIN], residual[:, :, width + _MARGIN :]]
     outward = kernel.flip(2, 3)  # what a code adds to the cells around it
-    power = kernel.square().sum((0, 2, 3))
+    power = kernel.square().sum((0, 2, 3)).clamp_(min=1e-12)  # a constant channel may have none
     for channel, row, column in product(range(len(codes)), range(FILTER_SIDE), range(FILTER_SIDE)):
         some = codes[channel, row::FILTER_SIDE, column::FILTER_SIDE]
         rows, columns = some.shape[:2]

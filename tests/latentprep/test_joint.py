@@ -81,6 +81,17 @@ def test_a_filter_that_does_nothing_is_plain_rounding() -> None:
     assert torch.allclose(dequantize(codes, neutral), dequantize(codes, plain), atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(3, 1, 1), (2, 2, 5), (1, 3, 3), (2, 4, 2)])
+def test_small_grids_and_constant_channels(shape: tuple[int, int, int]) -> None:
+    latents = torch.randn(16, *shape, generator=torch.Generator().manual_seed(0))
+    latents[:, 0] = 5.0
+    quantizer = fit_quantizer(latents, 2, joint=True)
+    assert all(map(np.isfinite, quantizer.filter))
+    codes = quantize(latents, quantizer)
+    assert codes.max() < 4
+    assert (dequantize(codes, quantizer)[:, 0] - 5).abs().max() < 0.1
+
+
 def test_samples_do_not_depend_on_each_other_and_bad_ones_harm_no_others() -> None:
     latents = smooth(8)
     quantizer = fit_quantizer(latents, 2, joint=True)
