@@ -1,6 +1,7 @@
 """Augmentation on codes: the whole batch at once, on its device, without waiting for the host.
 
-Moves (shift, mirror) and noise act on codes, mixing and erasing on the planes that the network's stem makes of them.
+Moves (shift, mirror) and noise act on codes, mixing and erasing on the planes that the network's stem makes of them;
+where codes were chosen jointly, shifts wait until the stem has filtered them.
 An autoencoder's latents have no mirror image of their own (TAESD: about 1 dB), but they do move by whole cells (23 dB).
 """
 
@@ -8,7 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -75,14 +78,19 @@ def augment(
     def uniform(*shape: int) -> Tensor:
         return torch.rand(shape, generator=generator, device=device)
 
+    move: Callable[[Tensor], Tensor] | None = None
     if config.shift or config.zoom:
         shift = (uniform(2, batch) * (2 * config.shift + 1)).long() - config.shift
-        codes = moved(codes, shift, (1 + config.zoom) ** (2 * uniform(2, batch) - 1))
+        move = partial(moved, shift=shift, scale=(1 + config.zoom) ** (2 * uniform(2, batch) - 1))
+    if move and not net.reads_neighbours:
+        codes = move(codes)
     if config.mirror:
         codes = torch.where(uniform(batch, 1, 1, 1) < 0.5, mirrored(net, codes, config.mirror_signs), codes)
     if config.noise:
         codes = codes + uniform(*codes.shape) - 0.5
     planes = net.planes(codes)
+    if move and net.reads_neighbours:  # what lies beside a code must be what lay there when it was chosen
+        planes = move(planes)
     targets = F.one_hot(labels, net.config.classes).float()
 
     if config.mixup or config.cutmix:

@@ -91,6 +91,11 @@ class Net(nn.Module):
             self.stem.set_filter(config.filter, config.step)
         self.body = ARCHITECTURES[config.arch](int(self.stem.planes), config)  # type: ignore[arg-type]
 
+    @property
+    def reads_neighbours(self) -> bool:
+        """Whether the stem reads a code by those around it: the affine one, if codes were chosen jointly."""
+        return isinstance(self.stem, AffineStem) and self.stem.kernel is not None
+
     def planes(self, codes: Tensor) -> Tensor:
         """u8 [B,C,h,w], or f32 where augmentation moved codes within their steps -> f32 [B,P,h,w]"""
         return self.stem(codes)

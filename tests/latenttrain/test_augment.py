@@ -78,6 +78,22 @@ def test_shift_moves_whole_cells_and_mirrors_the_border():
     assert len(moves) > 15  # of 25, for 64 samples
 
 
+def test_joint_codes_are_filtered_before_they_are_moved():
+    """Moved afterwards, each cell still shows what some cell showed before; moved first, a code gets other neighbours."""
+    torch.manual_seed(0)
+    quantizer = {"lo": (-2.0, -1.0), "step": (0.25, 0.125)}
+    net = build_net(NetConfig((2, 12, 9), 5, 4, **quantizer, filter=tuple(torch.randn(36).tolist())))
+    codes, labels = make_batch(8)
+    still = net.planes(codes).flatten(2).transpose(1, 2)
+    planes, _ = augment(
+        net, codes, labels, dataclasses.replace(NONE, shift=2, zoom=0.2), torch.Generator().manual_seed(2)
+    )
+    assert not torch.equal(planes, net.planes(codes))
+    shown = planes.flatten(2).transpose(1, 2)
+    nearest = torch.cdist(shown.double(), still.double()).min(2).values
+    assert nearest.max() < 1e-6
+
+
 def test_shift_beyond_the_grid_still_works():
     plain, planes, _ = run(dataclasses.replace(NONE, shift=40))
     assert planes.shape == plain.shape
