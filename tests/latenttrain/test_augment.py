@@ -79,7 +79,7 @@ def test_shift_moves_whole_cells_and_mirrors_the_border():
 
 
 def test_joint_codes_are_filtered_before_they_are_moved():
-    """Each cell still shows what some cell showed before; had codes been moved first, they would have other neighbours."""
+    """Each cell still shows what some cell showed before; with codes moved first they would have other neighbours."""
     torch.manual_seed(0)
     quantizer = {"lo": (-2.0, -1.0), "step": (0.25, 0.125)}
     net = build_net(NetConfig((2, 12, 9), 5, 4, **quantizer, filter=tuple(torch.randn(36).tolist())))
