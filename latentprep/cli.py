@@ -9,7 +9,7 @@ import typer
 
 from . import __version__, cli_datasets, cli_pictures, console
 from .errors import UsageError
-from .options import Joint, Json
+from .options import Joint, Json, Overwrite
 from .showing import shape, show_result
 
 app = typer.Typer(
@@ -132,7 +132,7 @@ def encode(
         float, typer.Option(rich_help_panel="Source", help="Fail when more than this share of a split cannot be read.")
     ] = 0.1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be made.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the dataset in --out and start anew.")] = False,
+    overwrite: Overwrite = False,
     profile: Annotated[
         bool, typer.Option("--profile", rich_help_panel="Machine", help="Say where the time went, stage by stage.")
     ] = False,

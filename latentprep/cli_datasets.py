@@ -9,7 +9,7 @@ import typer
 
 from . import console
 from .errors import DatasetError
-from .options import BatchSize, Data, Device, Joint, Json, Weights, Workers
+from .options import BatchSize, Data, Device, Joint, Json, Made, Out, Overwrite, Weights, Workers
 from .showing import shape, show_result, show_verified
 
 app = typer.Typer()
@@ -19,9 +19,9 @@ app = typer.Typer()
 def requantize(
     dataset: Annotated[str, typer.Argument(help="Folder or URL that latentprep encode wrote to, with more bits.")],
     bits: Annotated[int, typer.Option(help="Bits a code, fewer than the dataset has.")],
-    out: Annotated[str, typer.Option(help="Folder, s3://… or gs://… to write to; an unfinished one there is resumed.")],
+    out: Out,
     joint: Joint = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the dataset in --out and start anew.")] = False,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Make a dataset of fewer bits from another one's codes, without the images and without the codec.
@@ -40,7 +40,7 @@ def requantize(
 
 @app.command()
 def convert(
-    dataset: Annotated[str, typer.Argument(help="Folder or URL that latentprep encode wrote to.")],
+    dataset: Made,
     out: Annotated[
         str, typer.Argument(help="Folder, s3://… or gs://… to write to; an unfinished one there is resumed.")
     ],
@@ -61,12 +61,12 @@ def convert(
 
 @app.command()
 def subset(
-    dataset: Annotated[str, typer.Argument(help="Folder or URL that latentprep encode wrote to.")],
-    out: Annotated[str, typer.Option(help="Folder, s3://… or gs://… to write to; an unfinished one there is resumed.")],
+    dataset: Made,
+    out: Out,
     classes: Annotated[str | None, typer.Option(help="Comma-separated classes to keep. Default: all.")] = None,
     fraction: Annotated[float, typer.Option(help="Share of each class of each split to keep.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Draws which. A smaller share is part of a larger one.")] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the dataset in --out and start anew.")] = False,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Make a dataset of some of another one's samples. Those that could not be read are left out.
@@ -88,8 +88,8 @@ def subset(
 @app.command()
 def merge(
     datasets: Annotated[list[str], typer.Argument(help="Two folders or URLs or more that latentprep encode wrote to.")],
-    out: Annotated[str, typer.Option(help="Folder, s3://… or gs://… to write to; an unfinished one there is resumed.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the dataset in --out and start anew.")] = False,
+    out: Out,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Make one dataset of several that were encoded alike: other splits, or other samples of the same ones.
@@ -132,7 +132,7 @@ def push(
 
 @app.command()
 def latents(
-    dataset: Annotated[str, typer.Argument(help="Folder or URL that latentprep encode wrote to.")],
+    dataset: Made,
     source: Annotated[str, typer.Argument(help="The source that it was made of.")],
     out: Annotated[Path, typer.Option(help="Folder to write to; splits that are there already are left alone.")],
     data: Data = None,
@@ -169,7 +169,7 @@ def latents(
 
 @app.command()
 def verify(
-    dataset: Annotated[str, typer.Argument(help="Folder or URL that latentprep encode wrote to.")],
+    dataset: Made,
     deep: Annotated[bool, typer.Option("--deep", help="Decode every shard, not only some of each split.")] = False,
     source: Annotated[
         str | None, typer.Option(help="The source that it was made of: compare with it, and encode some images again.")
@@ -227,7 +227,7 @@ def verify(
 
 @app.command()
 def info(
-    dataset: Annotated[str, typer.Argument(help="Folder or URL that latentprep encode wrote to.")],
+    dataset: Made,
     as_json: Json = False,
 ) -> None:
     """Say what a latent dataset is: codec, bits, samples a class, bytes an image, compression.

@@ -50,7 +50,7 @@ def search(latents: Tensor, quantizer: Quantizer) -> Tensor:
     centre, step = _columns(quantizer, latents)
     wanted = ((latents - centre) / step).permute(1, 2, 3, 0).contiguous()  # samples last: what is done to all is fast
     codes = _nearest(wanted, quantizer.levels)
-    kernel = kernel_of(quantizer, latents.device) * step.view(1, -1, 1, 1) / step[:, :, None]
+    kernel = _kernel_of(quantizer, latents.device) * step.view(1, -1, 1, 1) / step[:, :, None]
     plain = torch.zeros_like(kernel)
     plain[:, :, _MARGIN, _MARGIN] = torch.eye(len(kernel), device=kernel.device)
     for share in _SHARES:
@@ -61,10 +61,10 @@ def search(latents: Tensor, quantizer: Quantizer) -> Tensor:
 def restore(dequantized: Tensor, quantizer: Quantizer) -> Tensor:
     """f32 [B,C,h,w], the middles of the codes' cells -> f32 [B,C,h,w], the latents that they stand for"""
     centre, _ = _columns(quantizer, dequantized)
-    return centre + F.conv2d(dequantized - centre, kernel_of(quantizer, dequantized.device), padding=_MARGIN)
+    return centre + F.conv2d(dequantized - centre, _kernel_of(quantizer, dequantized.device), padding=_MARGIN)
 
 
-def kernel_of(quantizer: Quantizer, device: torch.device) -> Tensor:
+def _kernel_of(quantizer: Quantizer, device: torch.device) -> Tensor:
     """f32 [C,C,3,3]"""
     channels = len(quantizer.lo)
     return torch.tensor(quantizer.filter, device=device).view(channels, channels, FILTER_SIDE, FILTER_SIDE)

@@ -8,6 +8,9 @@ from typing import Annotated
 import typer
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
+Made = Annotated[str, typer.Argument(help="Folder or URL that latentprep encode wrote to.")]
+Out = Annotated[str, typer.Option(help="Folder, s3://… or gs://… to write to; an unfinished one there is resumed.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete the dataset in --out and start anew.")]
 Dataset = Annotated[
     Path, typer.Argument(metavar="DIR", help="A folder that latentprep encode made.", show_default=False)
 ]
