@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .console import ProgressFactory, silent
+from .console import ProgressFactory, plural, silent
 from .decoding import open_decoder
 from .errors import SourceError, UsageError, system_fault
 from .format.commit import write_atomic
@@ -165,7 +165,7 @@ def _picked(
 def _drawn(dataset: LatentDataset, picked: Picked, columns: list[Column], out: str | Path) -> PreviewResult:
     names = [f"{dataset.classes[label]} · {row}" for label, row in zip(picked.labels, picked.rows, strict=True)]
     codec, path = dataset.manifest.codec["name"], Path(out)
-    title = f"{dataset.root.resolve().name} {picked.split}: {codec}, {dataset.quantizer.bits} bits stored"
+    title = f"{dataset.root.resolve().name} {picked.split}: {codec}, {plural(dataset.quantizer.bits, 'bit')} stored"
     try:
         write_atomic(path, png(draw_sheet(columns, names, title)))
     except OSError as error:
