@@ -45,7 +45,7 @@ def main() -> None:
     pixels = np.concatenate([load_views(source.read("train", i).data, size) for i in range(options.images)])
     batches = torch.from_numpy(pixels).permute(0, 3, 1, 2).split(options.batch_size)
     stages = Stages(source, codec, options.batch_size, None, MAX_PIXELS)
-    asked = _manifest(source, ["train"], codec, 4, size, codec.latent_shape(size, size), 1, 0, 128)
+    asked = _manifest(source, ["train"], codec, 4, False, size, codec.latent_shape(size, size), 1, 0, 1024, "zarr")
 
     manifest = calibrate(stages, asked, 32, silent)
     bare, decoding, whole = [], [], []

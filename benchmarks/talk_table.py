@@ -122,8 +122,8 @@ def fit_pixels(asked: argparse.Namespace, source: Source, root: Path) -> dict:
     config = pixels_config(asked, source)
     check_run_folder(root, config, resume=True, overwrite=False)
     device = pick_device(asked.device)
-    splits = (JpegSplit(Images(source, split, asked.size), asked.workers, device) for split in ("train", "val"))
-    return run_fit(config, *splits, root, True, progress_bar).to_json()  # type: ignore[arg-type]
+    train, val = (JpegSplit(Images(source, split, asked.size), asked.workers, device) for split in ("train", "val"))
+    return run_fit(config, train, val, root, True, progress_bar).to_json()  # type: ignore[arg-type]
 
 
 def make_shards(asked: argparse.Namespace, source: Source, codec: Codec, name: str) -> Path:

@@ -11,7 +11,7 @@ import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
@@ -61,6 +61,17 @@ class Stages:
     def batch_samples(self, views: int) -> int:
         """Samples whose views together make about one batch of the codec."""
         return max(1, (self.batch_size or (128 if self.device.type == "cuda" else 32)) // views)
+
+    @contextmanager
+    def cores_left_to_decoding(self) -> Iterator[None]:
+        """One thread for what the caller's thread computes inside, where a light codec shares the CPU with decoding."""
+        before = torch.get_num_threads()
+        if getattr(self.codec, "light", False) and self.device.type == "cpu":
+            torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
     def threads(self) -> int:
         return self.workers or min(32, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 8)
@@ -172,7 +183,11 @@ def encode_shards(
     manifest = dataset.manifest
     keys = {split: stages.source.keys(split) for split, _ in jobs}
     labels = {split: np.array(stages.source.labels(split), np.int32) for split, _ in jobs}
-    with ThreadPoolExecutor(stages.threads()) as readers, ThreadPoolExecutor(1) as writer:
+    with (
+        ThreadPoolExecutor(stages.threads()) as readers,
+        ThreadPoolExecutor(1) as writer,
+        stages.cores_left_to_decoding(),
+    ):
         waiting: deque[Future[ShardRecord]] = deque()
         try:
             shard: list[_Coded] = []

@@ -25,6 +25,9 @@ class Codec(Protocol):
     A codec class takes ``device`` (a torch device) and its own options, all as keywords with defaults.
     ``encode`` is a pure function of image and configuration: which images share a batch changes nothing but
     rounding.
+
+    A codec that computes little for each pixel may set ``light = True``: on a CPU it then gets one thread and leaves
+    the other cores to decoding, since to share every small operation among busy cores costs more than it gains.
     """
 
     name: str

@@ -31,6 +31,7 @@ class DctCodec:
     """
 
     name = "dct"
+    light = True
 
     def __init__(self, *, luma: int = 10, chroma: int = 3, device: torch.device | str = "cpu") -> None:
         for option, value, least in (("luma", luma, 1), ("chroma", chroma, 0)):
