@@ -1,9 +1,10 @@
 """What each augmentation is worth on codes: alone, all of the recipe's, and the recipe without it.
 
-    python benchmarks/ablation.py shards --epochs 15 --out ablation
+    python benchmarks/ablation.py shards --views shards-of-5-views --epochs 10 --out ablation
 
 Judged by a held-out part of train; val is not looked at. Every run resumes. Without arguments it encodes the built-in
-`shapes` and ends in minutes. The cost is that of the augmentation of a batch of 64, as a share of the whole step.
+`shapes` and ends in minutes. What a row costs: bytes of codes a training image, and the time that augmenting a batch
+of 64 takes, as a share of the whole step.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ import latentprep
 import latenttrain
 from common import record
 from latentprep.console import progress_bar, silent, tune_process
+from latentprep.format.stores import code_bytes
 from latenttrain.augment import Augment, augment
-from latenttrain.checkpoint import read_config
+from latenttrain.checkpoint import load_net, read_config
 from latenttrain.data import Split, load_trained
 from latenttrain.train import start_state, train_epoch
 
@@ -46,6 +48,9 @@ TOGETHER = {
 }
 
 
+VIEWS = {"views": OFF, "views, shift + cut-out": Augment(zoom=0)}
+
+
 def cost(run: Path, shards: Path, setting: Augment, rounds: int = 7) -> float:
     """Augmenting a batch as a share of a training step's time."""
     config, device = read_config(run), torch.device("cpu")
@@ -66,13 +71,21 @@ def cost(run: Path, shards: Path, setting: Augment, rounds: int = 7) -> float:
     return spent / (spent + statistics.median(steps))
 
 
+def train_bytes(shards: Path) -> float:
+    """Bytes of codes on disk a sample of train, all its views."""
+    dataset = latentprep.open(shards)
+    records = dataset.records("train")
+    return sum(code_bytes(dataset.manifest, record) for record in records) / sum(record.rows for record in records)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shards", nargs="?", type=Path, default=None)
-    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--views", type=Path, default=None, help="the same images encoded with --views")
+    parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--holdout", type=float, default=0.15)
-    parser.add_argument("--rows", default=None, help="some of the rows, comma-separated")
+    parser.add_argument("--rows", default=None, help="some of the rows, with ; between them")
     parser.add_argument("--out", type=Path, default=Path("ablation"))
     parser.add_argument("--name", default="ablation", help="of the record")
     asked = parser.parse_args()
@@ -80,24 +93,30 @@ def main() -> None:
     shards = asked.shards or asked.out / "shapes"
     if asked.shards is None:
         latentprep.encode("shapes", codec="resample", factor=4, out=shards, progress=progress_bar)
+    settings = [(label, setting, shards) for label, setting in (ALONE | TOGETHER).items()]
+    if asked.views:
+        settings += [(label, setting, asked.views) for label, setting in VIEWS.items()]
     rows = []
-    for label, setting in (ALONE | TOGETHER).items():
-        if asked.rows and label not in asked.rows.split(","):
+    for label, setting, dataset in settings:
+        if asked.rows and label not in asked.rows.split(";"):
             continue
         runs = [
             latenttrain.fit(
-                shards, augment=setting, holdout=asked.holdout, epochs=asked.epochs, seed=seed, resume=True,
+                dataset, augment=setting, holdout=asked.holdout, epochs=asked.epochs, seed=seed, resume=True,
                 out=asked.out / f"{label.replace(' ', '-')}-s{seed}", progress=progress_bar,
             )
             for seed in range(asked.seeds)
         ]  # fmt: skip
         found = [run.last_top1 for run in runs]
+        losses = [load_net(run.run, "last")[2]["val_loss"] for run in runs]
         rows.append(
             {
                 "augmentation": label,
                 "top1": statistics.mean(found),
                 "deviation": statistics.stdev(found) if len(found) > 1 else None,
-                "share_of_step": cost(Path(runs[0].run), shards, setting),
+                "loss": statistics.mean(losses),
+                "bytes_a_training_image": train_bytes(dataset),
+                "share_of_step": cost(Path(runs[0].run), dataset, setting),
             }
         )
     facts = {"dataset": shards.name, "epochs": asked.epochs, "holdout": asked.holdout, "seeds": asked.seeds}

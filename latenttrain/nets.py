@@ -27,6 +27,7 @@ class NetConfig:
     stem: str = "affine"
     width: float = 1.0
     depth: float = 1.0
+    full_grid: int = 1  # 3 x 3 convolutions of latentnet before it halves the grid
     activation: str = "hardswish"  # of latentnet; mobilenetv2 has its own
     filter: tuple[float, ...] = ()  # the quantizer's, [C,C,3,3] in a row, if its codes were chosen jointly
 
@@ -61,6 +62,8 @@ class NetConfig:
                 raise UsageError(
                     f"unknown {name} {getattr(self, name)!r}", nearest(str(getattr(self, name)), list(allowed))
                 )
+        if self.full_grid not in range(1, 9):
+            raise UsageError(f"--full-grid must be 1 to 8, got {self.full_grid}", "leave it out for 1")
         for name in ("width", "depth"):
             if not 0.05 <= getattr(self, name) <= 20:
                 raise UsageError(f"{name} must be 0.05 to 20, got {getattr(self, name)}", f"--{name} 1 is the default")
@@ -169,6 +172,8 @@ def latentnet(planes: int, config: NetConfig) -> nn.Sequential:
     """
     channels, act = round_width(32, config.width), ACTIVATIONS[config.activation]
     layers: list[nn.Module] = [convolution(planes, channels), act()]
+    for _ in range(config.full_grid - 1):
+        layers += [convolution(channels, channels), act()]
     for block, base, blocks, stride in ((dense, 64, 2, 2), (bottleneck, 128, 3, 2)):
         outputs = round_width(base, config.width)
         for index in range(round_depth(blocks, config.depth)):

@@ -9,7 +9,7 @@ from typing import Any
 
 from latentprep.errors import UsageError, nearest
 
-BASE_LR = 0.02  # at BASE_BATCH samples a batch; other batch sizes scale it by the square root of their ratio
+BASE_LR = 0.045  # at BASE_BATCH samples a batch; other batch sizes scale it by the square root of their ratio
 BASE_BATCH = 64
 
 
@@ -28,7 +28,7 @@ class Recipe:
     lr: float = BASE_LR  # the peak of Muon's; AdamW's is a fifth of it
     weight_decay: float = 0.05  # of convolutions and matrices; BatchNorm and biases have none
     label_smoothing: float = 0.1
-    warmup: float = 0.15  # fraction of all steps in which the learning rate rises
+    warmup: float = 0.05  # fraction of all steps in which the learning rate rises
     ema: float = 0.99  # highest decay a step of the averaged weights, which are those evaluated and kept
     seed: int = 0
     optimizer: str = "muon"  # or adam
@@ -89,33 +89,40 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 # What `fit --preset` sets, unless it is given itself; docs/results.md has what each comes to.
-PRESETS: dict[str, dict[str, Any]] = {"fast": {"width": 0.6, "epochs": 12}, "best": {"width": 1.0, "epochs": 40}}
+PRESETS: dict[str, dict[str, Any]] = {
+    "fast": {"width": 0.6, "epochs": 12},
+    "best": {"full_grid": 2, "epochs": 40, "batch_size": 32, "base_lr": 0.02},  # long runs want less
+}
 
 
 def preset_settings(name: str | None) -> dict[str, Any]:
-    """The width of a preset, and its epochs, if it has any; no name is the defaults. `UsageError` for unknown names."""
-    if name is None:
-        return {"width": 1.0, "epochs": None}
-    if name not in PRESETS:
+    """Width, convolutions on the full grid, epochs, batch size and `BASE_LR`'s substitute; None is the recipe's own.
+
+    Raises `UsageError` for a name that is not there.
+    """
+    if name is not None and name not in PRESETS:
         raise UsageError(f"unknown preset {name!r}", nearest(name, list(PRESETS)))
-    return PRESETS[name]
+    settings = {"width": 1.0, "full_grid": 1, "epochs": None, "batch_size": None, "base_lr": BASE_LR}
+    return settings | PRESETS.get(name or "", {})
 
 
-def make_recipe(name: str = "default", **given: Any) -> Recipe:
+def make_recipe(name: str = "default", base_lr: float = BASE_LR, **given: Any) -> Recipe:
     """A recipe by its name in `RECIPES`, changed by what is given and not None.
+
+    base_lr: the peak at `BASE_BATCH` samples a batch, where neither the recipe nor what is given says what it is.
 
     Raises `UsageError` for a name that is not there or a number out of range.
     """
     if name not in RECIPES:
         raise UsageError(f"unknown recipe {name!r}", nearest(name, list(RECIPES)))
     settings = RECIPES[name] | {key: value for key, value in given.items() if value is not None}
-    settings.setdefault("lr", default_lr(settings.get("batch_size", BASE_BATCH)))
+    settings.setdefault("lr", default_lr(settings.get("batch_size", BASE_BATCH), base_lr))
     return Recipe(**settings)
 
 
-def default_lr(batch_size: int) -> float:
+def default_lr(batch_size: int, base_lr: float = BASE_LR) -> float:
     """The peak learning rate for a batch of so many samples."""
-    return round(BASE_LR * math.sqrt(max(1, batch_size) / BASE_BATCH), 6)
+    return round(base_lr * math.sqrt(max(1, batch_size) / BASE_BATCH), 6)
 
 
 def out_of_range(name: str, value: object, allowed: str) -> UsageError:

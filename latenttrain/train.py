@@ -30,7 +30,7 @@ from .device import autocast, reproducible, synchronize
 from .evaluation import scores, split_logits
 from .nets import Net, NetConfig, build_net
 from .optimizers import make_optimizer
-from .recipe import Recipe, default_lr, make_recipe, preset_settings
+from .recipe import Recipe, make_recipe, preset_settings
 from .report import draw_curve
 from .scaling import compound, count_flops, count_parameters
 from .streaming import shards_to_hold, training_data
@@ -70,6 +70,7 @@ def fit(
     preset: str | None = None,
     width: float | None = None,
     depth: float = 1.0,
+    full_grid: int | None = None,
     recipe: str = "default",
     epochs: int | None = None,
     batch_size: int | None = None,
@@ -97,8 +98,9 @@ def fit(
 ) -> FitResult:
     """Train a network on the train split of a latent dataset, evaluating it on the val split after each epoch.
 
-    dataset: its folder, or what `latentprep.open` returned. preset: one of `PRESETS`, a width and epochs that go
-    together, in place of width 1 and the recipe's epochs. width, depth: see `latenttrain.scaling`.
+    dataset: its folder, or what `latentprep.open` returned. preset: one of `PRESETS`: a network, epochs and batch size
+    that go together, in place of the default and the recipe's own. width, depth: see `latenttrain.scaling`.
+    full_grid: how many 3 x 3 convolutions read the whole grid, 1 by default.
     recipe: one of `RECIPES`; epochs to ema: in place of its own. lr: the peak. augment: None is the recipe's, which is
     none for ``talk`` and else the default of `Augment`, with mirroring where the dataset's codec has an exact mirror,
     and without zoom where there are views.
@@ -121,8 +123,9 @@ def fit(
     width = chosen["width"] if width is None else width
     asked = make_recipe(
         recipe,
+        chosen["base_lr"],
         epochs=chosen["epochs"] if epochs is None else epochs,
-        batch_size=batch_size,
+        batch_size=chosen["batch_size"] if batch_size is None else batch_size,
         lr=lr,
         weight_decay=weight_decay,
         label_smoothing=label_smoothing,
@@ -136,7 +139,8 @@ def fit(
     dataset = opened(dataset)
     check_trainable(dataset)
     factors, floats = compound(phi), None if latents is None else Path(latents)
-    config = plan_run(dataset, asked, width * factors.width, depth * factors.depth, arch, stem, augment)
+    full_grid = chosen["full_grid"] if full_grid is None else full_grid
+    config = plan_run(dataset, asked, width * factors.width, depth * factors.depth, arch, stem, augment, full_grid)
     if floats is not None:  # they need no filter to be the latents
         config = dataclasses.replace(config, net=dataclasses.replace(config.net, filter=()))
     for name, value in (("limit", limit), ("holdout", holdout or None), ("latents", floats and str(floats))):
@@ -209,6 +213,7 @@ def plan_run(
     arch: str,
     stem: str,
     augment: Augment | None,
+    full_grid: int = 1,
 ) -> RunConfig:
     """The run's whole configuration, from what was asked and what the dataset is."""
     manifest = dataset.manifest
@@ -230,6 +235,7 @@ def plan_run(
         stem=stem,
         width=width,
         depth=depth,
+        full_grid=full_grid,
     )
     return RunConfig(net, recipe, augment, describe_dataset(dataset), versions())
 
@@ -271,7 +277,7 @@ def train_epochs(
                 raise UsageError(
                     f"the loss of epoch {epoch + 1} is no number at lr {recipe.lr:g}; "
                     f"epochs before it are kept in {root}",
-                    f"lower --lr, with --overwrite or another --out ({default_lr(recipe.batch_size):g} is the default)",
+                    "lower --lr, with --overwrite or another --out",
                 )
             state.metrics.append(
                 {

@@ -122,12 +122,18 @@ def test_a_held_out_part_of_train_takes_the_place_of_val(codes, tmp_path, small)
         latenttrain.fit(codes, holdout=1, out=tmp_path / "other", **small)
 
 
-def test_presets_set_width_and_epochs_unless_they_are_given(codes, tmp_path):
+def test_presets_set_what_goes_together_unless_it_is_given(codes, tmp_path):
     fast = latenttrain.fit(codes, preset="fast", epochs=1, device="cpu", out=tmp_path / "fast")
     config = read_config(tmp_path / "fast")
     assert (config.net.width, config.recipe.epochs, fast.epochs) == (PRESETS["fast"]["width"], 1, 1)
     latenttrain.fit(codes, preset="best", width=0.3, depth=0.5, epochs=1, device="cpu", out=tmp_path / "best")
-    assert read_config(tmp_path / "best").net.width == 0.3
+    config = read_config(tmp_path / "best")
+    assert (config.net.width, config.net.full_grid, config.recipe.batch_size, config.recipe.lr) == (
+        0.3,
+        2,
+        32,
+        0.014142,
+    )
     assert preset_settings("best")["epochs"] > preset_settings("fast")["epochs"]
     with pytest.raises(UsageError, match="unknown preset 'fats'"):
         latenttrain.fit(codes, preset="fats", out=tmp_path / "other")
