@@ -292,6 +292,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images", type=int, default=200, help="a split")
     options = parser.parse_args()
+    if options.images < 100:
+        parser.error("--images must be 100 or more: fewer make too few shards for some of the faults")
     with tempfile.TemporaryDirectory() as scratch:
         chaos = Chaos(Path(scratch), options.images, options.seed)
         result: dict = {"images": 2 * options.images, "files": len(chaos.whole), "seconds_unbroken": chaos.seconds}

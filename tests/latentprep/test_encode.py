@@ -54,6 +54,25 @@ def test_rows_are_the_sources_samples_coded(images: Path, tmp_path: Path) -> Non
         assert np.array_equal(quantize(latents, dataset.quantizer).numpy(), loaded.codes[row])
 
 
+def test_a_light_codec_leaves_the_cores_to_decoding(images: Path, tmp_path: Path, monkeypatch) -> None:
+    before, threads = torch.get_num_threads(), []
+    codec = make_codec("dct")
+    honest = codec.encode
+    monkeypatch.setattr(codec, "encode", lambda images: threads.append(torch.get_num_threads()) or honest(images))
+    torch.set_num_threads(2)
+    try:
+        encode(images, tmp_path / "light", codec=codec)
+        assert threads[-1] == 1
+        assert torch.get_num_threads() == 2
+        monkeypatch.setattr(codec, "light", False)
+        encode(images, tmp_path / "heavy", codec=codec)
+        assert threads[-1] == 2
+    finally:
+        torch.set_num_threads(before)
+    one, other = (digest(tmp_path / name) for name in ("light", "heavy"))
+    assert one == other
+
+
 def test_views(images: Path, tmp_path: Path) -> None:
     encode(images, tmp_path / "one")
     encode(images, tmp_path / "three", views=3)
