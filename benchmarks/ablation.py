@@ -46,8 +46,6 @@ TOGETHER = {
     "recipe + cutmix 1": Augment(cutmix=1.0),
     "recipe + all": Augment(noise=True, mixup=0.2, cutmix=1.0, channel_drop=0.1),
 }
-
-
 VIEWS = {"views": OFF, "views, shift + cut-out": Augment(zoom=0)}
 
 

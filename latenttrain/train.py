@@ -98,8 +98,8 @@ def fit(
 ) -> FitResult:
     """Train a network on the train split of a latent dataset, evaluating it on the val split after each epoch.
 
-    dataset: its folder, or what `latentprep.open` returned. preset: one of `PRESETS`: a network, epochs and batch size
-    that go together, in place of the default and the recipe's own. width, depth: see `latenttrain.scaling`.
+    dataset: its folder, or what `latentprep.open` returned. preset: one of `PRESETS`: a network, epochs, batch size
+    and rate that go together, in place of the default and the recipe's own. width, depth: see `latenttrain.scaling`.
     full_grid: how many 3 x 3 convolutions read the whole grid, 1 by default.
     recipe: one of `RECIPES`; epochs to ema: in place of its own. lr: the peak. augment: None is the recipe's, which is
     none for ``talk`` and else the default of `Augment`, with mirroring where the dataset's codec has an exact mirror,
