@@ -1,12 +1,14 @@
 """Encode against its bounds in the same run: the bare codec in a loop on ready batches; reading and decoding alone.
 
 `encode` also quantizes, compresses and writes; with everything overlapped its rate is the slower of the two.
-Real TAESD and Imagenette where LATENTPREP_ASSETS has them, else the block DCT on `shapes`.
+Real TAESD and Imagenette where LATENTPREP_ASSETS has them, else the block DCT on `shapes`. ``--enlarge 2`` makes the
+JPEGs as large as photographs of ImageNet are (some 500 pixels a side; Imagenette's 224 are resized already).
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from common import assets, record, spread
 from latentprep import console
@@ -22,15 +25,16 @@ from latentprep.console import silent
 from latentprep.encoder import _manifest, plan
 from latentprep.format import open_dataset
 from latentprep.format.commit import create_dataset
-from latentprep.images import MAX_PIXELS, load_views
+from latentprep.images import MAX_PIXELS, centre_box, load_views
 from latentprep.pipeline import Stages, calibrate, encode_shards
-from latentprep.sources import open_source
+from latentprep.sources import Row, Source, open_source
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--codec", default="taesd" if assets() else "dct")
-    parser.add_argument("--images", type=int, default=256, help="images a measurement")
+    parser.add_argument("--images", type=int, help="images a measurement (default 256, or 4096 of a light codec)")
+    parser.add_argument("--enlarge", type=float, default=1.0, help="make the JPEGs that much larger a side first")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=32)
     options = parser.parse_args()
@@ -39,27 +43,31 @@ def main() -> None:
     weights = str(folder / options.codec) if folder and (folder / options.codec).is_dir() else None
     data = folder / "imagenette2-224.tar" if folder else None
     source = open_source("imagenette", data=data) if data else open_source("shapes")
-    source = source.take(options.images)
-    size = 224 if data else 128
     codec = make_codec(options.codec, weights=weights)
+    options.images = options.images or (4096 if getattr(codec, "light", False) else 256)
+    source = source.take(options.images)
+    if options.enlarge != 1:
+        source = enlarged(source, options.enlarge)
+    size = 224 if data else 128
     pixels = np.concatenate([load_views(source.read("train", i).data, size) for i in range(options.images)])
     batches = torch.from_numpy(pixels).permute(0, 3, 1, 2).split(options.batch_size)
     stages = Stages(source, codec, options.batch_size, None, MAX_PIXELS)
     asked = _manifest(source, ["train"], codec, 4, False, size, codec.latent_shape(size, size), 1, 0, 1024, "zarr")
 
     manifest = calibrate(stages, asked, 32, silent)
-    bare, decoding, whole = [], [], []
+    bare, decoding, pillow, whole = [], [], [], []
     codec.encode(batches[0])
     for _ in range(options.repeats):
         start = time.perf_counter()
         for batch in batches:
             codec.encode(batch)
         bare.append(options.images / (time.perf_counter() - start))
-        start = time.perf_counter()
-        with ThreadPoolExecutor(stages.threads()) as pool:
-            for _ in pool.map(lambda i: load_views(source.read("train", i).data, size), range(options.images)):
-                pass
-        decoding.append(options.images / (time.perf_counter() - start))
+        for rates, load in ((decoding, load_views), (pillow, by_pillow)):
+            start = time.perf_counter()
+            with ThreadPoolExecutor(stages.threads()) as pool:
+                for _ in pool.map(lambda i: load(source.read("train", i).data, size), range(options.images)):  # noqa: B023
+                    pass
+            rates.append(options.images / (time.perf_counter() - start))
         with tempfile.TemporaryDirectory() as out:
             create_dataset(Path(out), manifest)
             start = time.perf_counter()
@@ -68,17 +76,22 @@ def main() -> None:
                     pass
             whole.append(options.images / (time.perf_counter() - start))
     record(
-        f"encode_ratio_{options.codec}",
+        f"encode_ratio_{options.codec}" + (f"_{options.enlarge:g}x" if options.enlarge != 1 else ""),
         {
             "images": options.images,
+            "enlarged": options.enlarge,
             "size": size,
             "batch_size": options.batch_size,
             "bare_codec_images_per_s": spread(bare),
             "reading_and_decoding_images_per_s": spread(decoding),
+            "reading_and_decoding_by_pillow_images_per_s": spread(pillow),
             "encode_images_per_s": spread(whole),
             "encode_over_bare_codec": spread([w / b for w, b in zip(whole, bare, strict=True)]),
             "encode_over_slower_of_both": spread(
                 [w / min(b, d) for w, b, d in zip(whole, bare, decoding, strict=True)]
+            ),
+            "encode_over_slower_of_codec_and_pillow": spread(
+                [w / min(b, d) for w, b, d in zip(whole, bare, pillow, strict=True)]
             ),
             # each alone keeps every core busy, so on a CPU the two cannot both run at their own rate
             "encode_over_both_on_the_same_cores": spread(
@@ -86,6 +99,27 @@ def main() -> None:
             ),
         },
     )
+
+
+def by_pillow(data: bytes, size: int) -> np.ndarray:
+    """What a usual loader does: u8 [size,size,3] by Pillow alone, shorter side resized, centre crop."""
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BICUBIC, centre_box(*image.size))
+    return np.asarray(image)
+
+
+def enlarged(source: Source, factor: float) -> Source:
+    """The train split's images larger, as JPEGs of quality 90 in memory."""
+    rows, files = [], []
+    for i, (key, label) in enumerate(zip(source.keys("train"), source.labels("train"), strict=True)):
+        image = Image.open(io.BytesIO(source.read("train", i).data)).convert("RGB")
+        buffer = io.BytesIO()
+        side = [round(factor * length) for length in image.size]
+        image.resize(side, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
+        files.append(buffer.getvalue())
+        rows.append(Row(key, label, i))
+    return Source(source.spec, source.classes, {"train": rows}, files.__getitem__)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,10 @@ def load_views(
     Raises `BadImage`.
     """
     smallest = math.sqrt(CROP_AREA[0] * CROP_RATIO[0]) if views > 1 else 1.0
-    image = Image.fromarray(decode(data, need_side=math.ceil(size / smallest), max_pixels=max_pixels))
+    pixels = decode(data, need_side=math.ceil(size / smallest), max_pixels=max_pixels)
+    if views == 1 and pixels.shape[:2] == (size, size):  # Pillow's image and back would take half as long as decoding
+        return pixels[None].copy()
+    image = Image.fromarray(pixels)
     out = np.empty((views, size, size, 3), np.uint8)
     for view in range(views):
         box, mirror = centre_box(*image.size), False
