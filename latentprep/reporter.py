@@ -100,7 +100,7 @@ def channel_counts(dataset: LatentDataset) -> tuple[np.ndarray, tuple[int, int]]
     chosen = every[:: max(1, -(-len(every) // _SHARDS))]
     counts = np.zeros((channels, levels), np.int64)
     for split, index in chosen:
-        shard = dataset.read_shard(split, index)
+        shard = dataset.read_shard(split, index, keys=False)
         valid = shard.codes[shard.labels != INVALID_LABEL]
         for channel in range(channels):
             counts[channel] += np.bincount(valid[:, :, channel].ravel(), minlength=levels)

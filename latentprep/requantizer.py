@@ -73,7 +73,7 @@ def requantized_manifest(source: LatentDataset, bits: int, joint: bool | None = 
     rows = calibration_rows(manifest.splits[split], CALIBRATION, manifest.transform["seed"])
     drawn = []
     for index in sorted({row // manifest.shard_rows for row in rows}):
-        shard = source.read_shard(split, index)
+        shard = source.read_shard(split, index, keys=False)
         here = [row - index * manifest.shard_rows for row in rows if row // manifest.shard_rows == index]
         drawn.append(shard.codes[[place for place in here if shard.labels[place] != INVALID_LABEL], 0])
     latents = dequantize(torch.from_numpy(np.concatenate(drawn)), manifest.quantizer)

@@ -118,7 +118,7 @@ def load_split(
     Raises `DatasetError` if shards are missing or damaged or no sample is valid, `UsageError` for a bad limit.
     """
     check_limit(limit)
-    loaded = dataset.load(split, limit)
+    loaded = dataset.load(split, limit, keys=False)
     check_samples(dataset, split, len(loaded))
     codes = torch.from_numpy(loaded.codes if views else loaded.codes[:, :1].copy())
     return Split(codes.to(device), torch.from_numpy(loaded.labels).to(device, torch.int64))

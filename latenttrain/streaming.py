@@ -172,7 +172,7 @@ class StreamedSplit:
         """
 
         def read(shard: int) -> tuple[np.ndarray, np.ndarray]:
-            found = self.dataset.read_shard(self.split, shard)
+            found = self.dataset.read_shard(self.split, shard, keys=False)
             rows = self._kept(shard, found.labels)
             codes = found.codes if len(rows) == len(found) else found.codes[rows]
             return pick(shard, codes), found.labels[rows].astype(np.int64)

@@ -31,7 +31,8 @@ class Store(Protocol):
     def decode_shard_files(
         self, manifest: Manifest, split: str, index: int, files: dict[str, bytes]
     ) -> tuple[np.ndarray, np.ndarray, list[str]]:
-        """Inverse of `encode_shard_files`. Raises `DatasetError` for bytes that do not decode."""
+        """Inverse of `encode_shard_files`. Keys may be missing where the file that holds nothing else is left out.
+        Raises `DatasetError` for bytes that do not decode."""
 
     def decode_labels(self, manifest: Manifest, split: str, index: int, data: bytes) -> np.ndarray:
         """The bytes of the file that holds a shard's labels -> i32 [n]."""

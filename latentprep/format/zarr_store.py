@@ -70,12 +70,12 @@ def decode_shard_files(
     manifest: Manifest, split: str, index: int, files: dict[str, bytes]
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """path: bytes of one shard's files -> codes u8 [n,V,C,h,w], labels i32 [n], keys. Inverse of
-    `encode_shard_files`. Raises `DatasetError` for bytes that do not decode."""
-    data = {name: files[path] for name, path in shard_files(split, index).items()}
+    `encode_shard_files`. No keys where their file is left out. Raises `DatasetError` for bytes that do not decode."""
+    paths = shard_files(split, index)
     return (
-        decode_codes(manifest, split, index, data["codes"]),
-        decode_labels(manifest, split, index, data["labels"]),
-        decode_keys(manifest, split, index, data["keys"]),
+        decode_codes(manifest, split, index, files[paths["codes"]]),
+        decode_labels(manifest, split, index, files[paths["labels"]]),
+        decode_keys(manifest, split, index, files[paths["keys"]]) if paths["keys"] in files else [],
     )
 
 

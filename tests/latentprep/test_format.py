@@ -133,6 +133,11 @@ def test_load_leaves_invalid_rows_out_and_keeps_order(dataset: LatentDataset) ->
     assert loaded.keys == [key for key, label in zip(keys, labels, strict=True) if label != -1]
     assert len(dataset.load("train", limit=3)) == 3
     assert len(dataset.load("train", limit=999)) == len(loaded)
+    for limit in (None, 3):
+        without = dataset.load("train", limit, keys=False)
+        assert np.array_equal(without.codes, dataset.load("train", limit).codes)
+        assert np.array_equal(without.labels, dataset.load("train", limit).labels)
+        assert without.keys == []
 
 
 @pytest.mark.parametrize("compression", range(len(CANDIDATES)))

@@ -48,13 +48,13 @@ class Numbered(LatentDataset):
         classes = np.array(rows) * 4 // self.manifest.splits["train"]
         return np.where([row in self.invalid for row in rows], -1, classes).astype(np.int32)
 
-    def read_shard(self, split, index):
+    def read_shard(self, split, index, keys):
         number = np.array(self._rows(index))
         codes = np.zeros((len(number), *self.manifest.row_shape("train")), np.uint8)
         codes[:, :, 0] = (number % 256)[:, None, None, None]
         codes[:, :, 1] = (number // 256)[:, None, None, None]
         codes[:, :, 2] = np.arange(codes.shape[1])[:, None, None]
-        return Codes(codes, self.read_labels(split, index), [""] * len(number))
+        return Codes(codes, self.read_labels(split, index), [""] * len(number) if keys else [])
 
     def _rows(self, index):
         start = index * self.manifest.shard_rows
@@ -89,9 +89,9 @@ def test_the_order_depends_on_the_generator_and_not_on_the_threads(monkeypatch):
     dataset = Numbered(300, views=3)
     read = Numbered.read_shard
 
-    def late(self, split, index):
+    def late(self, split, index, keys):
         time.sleep(0.01 * (index % 3 == 0))
-        return read(self, split, index)
+        return read(self, split, index, keys)
 
     one = epoch(StreamedSplit(dataset, "train", CPU, 5, threads=1))
     monkeypatch.setattr(Numbered, "read_shard", late)
@@ -157,9 +157,9 @@ def test_memory_is_the_buffer_and_the_shards_read_ahead(monkeypatch):
     alive, most = set(), 0
     read = Numbered.read_shard
 
-    def counted(self, split, index):
+    def counted(self, split, index, keys):
         nonlocal most
-        found = read(self, split, index)
+        found = read(self, split, index, keys)
         alive.add(index)
         weakref.finalize(found.codes, alive.discard, index)
         most = max(most, len(alive))
