@@ -1,9 +1,10 @@
-"""How cost grows with the number of samples: 10^4, 10^5 and, with --million, 10^6 of 4 x 32 x 32 codes at 4 bits.
+"""How cost grows with the number of samples: 10^4, 10^5 and, with --large, 10^6 and ImageNet's 1,281,167 of 4 x 32 x 32
+codes at 4 bits.
 
-    python benchmarks/scale.py --million
+    python benchmarks/scale.py --large
 
 Each size is written once and then streamed, `--epochs` times, by a process of its own, so that its peak memory is the
-streaming's. Codes are a rounded Gaussian, of about the entropy of an autoencoder's. The first five codes of a sample
+streaming's. Codes are a rounded Gaussian, of about the entropy of an autoencoder's. The first six codes of a sample
 spell its row: from them one more epoch, not timed, counts the samples and measures how well they were mixed. Files are
 in the page cache.
 """
@@ -23,7 +24,8 @@ import numpy as np
 from common import record, spread
 
 LATENT, BITS, SHARD_ROWS, BATCH = (4, 32, 32), 4, 1024, 256
-SPELLED = 16 ** np.arange(5)  # worth of the first five codes of a sample in its row's number
+SIZES = (10_000, 100_000, 1_000_000, 1_281_167)
+SPELLED = 16 ** np.arange(6)  # worth of the first six codes of a sample in its row's number
 
 
 def write(root: Path, rows: int) -> dict:
@@ -51,7 +53,7 @@ def write(root: Path, rows: int) -> dict:
         part = np.arange(manifest.rows_in_shard("train", index)) + index * SHARD_ROWS
         values = random.standard_normal((len(part), 1, *LATENT), np.float32) * 2.7 + 8
         codes = values.clip(0, 2**BITS - 1).astype(np.uint8)
-        codes[:, 0, 0, 0, :5] = part[:, None] // SPELLED % 16
+        codes[:, 0, 0, 0, :6] = part[:, None] // SPELLED % 16
         labels, keys = (part * 1000 // rows).astype(np.int32), [f"train/{row:07}.jpg" for row in part]
         start = time.perf_counter()
         files = encode_shard_files(manifest, "train", index, codes, labels, keys)
@@ -91,7 +93,7 @@ def read(root: Path, epochs: int) -> dict:
         rates.append(samples / (time.perf_counter() - begun))
     peak = peak_memory()
     rows = [
-        codes[:, 0, 0, :5].numpy() @ SPELLED
+        codes[:, 0, 0, :6].numpy() @ SPELLED
         for codes, _ in split.training_batches(BATCH, torch.Generator().manual_seed(epochs))
     ]
     seen = np.concatenate(rows)
@@ -119,7 +121,7 @@ def peak_memory() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--million", action="store_true", help="10^6 samples too: 2 GB of disk, some minutes")
+    parser.add_argument("--large", action="store_true", help="10^6 samples and more: 3 GB of disk, some minutes")
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="where to write; by default a temporary folder")
     parser.add_argument("--read", type=Path, help=argparse.SUPPRESS)
@@ -128,7 +130,7 @@ def main() -> None:
         print(json.dumps(read(asked.read, asked.epochs)))
         return
     sizes: dict[str, dict] = {}
-    for rows in (10_000, 100_000, 1_000_000)[: 2 + asked.million]:
+    for rows in SIZES if asked.large else SIZES[:2]:
         with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
             written = write(Path(folder), rows)
             command = [sys.executable, __file__, "--read", folder, "--epochs", str(asked.epochs)]
@@ -136,7 +138,7 @@ def main() -> None:
             sizes[str(rows)] = written | json.loads(ran.stdout)
             print(rows, json.dumps(sizes[str(rows)]), file=sys.stderr)
     result: dict = {"latent": LATENT, "bits": BITS, "shard_rows": SHARD_ROWS, "batch": BATCH, "samples": sizes}
-    if asked.million:
+    if asked.large:
         peaks = [sizes[rows]["memory_mib"]["peak"] for rows in ("1000000", "100000")]
         result["memory_of_a_million_over_a_tenth"] = peaks[0] / peaks[1]
     record("scale", result)

@@ -12,7 +12,7 @@ from latentprep import console
 from latentprep.errors import Interrupted
 
 from . import __version__
-from .recipe import BASE_BATCH, BASE_LR, Recipe
+from .recipe import BASE_BATCH, BASE_EPOCHS, BASE_LR, LR_BY_EPOCHS, Recipe
 
 app = typer.Typer(
     name="latenttrain",
@@ -63,7 +63,7 @@ def fit(
     preset: Annotated[
         str | None,
         typer.Option(
-            help="fast: width 0.6, 12 epochs. best: --full-grid 2, 40 epochs, batches of 32 at a lower rate. "
+            help="fast: width 0.6, 12 epochs. best: --full-grid 2, 40 epochs, batches of 32. "
             "Each gives way to what is asked for itself.",
             show_default=False,
         ),
@@ -89,7 +89,8 @@ def fit(
     lr: Annotated[
         float | None,
         typer.Option(
-            help=f"Peak learning rate; by default {BASE_LR:g} × √(batch size / {BASE_BATCH}).",
+            help=f"Peak learning rate; by default {BASE_LR:g} × √(batch size / {BASE_BATCH}) × "
+            f"({BASE_EPOCHS} / epochs)^{LR_BY_EPOCHS:g}.",
             show_default=False,
         ),
     ] = None,

@@ -9,8 +9,8 @@ from typing import Any
 
 from latentprep.errors import UsageError, nearest
 
-BASE_LR = 0.045  # at BASE_BATCH samples a batch; other batch sizes scale it by the square root of their ratio
-BASE_BATCH = 64
+BASE_LR, BASE_BATCH, BASE_EPOCHS = 0.045, 64, 15  # a peak learning rate, and the run that it was chosen for
+LR_BY_EPOCHS = 0.8  # it falls with the number of epochs to this power: docs/results.md
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Recipe:
     Raises `UsageError` for a number out of range, naming it and the option that sets it.
     """
 
-    epochs: int = 15
+    epochs: int = BASE_EPOCHS
     batch_size: int = BASE_BATCH
     lr: float = BASE_LR  # the peak of Muon's; AdamW's is a fifth of it
     weight_decay: float = 0.05  # of convolutions and matrices; BatchNorm and biases have none
@@ -78,7 +78,7 @@ class Recipe:
         return self.lr * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
-# What each recipe sets other than `Recipe` does. Only the default's learning rate follows the batch size.
+# What each recipe sets other than `Recipe` does. Only the default's learning rate follows batch size and epochs.
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
     "talk": {  # Jacobellis 2023; with no augmentation, which `fit` sees to
@@ -90,8 +90,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 # What `fit --preset` sets, unless it is given itself; docs/results.md has what each comes to.
 PRESETS: dict[str, dict[str, Any]] = {
-    "fast": {"width": 0.6, "epochs": 12},
-    "best": {"full_grid": 2, "epochs": 40, "batch_size": 32, "base_lr": 0.02},  # long runs want less
+    "fast": {"width": 0.6, "epochs": 12, "base_lr": 0.06},  # narrow networks want more
+    "best": {"full_grid": 2, "epochs": 40, "batch_size": 32},
 }
 
 
@@ -109,24 +109,27 @@ def preset_settings(name: str | None) -> dict[str, Any]:
 def make_recipe(name: str = "default", base_lr: float = BASE_LR, **given: Any) -> Recipe:
     """A recipe by its name in `RECIPES`, changed by what is given and not None.
 
-    base_lr: the peak at `BASE_BATCH` samples a batch, where neither the recipe nor what is given says what it is.
+    base_lr: the peak at `BASE_BATCH` samples a batch and `BASE_EPOCHS`, where neither the recipe nor what is given says
+    what it is.
 
     Raises `UsageError` for a name that is not there or a number out of range.
     """
     if name not in RECIPES:
         raise UsageError(f"unknown recipe {name!r}", nearest(name, list(RECIPES)))
     settings = RECIPES[name] | {key: value for key, value in given.items() if value is not None}
-    settings.setdefault("lr", default_lr(settings.get("batch_size", BASE_BATCH), base_lr))
+    batch_size, epochs = settings.get("batch_size", BASE_BATCH), settings.get("epochs", BASE_EPOCHS)
+    settings.setdefault("lr", default_lr(batch_size, epochs, base_lr))
     return Recipe(**settings)
 
 
-def default_lr(batch_size: int, base_lr: float = BASE_LR) -> float:
-    """The peak learning rate for a batch of so many samples."""
-    return round(base_lr * math.sqrt(max(1, batch_size) / BASE_BATCH), 6)
+def default_lr(batch_size: int, epochs: int, base_lr: float = BASE_LR) -> float:
+    """The peak learning rate for a batch of so many samples and so many epochs."""
+    batches = math.sqrt(max(1, batch_size) / BASE_BATCH)
+    return round(base_lr * batches * (BASE_EPOCHS / max(1, epochs)) ** LR_BY_EPOCHS, 6)
 
 
 def out_of_range(name: str, value: object, allowed: str) -> UsageError:
-    hints = {"lr": f"the default is {BASE_LR:g} at {BASE_BATCH} samples a batch; leave --lr out to get it"}
+    hints = {"lr": f"leave --lr out: {BASE_LR:g} at {BASE_BATCH} samples a batch and {BASE_EPOCHS} epochs, else scaled"}
     default = getattr(Recipe, name, None)
     option = "--" + name.replace("_", "-")
     return UsageError(f"{option} must be {allowed}, got {value}", hints.get(name, f"use {option} {default}"))

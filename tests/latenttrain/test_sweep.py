@@ -14,7 +14,7 @@ from latentprep.quantize import quantize
 from latentprep.sources import open_source
 from latenttrain.checkpoint import load_net, read_config
 from latenttrain.data import float_codes, load_trained
-from latenttrain.recipe import PRESETS, preset_settings
+from latenttrain.recipe import PRESETS, default_lr, preset_settings
 from latenttrain.scaling import numbers, scale_table
 from latenttrain.sweep import FLOAT, Group, recommended, sweep
 
@@ -129,7 +129,7 @@ def test_presets_set_what_goes_together_unless_it_is_given(codes, tmp_path):
     latenttrain.fit(codes, preset="best", width=0.3, depth=0.5, epochs=1, device="cpu", out=tmp_path / "best")
     config = read_config(tmp_path / "best")
     assert (config.net.width, config.net.full_grid) == (0.3, 2)
-    assert (config.recipe.batch_size, config.recipe.lr) == (32, 0.014142)
+    assert (config.recipe.batch_size, config.recipe.lr) == (32, default_lr(32, 1))
     assert preset_settings("best")["epochs"] > preset_settings("fast")["epochs"]
     with pytest.raises(UsageError, match="unknown preset 'fats'"):
         latenttrain.fit(codes, preset="fats", out=tmp_path / "other")

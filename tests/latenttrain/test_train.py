@@ -14,7 +14,7 @@ from latentprep.errors import CheckpointError, SystemFault, UsageError
 from latentprep.format import open_dataset
 from latenttrain.augment import Augment
 from latenttrain.checkpoint import load_tensors, read_config
-from latenttrain.recipe import Recipe, default_lr
+from latenttrain.recipe import Recipe, default_lr, make_recipe
 
 
 def metrics(run):
@@ -272,8 +272,12 @@ def test_a_recipe_survives_json():
     assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
 
 
-def test_larger_batches_get_a_higher_rate():
-    assert default_lr(512) == pytest.approx(2 * default_lr(128), rel=1e-3)
+def test_larger_batches_and_shorter_runs_get_a_higher_rate():
+    assert default_lr(512, 15) == pytest.approx(2 * default_lr(128, 15), rel=1e-3)
+    assert default_lr(64, 8) == pytest.approx(default_lr(64, 16) * 2**0.8, rel=1e-3)
+    assert make_recipe().lr == make_recipe(epochs=15, batch_size=64).lr == default_lr(64, 15)
+    assert make_recipe(epochs=40, batch_size=32).lr == default_lr(32, 40)
+    assert make_recipe("talk", epochs=5).lr == 0.001
 
 
 def test_true_crops_take_the_place_of_zoom(make_dataset, tmp_path, small):
