@@ -1,12 +1,11 @@
-"""How cost grows with the number of samples: 10^4, 10^5 and, with --large, 10^6 and ImageNet's 1,281,167 of 4 x 32 x 32
-codes at 4 bits.
+"""How cost grows with the number of samples: 10^4, 10^5 and, with --large, 10^6 and ImageNet's 1,281,167.
 
     python benchmarks/scale.py --large
 
-Each size is written once and then streamed, `--epochs` times, by a process of its own, so that its peak memory is the
-streaming's. Codes are a rounded Gaussian, of about the entropy of an autoencoder's. The first six codes of a sample
-spell its row: from them one more epoch, not timed, counts the samples and measures how well they were mixed. Files are
-in the page cache.
+Samples are 4 x 32 x 32 codes at 4 bits. Each size is written once and then streamed, `--epochs` times, by a process
+of its own, so that its peak memory is the streaming's. Codes are a rounded Gaussian, of about the entropy of an
+autoencoder's. The first six of a sample spell its row: from them one more epoch, not timed, counts the samples and
+measures how well they were mixed. Files are in the page cache.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ def write(root: Path, rows: int) -> dict:
         part = np.arange(manifest.rows_in_shard("train", index)) + index * SHARD_ROWS
         values = random.standard_normal((len(part), 1, *LATENT), np.float32) * 2.7 + 8
         codes = values.clip(0, 2**BITS - 1).astype(np.uint8)
-        codes[:, 0, 0, 0, :6] = part[:, None] // SPELLED % 16
+        codes[:, 0, 0, 0, : len(SPELLED)] = part[:, None] // SPELLED % 16
         labels, keys = (part * 1000 // rows).astype(np.int32), [f"train/{row:07}.jpg" for row in part]
         start = time.perf_counter()
         files = encode_shard_files(manifest, "train", index, codes, labels, keys)
@@ -93,7 +92,7 @@ def read(root: Path, epochs: int) -> dict:
         rates.append(samples / (time.perf_counter() - begun))
     peak = peak_memory()
     rows = [
-        codes[:, 0, 0, :6].numpy() @ SPELLED
+        codes[:, 0, 0, : len(SPELLED)].numpy() @ SPELLED
         for codes, _ in split.training_batches(BATCH, torch.Generator().manual_seed(epochs))
     ]
     seen = np.concatenate(rows)

@@ -126,6 +126,7 @@ def test_presets_set_what_goes_together_unless_it_is_given(codes, tmp_path):
     fast = latenttrain.fit(codes, preset="fast", epochs=1, device="cpu", out=tmp_path / "fast")
     config = read_config(tmp_path / "fast")
     assert (config.net.width, config.recipe.epochs, fast.epochs) == (PRESETS["fast"]["width"], 1, 1)
+    assert config.recipe.lr == default_lr(64, 1, PRESETS["fast"]["base_lr"]) > default_lr(64, 1)
     latenttrain.fit(codes, preset="best", width=0.3, depth=0.5, epochs=1, device="cpu", out=tmp_path / "best")
     config = read_config(tmp_path / "best")
     assert (config.net.width, config.net.full_grid) == (0.3, 2)
