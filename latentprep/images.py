@@ -40,9 +40,15 @@ class _Refused(Exception):
 
 
 def load_views(
-    data: bytes, size: int, views: int = 1, seed: int = 0, key: str = "", max_pixels: int = MAX_PIXELS
+    data: bytes,
+    size: int,
+    views: int = 1,
+    seed: int = 0,
+    key: str = "",
+    max_pixels: int = MAX_PIXELS,
+    out: np.ndarray | None = None,
 ) -> np.ndarray:
-    """An encoded image -> u8 [V, size, size, 3] RGB.
+    """An encoded image -> u8 [V, size, size, 3] RGB, in `out` if that is given.
 
     View 0 is the canonical one: shorter side resized to `size`, centre crop. Views 1… are random-resized
     crops, each mirrored or not, drawn from (`seed`, `key`, view) alone.
@@ -50,11 +56,14 @@ def load_views(
     Raises `BadImage`.
     """
     smallest = math.sqrt(CROP_AREA[0] * CROP_RATIO[0]) if views > 1 else 1.0
-    pixels = decode(data, need_side=math.ceil(size / smallest), max_pixels=max_pixels)
+    out = np.empty((views, size, size, 3), np.uint8) if out is None else out
+    canonical = out[0]
+    pixels = decode(data, math.ceil(size / smallest), max_pixels, canonical if views == 1 else None)
     if views == 1 and pixels.shape[:2] == (size, size):  # Pillow's image and back would take half as long as decoding
-        return pixels[None].copy()
+        if pixels is not canonical:
+            canonical[:] = pixels
+        return out
     image = Image.fromarray(pixels)
-    out = np.empty((views, size, size, 3), np.uint8)
     for view in range(views):
         box, mirror = centre_box(*image.size), False
         if view:
@@ -64,18 +73,21 @@ def load_views(
     return out
 
 
-def decode(data: bytes, need_side: int | None = None, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def decode(
+    data: bytes, need_side: int | None = None, max_pixels: int = MAX_PIXELS, out: np.ndarray | None = None
+) -> np.ndarray:
     """An encoded image of any common kind -> u8 [H, W, 3] RGB, upright.
 
     Grey is repeated, alpha is composited on white, EXIF orientation is applied. Where `need_side` is given, a
-    JPEG whose sides are all much larger is decoded at a half, a quarter or an eighth, never below twice that.
+    JPEG whose sides are all much larger is decoded at a half, a quarter or an eighth, never below twice that. A JPEG
+    of just the shape of `out`, contiguous u8 [H, W, 3], may be decoded into it, and it is what is returned.
 
     Raises `BadImage` for bytes that do not decode, are cut short, or hold more than `max_pixels`.
     """
     if data[:3] != b"\xff\xd8\xff":
         return _decode_other(data, max_pixels)
     try:
-        return _decode_jpeg(data, need_side, max_pixels)
+        return _decode_jpeg(data, need_side, max_pixels, out)
     except _Refused as refusal:
         try:
             return _decode_other(data, max_pixels)
@@ -111,7 +123,7 @@ def _resize(image: Image.Image, size: int, box: Box) -> Image.Image:
     return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
 
 
-def _decode_jpeg(data: bytes, need_side: int | None, max_pixels: int) -> np.ndarray:
+def _decode_jpeg(data: bytes, need_side: int | None, max_pixels: int, out: np.ndarray | None) -> np.ndarray:
     """u8 [H,W,3] by libjpeg-turbo."""
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data, strict=False)
@@ -123,7 +135,11 @@ def _decode_jpeg(data: bytes, need_side: int | None, max_pixels: int) -> np.ndar
     least = 0 if need_side is None else math.ceil(_REDUCING_GAP * need_side)
     reduced = {"min_height": least, "min_width": least, "min_factor": 2} if 0 < 2 * least <= min(width, height) else {}
     try:
-        pixels = simplejpeg.decode_jpeg(data, "GRAY" if colours == "Gray" else "RGB", **reduced)
+        if out is not None and colours != "Gray" and out.shape == (height, width, 3) and not reduced:
+            simplejpeg.decode_jpeg(data, "RGB", buffer=out)
+            pixels = out
+        else:
+            pixels = simplejpeg.decode_jpeg(data, "GRAY" if colours == "Gray" else "RGB", **reduced)
     except ValueError as error:
         if any(damage in str(error).lower() for damage in _DAMAGE):
             raise BadImage(f"damaged JPEG: {error}") from error

@@ -35,7 +35,7 @@ from .sources import Source
 
 _AHEAD = 3  # decoded batches that wait for the codec
 _SHARDS_TO_WRITE = 2  # finished shards that wait for the writer
-_IMAGES_A_TASK = 4  # decoded by one thread in one go
+_IMAGES_A_TASK = 16  # decoded by one thread in one go, at most: fewer take longer to hand over
 
 
 @dataclass(frozen=True)
@@ -282,15 +282,12 @@ def _decoded(
     def load(batch: _Batch, place: int) -> int | str:
         """Decode one sample into the batch: its size in bytes, or why it cannot be read."""
         try:
-            sample = stages.source.read(batch.split, batch.rows[place])
-            batch.images[place] = load_views(
-                sample.data, size, batch.images.shape[1], seed, sample.key, stages.max_pixels
-            )
+            sample, out = stages.source.read(batch.split, batch.rows[place]), batch.images[place]
+            load_views(sample.data, size, len(out), seed, sample.key, stages.max_pixels, out)
             return len(sample.data)
-        except (BadImage, SourceError) as error:
-            return str(error)
-        except OSError as error:
-            return error.strerror or str(error)
+        except (BadImage, SourceError, OSError) as error:
+            batch.images[place] = 0  # a part of it may be there already
+            return str(getattr(error, "strerror", None) or error)
 
     def load_some(batch: _Batch, places: range) -> list[int | str]:
         with stages.timed(DECODE):
@@ -299,7 +296,8 @@ def _decoded(
     def begin(spec: tuple[str, int, list[int]]) -> tuple[_Batch, list[Future]]:
         split, index, rows = spec
         batch = _Batch(split, index, rows, np.zeros((len(rows), manifest.views(split), size, size, 3), np.uint8))
-        places = [range(i, min(i + _IMAGES_A_TASK, len(rows))) for i in range(0, len(rows), _IMAGES_A_TASK)]
+        some = min(_IMAGES_A_TASK, -(-len(rows) // stages.threads()))
+        places = [range(i, min(i + some, len(rows))) for i in range(0, len(rows), some)]
         return batch, [pool.submit(load_some, batch, some) for some in places]
 
     todo = iter(specs)

@@ -84,45 +84,70 @@ class Muon(Adam):
         super().step()
 
     def _muon_step(self, group: dict) -> None:
-        alike: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
-        for parameter in group["params"]:
-            if parameter.grad is None:
-                continue
-            state = self.state[parameter]
-            if not state:
-                state["step"] = torch.zeros(())  # AdamW's loading of states wants it
-                state["velocity"] = torch.zeros_like(parameter)
-            velocity = state["velocity"].lerp_(parameter.grad, 1 - group["momentum"])
-            update = parameter.grad.lerp(velocity, group["momentum"]).reshape(len(parameter), -1)  # Nesterov's
-            alike[update.shape[0], update.shape[1]].append((parameter, update))
+        parameters = [p for p in group["params"] if p.grad is not None]
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter]["step"] = torch.zeros(())  # AdamW's loading of states wants it
+                self.state[parameter]["velocity"] = torch.zeros_like(parameter)
+        gradients = [p.grad for p in parameters]
+        velocities = [self.state[p]["velocity"] for p in parameters]
+        torch._foreach_lerp_(velocities, gradients, 1 - group["momentum"])
+        updates = torch._foreach_lerp(gradients, velocities, group["momentum"])  # Nesterov's
+        directions = orthogonalized([_rows(update) for update in updates])
+        for direction in directions:  # the same change of the output for tall matrices as for wide ones
+            direction.mul_(max(1.0, direction.shape[0] / direction.shape[1]) ** 0.5)
+        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        shaped = [_unrows(d, p.shape) for d, p in zip(directions, parameters, strict=True)]
+        torch._foreach_add_(parameters, shaped, alpha=-group["lr"])
+        for parameter in parameters:
             parameter.grad = None  # AdamW passes over it
-        for (rows, columns), pairs in alike.items():
-            updates = orthogonalized(torch.stack([update for _, update in pairs]))
-            size = max(1.0, rows / columns) ** 0.5  # the same change of the output for tall matrices as for wide ones
-            for (parameter, _), update in zip(pairs, updates, strict=True):
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(update.view(parameter.shape), alpha=-group["lr"] * size)
 
 
-def orthogonalized(matrices: Tensor) -> Tensor:
-    """Each matrix with its singular values brought near 1: f32 [n,a,b] -> f32 [n,a,b]
+def _rows(weights: Tensor) -> Tensor:
+    """f32 [a,...] -> f32 [a,b], a row an output channel, columns in the order of channels-last filters in memory."""
+    return (weights.permute(0, 2, 3, 1) if weights.ndim == 4 else weights).flatten(1)
+
+
+def _unrows(rows: Tensor, shape: torch.Size) -> Tensor:
+    """Inverse of `_rows`."""
+    if len(shape) != 4:
+        return rows.view(shape)
+    return rows.view(shape[0], *shape[2:], shape[1]).permute(0, 3, 1, 2)
+
+
+def orthogonalized(matrices: list[Tensor]) -> list[Tensor]:
+    """Each matrix with its singular values brought near 1: f32 [a,b] each -> f32 [a,b] each
 
     By Newton and Schulz's iteration; values below about 0.01 of the largest stay smaller. What an iteration
-    multiplies by is a polynomial of the Gram matrix, so all happens on that small symmetric matrix, and the given one
-    is multiplied once, at the end: 0.4 of the FLOPs for 64 filters of 576 weights.
+    multiplies by is a polynomial of the Gram matrix on the shorter side, so all happens on those small symmetric
+    matrices, all of one size at once, and the given ones are multiplied once, at the end.
     """
-    tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.mT if tall else matrices
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    alike: dict[int, list[int]] = defaultdict(list)
+    for place, matrix in enumerate(matrices):
+        alike[min(matrix.shape)].append(place)
+    result = list(matrices)
+    for places in alike.values():
+        chosen = [matrices[place] for place in places]
+        grams = torch.stack([m.mT @ m if m.shape[0] > m.shape[1] else m @ m.mT for m in chosen])
+        norms = grams.diagonal(dim1=1, dim2=2).sum(1).sqrt() + 1e-7
+        factors = _newton_schulz(grams / norms.square()[:, None, None]) / norms[:, None, None]
+        for place, matrix, factor in zip(places, chosen, factors, strict=True):
+            result[place] = matrix @ factor if matrix.shape[0] > matrix.shape[1] else factor @ matrix
+    return result
+
+
+def _newton_schulz(gram: Tensor) -> Tensor:
+    """What a matrix of norm 1 is to be multiplied by, from its Gram matrix: f32 [n,a,a] -> f32 [n,a,a]"""
     a, b, c = _NEWTON_SCHULZ
-    gram, product = x @ x.mT, None
-    for _ in range(_ITERATIONS):
+    product = None
+    for iteration in range(_ITERATIONS):
         factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         factor.diagonal(dim1=1, dim2=2).add_(a)
         product = factor if product is None else factor @ product
-        gram = factor @ gram @ factor
-    x = product @ x
-    return x.mT if tall else x
+        if iteration < _ITERATIONS - 1:
+            gram = factor @ (gram @ factor)
+    assert product is not None
+    return product
 
 
 def make_optimizer(net: nn.Module, recipe: Recipe) -> Adam:

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from latentprep.errors import DatasetError, LatentError, UsageError
-from latentprep.format import LatentDataset, Manifest, Quantizer, ShardRecord, open_dataset
+from latentprep.format import LatentDataset, Manifest, Quantizer, ShardRecord, open_dataset, zarr_store
 from latentprep.format.commit import commit_shard, create_dataset, locked, remove_dataset, write_atomic
 from latentprep.format.zarr_store import (
     CANDIDATES,
@@ -85,6 +85,7 @@ def test_shard_files_round_trip(n: int, views: int, bits: int, compression: int,
     labels = np.arange(-1, n - 1, dtype=np.int32)
     files = encode_shard_files(m, "train", 0, codes, labels, keys[:n])
     assert files == encode_shard_files(m, "train", 0, codes, labels, keys[:n])  # deterministic
+    assert files[shard_files("train", 0)["codes"]] == zarr_store._chunk_bytes(m, "train", "codes", codes)  # Zarr's own
     again = decode_shard_files(m, "train", 0, files)
     assert np.array_equal(again[0], codes)
     assert np.array_equal(again[1], labels)

@@ -112,6 +112,20 @@ def test_reduced_decoding_looks_the_same() -> None:
     assert psnr(small, np.asarray(full)) > 40
 
 
+def test_views_go_where_they_are_asked_to() -> None:
+    grey, turned = io.BytesIO(), io.BytesIO()
+    Image.fromarray(picture(8)[:, :, 0]).save(grey, "JPEG")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(picture(9)).save(turned, "JPEG", exif=exif)
+    for data in (jpeg(picture(8)), jpeg(picture(8, 64, 96)), grey.getvalue(), turned.getvalue()):
+        for views in (1, 2):
+            batch = np.full((3, views, 64, 64, 3), 7, np.uint8)
+            load_views(data, 64, views, out=batch[1])
+            assert np.array_equal(batch[1], load_views(data, 64, views))
+            assert (batch[[0, 2]] == 7).all()
+
+
 def test_view_zero_is_the_centre_crop() -> None:
     pixels = picture(7, 64, 96)
     buffer = io.BytesIO()

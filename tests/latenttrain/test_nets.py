@@ -35,6 +35,23 @@ def test_mobilenetv2_runs_on_photographs_in_training():
     assert all(parameter.grad is not None for parameter in net.parameters())
 
 
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_gradients_stay_channels_last(arch):
+    net = build_net(config(arch=arch))
+    wrong = []
+
+    def look(name):
+        return lambda _module, _inputs, outputs: wrong.extend(
+            name for g in outputs if g is not None and not g.is_contiguous(memory_format=torch.channels_last)
+        )
+
+    for name, module in net.named_modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.register_full_backward_hook(look(name))
+    net(random_codes(net.config, 8)).logsumexp(1).sum().backward()
+    assert wrong == []
+
+
 def test_default_stays_under_its_parameter_ceiling():
     assert count_parameters(build_net(config())) <= 260_000
     assert count_parameters(build_net(config((12, 16, 16), bits=6))) <= 260_000

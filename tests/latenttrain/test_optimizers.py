@@ -14,13 +14,22 @@ def test_singular_values_come_near_one(shape: tuple[int, int, int]) -> None:
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     if shape[1] == shape[2]:
         matrices += 2 * torch.eye(shape[1])  # a square random matrix may be nearly singular
-    values = torch.linalg.svdvals(orthogonalized(matrices * 1e-3))
+    found = torch.stack(orthogonalized(list(matrices * 1e-3)))
+    values = torch.linalg.svdvals(found)
     assert values.min() > 0.5
     assert values.max() < 1.3
     left, _, right = torch.linalg.svd(matrices, full_matrices=False)
     nearest = left @ right
-    alike = torch.nn.functional.cosine_similarity(orthogonalized(matrices).flatten(1), nearest.flatten(1))
+    alike = torch.nn.functional.cosine_similarity(found.flatten(1), nearest.flatten(1))
     assert alike.min() > 0.95
+
+
+def test_matrices_are_orthogonalized_each_by_itself() -> None:
+    generator = torch.Generator().manual_seed(0)
+    matrices = [torch.randn(shape, generator=generator) for shape in ((8, 40), (40, 8), (6, 6), (8, 20))]
+    together = orthogonalized(matrices)
+    for matrix, found in zip(matrices, together, strict=True):
+        torch.testing.assert_close(found, orthogonalized([matrix])[0])
 
 
 def small_net() -> nn.Module:
@@ -59,6 +68,16 @@ def test_filters_take_muon_and_the_rest_adamw() -> None:
     assert all((decay[id(p)] > 0) == (p.ndim >= 2) for p in net.parameters())
     optimizer.set_lr(1.0)
     assert {group["lr"] for group in optimizer.param_groups} == {1.0, ADAM_SHARE}
+
+
+def test_the_layout_of_filters_does_not_matter() -> None:
+    nets = [small_net(), small_net().to(memory_format=torch.channels_last)]
+    first, other = ([layer for layer in net if isinstance(layer, nn.Conv2d)] for net in nets)
+    assert first[1].weight.stride() != other[1].weight.stride()
+    for net in nets:
+        train(net, Muon(net, lr=0.02, weight_decay=0.05), 1)
+    for one, two in zip(first, other, strict=True):
+        torch.testing.assert_close(one.weight, two.weight, atol=1e-4, rtol=1e-4)
 
 
 def test_its_state_resumes_exactly() -> None:
