@@ -13,6 +13,8 @@ from .joint import fit_filter, restore, search
 _VALUES = 1 << 18  # calibration values a channel that the fit looks at, at most
 _STARTS = 64  # first guesses of the range, from all of it down to a small part
 _STEPS = 60  # alternations from each; more gain less than 0.01 dB
+_SLACK = 0.01  # of the least squared error, given for a wider step: 1% fewer bytes at 4 bits for 0.04 dB
+_WIDER = np.linspace(1, 1.2, 81)  # steps that are tried, as multiples of the best one
 
 
 def quantize(latents: Tensor, quantizer: Quantizer) -> Tensor:
@@ -53,12 +55,13 @@ def _whole(cells: Tensor, quantizer: Quantizer) -> Tensor:
 
 
 def fit_quantizer(latents: Tensor, bits: int, joint: bool = False) -> Quantizer:
-    """The uniform quantizer of `bits` bits with the least mean squared error on `latents`, f32 [B,C,h,w].
+    """The uniform quantizer of `bits` bits with the least mean squared error on `latents`, f32 [B,C,h,w], within 1%.
 
     For each channel, by Lloyd's algorithm (IEEE Trans. Inf. Theory 28, 1982) with the codebook held uniform:
     give each value its nearest code, then solve for the lo and step that reconstruct best (a linear
     least-squares fit of values on codes); each of the two can only lower the error. Run from `_STARTS` ranges,
-    and the best is taken. joint: with a filter, see `latentprep.joint`.
+    and the best is taken. There the error is flat, while the codes' entropy falls with the step by log2 of it: so the
+    widest step whose error is within `_SLACK` of the least is kept. joint: with a filter, see `latentprep.joint`.
 
     Raises `CodecError` if a value is NaN or infinite.
     """
@@ -104,7 +107,20 @@ def _fit_channel(values: np.ndarray, levels: int) -> tuple[float, float]:
         slope = ((codes * total).sum(1, keepdims=True) / n - mean_code * mean_value) / np.maximum(spread, 1e-12)
         step = np.maximum(np.where(spread > 1e-9, slope, step), (high - low) * 1e-9)
         lo = mean_value - mean_code * step
-    return _float32(best[1]), _float32(best[2])
+    lo, step = _widest(values, sums, levels, best[1], best[2])
+    return _float32(lo), _float32(step)
+
+
+def _widest(values: np.ndarray, sums: np.ndarray, levels: int, lo: float, step: float) -> tuple[float, float]:
+    """The widest step about the same middle whose squared error is within `_SLACK`: sorted f64 [n] -> (lo, step)"""
+    steps = step * _WIDER[:, None]
+    middles = lo + levels / 2 * step + (np.arange(levels) + 0.5 - levels / 2) * steps
+    ends = np.zeros((len(steps), levels + 1), int)
+    ends[:, -1] = len(values)
+    ends[:, 1:-1] = np.searchsorted(values, middles[:, 1:] - steps / 2)
+    error = ((np.diff(ends) * middles - 2 * np.diff(sums[ends])) * middles).sum(1) + np.square(values).sum()
+    chosen = int(np.flatnonzero(error <= (1 + _SLACK) * error[0])[-1])
+    return lo + levels / 2 * (step - steps[chosen, 0]), steps[chosen, 0]
 
 
 def _float32(value: float) -> float:
