@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import json
 import tempfile
 import time
@@ -110,12 +111,13 @@ def bench_codec(codec: Codec, device: torch.device, size: int, batch: int, bound
     }
 
 
-def bench_training(device: torch.device, samples: int, batch: int, bound: dict, epochs: int) -> dict:
+def bench_training(device: torch.device, samples: int, batch: int, bound: dict, epochs: int, compile: bool) -> dict:
     """Epochs on random 4-bit codes of 4 x 32 x 32 that are on the device, and batches alone without the network."""
     codes = torch.randint(0, 16, (samples, 1, 4, 32, 32), dtype=torch.uint8, device=device)
     split = Split(codes, torch.randint(0, 1000, (samples,), device=device))
     net = NetConfig((4, 32, 32), 1000, 4, (-2.0,) * 4, (0.25,) * 4)
-    config = RunConfig(net, make_recipe(epochs=epochs, batch_size=batch), Augment(), {}, versions())
+    recipe = make_recipe(epochs=epochs, batch_size=batch, compile=compile)
+    config = RunConfig(net, recipe, Augment(), {}, versions())
     state = start_state(config, device)
     with silent("", 0, "") as bar:
         seconds = timed(device, lambda: train_epoch(state, config, split, 0, bar), epochs)
@@ -125,6 +127,7 @@ def bench_training(device: torch.device, samples: int, batch: int, bound: dict, 
     return {
         "samples": samples,
         "batch": batch,
+        "compiled": compile,
         "epoch_s": spread(seconds),
         "samples_per_s": rate,
         "share_of_measured_flops": 3 * count_flops(state.net) * rate / bound["flops"],
@@ -155,12 +158,10 @@ def main() -> None:
                 result[f"{name}_{size}"] = bench_codec(codec, device, size, batch, bound, images)
                 print(name, size, json.dumps(result[f"{name}_{size}"]), flush=True)
     for name, samples in (("imagenette", 9_469), ("imagenet", 1_281_167)):
-        for batch in (64,) if small else (64, 256, 1024):
-            count = min(samples, 256) if small else samples
-            result[f"train_{name}_{batch}"] = bench_training(device, count, batch, bound, 1 if count > 1e5 else 3)
-            print(name, batch, json.dumps(result[f"train_{name}_{batch}"]), flush=True)
-            if small:
-                break
+        for batch, compile in ((64, False),) if small else itertools.product((64, 256, 1024), (False, True)):
+            count, row = min(samples, 256) if small else samples, f"train_{name}_{batch}" + "_compiled" * compile
+            result[row] = bench_training(device, count, batch, bound, 1 if count > 1e5 else 3, compile)
+            print(row, json.dumps(result[row]), flush=True)
     if small:
         print(json.dumps(machine() | result, indent=1))
     else:

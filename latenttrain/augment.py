@@ -15,7 +15,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from latentprep.errors import UsageError, nearest
@@ -73,48 +72,71 @@ def augment(
 
     Depends on ``generator`` (on the device of the codes) alone. Gradients flow to a stem that learns.
     """
+    return augmented(net, codes, labels, config, draw(net, len(codes), config, codes.device, generator))
+
+
+def draw(net: Net, batch: int, config: Augment, device: torch.device, generator: Generator | None) -> dict[str, Tensor]:
+    """All that is random about a batch, uniform in 0…1, f32: what follows is a pure function, which can be compiled."""
+    mixed = bool(config.mixup or config.cutmix)
+    shapes = {
+        "shift": ((2, batch), bool(config.shift or config.zoom)),
+        "zoom": ((2, batch), bool(config.shift or config.zoom)),
+        "mirror": ((batch, 1, 1, 1), config.mirror),
+        "noise": ((batch, *net.config.latent), config.noise),
+        "cutmix": ((2, batch), mixed and bool(config.cutmix)),
+        "which_mix": ((batch,), bool(config.mixup and config.cutmix)),
+        "cutmix_centre": ((2, batch), mixed and bool(config.cutmix)),
+        "mixup": ((2, batch), mixed and bool(config.mixup)),
+        "cutout": ((2, batch), bool(config.cutout)),
+        "channel_drop": ((batch, int(net.stem.planes), 1, 1), bool(config.channel_drop)),  # type: ignore[arg-type]
+    }
+    return {
+        name: torch.rand(shape, generator=generator, device=device) for name, (shape, used) in shapes.items() if used
+    }
+
+
+def augmented(
+    net: Net, codes: Tensor, labels: Tensor, config: Augment, random: dict[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """What `augment` makes of a batch, given what `draw` drew for it."""
     device, batch = codes.device, len(codes)
-
-    def uniform(*shape: int) -> Tensor:
-        return torch.rand(shape, generator=generator, device=device)
-
     move: Callable[[Tensor], Tensor] | None = None
     if config.shift or config.zoom:
-        shift = (uniform(2, batch) * (2 * config.shift + 1)).long() - config.shift
-        move = partial(moved, shift=shift, scale=(1 + config.zoom) ** (2 * uniform(2, batch) - 1))
+        shift = (random["shift"] * (2 * config.shift + 1)).long() - config.shift
+        move = partial(moved, shift=shift, scale=(1 + config.zoom) ** (2 * random["zoom"] - 1))
     if move and not net.reads_neighbours:
         codes = move(codes)
     if config.mirror:
-        codes = torch.where(uniform(batch, 1, 1, 1) < 0.5, mirrored(net, codes, config.mirror_signs), codes)
+        codes = torch.where(random["mirror"] < 0.5, mirrored(net, codes, config.mirror_signs), codes)
     if config.noise:
-        codes = codes + uniform(*codes.shape) - 0.5
+        codes = codes + random["noise"] - 0.5
     planes = net.planes(codes)
     if move and net.reads_neighbours:  # what lies beside a code must be what lay there when it was chosen
         planes = move(planes)
-    targets = F.one_hot(labels, net.config.classes).float()
+    targets = (labels[:, None] == torch.arange(net.config.classes, device=device)).float()
 
     if config.mixup or config.cutmix:
         partner = planes.roll(1, 0)  # the batch came shuffled, so any fixed partner is a random one
         keep = torch.ones(batch, device=device)
         if config.cutmix:
-            area = 1 - symmetric_beta(uniform(2, batch), config.cutmix)
+            area = 1 - symmetric_beta(random["cutmix"], config.cutmix)
             if config.mixup:
-                area = area * (uniform(batch) < 0.5)
-            taken = rectangle(planes, uniform(2, batch), area.sqrt())
+                area = area * (random["which_mix"] < 0.5)
+            taken = rectangle(planes, random["cutmix_centre"], area.sqrt())
             planes = torch.where(taken[:, None], partner, planes)
             keep = 1 - taken.float().mean((1, 2))
         if config.mixup:
-            weight = symmetric_beta(uniform(2, batch), config.mixup)
+            weight = symmetric_beta(random["mixup"], config.mixup)
             if config.cutmix:
                 weight = torch.where(keep < 1, 1.0, weight)
             planes = torch.lerp(partner, planes, weight[:, None, None, None])
             keep = keep * weight
         targets = torch.lerp(targets.roll(1, 0), targets, keep[:, None])
     if config.cutout:
-        erased = rectangle(planes, uniform(2, batch), torch.full((batch,), config.cutout, device=device))
+        erased = rectangle(planes, random["cutout"], torch.full((batch,), config.cutout, device=device))
         planes = planes.masked_fill(erased[:, None], 0)
     if config.channel_drop:
-        planes = planes * (uniform(*planes.shape[:2], 1, 1) >= config.channel_drop)
+        planes = planes * (random["channel_drop"] >= config.channel_drop)
     return planes, targets
 
 

@@ -138,6 +138,13 @@ def fit(
     ] = None,
     cache_dir: CacheDir = None,
     cache_size: CacheSize = 10.0,
+    compile: Annotated[
+        bool,
+        typer.Option(
+            "--compile",
+            help="Generate code for the training step first: for long runs. On CUDA it runs as CUDA graphs.",
+        ),
+    ] = False,
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Log the metrics for TensorBoard too, in the run folder.")
     ] = False,
@@ -181,6 +188,7 @@ def fit(
             holdout=holdout,
             stream=stream,
             buffer=buffer,
+            compile=compile,
             tensorboard=tensorboard,
             resume=resume,
             overwrite=overwrite,

@@ -19,7 +19,11 @@ CANONICAL = 0.5  # how often a sample that has several views shows view 0, as al
 
 
 class Samples(Protocol):
-    """What training and evaluation ask of a split: `Split` holds it in memory, `StreamedSplit` reads it from disk."""
+    """What training and evaluation ask of a split: `Split` holds it in memory, `StreamedSplit` reads it from disk.
+
+    A training batch comes as `training_rows` names it, and `codes_of` makes codes of that: a pure function, so that it
+    can be compiled together with what follows.
+    """
 
     def __len__(self) -> int: ...
 
@@ -31,7 +35,9 @@ class Samples(Protocol):
 
     def classes(self) -> list[int]: ...
 
-    def training_batches(self, batch_size: int, generator: Generator) -> Iterator[tuple[Tensor, Tensor]]: ...
+    def training_rows(self, batch_size: int, generator: Generator) -> Iterator[tuple[Tensor, Tensor]]: ...
+
+    def codes_of(self, rows: Tensor) -> Tensor: ...
 
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]: ...
 
@@ -61,8 +67,8 @@ class Split:
         """Codes as they are held -> u8 [B,C,h,w]"""
         return codes
 
-    def training_batches(self, batch_size: int, generator: Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        """One epoch in random order, of each sample one view: codes u8 [B,C,h,w], labels i64 [B].
+    def training_rows(self, batch_size: int, generator: Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        """One epoch in random order, of each sample one view: rows of the codes i64 [B], labels i64 [B].
 
         View 0 with probability `CANONICAL`, else any other. The order depends on the generator (on the split's device)
         alone.
@@ -75,9 +81,16 @@ class Split:
             view = view.masked_fill(canonical, 0)
         for index in range(batches_per_epoch(samples, batch_size)):
             chosen = order[index * batch_size : (index + 1) * batch_size]
-            # Whole rows: on a CPU torch copies them 20 times as fast as what two indices pick.
-            codes = self.codes.flatten(0, 1).index_select(0, chosen * views + view[chosen])
-            yield self.unpacked(codes), self.labels[chosen]
+            yield chosen * views + view[chosen], self.labels[chosen]
+
+    def codes_of(self, rows: Tensor) -> Tensor:
+        """i64 [B] -> u8 [B,C,h,w]. Whole rows: on a CPU torch copies them 20 times as fast as what two indices pick."""
+        return self.unpacked(self.codes.flatten(0, 1).index_select(0, rows))
+
+    def training_batches(self, batch_size: int, generator: Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        """One epoch as `training_rows` draws it: codes u8 [B,C,h,w], labels i64 [B]."""
+        for rows, labels in self.training_rows(batch_size, generator):
+            yield self.codes_of(rows), labels
 
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Every sample once, in order, view 0: codes u8 [B,C,h,w], labels i64 [B]."""

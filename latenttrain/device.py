@@ -3,28 +3,60 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from latentprep.device import has_fast_bfloat16
+from latentprep.errors import SystemFault
 
 
-def autocast(net: nn.Module, device: torch.device) -> Any:
-    """bfloat16 where the hardware multiplies it faster than float32; elsewhere nothing changes.
+def in_bfloat16(net: nn.Module, device: torch.device) -> bool:
+    """Whether a network runs in bfloat16: where the hardware multiplies it faster than float32.
 
     A network with strided depthwise convolutions stays in float32 on a CPU: oneDNN (torch 2.13) takes 7 to 80 times as
     long for their bfloat16 gradients.
     """
-    if not has_fast_bfloat16(device) or (device.type == "cpu" and any(map(_strided_depthwise, net.modules()))):
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, torch.bfloat16)
+    return has_fast_bfloat16(device) and not (device.type == "cpu" and any(map(_strided_depthwise, net.modules())))
+
+
+def autocast(net: nn.Module, device: torch.device) -> Any:
+    """bfloat16 inside where `in_bfloat16` says so; elsewhere nothing changes."""
+    return torch.autocast(device.type, torch.bfloat16) if in_bfloat16(net, device) else contextlib.nullcontext()
 
 
 def _strided_depthwise(module: nn.Module) -> bool:
     return isinstance(module, nn.Conv2d) and module.groups > 1 and max(module.stride) > 1
+
+
+def compiled(function: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
+    """The function as code generated for its arguments' shapes, forward and backward, by torch.compile.
+
+    On CUDA it runs as CUDA graphs, so that a small network does not wait for the host to start some hundred kernels.
+
+    When it is called: raises `SystemFault` where no code can be generated, as without a C++ compiler.
+    """
+    from torch._dynamo.exc import TorchDynamoException
+
+    whole = torch.compile(
+        function, fullgraph=True, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None
+    )
+
+    def call(*arguments: Any) -> Tensor:
+        try:
+            if device.type == "cuda":
+                torch.compiler.cudagraph_mark_step_begin()
+            return whole(*arguments)
+        except TorchDynamoException as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise SystemFault(
+                f"the training step cannot be compiled here: {reason}",
+                "leave out --compile; on CPUs it needs a C++ compiler",
+            ) from error
+
+    return call
 
 
 @contextlib.contextmanager

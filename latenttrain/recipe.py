@@ -33,6 +33,7 @@ class Recipe:
     seed: int = 0
     optimizer: str = "muon"  # or adam
     schedule: str = "cosine"  # or constant, after the warm-up
+    compile: bool = False  # the training step; it rounds differently, so a run goes on as it began
 
     def __post_init__(self) -> None:
         for name, words in (("optimizer", ("muon", "adam")), ("schedule", ("cosine", "constant"))):
@@ -48,6 +49,8 @@ class Recipe:
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise out_of_range(name, value, "a number")
             object.__setattr__(self, name, float(value))
+        if not isinstance(self.compile, bool):
+            raise out_of_range("compile", self.compile, "true or false")
         if not 0 < self.lr < math.inf:
             raise out_of_range("lr", self.lr, "a number above 0")
         if not 0 <= self.weight_decay < math.inf:

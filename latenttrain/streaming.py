@@ -134,6 +134,12 @@ class StreamedSplit:
                 slots[chosen[chosen < filled]] = slots[filled : filled + size][stays]
                 slots[filled : filled + size] = taken
 
+    training_rows = training_batches  # what comes are codes already
+
+    def codes_of(self, rows: Tensor) -> Tensor:
+        """u8 [B,C,h,w] as it is."""
+        return rows
+
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Every sample once, in order, view 0: codes u8 [B,C,h,w], labels i64 [B]."""
         codes, labels = np.empty((0, *self.dataset.manifest.latent), np.uint8), np.empty(0, np.int64)

@@ -22,11 +22,11 @@ from latentprep.errors import CheckpointError, SystemFault, UsageError
 from latentprep.format import LatentDataset
 from latentprep.format.places import Place
 
-from .augment import Augment, augment
+from .augment import Augment, augmented, draw
 from .checkpoint import CURVE, State, check_run_folder, read_config, restore, run_folder, save_epoch
 from .config import RunConfig, describe_dataset, versions
 from .data import Samples, batches_per_epoch, check_trainable, load_trained, opened
-from .device import autocast, reproducible, synchronize
+from .device import compiled, in_bfloat16, reproducible, synchronize
 from .evaluation import scores, split_logits
 from .nets import Net, NetConfig, build_net
 from .optimizers import make_optimizer
@@ -91,6 +91,7 @@ def fit(
     latents: str | Path | None = None,
     stream: bool | None = None,
     buffer: int | None = None,
+    compile: bool = False,
     tensorboard: bool = False,
     resume: bool = False,
     overwrite: bool = False,
@@ -110,6 +111,7 @@ def fit(
     in place of codes.
     stream: read train from disk in every epoch, by default where its codes take more than half of the free memory.
     buffer: shards that are then mixed at a time; the more, the closer the order is to a true permutation.
+    compile: generate code for the training step first, gather and unpacking of codes to the loss: `device.compiled`.
     tensorboard: log the metrics for it too, under the run folder.
     out: the run folder, by default `default_out`. resume: go on after the last whole epoch, to the same weights
     as without the break; overwrite: delete an earlier run there. progress: ``latentprep.console.progress_bar``.
@@ -132,6 +134,7 @@ def fit(
         warmup=warmup,
         ema=ema,
         seed=seed,
+        compile=compile,
     )
     if augment is None and recipe == "talk":
         augment = Augment.none()
@@ -311,12 +314,11 @@ def train_epoch(state: State, config: RunConfig, train: Samples, epoch: int, bar
     total = torch.zeros((), device=device)
     known = {"val_top-1": f"{state.metrics[-1]['top1']:.1%}"} if state.metrics else {}
     step = epoch * batches
-    for codes, labels in train.training_batches(recipe.batch_size, generator):
+    loss_of, bfloat16 = compiled(batch_loss, device) if recipe.compile else batch_loss, in_bfloat16(net, device)
+    for rows, labels in train.training_rows(recipe.batch_size, generator):
         state.optimizer.set_lr(recipe.lr_at(step, batches))
-        planes, targets = augment(net, codes, labels, config.augment, generator)
-        with autocast(net, device):
-            logits = net.logits(planes)
-        loss = F.cross_entropy(logits.float(), targets, label_smoothing=recipe.label_smoothing)
+        random = draw(net, len(labels), config.augment, device, generator)
+        loss = loss_of(net, train, rows, labels, random, config, bfloat16)
         loss.backward()
         state.optimizer.step()
         decay = min(recipe.ema, (1 + step) / (10 + step))  # the average forgets the start quickly
@@ -328,6 +330,22 @@ def train_epoch(state: State, config: RunConfig, train: Samples, epoch: int, bar
         if not mine.is_floating_point():
             mine.copy_(theirs)
     return total / batches
+
+
+def batch_loss(
+    net: Net,
+    train: Samples,
+    rows: Tensor,
+    labels: Tensor,
+    random: dict[str, Tensor],
+    config: RunConfig,
+    bfloat16: bool,
+) -> Tensor:
+    """From rows of the split to the loss, f32 []: gather, unpack, augment, dequantize, network. A pure function."""
+    planes, targets = augmented(net, train.codes_of(rows), labels, config.augment, random)
+    with torch.autocast(rows.device.type, torch.bfloat16) if bfloat16 else contextlib.nullcontext():
+        logits = net.logits(planes)
+    return F.cross_entropy(logits.float(), targets, label_smoothing=config.recipe.label_smoothing)
 
 
 def averaged_tensors(net: Net) -> list[Tensor]:

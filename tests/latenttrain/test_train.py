@@ -141,6 +141,7 @@ def test_resuming_a_run_that_ended_changes_nothing(whole, codes, small):
         ({"epochs": 6}, "epochs = 5, asked is 6"),
         ({"width": 0.5}, "width = 0.25, asked is 0.5"),
         ({"limit": 64}, "dataset.limit = null, asked is 64"),
+        ({"compile": True}, "compile = false, asked is true"),
         ({"augment": Augment(shift=1)}, r"augment.shift = \d, asked is 1"),
     ],
 )

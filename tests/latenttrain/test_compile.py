@@ -1,0 +1,101 @@
+"""The training step as one pure function that torch.compile takes whole."""
+
+import functools
+import shutil
+
+import pytest
+import torch
+
+import latenttrain
+from latentprep.errors import SystemFault
+from latenttrain.augment import Augment, augmented, draw
+from latenttrain.checkpoint import read_config
+from latenttrain.config import RunConfig, versions
+from latenttrain.data import Split
+from latenttrain.nets import NetConfig, build_net
+from latenttrain.packing import PackedSplit, pack
+from latenttrain.recipe import make_recipe
+from latenttrain.stems import STEMS
+from latenttrain.train import batch_loss
+
+CPU = torch.device("cpu")
+ALL = Augment(mixup=0.2, cutmix=0.3, noise=True, mirror=True, channel_drop=0.1)
+
+
+def net_of(bits, grid=8, **changes):
+    torch.manual_seed(0)
+    quantizer = {"bits": bits, "lo": (-2.0,) * 4, "step": (0.25,) * 4}
+    return build_net(NetConfig((4, grid, grid), 10, **quantizer, width=0.25, **changes))
+
+
+def split_of(bits, packed, grid=8, samples=64):
+    codes = torch.randint(0, 1 << bits, (samples, 1, 4, grid, grid), dtype=torch.uint8)
+    labels = torch.randint(0, 10, (samples,))
+    return PackedSplit(pack(codes.flatten(2), bits), labels, bits, (4, grid, grid)) if packed else Split(codes, labels)
+
+
+@pytest.mark.parametrize("augmentation", [Augment(), ALL], ids=["default", "all"])
+@pytest.mark.parametrize(("bits", "filtered"), [(3, False), (4, True)])
+@pytest.mark.parametrize("stem", STEMS)
+def test_the_step_is_one_graph_without_a_break(stem, bits, filtered, augmentation):
+    torch._dynamo.reset()
+    net = net_of(bits, stem=stem, filter=(0.01,) * 144 if filtered else ())
+    split, generator = split_of(bits, packed=not filtered), torch.Generator().manual_seed(0)
+    config = RunConfig(net.config, make_recipe(), augmentation, {}, versions())
+    rows, labels = next(split.training_rows(16, generator))
+    random = draw(net, 16, augmentation, CPU, generator)
+    whole = torch.compile(batch_loss, fullgraph=True, dynamic=False, backend="aot_eager")
+    found = []
+    for function in (batch_loss, whole):
+        net.zero_grad()
+        loss = function(net, split, rows, labels, random, config, False)
+        loss.backward()
+        found.append([loss.detach(), *(parameter.grad for parameter in net.parameters())])
+    torch.testing.assert_close(found[1], found[0])
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="generating code for CPUs takes a C++ compiler")
+@pytest.mark.parametrize("bits", [3, 4])
+def test_generated_code_gathers_unpacks_moves_and_dequantizes_the_same_planes(bits):
+    from torch._inductor import metrics
+
+    torch._dynamo.reset()
+    metrics.reset()
+    net, split, generator = net_of(bits, 28), split_of(bits, True, 28), torch.Generator().manual_seed(0)
+    rows, labels = next(split.training_rows(32, generator))
+    random = draw(net, 32, Augment(), CPU, generator)
+
+    def planes(rows, labels, random):
+        return augmented(net, split.codes_of(rows), labels, Augment(), random)
+
+    with torch.no_grad():
+        found = torch.compile(planes, fullgraph=True, dynamic=False)(rows, labels, random)
+    assert metrics.generated_kernel_count <= 5  # codes are moved as they are unpacked, erased as they are dequantized
+    for mine, theirs in zip(found, planes(rows, labels, random), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_a_compiled_run_says_so_and_learns_the_same(codes, small, tmp_path, monkeypatch):
+    plain = latenttrain.fit(codes, **small, out=tmp_path / "plain")
+    calls = []
+
+    def compiler(function, **settings):
+        calls.append(settings)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    compiled = latenttrain.fit(codes, **small, out=tmp_path / "compiled", compile=True)
+    assert calls[0] == {"fullgraph": True, "dynamic": False, "mode": None}
+    assert (compiled.top1, compiled.last_top1) == (plain.top1, plain.last_top1)
+    assert read_config(tmp_path / "compiled").recipe.compile
+    assert not read_config(tmp_path / "plain").recipe.compile
+
+
+def test_a_machine_that_cannot_compile_says_so(codes, small, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise torch._dynamo.exc.InvalidBackend("no compiler")
+
+    monkeypatch.setattr(torch, "compile", functools.partial(lambda function, **_: fail))
+    with pytest.raises(SystemFault, match="cannot be compiled") as error:
+        latenttrain.fit(codes, **small, out=tmp_path / "run", compile=True)
+    assert "--compile" in error.value.hint
