@@ -1,0 +1,91 @@
+"""An epoch on codes against an epoch of the conventional pipeline: MobileNetV2 on 224 px JPEGs, decoded by workers.
+
+    python benchmarks/epoch_ratio.py imagenette --shards shards
+
+Nothing is trained to an end: each network's first steps are clocked in turn, round by round, so that the machine's mood
+is the same for all. `talk_table.py` has what the networks learn. Without arguments: the built-in `shapes`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+import latentprep
+from common import record, spread
+from latentprep.console import silent, tune_process
+from latentprep.device import pick_device
+from latentprep.sources import open_source
+from latenttrain.data import Split, batches_per_epoch, load_trained
+from latenttrain.device import synchronize
+from latenttrain.recipe import make_recipe, preset_settings
+from latenttrain.scaling import count_flops, count_parameters
+from latenttrain.train import plan_run, start_state, train_epoch
+from talk_table import Images, JpegSplit, pixels_config
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", nargs="?", default="shapes")
+    parser.add_argument("--shards", type=Path, default=None, help="the latent dataset made of it (default: dct, 4 bits)")
+    parser.add_argument("--size", type=int, default=224, help="pixels a side of the JPEG row")
+    parser.add_argument("--images", type=int, default=256, help="clocked a round on JPEGs; 16 times as many on codes")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--device", default="auto")
+    asked = parser.parse_args()
+    asked.recipe, asked.epochs, asked.seed, asked.limit = "talk", 1, 0, None
+    tune_process()
+    device, source = pick_device(asked.device), open_source(asked.source)
+    with tempfile.TemporaryDirectory() as folder:
+        if asked.shards is None:
+            latentprep.encode(asked.source, codec="dct", out=folder)
+        dataset = latentprep.open(asked.shards or folder)
+        codes = load_trained(dataset, device)[0]
+    config = pixels_config(asked, source)
+    images = JpegSplit(Images(source.take(asked.images), "train", asked.size), asked.workers, device)
+    rows = [("MobileNetV2 on JPEGs", config, images, start_state(config, device), [])]
+    some = Split(codes.codes[: 16 * asked.images], codes.labels[: 16 * asked.images])
+    for name, preset in (("default", None), ("--preset fast", "fast")):
+        width = preset_settings(preset)["width"]
+        config = plan_run(dataset, make_recipe(epochs=1), width, 1.0, "latentnet", "affine", None)
+        rows.append((name, config, some, start_state(config, device), []))
+    with silent("", 0, "") as bar:
+        for turn in range(asked.rounds + 1):  # the first warms up
+            for _, config, split, state, seconds in rows:
+                batch = config.recipe.batch_size
+                synchronize(device)
+                start = time.perf_counter()
+                train_epoch(state, config, split, 0, bar)
+                synchronize(device)
+                step = (time.perf_counter() - start) / batches_per_epoch(len(split), batch)
+                if turn:
+                    seconds.append(step / batch)
+    slow = rows[0][-1]
+    record(
+        "epoch_ratio",
+        {
+            "device": str(device),
+            "precision": "as fit chooses: MobileNetV2 in float32, ours in bfloat16 where the CPU multiplies it",
+            "rows": [
+                {
+                    "network": name,
+                    "parameters": count_parameters(state.net),
+                    "flops_a_sample": count_flops(state.net),
+                    "samples_per_s": spread([1 / s for s in seconds]),
+                    "seconds_an_epoch": spread([s * source.size("train") for s in seconds]),
+                    "times_as_fast": spread([a / b for a, b in zip(slow, seconds, strict=True)]),
+                }
+                for name, _, _, state, seconds in rows
+            ],
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
