@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 DEMO ?= demo
 # ablation and net_search, which take hours on real images, are run by hand.
-BENCHMARKS := startup encode_ratio requantize talk_table time_to_accuracy loader_peers disk_peers scale
+BENCHMARKS := startup encode_ratio requantize epoch_ratio talk_table time_to_accuracy loader_peers disk_peers scale
 
 .PHONY: demo test lint docs bench bench-gpu chaos clean help
 

@@ -14,8 +14,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-
 import latentprep
 from common import record, spread
 from latentprep.console import silent, tune_process
@@ -32,7 +30,7 @@ from talk_table import Images, JpegSplit, pixels_config
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", nargs="?", default="shapes")
-    parser.add_argument("--shards", type=Path, default=None, help="the latent dataset made of it (default: dct, 4 bits)")
+    parser.add_argument("--shards", type=Path, default=None, help="a latent dataset of it (default: dct, 4 bits)")
     parser.add_argument("--size", type=int, default=224, help="pixels a side of the JPEG row")
     parser.add_argument("--images", type=int, default=256, help="clocked a round on JPEGs; 16 times as many on codes")
     parser.add_argument("--rounds", type=int, default=5)

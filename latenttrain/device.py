@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -31,15 +31,20 @@ def _strided_depthwise(module: nn.Module) -> bool:
     return isinstance(module, nn.Conv2d) and module.groups > 1 and max(module.stride) > 1
 
 
-def compiled(function: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
+def compiled(
+    function: Callable[..., Tensor], device: torch.device, resident: Iterable[Tensor] = ()
+) -> Callable[..., Tensor]:
     """The function as code generated for its arguments' shapes, forward and backward, by torch.compile.
 
     On CUDA it runs as CUDA graphs, so that a small network does not wait for the host to start some hundred kernels.
+    resident: what it reads besides parameters and stays where it is, such as all codes; a graph has a copy of all else.
 
     When it is called: raises `SystemFault` where no code can be generated, as without a C++ compiler.
     """
     from torch._dynamo.exc import TorchDynamoException
 
+    for tensor in resident:
+        torch._dynamo.mark_static_address(tensor)
     whole = torch.compile(
         function, fullgraph=True, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None
     )

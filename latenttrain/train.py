@@ -314,7 +314,9 @@ def train_epoch(state: State, config: RunConfig, train: Samples, epoch: int, bar
     total = torch.zeros((), device=device)
     known = {"val_top-1": f"{state.metrics[-1]['top1']:.1%}"} if state.metrics else {}
     step = epoch * batches
-    loss_of, bfloat16 = compiled(batch_loss, device) if recipe.compile else batch_loss, in_bfloat16(net, device)
+    bfloat16, loss_of = in_bfloat16(net, device), batch_loss
+    if recipe.compile:
+        loss_of = compiled(batch_loss, device, [held for held in vars(train).values() if isinstance(held, Tensor)])
     for rows, labels in train.training_rows(recipe.batch_size, generator):
         state.optimizer.set_lr(recipe.lr_at(step, batches))
         random = draw(net, len(labels), config.augment, device, generator)

@@ -77,7 +77,8 @@ def test_generated_code_gathers_unpacks_moves_and_dequantizes_the_same_planes(bi
 
 def test_a_compiled_run_says_so_and_learns_the_same(codes, small, tmp_path, monkeypatch):
     plain = latenttrain.fit(codes, **small, out=tmp_path / "plain")
-    calls = []
+    calls, resident = [], []
+    monkeypatch.setattr(torch._dynamo, "mark_static_address", resident.append)
 
     def compiler(function, **settings):
         calls.append(settings)
@@ -86,6 +87,7 @@ def test_a_compiled_run_says_so_and_learns_the_same(codes, small, tmp_path, monk
     monkeypatch.setattr(torch, "compile", compiler)
     compiled = latenttrain.fit(codes, **small, out=tmp_path / "compiled", compile=True)
     assert calls[0] == {"fullgraph": True, "dynamic": False, "mode": None}
+    assert len(resident) == 2 * small["epochs"]  # codes and labels
     assert (compiled.top1, compiled.last_top1) == (plain.top1, plain.last_top1)
     assert read_config(tmp_path / "compiled").recipe.compile
     assert not read_config(tmp_path / "plain").recipe.compile
