@@ -21,10 +21,10 @@ from latentprep.device import pick_device
 from latentprep.sources import open_source
 from latenttrain.data import Split, batches_per_epoch, load_trained
 from latenttrain.device import synchronize
-from latenttrain.recipe import make_recipe, preset_settings
+from latenttrain.recipe import make_recipe
 from latenttrain.scaling import count_flops, count_parameters
 from latenttrain.train import plan_run, start_state, train_epoch
-from talk_table import Images, JpegSplit, pixels_config
+from talk_table import NARROW, Images, JpegSplit, pixels_config
 
 
 def main() -> None:
@@ -49,8 +49,7 @@ def main() -> None:
     images = JpegSplit(Images(source.take(asked.images), "train", asked.size), asked.workers, device)
     rows = [("MobileNetV2 on JPEGs", config, images, start_state(config, device), [])]
     some = Split(codes.codes[: 16 * asked.images], codes.labels[: 16 * asked.images])
-    for name, preset in (("default", None), ("--preset fast", "fast")):
-        width = preset_settings(preset)["width"]
+    for name, width in (("default", 1.0), (f"--width {NARROW:g}", NARROW)):
         config = plan_run(dataset, make_recipe(epochs=1), width, 1.0, "latentnet", "affine", None)
         rows.append((name, config, some, start_state(config, device), []))
     with silent("", 0, "") as bar:

@@ -63,14 +63,12 @@ def fit(
     preset: Annotated[
         str | None,
         typer.Option(
-            help="fast: width 0.6, 12 epochs, a third more --lr. best: --full-grid 2, 40 epochs, batches of 32. "
+            help="fast: 9 epochs. best: --full-grid 2, 40 epochs, batches of 32. "
             "Each gives way to what is asked for itself.",
             show_default=False,
         ),
     ] = None,
-    width: Annotated[
-        float | None, typer.Option(help="Factor on the network's channels (default 1).", show_default=False)
-    ] = None,
+    width: Annotated[float, typer.Option(help="Factor on the network's channels.")] = 1.0,
     depth: Annotated[float, typer.Option(help="Factor on the network's blocks.")] = 1.0,
     full_grid: Annotated[
         int | None,

@@ -93,27 +93,24 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 # What `fit --preset` sets, unless it is given itself; docs/results.md has what each comes to.
 PRESETS: dict[str, dict[str, Any]] = {
-    "fast": {"width": 0.6, "epochs": 12, "base_lr": 0.06},  # narrow networks want more
+    "fast": {"epochs": 9},
     "best": {"full_grid": 2, "epochs": 40, "batch_size": 32},
 }
 
 
 def preset_settings(name: str | None) -> dict[str, Any]:
-    """Width, convolutions on the full grid, epochs, batch size and `BASE_LR`'s substitute; None is the recipe's own.
+    """Convolutions on the full grid, epochs and batch size; None is the recipe's own.
 
     Raises `UsageError` for a name that is not there.
     """
     if name is not None and name not in PRESETS:
         raise UsageError(f"unknown preset {name!r}", nearest(name, list(PRESETS)))
-    settings = {"width": 1.0, "full_grid": 1, "epochs": None, "batch_size": None, "base_lr": BASE_LR}
+    settings = {"full_grid": 1, "epochs": None, "batch_size": None}
     return settings | PRESETS.get(name or "", {})
 
 
-def make_recipe(name: str = "default", base_lr: float = BASE_LR, **given: Any) -> Recipe:
+def make_recipe(name: str = "default", **given: Any) -> Recipe:
     """A recipe by its name in `RECIPES`, changed by what is given and not None.
-
-    base_lr: the peak at `BASE_BATCH` samples a batch and `BASE_EPOCHS`, where neither the recipe nor what is given says
-    what it is.
 
     Raises `UsageError` for a name that is not there or a number out of range.
     """
@@ -121,14 +118,14 @@ def make_recipe(name: str = "default", base_lr: float = BASE_LR, **given: Any) -
         raise UsageError(f"unknown recipe {name!r}", nearest(name, list(RECIPES)))
     settings = RECIPES[name] | {key: value for key, value in given.items() if value is not None}
     batch_size, epochs = settings.get("batch_size", BASE_BATCH), settings.get("epochs", BASE_EPOCHS)
-    settings.setdefault("lr", default_lr(batch_size, epochs, base_lr))
+    settings.setdefault("lr", default_lr(batch_size, epochs))
     return Recipe(**settings)
 
 
-def default_lr(batch_size: int, epochs: int, base_lr: float = BASE_LR) -> float:
+def default_lr(batch_size: int, epochs: int) -> float:
     """The peak learning rate for a batch of so many samples and so many epochs."""
     batches = math.sqrt(max(1, batch_size) / BASE_BATCH)
-    return round(base_lr * batches * (BASE_EPOCHS / max(1, epochs)) ** LR_BY_EPOCHS, 6)
+    return round(BASE_LR * batches * (BASE_EPOCHS / max(1, epochs)) ** LR_BY_EPOCHS, 6)
 
 
 def out_of_range(name: str, value: object, allowed: str) -> UsageError:

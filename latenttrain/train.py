@@ -68,7 +68,7 @@ def fit(
     dataset: str | Path | LatentDataset,
     *,
     preset: str | None = None,
-    width: float | None = None,
+    width: float = 1.0,
     depth: float = 1.0,
     full_grid: int | None = None,
     recipe: str = "default",
@@ -99,8 +99,8 @@ def fit(
 ) -> FitResult:
     """Train a network on the train split of a latent dataset, evaluating it on the val split after each epoch.
 
-    dataset: its folder, or what `latentprep.open` returned. preset: one of `PRESETS`: a network, epochs, batch size
-    and rate that go together, in place of the default and the recipe's own. width, depth: see `latenttrain.scaling`.
+    dataset: its folder, or what `latentprep.open` returned. preset: one of `PRESETS`: a network, epochs and batch
+    size that go together, in place of the default and the recipe's own. width, depth: see `latenttrain.scaling`.
     full_grid: how many 3 x 3 convolutions read the whole grid, 1 by default.
     recipe: one of `RECIPES`; epochs to ema: in place of its own. lr: the peak. augment: None is the recipe's, which is
     none for ``talk`` and else the default of `Augment`, with mirroring where the dataset's codec has an exact mirror,
@@ -122,10 +122,8 @@ def fit(
     be trained on, `CheckpointError` for a run folder in the way, `SystemFault` for a device absent or too small.
     """
     chosen = preset_settings(preset)
-    width = chosen["width"] if width is None else width
     asked = make_recipe(
         recipe,
-        chosen["base_lr"],
         epochs=chosen["epochs"] if epochs is None else epochs,
         batch_size=chosen["batch_size"] if batch_size is None else batch_size,
         lr=lr,

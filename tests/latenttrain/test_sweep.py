@@ -14,7 +14,7 @@ from latentprep.quantize import quantize
 from latentprep.sources import open_source
 from latenttrain.checkpoint import load_net, read_config
 from latenttrain.data import float_codes, load_trained
-from latenttrain.recipe import PRESETS, default_lr, preset_settings
+from latenttrain.recipe import default_lr, preset_settings
 from latenttrain.scaling import numbers, scale_table
 from latenttrain.sweep import FLOAT, Group, recommended, sweep
 
@@ -125,8 +125,8 @@ def test_a_held_out_part_of_train_takes_the_place_of_val(codes, tmp_path, small)
 def test_presets_set_what_goes_together_unless_it_is_given(codes, tmp_path):
     fast = latenttrain.fit(codes, preset="fast", epochs=1, device="cpu", out=tmp_path / "fast")
     config = read_config(tmp_path / "fast")
-    assert (config.net.width, config.recipe.epochs, fast.epochs) == (PRESETS["fast"]["width"], 1, 1)
-    assert config.recipe.lr == default_lr(64, 1, PRESETS["fast"]["base_lr"]) > default_lr(64, 1)
+    assert (config.net.width, config.recipe.epochs, fast.epochs) == (1, 1, 1)
+    assert config.recipe.lr == default_lr(64, 1)
     latenttrain.fit(codes, preset="best", width=0.3, depth=0.5, epochs=1, device="cpu", out=tmp_path / "best")
     config = read_config(tmp_path / "best")
     assert (config.net.width, config.net.full_grid) == (0.3, 2)
