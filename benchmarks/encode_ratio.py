@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, help="images a measurement (default 256, or 4096 of a light codec)")
     parser.add_argument("--enlarge", type=float, default=1.0, help="make the JPEGs that much larger a side first")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, help="default: what encode takes")
     options = parser.parse_args()
     console.tune_process()
     folder = assets()
@@ -50,8 +50,8 @@ def main() -> None:
         source = enlarged(source, options.enlarge)
     size = 224 if data else 128
     pixels = np.concatenate([load_views(source.read("train", i).data, size) for i in range(options.images)])
-    batches = torch.from_numpy(pixels).permute(0, 3, 1, 2).split(options.batch_size)
     stages = Stages(source, codec, options.batch_size, None, MAX_PIXELS)
+    batches = torch.from_numpy(pixels).permute(0, 3, 1, 2).split(stages.batch_samples(1))
     asked = _manifest(source, ["train"], codec, 4, False, size, codec.latent_shape(size, size), 1, 0, 1024, "zarr")
 
     manifest = calibrate(stages, asked, 32, silent)
@@ -81,7 +81,7 @@ def main() -> None:
             "images": options.images,
             "enlarged": options.enlarge,
             "size": size,
-            "batch_size": options.batch_size,
+            "batch_size": stages.batch_samples(1),
             "bare_codec_images_per_s": spread(bare),
             "reading_and_decoding_images_per_s": spread(decoding),
             "reading_and_decoding_by_pillow_images_per_s": spread(pillow),

@@ -60,7 +60,8 @@ class Stages:
 
     def batch_samples(self, views: int) -> int:
         """Samples whose views together make about one batch of the codec."""
-        return max(1, (self.batch_size or (128 if self.device.type == "cuda" else 32)) // views)
+        usual = 128 if self.device.type == "cuda" else 64 if getattr(self.codec, "light", False) else 32
+        return max(1, (self.batch_size or usual) // views)
 
     @contextmanager
     def cores_left_to_decoding(self) -> Iterator[None]:
