@@ -77,21 +77,21 @@ def augment(
 
 def draw(net: Net, batch: int, config: Augment, device: torch.device, generator: Generator | None) -> dict[str, Tensor]:
     """All that is random about a batch, uniform in 0…1, f32: what follows is a pure function, which can be compiled."""
-    mixed = bool(config.mixup or config.cutmix)
-    shapes = {
-        "shift": ((2, batch), bool(config.shift or config.zoom)),
-        "zoom": ((2, batch), bool(config.shift or config.zoom)),
+    planes = int(net.stem.planes)  # type: ignore[arg-type]
+    shapes = {  # and what asks for it
+        "shift": ((2, batch), config.shift or config.zoom),
+        "zoom": ((2, batch), config.shift or config.zoom),
         "mirror": ((batch, 1, 1, 1), config.mirror),
         "noise": ((batch, *net.config.latent), config.noise),
-        "cutmix": ((2, batch), mixed and bool(config.cutmix)),
-        "which_mix": ((batch,), bool(config.mixup and config.cutmix)),
-        "cutmix_centre": ((2, batch), mixed and bool(config.cutmix)),
-        "mixup": ((2, batch), mixed and bool(config.mixup)),
-        "cutout": ((2, batch), bool(config.cutout)),
-        "channel_drop": ((batch, int(net.stem.planes), 1, 1), bool(config.channel_drop)),  # type: ignore[arg-type]
+        "cutmix": ((2, batch), config.cutmix),
+        "which_mix": ((batch,), config.mixup and config.cutmix),
+        "cutmix_centre": ((2, batch), config.cutmix),
+        "mixup": ((2, batch), config.mixup),
+        "cutout": ((2, batch), config.cutout),
+        "channel_drop": ((batch, planes, 1, 1), config.channel_drop),
     }
     return {
-        name: torch.rand(shape, generator=generator, device=device) for name, (shape, used) in shapes.items() if used
+        name: torch.rand(shape, generator=generator, device=device) for name, (shape, asked) in shapes.items() if asked
     }
 
 
