@@ -11,20 +11,20 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
-import time
 from pathlib import Path
 
 import latentprep
 from common import record, spread
-from latentprep.console import silent, tune_process
+from latentprep.console import tune_process
 from latentprep.device import pick_device
 from latentprep.sources import open_source
-from latenttrain.data import Split, batches_per_epoch, load_trained
-from latenttrain.device import synchronize
+from latenttrain.config import RunConfig
+from latenttrain.data import Split, load_trained
+from latenttrain.nets import build_net
 from latenttrain.recipe import make_recipe
 from latenttrain.scaling import count_flops, count_parameters
-from latenttrain.train import plan_run, start_state, train_epoch
-from talk_table import NARROW, Images, JpegSplit, pixels_config
+from latenttrain.train import plan_run
+from talk_table import NARROW, Images, JpegSplit, clocked, pixels_config
 
 
 def main() -> None:
@@ -45,25 +45,13 @@ def main() -> None:
             latentprep.encode(asked.source, codec="dct", out=folder)
         dataset = latentprep.open(asked.shards or folder)
         codes = load_trained(dataset, device)[0]
-    config = pixels_config(asked, source)
     images = JpegSplit(Images(source.take(asked.images), "train", asked.size), asked.workers, device)
-    rows = [("MobileNetV2 on JPEGs", config, images, start_state(config, device), [])]
     some = Split(codes.codes[: 16 * asked.images], codes.labels[: 16 * asked.images])
-    for name, width in (("default", 1.0), (f"--width {NARROW:g}", NARROW)):
-        config = plan_run(dataset, make_recipe(epochs=1), width, 1.0, "latentnet", "affine", None)
-        rows.append((name, config, some, start_state(config, device), []))
-    with silent("", 0, "") as bar:
-        for turn in range(asked.rounds + 1):  # the first warms up
-            for _, config, split, state, seconds in rows:
-                batch = config.recipe.batch_size
-                synchronize(device)
-                start = time.perf_counter()
-                train_epoch(state, config, split, 0, bar)
-                synchronize(device)
-                step = (time.perf_counter() - start) / batches_per_epoch(len(split), batch)
-                if turn:
-                    seconds.append(step / batch)
-    slow = rows[0][-1]
+    work: list[tuple[RunConfig, Split | JpegSplit]] = [(pixels_config(asked, source), images)]
+    for width in (1.0, NARROW):
+        work.append((plan_run(dataset, make_recipe(epochs=1), width, 1.0, "latentnet", "affine", None), some))
+    names = ("MobileNetV2 on JPEGs", "default", f"--width {NARROW:g}")
+    clocks = clocked(work, device, asked.rounds)
     record(
         "epoch_ratio",
         {
@@ -72,13 +60,13 @@ def main() -> None:
             "rows": [
                 {
                     "network": name,
-                    "parameters": count_parameters(state.net),
-                    "flops_a_sample": count_flops(state.net),
+                    "parameters": count_parameters(build_net(config.net)),
+                    "flops_a_sample": count_flops(build_net(config.net)),
                     "samples_per_s": spread([1 / s for s in seconds]),
                     "seconds_an_epoch": spread([s * source.size("train") for s in seconds]),
-                    "times_as_fast": spread([a / b for a, b in zip(slow, seconds, strict=True)]),
+                    "times_as_fast": spread([a / b for a, b in zip(clocks[0], seconds, strict=True)]),
                 }
-                for name, _, _, state, seconds in rows
+                for name, (config, _), seconds in zip(names, work, clocks, strict=True)
             ],
         },
     )

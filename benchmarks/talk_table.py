@@ -172,31 +172,40 @@ def make_row(asked: argparse.Namespace, source: Source, codec: Codec, name: str)
     return row | {"training_flops_per_epoch": 3 * row["flops"] * source.size("train")}
 
 
+def clocked(work: list[tuple[RunConfig, Split | JpegSplit]], device: torch.device, rounds: int) -> list[list[float]]:
+    """Seconds a sample of training each network on its split, in turn, so many times after one to warm up."""
+    states = []
+    for config, _ in work:
+        torch.manual_seed(0)
+        states.append(start_state(config, device))
+    seconds: list[list[float]] = [[] for _ in work]
+    with console.silent("", 0, "") as bar:
+        for turn in range(rounds + 1):
+            for (config, split), state, own in zip(work, states, seconds, strict=True):
+                batch = min(config.recipe.batch_size, len(split))
+                synchronize(device)
+                start = time.perf_counter()
+                train_epoch(state, config, split, 0, bar)
+                synchronize(device)
+                if turn:
+                    own.append((time.perf_counter() - start) / batches_per_epoch(len(split), batch) / batch)
+    return seconds
+
+
 def clock(asked: argparse.Namespace, source: Source, rows: list[dict], rounds: int = 5, images: int = 256) -> None:
     """Adds to each row the seconds an epoch takes with nothing else running: all rows in turn, `rounds` times."""
     device = pick_device(asked.device)
     few = source.take(images)
-    work = []
+    work: list[tuple[RunConfig, Split | JpegSplit]] = []
     for row in rows:
         config = read_config(Path(row["run"]))
         if row["row"] == "pixels":
-            split = JpegSplit(Images(few, "train", asked.size), asked.workers, device)
+            work.append((config, JpegSplit(Images(few, "train", asked.size), asked.workers, device)))
         else:
             whole = load_trained(latentprep.open(config.dataset["path"]), device)[0]
-            split = Split(whole.codes[: 8 * images], whole.labels[: 8 * images])
-        torch.manual_seed(0)
-        work.append((row, config, split, start_state(config, device), []))
-    with console.silent("", 0, "") as bar:
-        for _, config, split, state, seconds in work * (rounds + 1):
-            batch = min(config.recipe.batch_size, len(split))
-            synchronize(device)
-            start = time.perf_counter()
-            train_epoch(state, config, split, 0, bar)
-            synchronize(device)
-            step = (time.perf_counter() - start) / batches_per_epoch(len(split), batch)
-            seconds.append(step * source.size("train") / batch)
-    for row, _, _, _, seconds in work:
-        row["clocked"] = spread(seconds[1:])  # the first warms up
+            work.append((config, Split(whole.codes[: 8 * images], whole.labels[: 8 * images])))
+    for row, seconds in zip(rows, clocked(work, device, rounds), strict=True):
+        row["clocked"] = spread([s * source.size("train") for s in seconds])
     slowest = rows[0]["clocked"]["median"]
     for row in rows:
         row["times_faster"] = slowest / row["clocked"]["median"]

@@ -21,8 +21,8 @@ CANONICAL = 0.5  # how often a sample that has several views shows view 0, as al
 class Samples(Protocol):
     """What training and evaluation ask of a split: `Split` holds it in memory, `StreamedSplit` reads it from disk.
 
-    A training batch comes as `training_rows` names it, and `codes_of` makes codes of that: a pure function, so that it
-    can be compiled together with what follows.
+    A training batch comes as `training_rows` names it, with labels i64 [B], and `codes_of` makes codes u8 [B,C,h,w] of
+    that: a pure function, so that it can be compiled together with what follows.
     """
 
     def __len__(self) -> int: ...

@@ -22,9 +22,9 @@ def in_bfloat16(net: nn.Module, device: torch.device) -> bool:
     return has_fast_bfloat16(device) and not (device.type == "cpu" and any(map(_strided_depthwise, net.modules())))
 
 
-def autocast(net: nn.Module, device: torch.device) -> Any:
-    """bfloat16 inside where `in_bfloat16` says so; elsewhere nothing changes."""
-    return torch.autocast(device.type, torch.bfloat16) if in_bfloat16(net, device) else contextlib.nullcontext()
+def autocast(bfloat16: bool, device: torch.device) -> Any:
+    """bfloat16 inside where `in_bfloat16` said so; elsewhere nothing changes."""
+    return torch.autocast(device.type, torch.bfloat16) if bfloat16 else contextlib.nullcontext()
 
 
 def _strided_depthwise(module: nn.Module) -> bool:

@@ -19,7 +19,7 @@ from latentprep.format import LatentDataset
 from .checkpoint import load_net
 from .config import check_dataset
 from .data import Samples, opened
-from .device import autocast
+from .device import autocast, in_bfloat16
 from .nets import Net
 from .streaming import judged_split
 
@@ -101,7 +101,7 @@ def split_logits(net: Net, split: Samples) -> Tensor:
     """f32 [n,classes] of view 0 of every sample, the network in evaluation mode and at the precision it trains in."""
     net.eval()
     size = max(1, _CELLS // math.prod(net.config.latent[1:]))
-    with torch.inference_mode(), autocast(net, split.device):
+    with torch.inference_mode(), autocast(in_bfloat16(net, split.device), split.device):
         return torch.cat([net(codes) for codes, _ in split.batches(size)])
 
 

@@ -130,6 +130,7 @@ def default_lr(batch_size: int, epochs: int) -> float:
 
 def out_of_range(name: str, value: object, allowed: str) -> UsageError:
     hints = {"lr": f"leave --lr out: {BASE_LR:g} at {BASE_BATCH} samples a batch and {BASE_EPOCHS} epochs, else scaled"}
+    hints["compile"] = "leave --compile out for false"
     default = getattr(Recipe, name, None)
     option = "--" + name.replace("_", "-")
     return UsageError(f"{option} must be {allowed}, got {value}", hints.get(name, f"use {option} {default}"))

@@ -26,7 +26,7 @@ from .augment import Augment, augmented, draw
 from .checkpoint import CURVE, State, check_run_folder, read_config, restore, run_folder, save_epoch
 from .config import RunConfig, describe_dataset, versions
 from .data import Samples, batches_per_epoch, check_trainable, load_trained, opened
-from .device import compiled, in_bfloat16, reproducible, synchronize
+from .device import autocast, compiled, in_bfloat16, reproducible, synchronize
 from .evaluation import scores, split_logits
 from .nets import Net, NetConfig, build_net
 from .optimizers import make_optimizer
@@ -341,9 +341,12 @@ def batch_loss(
     config: RunConfig,
     bfloat16: bool,
 ) -> Tensor:
-    """From rows of the split to the loss, f32 []: gather, unpack, augment, dequantize, network. A pure function."""
+    """From rows of the split to the loss: gather, unpack, augment, dequantize, network. A pure function.
+
+    rows: i64 [B], or u8 [B,C,h,w] where they are codes already; labels: i64 [B]; random: what `draw` drew -> f32 []
+    """
     planes, targets = augmented(net, train.codes_of(rows), labels, config.augment, random)
-    with torch.autocast(rows.device.type, torch.bfloat16) if bfloat16 else contextlib.nullcontext():
+    with autocast(bfloat16, rows.device):
         logits = net.logits(planes)
     return F.cross_entropy(logits.float(), targets, label_smoothing=config.recipe.label_smoothing)
 

@@ -1,9 +1,9 @@
 """The Zarr store: arrays to the bytes of one shard's files, and back.
 
-Zarr does the encoding, in memory, one shard at a time; which bytes reach the disk, when, and under what
-checksum is decided in `latentprep.format.commit`. Reading goes the same way round: verified
-bytes are decoded under the metadata that the *manifest* implies, so nothing in a dataset's own `zarr.json`
-files is ever trusted.
+Metadata, labels and keys are Zarr's work, in memory, one shard at a time; codes are laid out by hand, to the bytes that
+Zarr would write. Which bytes reach the disk, when, and under what checksum is decided in `latentprep.format.commit`.
+Reading goes the same way round: verified bytes are decoded under the metadata that the *manifest* implies, so nothing
+in a dataset's own `zarr.json` files is ever trusted.
 
 Layout (Zarr v3): group / ; group /{split} ; arrays
     /{split}/codes   u8     (N, V, C, h, w), sharding codec, one shard file a shard
@@ -86,11 +86,12 @@ def encode_codes(manifest: Manifest, codes: np.ndarray) -> bytes:
 
     Zarr's sharding codec by hand, byte for byte what zarr-python writes, in 0.5 to 0.8 of its time: the inner chunks,
     each compressed, the last one filled up with zeros; then the index, in which chunks without a row are marked as
-    absent, and its CRC-32C.
+    absent, and its CRC-32C. Raises `DatasetError` for a compression that this version does not write.
     """
+    _codecs(manifest.compression)  # Zarr refuses what it would not write
     try:
-        compressor, order = _compressor(manifest.compression[-1]), _order(manifest)
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+        compressor, order = _chain(manifest)
+    except (KeyError, TypeError, ValueError) as error:
         raise _unknown_compression(error) from error
     rows, end, chunks = manifest.chunk_rows, 0, []
     index = np.full((manifest.shard_rows // rows, 2), _ABSENT, "<u8")
@@ -116,7 +117,7 @@ def decode_codes(manifest: Manifest, split: str, index: int, data: bytes) -> np.
     count = manifest.shard_rows // manifest.chunk_rows
     end = len(data) - 16 * count - _CRC_BYTES  # of the inner chunks
     try:
-        compressor, order = _compressor(manifest.compression[-1]), _order(manifest)
+        compressor, order = _chain(manifest)
         raw = np.empty([(manifest.chunk_rows, *row)[axis] for axis in order], np.uint8)
         codes = np.empty((rows, *row), np.uint8)
         if end < 0:
@@ -170,20 +171,23 @@ def decode_keys(manifest: Manifest, split: str, index: int, data: bytes) -> list
     return keys
 
 
-def _compressor(step: dict) -> numcodecs.abc.Codec:
-    """Zarr's zstd or blosc, as the manifest records it."""
+def _chain(manifest: Manifest) -> tuple[numcodecs.abc.Codec, list[int]]:
+    """The manifest's compression as a compressor, and the order of a chunk's axes that it sees.
+
+    Raises `KeyError`, `TypeError` or `ValueError` for any other chain than a compressor, after a transposition or not.
+    """
+    *filters, step = manifest.compression
     settings = step["configuration"]
     if step["name"] == "zstd":
-        return numcodecs.Zstd(level=settings["level"], checksum=settings["checksum"])
-    shuffle = {"noshuffle": 0, "shuffle": 1, "bitshuffle": 2}[settings["shuffle"]]
-    kinds = {"blosc": numcodecs.Blosc}
-    return kinds[step["name"]](settings["cname"], settings["clevel"], shuffle, settings["blocksize"])
-
-
-def _order(manifest: Manifest) -> list[int]:
-    """Of a chunk's axes as they are compressed."""
-    chain = manifest.compression
-    return next((c["configuration"]["order"] for c in chain if c["name"] == "transpose"), [0, 1, 2, 3, 4])
+        compressor = numcodecs.Zstd(level=settings["level"], checksum=settings["checksum"])
+    elif step["name"] == "blosc":
+        shuffle = {"noshuffle": 0, "shuffle": 1, "bitshuffle": 2}[settings["shuffle"]]
+        compressor = numcodecs.Blosc(settings["cname"], settings["clevel"], shuffle, settings["blocksize"])
+    else:
+        raise ValueError(f"{step['name']} is no compressor known")
+    if [f["name"] for f in filters] not in ([], ["transpose"]):
+        raise ValueError("more than a transposition before the compressor")
+    return compressor, filters[0]["configuration"]["order"] if filters else [0, 1, 2, 3, 4]
 
 
 def _crc32c(data: bytes) -> int:

@@ -1,6 +1,5 @@
 """The training step as one pure function that torch.compile takes whole."""
 
-import functools
 import shutil
 
 import pytest
@@ -97,7 +96,7 @@ def test_a_machine_that_cannot_compile_says_so(codes, small, tmp_path, monkeypat
     def fail(*_, **__):
         raise torch._dynamo.exc.InvalidBackend("no compiler")
 
-    monkeypatch.setattr(torch, "compile", functools.partial(lambda function, **_: fail))
+    monkeypatch.setattr(torch, "compile", lambda function, **_: fail)
     with pytest.raises(SystemFault, match="cannot be compiled") as error:
         latenttrain.fit(codes, **small, out=tmp_path / "run", compile=True)
     assert "--compile" in error.value.hint
