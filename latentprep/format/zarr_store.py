@@ -16,6 +16,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import google_crc32c
 import numcodecs
 import numpy as np
 import zarr
@@ -103,7 +104,7 @@ def encode_codes(manifest: Manifest, codes: np.ndarray) -> bytes:
         index[place] = end, len(chunks[-1])
         end += len(chunks[-1])
     places = index.tobytes()
-    return b"".join([*chunks, places, _crc32c(places).to_bytes(_CRC_BYTES, "little")])
+    return b"".join([*chunks, places, google_crc32c.value(places).to_bytes(_CRC_BYTES, "little")])
 
 
 def decode_codes(manifest: Manifest, split: str, index: int, data: bytes) -> np.ndarray:
@@ -188,23 +189,6 @@ def _chain(manifest: Manifest) -> tuple[numcodecs.abc.Codec, list[int]]:
     if [f["name"] for f in filters] not in ([], ["transpose"]):
         raise ValueError("more than a transposition before the compressor")
     return compressor, filters[0]["configuration"]["order"] if filters else [0, 1, 2, 3, 4]
-
-
-def _crc32c(data: bytes) -> int:
-    """Castagnoli's CRC, RFC 3720 appendix B.4. Of a shard's index only, so by the byte and without a library."""
-    crc = 0xFFFFFFFF
-    for byte in data:
-        crc = _CRC_TABLE[(crc ^ byte) & 0xFF] ^ (crc >> 8)
-    return crc ^ 0xFFFFFFFF
-
-
-def _crc_entry(byte: int) -> int:
-    for _ in range(8):
-        byte = byte >> 1 ^ (0x82F63B78 if byte & 1 else 0)
-    return byte
-
-
-_CRC_TABLE = [_crc_entry(byte) for byte in range(256)]
 
 
 def _declared_bytes(chunk: bytes) -> int:
