@@ -21,8 +21,9 @@ from pathlib import Path
 
 import latentprep
 from common import assets, record
-from latentprep import pipeline
+from latentprep import pipeline, resume
 from latentprep.errors import DatasetError, SystemFault
+from latentprep.format import EncodedShard, ShardRecord
 from latentprep.sources import Source, open_source
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -101,12 +102,12 @@ class Chaos:
         """At random moments, several things that a disk could have kept; some of them are gone on with."""
         root = self.scratch / "disk"
         root.mkdir()
-        real, done, states, kept, events = pipeline.commit_shard, set(), 0, [], 900
+        real, done, states, kept, events = resume.commit_shard, set(), 0, [], 900
 
-        def commit_shard(root: Path, record, files):  # type: ignore[no-untyped-def]
-            made = real(root, record, files)
+        def commit_shard(root: Path, shard: EncodedShard) -> ShardRecord:
+            record = real(root, shard)
             done.add((record.split, record.index))
-            return made
+            return record
 
         def at(event: str) -> None:
             nonlocal states
@@ -123,12 +124,12 @@ class Chaos:
                     shutil.rmtree(left)
 
         disk = Disk(root, self.scratch / "attic", at)
-        pipeline.commit_shard = commit_shard  # type: ignore[attr-defined]
+        resume.commit_shard = commit_shard
         try:
             with disk.watching():
                 encode(self.source, root / "out")
         finally:
-            pipeline.commit_shard = real  # type: ignore[attr-defined]
+            resume.commit_shard = real
         assert digest(root / "out") == self.whole
         for out in kept:
             self.finish(out)
@@ -239,8 +240,9 @@ class Chaos:
     def workers(self, times: int) -> dict:
         """A reader's or the writer's thread that fails with an error nobody expects."""
         for number in range(times):
-            out, name = self.scratch / f"worker{number}", self.draw.choice(("load_views", "commit_shard"))
-            real = getattr(pipeline, name)
+            out = self.scratch / f"worker{number}"
+            module, name = self.draw.choice(((pipeline, "load_views"), (resume, "commit_shard")))
+            real = getattr(module, name)
             most = len(list(self.source.rglob("*.jpg"))) if name == "load_views" else len(self.shards)
             left = [self.draw.randrange(1, most)]
 
@@ -250,14 +252,14 @@ class Chaos:
                     raise MemoryError("worker")
                 return real(*args, **kwargs)
 
-            setattr(pipeline, name, die)
+            setattr(module, name, die)
             try:
                 encode(self.source, out)
                 raise AssertionError("the worker lived")
             except MemoryError:
                 pass
             finally:
-                setattr(pipeline, name, real)
+                setattr(module, name, real)
             committed(out)
             self.finish(out)
         return {"runs": times}

@@ -22,11 +22,10 @@ from common import assets, record, spread
 from latentprep import console
 from latentprep.codecs import make_codec
 from latentprep.console import silent
-from latentprep.encoder import _manifest, plan
-from latentprep.format import open_dataset
-from latentprep.format.commit import create_dataset
+from latentprep.encoder import make_plan
 from latentprep.images import MAX_PIXELS, centre_box, load_views
-from latentprep.pipeline import Stages, calibrate, encode_shards
+from latentprep.pipeline import LocalEngine, Stages, calibrate
+from latentprep.resume import committed, start
 from latentprep.sources import Row, Source, open_source
 
 
@@ -52,29 +51,29 @@ def main() -> None:
     pixels = np.concatenate([load_views(source.read("train", i).data, size) for i in range(options.images)])
     stages = Stages(source, codec, options.batch_size, None, MAX_PIXELS)
     batches = torch.from_numpy(pixels).permute(0, 3, 1, 2).split(stages.batch_samples(1))
-    asked = _manifest(source, ["train"], codec, 4, False, size, codec.latent_shape(size, size), 1, 0, 1024, "zarr")
+    asked = make_plan(source, ["train"], codec, 4, False, size, codec.latent_shape(size, size), 1, 0, 1024, "zarr")
 
     manifest = calibrate(stages, asked, 32, silent)
     bare, decoding, pillow, whole = [], [], [], []
     codec.encode(batches[0])
     for _ in range(options.repeats):
-        start = time.perf_counter()
+        began = time.perf_counter()
         for batch in batches:
             codec.encode(batch)
-        bare.append(options.images / (time.perf_counter() - start))
+        bare.append(options.images / (time.perf_counter() - began))
         for rates, load in ((decoding, load_views), (pillow, by_pillow)):
-            start = time.perf_counter()
+            began = time.perf_counter()
             with ThreadPoolExecutor(stages.threads()) as pool:
                 for _ in pool.map(lambda i: load(source.read("train", i).data, size), range(options.images)):  # noqa: B023
                     pass
-            rates.append(options.images / (time.perf_counter() - start))
+            rates.append(options.images / (time.perf_counter() - began))
         with tempfile.TemporaryDirectory() as out:
-            create_dataset(Path(out), manifest)
-            start = time.perf_counter()
+            dataset = start(Path(out), manifest)
+            began = time.perf_counter()
             with silent("", 0, "") as quiet:
-                for _ in encode_shards(stages, open_dataset(out), list(plan(manifest)), quiet):
+                for _ in committed(dataset, LocalEngine(manifest, stages, quiet).run(manifest.shards())):
                     pass
-            whole.append(options.images / (time.perf_counter() - start))
+            whole.append(options.images / (time.perf_counter() - began))
     record(
         f"encode_ratio_{options.codec}" + (f"_{options.enlarge:g}x" if options.enlarge != 1 else ""),
         {

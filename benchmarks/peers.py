@@ -52,9 +52,10 @@ class Peer:
 
 def write_ours(codes: np.ndarray, labels: np.ndarray, folder: Path, compress: bool) -> None:
     from latentprep.encoder import CALIBRATION, SHARD_ROWS
-    from latentprep.format import Manifest, Quantizer, ShardRecord, open_dataset
+    from latentprep.format import Codes, Manifest, Quantizer, ShardId
     from latentprep.format.commit import commit_shard, create_dataset
-    from latentprep.format.zarr_store import choose_compression, chunk_rows, encode_shard_files
+    from latentprep.format.shard import encoded_shard
+    from latentprep.format.zarr_store import choose_compression, chunk_rows
 
     rows, channels = codes.shape[:2]
     manifest = Manifest(
@@ -71,12 +72,12 @@ def write_ours(codes: np.ndarray, labels: np.ndarray, folder: Path, compress: bo
         splits={"train": rows},
     )
     create_dataset(folder, manifest)
-    sha256 = open_dataset(folder).manifest_sha256
     for index in range(manifest.shard_count("train")):
         part = slice(index * SHARD_ROWS, index * SHARD_ROWS + manifest.rows_in_shard("train", index))
         keys = [f"train/class{label:04}/{row}.jpg" for row, label in enumerate(labels[part], part.start)]
-        files = encode_shard_files(manifest, "train", index, codes[part, None], labels[part].astype(np.int32), keys)
-        commit_shard(folder, ShardRecord("train", index, len(keys), {}, 1, (0,) * channels, sha256), files)
+        found = Codes(codes[part, None], labels[part].astype(np.int32), keys)
+        shard = encoded_shard(manifest, ShardId("train", index), found, source_bytes=1, saturated=(0,) * channels)
+        commit_shard(folder, shard)
 
 
 def open_resident(folder: Path, workers: int, device: torch.device) -> Epoch:

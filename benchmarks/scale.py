@@ -29,9 +29,10 @@ SPELLED = 16 ** np.arange(6)  # worth of the first six codes of a sample in its 
 
 def write(root: Path, rows: int) -> dict:
     """Make the dataset: seconds in the store, without those that draw the codes, bytes and files."""
-    from latentprep.format import Manifest, Quantizer, ShardRecord, open_dataset
+    from latentprep.format import Codes, Manifest, Quantizer, ShardId
     from latentprep.format.commit import commit_shard, create_dataset
-    from latentprep.format.zarr_store import CANDIDATES, chunk_rows, encode_shard_files
+    from latentprep.format.shard import encoded_shard
+    from latentprep.format.zarr_store import CANDIDATES, chunk_rows
 
     manifest = Manifest(
         codec={"name": "synthetic"},
@@ -47,7 +48,7 @@ def write(root: Path, rows: int) -> dict:
         splits={"train": rows},
     )
     create_dataset(root, manifest)
-    sha256, random, seconds = open_dataset(root).manifest_sha256, np.random.default_rng(0), 0.0
+    random, seconds = np.random.default_rng(0), 0.0
     for index in range(manifest.shard_count("train")):
         part = np.arange(manifest.rows_in_shard("train", index)) + index * SHARD_ROWS
         values = random.standard_normal((len(part), 1, *LATENT), np.float32) * 2.7 + 8
@@ -55,8 +56,8 @@ def write(root: Path, rows: int) -> dict:
         codes[:, 0, 0, 0, : len(SPELLED)] = part[:, None] // SPELLED % 16
         labels, keys = (part * 1000 // rows).astype(np.int32), [f"train/{row:07}.jpg" for row in part]
         start = time.perf_counter()
-        files = encode_shard_files(manifest, "train", index, codes, labels, keys)
-        commit_shard(root, ShardRecord("train", index, len(part), {}, 1, (0,) * LATENT[0], sha256), files)
+        shard, facts = ShardId("train", index), {"source_bytes": 1, "saturated": (0,) * LATENT[0]}
+        commit_shard(root, encoded_shard(manifest, shard, Codes(codes, labels, keys), **facts))
         seconds += time.perf_counter() - start
     sizes = [path.stat().st_size for path in root.rglob("*") if path.is_file()]
     return {

@@ -11,13 +11,11 @@ import numpy as np
 from .console import ProgressFactory
 from .errors import SourceError
 from .format.dataset import LatentDataset
-from .format.manifest import INVALID_LABEL
+from .format.manifest import INVALID_LABEL, ShardId
 
 if TYPE_CHECKING:
     from .pipeline import Stages
     from .sources import Source
-
-Shard = tuple[str, int]  # split and index
 
 SAMPLES = 64  # images encoded again, by default
 TOLERANCE = 0.02  # how far an image's codes may lie from what it encodes to now, see `Comparison.farthest`
@@ -75,11 +73,11 @@ def own_stages(
 def compare(
     dataset: LatentDataset,
     stages: Stages,
-    shards: Iterable[Shard],
+    shards: Iterable[ShardId],
     samples: int,
     seed: int,
     progress: ProgressFactory,
-) -> tuple[Comparison, dict[Shard, str]]:
+) -> tuple[Comparison, dict[ShardId, str]]:
     """Encode `samples` valid rows of the shards again, drawn by `seed`; and say which shards are too far off."""
     from .pipeline import code_rows
 
@@ -88,11 +86,11 @@ def compare(
     drawn = _draw(dataset, shards, samples, seed)
     images = values = differing = 0
     farthest, farthest_key, unreadable = 0.0, "", []
-    wrong: dict[Shard, str] = {}
+    wrong: dict[ShardId, str] = {}
     with progress("comparing", sum(map(len, drawn.values())), "images", 0) as bar:
-        for (split, index), rows in drawn.items():
-            shard, start = dataset.read_shard(split, index), index * manifest.shard_rows
-            for some, found, invalid in code_rows(stages, manifest, split, rows):
+        for at, rows in drawn.items():
+            shard, start = dataset.read_shard(at.split, at.index), at.index * manifest.shard_rows
+            for some, found, invalid in code_rows(stages, manifest, at.split, rows):
                 bar.advance(len(some))
                 for row, codes in zip(some, found, strict=True):
                     key = shard.keys[row - start]
@@ -107,19 +105,19 @@ def compare(
                         farthest, farthest_key = distance, key
                     if distance > tolerance:
                         what = f"{key} (row {row}) lies {distance:.1%} of the range from what it encodes to"
-                        wrong.setdefault((split, index), what)
+                        wrong.setdefault(at, what)
     return Comparison(images, differing / max(1, values), farthest, farthest_key, tuple(unreadable)), wrong
 
 
-def _draw(dataset: LatentDataset, shards: Iterable[Shard], samples: int, seed: int) -> dict[Shard, list[int]]:
+def _draw(dataset: LatentDataset, shards: Iterable[ShardId], samples: int, seed: int) -> dict[ShardId, list[int]]:
     """`samples` valid rows, by shard and in order."""
     rows = [
-        (split, index, index * dataset.manifest.shard_rows + int(place))
-        for split, index in shards
-        for place in np.flatnonzero(dataset.read_labels(split, index) != INVALID_LABEL)
+        (shard, shard.index * dataset.manifest.shard_rows + int(place))
+        for shard in shards
+        for place in np.flatnonzero(dataset.read_labels(shard.split, shard.index) != INVALID_LABEL)
     ]
     order = np.random.default_rng(seed).permutation(len(rows))[:samples].tolist()
-    drawn: dict[Shard, list[int]] = {}
-    for split, index, row in (rows[i] for i in sorted(order)):
-        drawn.setdefault((split, index), []).append(row)
+    drawn: dict[ShardId, list[int]] = {}
+    for shard, row in (rows[i] for i in sorted(order)):
+        drawn.setdefault(shard, []).append(row)
     return drawn

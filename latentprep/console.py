@@ -140,7 +140,7 @@ ProgressFactory = Callable[[str, int, str, int], AbstractContextManager[Progress
 """(description, total, unit, already done) -> the `Progress` of one piece of long work."""
 
 
-class _Silent:
+class Silent:
     def advance(self, n: int, **facts: str) -> None:
         pass
 
@@ -151,7 +151,7 @@ class _Silent:
 @contextmanager
 def silent(description: str, total: int, unit: str, done: int = 0) -> Iterator[Progress]:
     """A `ProgressFactory` that shows nothing: the default of the Python calls."""
-    yield _Silent()
+    yield Silent()
 
 
 @contextmanager

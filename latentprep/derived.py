@@ -11,24 +11,35 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from .console import ProgressFactory, silent
-from .encoder import EncodeResult, encode_result, plan
-from .errors import DatasetError, UsageError, nearest, system_fault
-from .format.commit import commit_shard, create_dataset, locked, make_folder, write_errors
-from .format.dataset import Codes, LatentDataset, open_dataset
-from .format.manifest import INVALID_LABEL, STORES, Manifest, ShardRecord
+from .encoder import EncodeResult, encode_result
+from .errors import DatasetError, UsageError, nearest
+from .format.commit import write_errors
+from .format.dataset import LatentDataset, open_dataset
+from .format.manifest import INVALID_LABEL, STORES, Manifest, ShardId
 from .format.places import place
+from .format.shard import Codes, EncodedShard, encoded_shard
 from .format.stores import store_of
-from .resume import check_same, stored_manifest
+from .resume import committed, start, stored_manifest, writing
 
 Rows = dict[str, np.ndarray]
 """Of each split the rows that it takes, i64 [n,2]: which of the parts, and the row in that part's split of the name."""
 
 Change = Callable[[Codes, tuple[int, ...]], tuple[Codes, tuple[int, ...]]]
 """What happens to a shard: codes with labels, and how many of their latents saturate a channel."""
+
+
+class _Taken(NamedTuple):
+    """Samples for a new shard, and what of their old records holds for them."""
+
+    rows: Codes
+    source_bytes: int
+    saturated: tuple[int, ...]
+    invalid: list[dict]
 
 
 def convert(
@@ -83,53 +94,48 @@ def derive(
 ) -> EncodeResult:
     """Write the dataset of `manifest` to the folder `out`, of the `rows` of `parts`. Run again, it resumes.
 
-    Every shard is read back from where it was written and compared. Raises `UsageError` if `out` is one of the parts,
-    `DatasetError` if it holds another dataset, `SystemFault` if the disk is full.
+    Every shard is decoded again before it is written, and its files are read back after. Raises `UsageError` if `out`
+    is one of the parts, `DatasetError` if it holds another dataset, `SystemFault` if the disk is full.
     """
-    root, start, made = place(out), time.monotonic(), 0
+    root, start_time, made = place(out), time.monotonic(), 0
     for part in parts:
         if root.resolve() == part.root.resolve():
             raise UsageError(f"--out is the dataset itself, {root}", "name another folder")
-    try:
-        make_folder(root)
-        with locked(root):
-            stored = stored_manifest(root, overwrite)
-            if stored is not None:
-                check_same(root, stored, manifest, fitted=True)
-                if stored.quantizer != manifest.quantizer or stored.compression != manifest.compression:
-                    raise DatasetError(f"{root} was not made from {parts[0].root}", "choose another --out")
-                manifest = stored
-            create_dataset(root, manifest)
-            target, take = open_dataset(root), _taker(parts)
-            with progress(title, sum(manifest.splits.values()), "samples", 0) as bar:
-                for split, index in plan(manifest):
-                    record = target.record(split, index)
-                    if record is None or not target.is_whole(record):
-                        first = index * manifest.shard_rows
-                        codes, record = take(split, rows[split][first : first + manifest.shard_rows], first)
-                        saturated = record.saturated
-                        if change is not None:
-                            codes, saturated = change(codes, saturated)
-                        record = replace(record, index=index, saturated=saturated, manifest=target.manifest_sha256)
-                        _commit(target, record, codes)
-                        made += record.rows
-                    bar.advance(record.rows)
-            records = [record for split in manifest.splits for record in target.records(split)]
-            write_errors(root, records)
-    except OSError as error:
-        raise system_fault(error) from error
-    return encode_result(root, manifest, records, encoded=made, seconds=time.monotonic() - start)
+    with writing(root):
+        manifest = stored_manifest(root, manifest, overwrite) or manifest
+        target, take = start(root, manifest), _taker(parts)
+        records = target.whole_records()
+
+        def encode(shard: ShardId) -> EncodedShard:
+            first = shard.index * manifest.shard_rows
+            taken = take(shard.split, rows[shard.split][first : first + manifest.shard_rows], first)
+            if change is not None:
+                codes, saturated = change(taken.rows, taken.saturated)
+                taken = taken._replace(rows=codes, saturated=saturated)
+            return _made(manifest, shard, taken)
+
+        jobs = [shard for shard in manifest.shards() if shard not in records]
+        done = sum(record.rows for record in records.values())
+        with progress(title, sum(manifest.splits.values()), "samples", done) as bar:
+            for record in committed(target, map(encode, jobs)):
+                target.check_files(record)
+                records[record.shard] = record
+                made += record.rows
+                bar.advance(record.rows)
+        write_errors(root, list(records.values()))
+    seconds = time.monotonic() - start_time
+    return encode_result(root, manifest, list(records.values()), encoded=made, seconds=seconds)
 
 
-def _taker(parts: Sequence[LatentDataset]) -> Callable[[str, np.ndarray, int], tuple[Codes, ShardRecord]]:
-    """``take(split, rows [n,2], first)`` -> the samples in these rows of the parts, invalid ones included, and a record
-    of them, for rows from `first` on in the new split. Its counts are shares of the old records' counts, by samples."""
+def _taker(parts: Sequence[LatentDataset]) -> Callable[[str, np.ndarray, int], _Taken]:
+    """``take(split, rows [n,2], first)`` -> the samples in these rows of the parts, invalid ones included, for rows
+    from `first` on in the new split. Counts are shares of the old records' counts, by samples."""
 
     @lru_cache(2)  # a shard that ends in the next one is read once
     def read(part: int, split: str, index: int) -> Codes:
         return parts[part].read_shard(split, index)
 
-    def take(split: str, rows: np.ndarray, first: int) -> tuple[Codes, ShardRecord]:
+    def take(split: str, rows: np.ndarray, first: int) -> _Taken:
         taken: list[Codes] = []
         invalid: list[dict] = []
         source_bytes, saturated = 0, np.zeros(parts[0].manifest.latent[0], np.int64)
@@ -148,23 +154,21 @@ def _taker(parts: Sequence[LatentDataset]) -> Callable[[str, np.ndarray, int], t
             saturated += np.array(record.saturated) * valid // max(1, all_valid)
         codes, labels = (np.concatenate([getattr(found, name) for found in taken]) for name in ("codes", "labels"))
         found = Codes(codes, labels, [key for found in taken for key in found.keys])
-        counts = tuple(saturated.tolist())
-        return found, ShardRecord(split, 0, len(found), {}, source_bytes, counts, "", tuple(invalid))
+        return _Taken(found, source_bytes, tuple(saturated.tolist()), invalid)
 
     return take
 
 
-def _commit(target: LatentDataset, record: ShardRecord, codes: Codes) -> None:
-    """Commit a shard and compare what can be read of it then."""
-    arrays = (record.split, record.index, codes.codes, codes.labels, codes.keys)
-    commit_shard(target.root, record, store_of(target.manifest).encode_shard_files(target.manifest, *arrays))
-    found = target.read_shard(record.split, record.index)
-    if not (
-        np.array_equal(found.codes, codes.codes)
-        and np.array_equal(found.labels, codes.labels)
-        and found.keys == codes.keys
-    ):
+def _made(manifest: Manifest, shard: ShardId, taken: _Taken) -> EncodedShard:
+    """The shard of these samples, if it decodes to them again."""
+    made = encoded_shard(
+        manifest, shard, taken.rows,
+        source_bytes=taken.source_bytes, saturated=taken.saturated, invalid=taken.invalid,
+    )  # fmt: skip
+    codes, labels, keys = store_of(manifest).decode_shard_files(manifest, shard.split, shard.index, made.files)
+    rows = taken.rows
+    if not (np.array_equal(codes, rows.codes) and np.array_equal(labels, rows.labels) and keys == rows.keys):
         raise DatasetError(
-            f"{target.root}: shard {record.split} {record.index} reads back otherwise than it was written",
-            "the disk or the memory of this machine is at fault",
+            f"shard {shard} decodes to other codes than were encoded", "the memory of this machine is at fault"
         )
+    return made

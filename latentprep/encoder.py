@@ -9,7 +9,6 @@ first shard: the quantizer and the compression from a calibration draw, everythi
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,16 +17,16 @@ import numpy as np
 
 from . import __version__
 from .console import ProgressFactory, silent
-from .errors import Interrupted, SourceError, UsageError, nearest, system_fault
-from .format.commit import create_dataset, locked, make_folder, write_errors
+from .errors import Interrupted, SourceError, UsageError, nearest
+from .format.commit import write_errors
 from .format.dataset import LatentDataset, open_dataset
-from .format.manifest import MAX_SHARD_CODES, MAX_SHARDS, STORES, Manifest, ShardRecord, train_split
+from .format.manifest import MAX_SHARD_CODES, MAX_SHARDS, STORES, Manifest, Plan, ShardId, ShardRecord, train_split
 from .format.places import Place, place
-from .format.quantizer import FILTER_SIDE, Quantizer, check_bits
+from .format.quantizer import check_bits
 from .format.stores import code_bytes
 from .format.zarr_store import chunk_rows
 from .profile import Profile
-from .resume import check_same, stored_manifest, with_quantizer_of
+from .resume import committed, start, stored_manifest, with_quantizer_of, writing
 from .sources import Source, open_source
 
 if TYPE_CHECKING:
@@ -123,7 +122,7 @@ def encode(
     was committed by then stays, and the same call goes on from there.
     """
     from .images import MAX_PIXELS
-    from .pipeline import Stages, calibrate
+    from .pipeline import Stages, calibrate, loads
 
     check_bits(bits)
     _check_whole("views", views, 1, 256)
@@ -151,9 +150,10 @@ def encode(
     latent = coder.latent_shape(image_size, image_size)
     taken = None if quantizer is None else open_dataset(quantizer)
     if joint is None and taken is not None:
-        joint = bool(taken.quantizer.filter)
-    asked = _manifest(source, names, coder, bits, joint, image_size, latent, views, seed, shard_rows, store)
-    given = None if taken is None else with_quantizer_of(taken, asked)
+        joint = taken.manifest.joint
+    asked = make_plan(source, names, coder, bits, joint, image_size, latent, views, seed, shard_rows, store)
+    if taken is not None:
+        asked = with_quantizer_of(taken, asked)
 
     if dry_run:
         most = sum(n * int(np.prod(asked.row_shape(split))) for split, n in asked.splits.items()) * bits // 8
@@ -164,48 +164,24 @@ def encode(
     if shard_rows * max(int(np.prod(asked.row_shape(split))) for split in names) > MAX_SHARD_CODES:
         raise UsageError(f"--shard-rows {shard_rows} makes shards of more than {MAX_SHARD_CODES} codes", "use fewer")
 
-    start = time.monotonic()
-    try:
-        make_folder(root)
-        with locked(root):
-            stored = stored_manifest(root, overwrite)
-            stages = Stages(source, coder, batch_size, workers, max_pixels or MAX_PIXELS, strict)
-            if stored is None:
-                manifest = given or calibrate(stages, asked, CALIBRATION, progress)
-            else:
-                check_same(root, stored, asked if given is None else given, fitted=given is None)
-                manifest = stored
-            create_dataset(root, manifest)
-            dataset = open_dataset(root)
-            jobs = [job for job in plan(manifest) if not _is_done(stages, dataset, *job)]
-            if profile:
-                stages = replace(stages, profile=Profile(stages.threads()))
-            encoded = _run(stages, dataset, jobs, max_error_fraction, progress)
-            for name in names:
-                dataset.check_complete(name)
-    except OSError as error:
-        raise system_fault(error) from error
-    records = [record for name in names for record in dataset.records(name)]
+    began = time.monotonic()
+    stages = Stages(source, coder, batch_size, workers, max_pixels or MAX_PIXELS, strict)
+    with writing(root):
+        manifest = stored_manifest(root, asked, overwrite)
+        if manifest is None:
+            manifest = asked if isinstance(asked, Manifest) else calibrate(stages, asked, CALIBRATION, progress)
+        dataset = start(root, manifest)
+        records = {
+            shard: record
+            for shard, record in dataset.whole_records().items()
+            if not any(loads(stages, shard.split, entry["row"]) for entry in record.invalid)  # may be mended by now
+        }
+        if profile:
+            stages = replace(stages, profile=Profile(stages.threads()))
+        encoded = _run(stages, dataset, records, max_error_fraction, progress)
     found = stages.profile.to_json() if stages.profile else None
-    seconds = time.monotonic() - start
-    return encode_result(root, manifest, records, encoded=encoded, seconds=seconds, profile=found)
-
-
-def _is_done(stages: Stages, dataset: LatentDataset, split: str, index: int) -> bool:
-    """Whether a shard needs no work: committed, its files there, and those of its samples that failed still fail."""
-    from .pipeline import loads
-
-    record = dataset.record(split, index)
-    if record is None or not dataset.is_whole(record):
-        return False
-    return not any(loads(stages, split, entry["row"]) for entry in record.invalid)
-
-
-def plan(manifest: Manifest) -> Iterator[tuple[str, int]]:
-    """(split, index) of every shard, in order."""
-    for split in manifest.splits:
-        for index in range(manifest.shard_count(split)):
-            yield split, index
+    seconds = time.monotonic() - began
+    return encode_result(root, manifest, list(records.values()), encoded=encoded, seconds=seconds, profile=found)
 
 
 def default_size(source: Source, codec: Codec) -> int:
@@ -248,47 +224,39 @@ def scaled_size(size: int, phi: float, codec: Codec) -> int:
 def _run(
     stages: Stages,
     dataset: LatentDataset,
-    jobs: list[tuple[str, int]],
+    records: dict[ShardId, ShardRecord],
     max_fraction: float,
     progress: ProgressFactory,
 ) -> int:
-    """Encode the shards in `jobs`; returns how many samples that were."""
-    from .pipeline import encode_shards
+    """Encode and commit the shards that `records` lacks, and add theirs; returns how many samples that were."""
+    from .pipeline import LocalEngine
 
     manifest, encoded = dataset.manifest, 0
-    again = set(jobs)
-    records = {
-        name: [record for record in dataset.records(name) if (name, record.index) not in again]
-        for name in manifest.splits
-    }
-    done = sum(record.rows for record in _flat(records))
+    jobs = [shard for shard in manifest.shards() if shard not in records]
+    done = sum(record.rows for record in records.values())
     try:
         _check_errors(records, manifest, max_fraction)
         with progress("encoding", sum(manifest.splits.values()), "images", done) as bar:
-            for record in encode_shards(stages, dataset, jobs, bar):
+            for record in committed(dataset, LocalEngine(manifest, stages, bar).run(jobs)):
                 encoded += record.rows
-                records[record.split].append(record)
+                records[record.shard] = record
                 if record.invalid:
-                    write_errors(dataset.root, _flat(records))
+                    write_errors(dataset.root, list(records.values()))
                 _check_errors(records, manifest, max_fraction)
     except KeyboardInterrupt as error:
-        committed, total = len(_flat(records)), sum(manifest.shard_count(name) for name in manifest.splits)
+        total = sum(map(manifest.shard_count, manifest.splits))
         raise Interrupted(
-            f"interrupted: {committed} of {total} shards are committed",
+            f"interrupted: {len(records)} of {total} shards are committed",
             "run the same command again to go on from there",
         ) from error
-    write_errors(dataset.root, _flat(records))
+    write_errors(dataset.root, list(records.values()))
     return encoded
 
 
-def _flat(records: dict[str, list]) -> list:
-    return [record for shards in records.values() for record in shards]
-
-
-def _check_errors(records: dict[str, list], manifest: Manifest, max_fraction: float) -> None:
+def _check_errors(records: dict[ShardId, ShardRecord], manifest: Manifest, max_fraction: float) -> None:
     """`SourceError` if more than the allowed share of a split failed."""
     for split, rows in manifest.splits.items():
-        invalid = [entry for record in records[split] for entry in record.invalid]
+        invalid = [entry for record in records.values() if record.split == split for entry in record.invalid]
         if len(invalid) > max_fraction * rows:
             raise SourceError(
                 f"{len(invalid)} of {rows} samples of split '{split}' cannot be read, more than {max_fraction:g}; "
@@ -317,7 +285,7 @@ def _open_codec(codec: str | Codec | None, device: str, options: dict) -> Codec:
     return make_codec(codec, device=pick_device(device), **options)
 
 
-def _manifest(
+def make_plan(
     source: Source,
     names: list[str],
     codec: Codec,
@@ -329,8 +297,8 @@ def _manifest(
     seed: int,
     shard_rows: int,
     store: str,
-) -> Manifest:
-    """The manifest as asked for; quantizer and compression are placeholders until `calibrate` fills them in."""
+) -> Plan:
+    """What `encode` was asked for. names: of the splits. joint: None is `joint_by_default`."""
     from .codecs import flip_signs
     from .images import CROP_AREA, CROP_RATIO, RESIZE
 
@@ -341,19 +309,19 @@ def _manifest(
         transform |= {"crop_area": list(CROP_AREA), "crop_ratio": list(CROP_RATIO)}
     channels, height, width = latent
     flip = flip_signs(codec, latent)
-    quantizer = Quantizer(bits, (0.0,) * channels, (1.0,) * channels)
-    quantizer = with_joint(quantizer, joint_by_default(bits, channels, flip) if joint is None else joint)
-    return Manifest(
+    if joint is None:
+        joint = joint_by_default(bits, channels, flip)
+    return Plan(
         codec=codec.config(),
-        quantizer=quantizer,
+        bits=bits,
+        joint=check_joint(joint, channels),
         transform=transform,
         source={"spec": str(source.spec), "sha256": source.fingerprint()},
         classes=source.classes,
         latent=latent,
-        flip=None if quantizer.filter else flip,
+        flip=None if joint else flip,
         shard_rows=shard_rows,
         chunk_rows=chunk_rows(shard_rows, views * channels * height * width),
-        compression=[],
         splits={name: source.size(name) for name in names},
         store=store,
         written_by=f"latentprep {__version__}",
@@ -365,17 +333,13 @@ def joint_by_default(bits: int, channels: int, flip: tuple[int, ...] | None) -> 
     return bits == 1 and channels <= MAX_JOINT_CHANNELS and flip is None
 
 
-def with_joint(quantizer: Quantizer, joint: bool) -> Quantizer:
-    """The quantizer with a filter of zeros in place of one to be fitted, or without any.
-
-    Raises `UsageError` for more channels than can be searched.
-    """
-    channels = len(quantizer.lo)
+def check_joint(joint: bool, channels: int) -> bool:
+    """`joint` itself; `UsageError` if it is true and there are more channels than can be searched."""
     if joint and channels > MAX_JOINT_CHANNELS:
         raise UsageError(
             f"--joint takes up to {MAX_JOINT_CHANNELS} channels, these latents have {channels}", "use --no-joint"
         )
-    return replace(quantizer, filter=(0.0,) * (channels * FILTER_SIDE) ** 2 if joint else ())
+    return joint
 
 
 def _check_whole(option: str, value: int | None, low: int, high: int) -> None:
@@ -383,21 +347,21 @@ def _check_whole(option: str, value: int | None, low: int, high: int) -> None:
         raise UsageError(f"--{option} must be {low} to {high}, got {value}")
 
 
-def encode_result(root: Place, manifest: Manifest, records: list[ShardRecord], **facts: Any) -> EncodeResult:
+def encode_result(root: Place, plan: Plan, records: list[ShardRecord], **facts: Any) -> EncodeResult:
     """The result of a run that left `records` in the dataset at `root`."""
-    invalid = {name: sum(len(r.invalid) for r in records if r.split == name) for name in manifest.splits}
-    facts = {"code_bytes": sum(code_bytes(manifest, record) for record in records), **facts}
+    invalid = {name: sum(len(r.invalid) for r in records if r.split == name) for name in plan.splits}
+    facts = {"code_bytes": sum(code_bytes(plan, record) for record in records), **facts}
     return EncodeResult(
         out=str(root),
-        codec=manifest.codec,
-        bits=manifest.quantizer.bits,
-        joint=bool(manifest.quantizer.filter),
-        size=manifest.transform["size"],
-        views=manifest.most_views,
-        latent=manifest.latent,
-        classes=manifest.classes,
-        rows=dict(manifest.splits),
-        shards=sum(manifest.shard_count(name) for name in manifest.splits),
+        codec=plan.codec,
+        bits=plan.bits,
+        joint=plan.joint,
+        size=plan.transform["size"],
+        views=plan.most_views,
+        latent=plan.latent,
+        classes=plan.classes,
+        rows=dict(plan.splits),
+        shards=sum(plan.shard_count(name) for name in plan.splits),
         invalid=sum(invalid.values()),
         splits_invalid=invalid,
         **facts,

@@ -101,7 +101,7 @@ def card(dataset: LatentDataset, repository: str) -> str:
         "store": manifest.store,
         "source": manifest.source["spec"],
         "made by": manifest.written_by,
-        "SHA-256 of the manifest": dataset.manifest_sha256,
+        "SHA-256 of the manifest": dataset.manifest.sha256,
         "classes": list(manifest.classes),
     }
     texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in facts.items()}

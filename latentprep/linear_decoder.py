@@ -131,7 +131,7 @@ def fit_linear_decoder(
     made = LinearDecoder(
         factor, matrix, bias, centre, *qualities,
         fitted=f"{learned.split}: {len(learned)}", judged=f"{judged.split}: {len(judged)}",
-        manifest_sha256=opened.manifest_sha256,
+        manifest_sha256=opened.manifest.sha256,
     )  # fmt: skip
     try:
         write_atomic(opened.root / LINEAR_DECODER, _to_bytes(made))
@@ -150,7 +150,7 @@ def load_linear_decoder(dataset: LatentDataset) -> LinearDecoder:
         made = _from_bytes(path.read_bytes())
     except Exception as error:  # safetensors and JSON raise many kinds for damaged bytes
         raise DatasetError(f"{path} is damaged ({type(error).__name__})", again) from error
-    if made.manifest_sha256 != dataset.manifest_sha256:
+    if made.manifest_sha256 != dataset.manifest.sha256:
         raise DatasetError(f"{path} was fitted to another dataset than this", again)
     channels, height, _ = dataset.manifest.latent
     size = dataset.manifest.transform["size"]

@@ -1,6 +1,6 @@
 """The three stages of an encode, overlapped: threads decode, the caller's thread runs the codec, a thread writes.
 
-    decoded batches u8 [b,V,S,S,3] -> codec f32 [bV,C,h,w] -> codes u8 [b,V,C,h,w] -> shard files, record
+    decoded batches u8 [b,V,S,S,3] -> codec f32 [bV,C,h,w] -> codes u8 [b,V,C,h,w] -> bytes of shards
 
 Batches are cut inside a shard and never across two, so a resumed run makes the same bytes as an unbroken one.
 """
@@ -9,32 +9,31 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .codecs import Codec
-from .console import Progress, ProgressFactory
+from .console import Progress, ProgressFactory, Silent
 from .errors import CodecError, SourceError
-from .format.commit import commit_shard
-from .format.dataset import LatentDataset
-from .format.manifest import INVALID_LABEL, Manifest, ShardRecord, train_split
+from .format.manifest import INVALID_LABEL, Manifest, Plan, ShardId, train_split
 from .format.quantizer import Quantizer
-from .format.stores import store_of
+from .format.shard import Codes, EncodedShard, encoded_shard
 from .format.zarr_store import choose_compression
-from .images import BadImage, load_views
+from .images import MAX_PIXELS, BadImage, load_views
 from .profile import CODEC, DECODE, QUANTIZE, WAIT_DECODE, WAIT_WRITE, WRITE, Profile
 from .quantize import fit_quantizer, quantize, quantize_counting
 from .sources import Source
 
 _AHEAD = 3  # decoded batches that wait for the codec
-_SHARDS_TO_WRITE = 2  # finished shards that wait for the writer
+_SHARDS_TO_COMPRESS = 2  # shards that wait for the compressor
 _IMAGES_A_TASK = 16  # decoded by one thread in one go, at most: fewer take longer to hand over
 
 
@@ -44,9 +43,9 @@ class Stages:
 
     source: Source
     codec: Codec
-    batch_size: int | None
-    workers: int | None
-    max_pixels: int
+    batch_size: int | None = None
+    workers: int | None = None
+    max_pixels: int = MAX_PIXELS
     strict: bool = False  # stop at the first sample that cannot be read
     profile: Profile | None = None
 
@@ -82,8 +81,7 @@ class Stages:
 class _Batch:
     """Some consecutive samples of one shard. images: u8 [b,V,S,S,3], all 0 for those in `invalid`."""
 
-    split: str
-    index: int
+    shard: ShardId
     rows: list[int]
     images: np.ndarray
     invalid: dict[int, str] = field(default_factory=dict)  # row -> reason
@@ -109,7 +107,7 @@ class _Coded:
         return self
 
 
-def calibrate(stages: Stages, asked: Manifest, count: int, progress: ProgressFactory) -> Manifest:
+def calibrate(stages: Stages, asked: Plan, count: int, progress: ProgressFactory) -> Manifest:
     """Fit the quantizer and choose the compression on up to `count` samples spread evenly over the train split.
 
     Which of them is drawn from each stretch of the split is decided by the manifest's seed.
@@ -121,7 +119,7 @@ def calibrate(stages: Stages, asked: Manifest, count: int, progress: ProgressFac
     first = replace(asked, transform={**asked.transform, "views": 1})
     latents, reasons = [], []
     per_batch = stages.batch_samples(1)
-    specs = [(split, 0, rows[i : i + per_batch]) for i in range(0, len(rows), per_batch)]
+    specs = [(ShardId(split, 0), rows[i : i + per_batch]) for i in range(0, len(rows), per_batch)]
     with ThreadPoolExecutor(stages.threads()) as pool, progress("calibrating", len(rows), "images", 0) as bar:
         for batch in _decoded(stages, first, specs, pool):
             z = _encode(stages, batch)
@@ -136,16 +134,16 @@ def calibrate(stages: Stages, asked: Manifest, count: int, progress: ProgressFac
             f"none of {len(rows)} images drawn from split '{split}' decodes; the first is {reasons[0]}",
             "check that the source holds images",
         )
-    quantizer = fit_quantizer(everything, asked.quantizer.bits, bool(asked.quantizer.filter))
+    quantizer = fit_quantizer(everything, asked.bits, asked.joint)
     codes = quantize(everything, quantizer).numpy()[:, None]
-    return replace(asked, quantizer=quantizer, compression=choose_compression(codes))
+    return asked.manifest(quantizer, choose_compression(codes))
 
 
 def encoded_rows(stages: Stages, manifest: Manifest, split: str, rows: int) -> Iterator[tuple[list[int], Tensor]]:
     """Every row of a split in order, by batches: rows, and latents of view 0, f32 [b,C,h,w] on the
     host, 0 where unreadable."""
     step = stages.batch_samples(1)
-    specs = [(split, 0, list(range(i, min(i + step, rows)))) for i in range(0, rows, step)]
+    specs = [(ShardId(split, 0), list(range(i, min(i + step, rows)))) for i in range(0, rows, step)]
     with ThreadPoolExecutor(stages.threads()) as pool:
         for batch in _decoded(stages, manifest, specs, pool):
             found = _encode(stages, batch).cpu().clone()
@@ -158,7 +156,7 @@ def code_rows(
 ) -> Iterator[tuple[list[int], np.ndarray, dict[int, str]]]:
     """Given rows of a split by batches: rows, codes u8 [b,V,C,h,w], and why those that cannot be read cannot."""
     step = stages.batch_samples(manifest.views(split))
-    specs = [(split, 0, rows[i : i + step]) for i in range(0, len(rows), step)]
+    specs = [(ShardId(split, 0), rows[i : i + step]) for i in range(0, len(rows), step)]
     with ThreadPoolExecutor(stages.threads()) as pool:
         for batch in _decoded(stages, manifest, specs, pool):
             yield batch.rows, _code(stages, manifest.quantizer, batch).wait().codes.numpy(), batch.invalid
@@ -173,67 +171,87 @@ def loads(stages: Stages, split: str, row: int) -> bool:
     return True
 
 
-def encode_shards(
-    stages: Stages, dataset: LatentDataset, jobs: list[tuple[str, int]], progress: Progress
-) -> Iterator[ShardRecord]:
-    """Encode the (split, index) shards in `jobs`, in order, and yield each one's record once it is committed.
+class Engine(Protocol):
+    """Where shards are made: this process, several, or other machines. The bytes are the same."""
 
-    Raises `CodecError` naming the sample whose latents are not finite. However it ends, shards whose writing
-    had begun are committed whole.
-    """
-    manifest = dataset.manifest
-    keys = {split: stages.source.keys(split) for split, _ in jobs}
-    labels = {split: np.array(stages.source.labels(split), np.int32) for split, _ in jobs}
-    with (
-        ThreadPoolExecutor(stages.threads()) as readers,
-        ThreadPoolExecutor(1) as writer,
-        stages.cores_left_to_decoding(),
-    ):
-        waiting: deque[Future[ShardRecord]] = deque()
-        try:
-            shard: list[_Coded] = []
-            for coded in _coded(stages, manifest, jobs, readers):
-                batch = coded.batch
-                _check_finite(batch, coded.finite, keys[batch.split])
-                progress.advance(
-                    len(batch.rows), shard=f"{batch.split} {batch.index}", **_bytes_fact(waiting, manifest)
-                )
-                shard.append(coded)
-                if sum(len(c.batch.rows) for c in shard) == manifest.rows_in_shard(batch.split, batch.index):
-                    waiting.append(
-                        writer.submit(_commit, stages, dataset, shard, keys[batch.split], labels[batch.split])
-                    )
-                    shard = []
-                while waiting and (waiting[0].done() or len(waiting) > _SHARDS_TO_WRITE):
-                    with stages.timed(WAIT_WRITE):
-                        record = waiting.popleft().result()
-                    yield record
-            assert not shard, "a shard's batches must be all its rows"
+    def run(self, jobs: Iterable[ShardId]) -> Iterator[EncodedShard]:
+        """Make the shards, in any order."""
+        ...
+
+
+@dataclass(frozen=True)
+class LocalEngine:
+    """Makes shards in this process: threads decode, the caller's thread runs the codec, another thread compresses."""
+
+    manifest: Manifest
+    stages: Stages
+    progress: Progress
+
+    def run(self, jobs: Iterable[ShardId]) -> Iterator[EncodedShard]:
+        """Raises `CodecError` naming the sample whose latents are not finite, `SourceError` for one that cannot be read
+        if the stages are strict."""
+        jobs, manifest, stages = list(jobs), self.manifest, self.stages
+        splits = {shard.split for shard in jobs}
+        keys = {split: stages.source.keys(split) for split in splits}
+        labels = {split: np.array(stages.source.labels(split), np.int32) for split in splits}
+        with (
+            ThreadPoolExecutor(stages.threads()) as readers,
+            ThreadPoolExecutor(1) as compressor,
+            stages.cores_left_to_decoding(),
+        ):
+            waiting: deque[Future[EncodedShard]] = deque()
+            batches: list[_Coded] = []
+            failure: BaseException | None = None
+            try:
+                for coded in _coded(stages, manifest, jobs, readers):
+                    shard = coded.batch.shard
+                    _check_finite(coded.batch, coded.finite, keys[shard.split])
+                    self.progress.advance(len(coded.batch.rows), shard=str(shard), **_bytes_fact(waiting))
+                    batches.append(coded)
+                    if sum(len(c.batch.rows) for c in batches) == manifest.rows_in_shard(shard.split, shard.index):
+                        arguments = (stages, manifest, shard, batches, keys[shard.split], labels[shard.split])
+                        waiting.append(compressor.submit(_encoded, *arguments))
+                        batches = []
+                    while waiting and (waiting[0].done() or len(waiting) > _SHARDS_TO_COMPRESS):
+                        with stages.timed(WAIT_WRITE):
+                            made = waiting.popleft().result()
+                        yield made
+                assert not batches, "a shard's batches must be all its rows"
+            except GeneratorExit:
+                raise
+            except BaseException as error:  # also Ctrl-C: what is made by now is worth keeping
+                failure = error
+            finally:
+                readers.shutdown(wait=False, cancel_futures=True)
             while waiting:
                 yield waiting.popleft().result()
-        finally:
-            readers.shutdown(wait=False, cancel_futures=True)
+            if failure is not None:
+                raise failure
 
 
-def _bytes_fact(waiting: deque, manifest: Manifest) -> dict[str, str]:
-    """Bytes an image, as the newest committed shard has it."""
+def encode_shard(manifest: Manifest, source: Source, codec: Codec, shard: ShardId, **limits: Any) -> EncodedShard:
+    """Make one shard: a pure function, whose arguments and result can be pickled. limits: see `Stages`."""
+    (made,) = LocalEngine(manifest, Stages(source, codec, **limits), Silent()).run([shard])
+    return made
+
+
+def _bytes_fact(waiting: deque[Future[EncodedShard]]) -> dict[str, str]:
+    """Bytes per image, as the newest shard has it."""
     done = [future for future in waiting if future.done() and not future.exception()]
     if not done:
         return {}
-    record = done[-1].result()
+    record = done[-1].result().record
     return {"bytes_an_image": f"{sum(f.bytes for f in record.files.values()) / record.rows:.0f}"}
 
 
-def _coded(
-    stages: Stages, manifest: Manifest, jobs: list[tuple[str, int]], pool: ThreadPoolExecutor
-) -> Iterator[_Coded]:
+def _coded(stages: Stages, manifest: Manifest, jobs: list[ShardId], pool: ThreadPoolExecutor) -> Iterator[_Coded]:
     """Decoded batches through codec and quantizer, one kept in flight so that a GPU never waits for the host."""
     specs = []
-    for split, index in jobs:
-        step = stages.batch_samples(manifest.views(split))
-        start = index * manifest.shard_rows
-        stop = start + manifest.rows_in_shard(split, index)
-        specs += [(split, index, list(range(i, min(i + step, stop)))) for i in range(start, stop, step)]
+    for shard in jobs:
+        step = stages.batch_samples(manifest.views(shard.split))
+        start = shard.index * manifest.shard_rows
+        stop = start + manifest.rows_in_shard(shard.split, shard.index)
+        specs += [(shard, list(range(i, min(i + step, stop)))) for i in range(start, stop, step)]
     previous: _Coded | None = None
     for batch in _decoded(stages, manifest, specs, pool):
         current = _code(stages, manifest.quantizer, batch)
@@ -275,7 +293,7 @@ def _encode(stages: Stages, batch: _Batch) -> Tensor:
 
 
 def _decoded(
-    stages: Stages, manifest: Manifest, specs: list[tuple[str, int, list[int]]], pool: ThreadPoolExecutor
+    stages: Stages, manifest: Plan, specs: list[tuple[ShardId, list[int]]], pool: ThreadPoolExecutor
 ) -> Iterator[_Batch]:
     """Batches of decoded images in the order of `specs`, `_AHEAD` of them being made while one is used."""
     size, seed = manifest.transform["size"], manifest.transform["seed"]
@@ -283,7 +301,7 @@ def _decoded(
     def load(batch: _Batch, place: int) -> int | str:
         """Decode one sample into the batch: its size in bytes, or why it cannot be read."""
         try:
-            sample, out = stages.source.read(batch.split, batch.rows[place]), batch.images[place]
+            sample, out = stages.source.read(batch.shard.split, batch.rows[place]), batch.images[place]
             load_views(sample.data, size, len(out), seed, sample.key, stages.max_pixels, out)
             return len(sample.data)
         except (BadImage, SourceError, OSError) as error:
@@ -294,9 +312,9 @@ def _decoded(
         with stages.timed(DECODE):
             return [load(batch, place) for place in places]
 
-    def begin(spec: tuple[str, int, list[int]]) -> tuple[_Batch, list[Future]]:
-        split, index, rows = spec
-        batch = _Batch(split, index, rows, np.zeros((len(rows), manifest.views(split), size, size, 3), np.uint8))
+    def begin(spec: tuple[ShardId, list[int]]) -> tuple[_Batch, list[Future]]:
+        shard, rows = spec
+        batch = _Batch(shard, rows, np.zeros((len(rows), manifest.views(shard.split), size, size, 3), np.uint8))
         some = min(_IMAGES_A_TASK, -(-len(rows) // stages.threads()))
         places = [range(i, min(i + some, len(rows))) for i in range(0, len(rows), some)]
         return batch, [pool.submit(load_some, batch, some) for some in places]
@@ -314,9 +332,8 @@ def _decoded(
                 batch.source_bytes += outcome
         if stages.strict and batch.invalid:
             row, why = next(iter(batch.invalid.items()))
-            raise SourceError(
-                f"{stages.source.keys(batch.split)[row]}: {why}", "mend it, or leave out --strict to go on without it"
-            )
+            key = stages.source.keys(batch.shard.split)[row]
+            raise SourceError(f"{key}: {why}", "mend it, or leave out --strict to go on without it")
         pending.extend(begin(spec) for spec in islice(todo, 1))
         yield batch
 
@@ -329,36 +346,25 @@ def _check_finite(batch: _Batch, finite: Tensor, keys: list[str]) -> None:
             )
 
 
-def _commit(
-    stages: Stages, dataset: LatentDataset, shard: list[_Coded], keys: list[str], labels: np.ndarray
-) -> ShardRecord:
-    """Compress and write one shard; runs in the writer's thread."""
+def _encoded(
+    stages: Stages, manifest: Manifest, shard: ShardId, batches: list[_Coded], keys: list[str], labels: np.ndarray
+) -> EncodedShard:
+    """Compress one shard, of all its batches; keys and labels are the split's."""
     with stages.timed(WRITE):
-        return _committed(dataset, shard, keys, labels)
-
-
-def _committed(dataset: LatentDataset, shard: list[_Coded], keys: list[str], labels: np.ndarray) -> ShardRecord:
-    split, index = shard[0].batch.split, shard[0].batch.index
-    rows = [row for coded in shard for row in coded.batch.rows]
-    codes = np.concatenate([coded.codes.numpy() for coded in shard])
-    invalid = {row: why for coded in shard for row, why in coded.batch.invalid.items()}
-    shard_labels = labels[rows]
-    bad = [place for place, row in enumerate(rows) if row in invalid]
-    codes[bad], shard_labels[bad] = 0, INVALID_LABEL
-    shard_keys = [keys[row] for row in rows]
-    record = ShardRecord(
-        split=split,
-        index=index,
-        rows=len(rows),
-        files={},
-        source_bytes=sum(coded.batch.source_bytes for coded in shard),
-        saturated=tuple(sum(coded.saturated for coded in shard).tolist()),  # type: ignore[union-attr]
-        manifest=dataset.manifest_sha256,
-        invalid=tuple({"row": rows[place], "key": shard_keys[place], "reason": invalid[rows[place]]} for place in bad),
-    )
-    store = store_of(dataset.manifest)
-    files = store.encode_shard_files(dataset.manifest, split, index, codes, shard_labels, shard_keys)
-    return commit_shard(dataset.root, record, files)
+        rows = [row for coded in batches for row in coded.batch.rows]
+        codes = np.concatenate([coded.codes.numpy() for coded in batches])
+        reasons = {row: why for coded in batches for row, why in coded.batch.invalid.items()}
+        bad = [place for place, row in enumerate(rows) if row in reasons]
+        taken = Codes(codes, labels[rows], [keys[row] for row in rows])
+        taken.codes[bad], taken.labels[bad] = 0, INVALID_LABEL
+        return encoded_shard(
+            manifest,
+            shard,
+            taken,
+            source_bytes=sum(coded.batch.source_bytes for coded in batches),
+            saturated=torch.stack([coded.saturated for coded in batches]).sum(0).tolist(),
+            invalid=[{"row": rows[place], "key": taken.keys[place], "reason": reasons[rows[place]]} for place in bad],
+        )
 
 
 def calibration_rows(rows: int, count: int, seed: int) -> list[int]:

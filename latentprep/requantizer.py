@@ -12,7 +12,7 @@ import torch
 from . import __version__
 from .console import ProgressFactory, silent
 from .derived import derive, every_row, opened
-from .encoder import CALIBRATION, EncodeResult, joint_by_default, with_joint
+from .encoder import CALIBRATION, EncodeResult, check_joint, joint_by_default
 from .errors import UsageError
 from .format.dataset import Codes, LatentDataset
 from .format.manifest import INVALID_LABEL, Manifest, train_split
@@ -68,7 +68,7 @@ def requantized_manifest(source: LatentDataset, bits: int, joint: bool | None = 
     manifest = source.manifest
     if joint is None:
         joint = joint_by_default(bits, manifest.latent[0], manifest.flip)
-    with_joint(manifest.quantizer, joint)  # refuses what cannot be
+    check_joint(joint, manifest.latent[0])
     split = train_split(manifest.splits)
     rows = calibration_rows(manifest.splits[split], CALIBRATION, manifest.transform["seed"])
     drawn = []

@@ -1,26 +1,69 @@
-"""Going on with a dataset: what a folder holds already, and whether it is what is asked for now."""
+"""Going on with a dataset: what a folder holds already, whether it is what is asked for now, and who may write it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+import contextlib
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from .errors import DatasetError
-from .format.commit import remove_dataset
+from .errors import DatasetError, system_fault
+from .format.commit import commit_shard, create_dataset, locked, make_folder, remove_dataset
 from .format.dataset import LatentDataset, open_dataset
 from .format.lease import LOCK
-from .format.manifest import MANIFEST, Manifest
+from .format.manifest import MANIFEST, Manifest, Plan, ShardRecord
 from .format.places import Place
+from .format.shard import EncodedShard
+
+_UNCOMMITTED = 2  # made shards that wait to be written
 
 
-def stored_manifest(root: Place, overwrite: bool) -> Manifest | None:
-    """The manifest of the dataset to resume; None for an empty folder. Refuses folders that hold other things."""
+@contextlib.contextmanager
+def writing(root: Place) -> Iterator[None]:
+    """Hold the dataset at `root`, made if need be, for this one writer. A fault of the machine is a `SystemFault`."""
+    try:
+        make_folder(root)
+        with locked(root):
+            yield
+    except OSError as error:
+        raise system_fault(error) from error
+
+
+def start(root: Place, manifest: Manifest) -> LatentDataset:
+    """Make `root` the dataset of this manifest, or go on with the one that is there; to be called while `writing`."""
+    create_dataset(root, manifest)
+    return open_dataset(root)
+
+
+def committed(dataset: LatentDataset, shards: Iterable[EncodedShard]) -> Iterator[ShardRecord]:
+    """Commit shards as they come, in a thread, and yield each one's record when it is.
+
+    However it ends, shards whose writing had begun are committed whole.
+    """
+    waiting: deque[Future[ShardRecord]] = deque()
+    with ThreadPoolExecutor(1) as writer:
+        for shard in shards:
+            waiting.append(writer.submit(commit_shard, dataset.root, shard))
+            while waiting and (waiting[0].done() or len(waiting) > _UNCOMMITTED):
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def stored_manifest(root: Place, asked: Plan, overwrite: bool) -> Manifest | None:
+    """The manifest of the dataset to resume; None for an empty folder, or one that `overwrite` emptied.
+
+    asked: what is to be made there, a `Manifest` where quantizer and compression are decided, too. Raises
+    `DatasetError` for a folder that holds anything else, naming the first setting in which it differs.
+    """
     if (root / MANIFEST).is_file():
-        if not overwrite:
-            return open_dataset(root).manifest
-        remove_dataset(root)
-        return None
+        if overwrite:
+            remove_dataset(root)
+            return None
+        stored = open_dataset(root).manifest
+        _check_same(root, stored, asked)
+        return stored
     others = sorted(entry.name for entry in root.iterdir() if entry.name not in (MANIFEST + ".tmp", LOCK))
     if others:
         raise DatasetError(
@@ -29,32 +72,29 @@ def stored_manifest(root: Place, overwrite: bool) -> Manifest | None:
     return None
 
 
-def check_same(root: Place, stored: Manifest, asked: Manifest, fitted: bool) -> None:
-    """`DatasetError` naming the first field in which the dataset at `root` is not the one asked for.
-
-    fitted: the quantizer asked for is still to be fitted, so that only its bits and whether it is joint count.
-    """
-    have, want = _decided(stored), _decided(asked)
-    if not fitted:
-        have, want = have | {"quantizer": stored.quantizer.to_json()}, want | {"quantizer": asked.quantizer.to_json()}
-    for name, there, here in differences(have, want):
+def _check_same(root: Place, stored: Manifest, asked: Plan) -> None:
+    fitted = isinstance(asked, Manifest)
+    for name, there, here in differences(_decided(stored, fitted), _decided(asked, fitted)):
         hints = {
             "source.sha256": "its files, labels, or --limit, --val-fraction or --seed changed; ",
             "joint": f"pass {'--joint' if there else '--no-joint'}; ",
             "codec.dtype": f"pass --dtype {there}; ",
             **dict.fromkeys((f"splits.{n}" for n in stored.splits), "--limit or --val-fraction may have changed; "),
         }
-        what = (
-            "the source has changed" if name == "source.sha256" else f"{name} is {there}, this command asks for {here}"
-        )
+        if name == "source.sha256":
+            what = "the source has changed"
+        elif name.partition(".")[0] in ("quantizer", "compression"):
+            what = "its quantizer was fitted to other codes"
+        else:
+            what = f"{name} is {there}, this command asks for {here}"
         raise DatasetError(
             f"{root} was made otherwise: {what}",
             hints.get(name, "") + "give the same options to resume, another --out, or --overwrite to start anew",
         )
 
 
-def with_quantizer_of(dataset: LatentDataset, asked: Manifest) -> Manifest:
-    """The manifest asked for with the dataset's quantizer and compression, so that the two can be merged.
+def with_quantizer_of(dataset: LatentDataset, asked: Plan) -> Manifest:
+    """The plan finished with the dataset's quantizer and compression, so that the two can be merged.
 
     Raises `DatasetError` naming the first field in which codes of the two cannot mean the same.
     """
@@ -63,29 +103,32 @@ def with_quantizer_of(dataset: LatentDataset, asked: Manifest) -> Manifest:
             f"the quantizer of {dataset.root} is for other latents: {name} is {there}, this command asks for {here}",
             "give the same options as for that dataset, or leave out --quantizer",
         )
-    return replace(asked, quantizer=dataset.manifest.quantizer, compression=dataset.manifest.compression)
+    return asked.manifest(dataset.manifest.quantizer, dataset.manifest.compression)
 
 
-def _meaning(manifest: Manifest) -> dict:
+def _meaning(plan: Plan) -> dict:
     """What decides which latents an image has, and into how many codes they go."""
     return {
-        "codec": {key: value for key, value in manifest.codec.items() if key != "weights"},
-        "bits": manifest.quantizer.bits,
-        "joint": bool(manifest.quantizer.filter),
-        "transform": {key: manifest.transform.get(key) for key in ("size", "resize")},
+        "codec": {key: value for key, value in plan.codec.items() if key != "weights"},
+        "bits": plan.bits,
+        "joint": plan.joint,
+        "transform": {key: plan.transform.get(key) for key in ("size", "resize")},
     }
 
 
-def _decided(manifest: Manifest) -> dict:
-    """What the user decided; quantizer ranges and compression follow from it."""
-    return _meaning(manifest) | {
-        "transform": manifest.transform,
-        "splits": manifest.splits,
-        "classes": list(manifest.classes),
-        "source": {"sha256": manifest.source["sha256"]},
-        "shard_rows": manifest.shard_rows,
-        "store": manifest.store,
+def _decided(plan: Plan, fitted: bool) -> dict:
+    """What the user decided; where the manifest is `fitted`, also what calibration did."""
+    decided = _meaning(plan) | {
+        "transform": plan.transform,
+        "splits": plan.splits,
+        "classes": list(plan.classes),
+        "source": {"sha256": plan.source["sha256"]},
+        "shard_rows": plan.shard_rows,
+        "store": plan.store,
     }
+    if fitted and isinstance(plan, Manifest):
+        decided |= {"quantizer": plan.quantizer.to_json(), "compression": plan.compression}
+    return decided
 
 
 def differences(have: Any, want: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .comparison import SAMPLES, Comparison, Shard, compare, own_stages
+from .comparison import SAMPLES, Comparison, compare, own_stages
 from .console import ProgressFactory, silent
 from .errors import DatasetError, UsageError, system_fault
-from .format.commit import create_dataset, error_lines, locked, write_errors
+from .format.commit import create_dataset, error_lines, write_errors
 from .format.dataset import ForeignRecord, LatentDataset, open_dataset
-from .format.manifest import ERRORS, INVALID_LABEL, MANIFEST, ShardRecord
+from .format.manifest import ERRORS, INVALID_LABEL, MANIFEST, ShardId, ShardRecord
 from .format.places import Place
 from .format.stores import store_of
+from .resume import committed, writing
 
 if TYPE_CHECKING:
     from .pipeline import Stages
@@ -133,31 +134,30 @@ class _Check:
     def __init__(self, dataset: LatentDataset, deep: bool, source: Source | None, progress: ProgressFactory) -> None:
         self.dataset, self.deep, self.source = dataset, deep, source
         self.problems: list[Problem] = []
-        self.good: dict[Shard, ShardRecord] = {}
-        self.bad: dict[Shard, ShardRecord | None] = {}
+        self.good: dict[ShardId, ShardRecord] = {}
+        self.bad: dict[ShardId, ShardRecord | None] = {}
         self.decoded = 0
         self._check_shards(self._records(), progress)
         self._check_derived()
 
-    def damaged(self, shard: Shard, record: ShardRecord | None, what: str) -> None:
+    def damaged(self, shard: ShardId, record: ShardRecord | None, what: str) -> None:
         self.bad[shard] = record
-        self.problems.append(Problem(*shard, what))
+        self.problems.append(Problem(shard.split, shard.index, what))
 
     def _records(self) -> list[ShardRecord]:
         """The records that can be read and belong to the manifest."""
         records, foreign = [], 0
-        for split in self.dataset.splits:
-            for index in range(self.dataset.manifest.shard_count(split)):
-                try:
-                    record = self.dataset.record(split, index)
-                except DatasetError as error:
-                    foreign += isinstance(error, ForeignRecord)
-                    self.damaged((split, index), None, error.message)
-                    continue
-                if record is None:
-                    self.damaged((split, index), None, "is not committed")
-                else:
-                    records.append(record)
+        for shard in self.dataset.manifest.shards():
+            try:
+                record = self.dataset.record(shard.split, shard.index)
+            except DatasetError as error:
+                foreign += isinstance(error, ForeignRecord)
+                self.damaged(shard, None, error.message)
+                continue
+            if record is None:
+                self.damaged(shard, None, "is not committed")
+            else:
+                records.append(record)
         if foreign and not records:
             raise DatasetError(
                 f"no record of {self.dataset.root} names the manifest that is there: {MANIFEST} was altered",
@@ -169,7 +169,7 @@ class _Check:
         seen: dict[str, dict[str, int]] = {split: {} for split in self.dataset.splits}  # key -> shard
         with ThreadPoolExecutor(_READERS) as pool, progress("verifying", len(records), "shards", 0) as bar:
             for record, (problem, keys) in zip(records, pool.map(self._read, records), strict=True):
-                shard = record.split, record.index
+                shard = record.shard
                 if not problem:
                     holders = [(key, seen[record.split].setdefault(key, record.index)) for key in keys]
                     twice = [(key, holder) for key, holder in holders if holder != record.index]
@@ -182,7 +182,7 @@ class _Check:
                 else:
                     self.good[shard] = record
                 self.decoded += self._decodes(record)
-                bar.advance(1, shard=f"{record.split} {record.index}")
+                bar.advance(1, shard=str(shard))
 
     def _decodes(self, record: ShardRecord) -> bool:
         """Whether the shard's codes are decoded, too."""
@@ -235,18 +235,18 @@ class _Check:
 
 
 def _repair(
-    dataset: LatentDataset, stages: Stages, bad: dict[Shard, ShardRecord | None], progress: ProgressFactory
+    dataset: LatentDataset, stages: Stages, bad: dict[ShardId, ShardRecord | None], progress: ProgressFactory
 ) -> dict[str, bool | None]:
     """Encode the bad shards again, and write the derived files anew."""
-    from .pipeline import encode_shards
+    from .pipeline import LocalEngine
 
     manifest, jobs, repaired = dataset.manifest, list(bad), {}
-    total = sum(manifest.rows_in_shard(*job) for job in jobs)
-    with locked(dataset.root), progress("repairing", total, "images", 0) as bar:
+    total = sum(manifest.rows_in_shard(shard.split, shard.index) for shard in jobs)
+    with writing(dataset.root), progress("repairing", total, "images", 0) as bar:
         create_dataset(dataset.root, manifest)
-        for record in encode_shards(stages, dataset, jobs, bar):
-            before = bad[record.split, record.index]
-            repaired[f"{record.split} {record.index}"] = None if before is None else before.files == record.files
+        for record in committed(dataset, LocalEngine(manifest, stages, bar).run(jobs)):
+            before = bad[record.shard]
+            repaired[str(record.shard)] = None if before is None else before.files == record.files
         write_errors(dataset.root, [record for split in dataset.splits for record in dataset.records(split)])
     return repaired
 

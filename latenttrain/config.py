@@ -84,7 +84,7 @@ def describe_dataset(dataset: LatentDataset) -> dict[str, Any]:
         "quantizer": manifest.quantizer.to_json(),
         "transform": manifest.transform,
         "classes": list(manifest.classes),
-        "manifest_sha256": dataset.manifest_sha256,
+        "manifest_sha256": dataset.manifest.sha256,
     }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -11,8 +10,9 @@ from pathlib import PurePosixPath
 
 from ..errors import DatasetError
 from .lease import leased
-from .manifest import ERRORS, LINEAR_DECODER, MANIFEST, FileRecord, Manifest, ShardRecord, read_manifest, record_path
+from .manifest import ERRORS, LINEAR_DECODER, MANIFEST, Manifest, ShardRecord, read_manifest, record_path
 from .places import Place, RemotePath
+from .shard import EncodedShard
 from .stores import store_of
 
 
@@ -60,17 +60,17 @@ def create_dataset(root: Place, manifest: Manifest) -> None:
             write_atomic(root / path, data)
 
 
-def commit_shard(root: Place, record: ShardRecord, files: dict[str, bytes]) -> ShardRecord:
-    """Write a shard's files, then, with their sizes and checksums, its record: from then on the shard exists.
+def commit_shard(root: Place, shard: EncodedShard) -> ShardRecord:
+    """Write a shard's files, then its record: from then on the shard exists. Returns the record.
 
     A shard made again loses its old record first, so that a crash leaves no record of files it does not describe.
     """
+    record = shard.record
     if (root / record.path).is_file():
         (root / record.path).unlink()
         _sync_folder((root / record.path).parent)
-    for path, data in files.items():
+    for path, data in shard.files.items():
         write_atomic(root / path, data)
-    record.files.update({p: FileRecord(len(d), hashlib.sha256(d).hexdigest()) for p, d in files.items()})
     write_atomic(root / record.path, record.to_bytes())
     return record
 
@@ -94,7 +94,7 @@ def error_lines(records: list[ShardRecord]) -> bytes:
 
 def remove_dataset(root: Place) -> None:
     """Delete what an encode wrote at `root` (for ``--overwrite``), file by file, and nothing else. Manifest first."""
-    manifest, _ = read_manifest(root)
+    manifest = read_manifest(root)
     store = store_of(manifest)
     files = [MANIFEST, ERRORS, LINEAR_DECODER, *store.metadata_files(manifest)]
     for split in manifest.splits:

@@ -5,36 +5,20 @@ from __future__ import annotations
 import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
 from ..errors import DatasetError, UsageError
 from .cache import LIMIT, ShardCache
-from .manifest import INVALID_LABEL, FileRecord, ShardRecord, read_manifest, read_record
+from .manifest import INVALID_LABEL, FileRecord, ShardId, ShardRecord, read_manifest, read_record
 from .places import Place, RemotePath, local, place
 from .quantizer import Quantizer
+from .shard import Codes
 from .stores import store_of
 
 _FETCHES = 3  # of a remote file that is not the recorded one, before that is an error
 _READERS = 4  # threads that read, verify and decompress shards; all three release the interpreter lock
-
-
-@dataclass(frozen=True)
-class Codes:
-    """Samples in memory, invalid rows left out.
-
-    codes: u8 [n,V,C,h,w]; labels: i32 [n], each an index into ``classes``; keys: n paths in the source, none where they
-    were not asked for.
-    """
-
-    codes: np.ndarray
-    labels: np.ndarray
-    keys: list[str]
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
 
 class ForeignRecord(DatasetError):
@@ -44,14 +28,14 @@ class ForeignRecord(DatasetError):
 class LatentDataset:
     """A latent dataset. Shards are verified against their records when they are first read and whenever fetched.
 
-    root: its folder or URL. manifest: see `Manifest`; manifest_sha256: identifies this very dataset's configuration.
+    root: its folder or URL. manifest: see `Manifest`.
     cache: keeps copies of remote shards on this machine.
     verify: whether shards are; without, damaged ones may go unnoticed, and reading is a little faster.
     """
 
     def __init__(self, root: Place, verify: bool = True, cache: ShardCache | None = None) -> None:
         self.root, self.verify, self.cache = root, verify, cache
-        self.manifest, self.manifest_sha256 = read_manifest(root)
+        self.manifest = read_manifest(root)
         self._store = store_of(self.manifest)
         self._verified: set[str] = set()
         self._fetched: dict[tuple[str, int], ShardRecord] = {}  # remote records that were read
@@ -85,7 +69,7 @@ class LatentDataset:
         record = read_record(self.root, self._known(split), index)
         if record is None:
             return None
-        if record.manifest != self.manifest_sha256:
+        if record.manifest != self.manifest.sha256:
             raise ForeignRecord(
                 f"{self.root / record.path} belongs to another encode than {self.root / 'manifest.json'}",
                 "one of them was altered or copied in; restore it, or encode again with --overwrite",
@@ -107,6 +91,11 @@ class LatentDataset:
             return all((self.root / path).stat().st_size == file.bytes for path, file in record.files.items())
         except (OSError, ValueError):  # a NUL in a path
             return False
+
+    def whole_records(self) -> dict[ShardId, ShardRecord]:
+        """The shards that are committed and whose files are there, with their records, in order."""
+        records = (record for split in self.splits for record in self.records(split))
+        return {record.shard: record for record in records if self.is_whole(record)}
 
     def committed(self, split: str, index: int) -> ShardRecord:
         """One shard's record; `DatasetError` where it is not committed."""

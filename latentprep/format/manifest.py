@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from ..errors import DatasetError
 from .fields import Fields, dump_json, parse_json, read_json
@@ -31,25 +32,36 @@ MAX_SHARDS = 1_000_000  # of a dataset: its records are looked for one by one
 MAX_SHARD_CODES = 1 << 34  # a shard is read whole
 
 
-@dataclass(frozen=True)
-class Manifest:
-    """Everything a reader needs.
+@dataclass(frozen=True, order=True)
+class ShardId:
+    """A shard's name in its dataset: a split, and which of the split's shards it is, from 0."""
+
+    split: str
+    index: int
+
+    def __str__(self) -> str:
+        return f"{self.split} {self.index}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What was asked for, complete: everything that decides a dataset's bytes but the quantizer and the compression.
 
     codec: JSON configuration; ``latentprep.codecs.codec_from_config`` rebuilds the codec from it.
-    quantizer: what codes mean.
-    transform: how pixels were made from a sample: ``size`` (pixels), ``views``, ``seed``, ``resize``.
+    bits: per code. joint: whether the codes of a sample are chosen together, see `latentprep.joint`.
+    transform: how pixels are made of a sample: ``size`` (pixels), ``views``, ``seed``, ``resize``.
     source: ``spec`` as the user gave it, ``sha256`` over its splits, keys, labels and classes.
     classes: names; a label is an index into them.
     latent: (C, h, w) of one view's codes.
     flip: per-channel signs, if ``sign * mirrored latents`` are exactly the mirrored image's latents, else None.
     shard_rows, chunk_rows: samples in a (whole) shard, and in one separately compressed chunk of it.
-    compression: the Zarr codec chain of the codes array, chosen by measurement; other stores keep it for a conversion.
     splits: rows of each split, invalid ones included.
     store: how shards are stored; see `latentprep.format.stores`.
     """
 
     codec: dict
-    quantizer: Quantizer
+    bits: int
+    joint: bool
     transform: dict
     source: dict
     classes: tuple[str, ...]
@@ -57,7 +69,6 @@ class Manifest:
     flip: tuple[int, ...] | None
     shard_rows: int
     chunk_rows: int
-    compression: list[dict]
     splits: dict[str, int]
     store: str = "zarr"
     written_by: str = ""
@@ -81,6 +92,47 @@ class Manifest:
 
     def rows_in_shard(self, split: str, index: int) -> int:
         return min(self.shard_rows, self.splits[split] - index * self.shard_rows)
+
+    def shards(self) -> Iterator[ShardId]:
+        """Every shard, in order."""
+        return (ShardId(split, index) for split in self.splits for index in range(self.shard_count(split)))
+
+    def manifest(self, quantizer: Quantizer, compression: list[dict]) -> Manifest:
+        """The finished plan. Inverse of `Manifest.plan`."""
+        assert (quantizer.bits, bool(quantizer.filter)) == (self.bits, self.joint), "a quantizer of another plan"
+        asked: dict[str, Any] = {name: getattr(self, name) for name in _PLANNED if name not in ("bits", "joint")}
+        return Manifest(**asked, quantizer=quantizer, compression=compression)
+
+
+_PLANNED = tuple(f.name for f in fields(Plan))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest(Plan):
+    """A finished plan: everything that a reader needs, and all it takes to encode more like it.
+
+    quantizer: what codes mean; `bits` and `joint` follow from it.
+    compression: the Zarr codec chain of the codes array, chosen by measurement; other stores keep it for a conversion.
+    """
+
+    bits: int = field(init=False)
+    joint: bool = field(init=False)
+    quantizer: Quantizer
+    compression: list[dict]
+    _file_sha256: str = field(init=False, default="", compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "bits", self.quantizer.bits)
+        object.__setattr__(self, "joint", bool(self.quantizer.filter))
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 (hex) of the file that it was read from, or else of its bytes: identifies the dataset's settings."""
+        return self._file_sha256 or hashlib.sha256(self.to_bytes()).hexdigest()
+
+    def plan(self) -> Plan:
+        """What was asked for. Inverse of `Plan.manifest`."""
+        return Plan(**{name: getattr(self, name) for name in _PLANNED})
 
     def to_bytes(self) -> bytes:
         return dump_json(
@@ -155,6 +207,7 @@ class Manifest:
             written_by=top.text("written_by"),
         )
         manifest._check_sizes(top)
+        object.__setattr__(manifest, "_file_sha256", hashlib.sha256(data).hexdigest())
         return manifest
 
     def _check_sizes(self, where: Fields) -> None:
@@ -206,6 +259,10 @@ class ShardRecord:
     saturated: tuple[int, ...]
     manifest: str
     invalid: tuple[dict, ...] = field(default=())
+
+    @property
+    def shard(self) -> ShardId:
+        return ShardId(self.split, self.index)
 
     @property
     def path(self) -> str:
@@ -266,15 +323,15 @@ def record_path(split: str, index: int) -> str:
     return f"{RECORDS}/{split}-{index:06d}.json"
 
 
-def read_manifest(root: Place) -> tuple[Manifest, str]:
-    """The manifest of the dataset at `root` and the SHA-256 of its file; `DatasetError` if there is none."""
+def read_manifest(root: Place) -> Manifest:
+    """The manifest of the dataset at `root`; `DatasetError` if there is none."""
     path = root / MANIFEST
     try:
         data = read_json(path)
     except (FileNotFoundError, NotADirectoryError):
         what = "no such folder" if not root.exists() else "no latent dataset (it has no manifest.json)"
         raise DatasetError(f"{root}: {what}", "name a folder that latentprep encode made") from None
-    return Manifest.from_bytes(data, str(path)), hashlib.sha256(data).hexdigest()
+    return Manifest.from_bytes(data, str(path))
 
 
 def read_record(root: Place, split: str, index: int) -> ShardRecord | None:

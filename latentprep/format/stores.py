@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 
 from . import wds_store, zarr_store
-from .manifest import Manifest, ShardRecord
+from .manifest import Manifest, Plan, ShardRecord
 
 
 class Store(Protocol):
@@ -44,11 +44,11 @@ class Store(Protocol):
 _STORES: dict[str, Store] = {"zarr": zarr_store, "wds": wds_store}
 
 
-def store_of(manifest: Manifest) -> Store:
-    return _STORES[manifest.store]
+def store_of(plan: Plan) -> Store:
+    return _STORES[plan.store]
 
 
-def code_bytes(manifest: Manifest, record: ShardRecord) -> int:
+def code_bytes(plan: Plan, record: ShardRecord) -> int:
     """Size of the file that holds a shard's codes: in a WebDataset store with its labels, keys and headers."""
-    file = record.files.get(store_of(manifest).shard_files(record.split, record.index)["codes"])
+    file = record.files.get(store_of(plan).shard_files(record.split, record.index)["codes"])
     return file.bytes if file else 0

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import latentprep
-from latentprep import derived
+from latentprep import derived, resume
 from latentprep.errors import DatasetError, UsageError
-from latentprep.format import LatentDataset
+from latentprep.format import Codes, EncodedShard, LatentDataset, Manifest, ShardId
 from pictures import make_folder
 
 
@@ -98,16 +99,31 @@ def test_a_conversion_resumes(root: Path, tmp_path: Path) -> None:
         latentprep.convert(out, out=tmp_path / "x", store="webdataset")
 
 
-def test_what_reads_back_otherwise_is_not_kept_quiet(
+def test_a_shard_that_decodes_otherwise_is_not_written(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = derived.commit_shard
+    real = derived.encoded_shard
 
-    def other(target: Path, record: object, files: dict[str, bytes]) -> object:
-        return real(target, record, {path: data.replace(b"ustar", b"Ustar") for path, data in files.items()})
+    def other(manifest: Manifest, shard: ShardId, rows: Codes, **facts: object) -> EncodedShard:
+        return real(manifest, shard, Codes(rows.codes ^ 1, rows.labels, rows.keys), **facts)
 
-    monkeypatch.setattr(derived, "commit_shard", other)
-    with pytest.raises(DatasetError, match="does not decode"):
+    monkeypatch.setattr(derived, "encoded_shard", other)
+    with pytest.raises(DatasetError, match="decodes to other codes"):
+        latentprep.convert(root / "zarr", out=tmp_path / "out", store="wds")
+    assert not list((tmp_path / "out").rglob("records/*"))
+
+
+def test_a_file_that_reads_back_otherwise_is_not_kept_quiet(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = resume.commit_shard
+
+    def other(target: Path, shard: EncodedShard) -> object:
+        changed = {path: data.replace(b"ustar", b"Ustar") for path, data in shard.files.items()}
+        return real(target, replace(shard, files=changed))
+
+    monkeypatch.setattr(resume, "commit_shard", other)
+    with pytest.raises(DatasetError, match="was altered"):
         latentprep.convert(root / "zarr", out=tmp_path / "out", store="wds")
 
 
@@ -211,7 +227,7 @@ def test_a_quantizer_of_other_latents_is_refused(root: Path, tmp_path: Path) -> 
         encode(root / "images", tmp_path / "out", bits=2, quantizer=root / "zarr")
     encode(root / "images", tmp_path / "out", splits=["val"], quantizer=root / "zarr")
     encode(root / "images", tmp_path / "val", splits=["val"])
-    with pytest.raises(DatasetError, match=r"was made otherwise: quantizer.lo"):
+    with pytest.raises(DatasetError, match=r"its quantizer was fitted to other codes"):
         encode(root / "images", tmp_path / "out", splits=["val"], quantizer=tmp_path / "val")
 
 

@@ -3,12 +3,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,9 @@ from latentprep.codecs import make_codec
 from latentprep.encoder import EncodeResult
 from latentprep.errors import CodecError, DatasetError, Interrupted, SourceError, SystemFault, UsageError
 from latentprep.images import load_views
+from latentprep.pipeline import encode_shard
 from latentprep.quantize import quantize
+from latentprep.sources import open_source
 from latenttrain import scaling
 from pictures import jpeg, make_folder, picture
 
@@ -433,3 +437,15 @@ def test_slow_decoding_is_named(tmp_path: Path) -> None:
     profile = Profile(decoders=2)
     profile.seconds, profile.wall = {DECODE: 10.0, WAIT_DECODE: 4.0}, 6.0
     assert profile.to_json()["bottleneck"] == "read and decode"
+
+
+def test_a_shard_made_in_another_process_from_pickled_arguments_has_the_same_bytes(
+    images: Path, tmp_path: Path
+) -> None:
+    encode(images, tmp_path / "out", views=2)
+    dataset, source, codec = latentprep.open(tmp_path / "out"), open_source(images), make_codec("dct")
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for shard in dataset.manifest.shards():
+            made = pool.submit(encode_shard, dataset.manifest, source, codec, shard).result()
+            assert {path: (tmp_path / "out" / path).read_bytes() for path in made.files} == made.files
+            assert (tmp_path / "out" / made.record.path).read_bytes() == made.record.to_bytes()

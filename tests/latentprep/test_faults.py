@@ -17,10 +17,10 @@ import pytest
 
 import latentprep
 from faults import Disk, committed, digest, full_after, read_only
-from latentprep import pipeline
+from latentprep import pipeline, resume
 from latentprep.encoder import EncodeResult
 from latentprep.errors import DatasetError, SourceError, SystemFault
-from latentprep.format import zarr_store
+from latentprep.format import EncodedShard, ShardRecord, zarr_store
 from latentprep.sources import Sample, Source, open_source
 from pictures import jpeg, make_folder, picture
 
@@ -32,15 +32,15 @@ def encode(source: Path | Source, out: Path, **options: object) -> EncodeResult:
 @pytest.fixture
 def commits(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[tuple[str, int]]]:
     """The shards whose commit has returned."""
-    real, done = pipeline.commit_shard, set()
+    real, done = resume.commit_shard, set()
 
-    def commit_shard(root, record, files):  # type: ignore[no-untyped-def]
-        done.discard((record.split, record.index))
-        made = real(root, record, files)
+    def commit_shard(root: Path, shard: EncodedShard) -> ShardRecord:
+        done.discard((shard.record.split, shard.record.index))
+        record = real(root, shard)
         done.add((record.split, record.index))
-        return made
+        return record
 
-    monkeypatch.setattr(pipeline, "commit_shard", commit_shard)
+    monkeypatch.setattr(resume, "commit_shard", commit_shard)
     yield done
 
 

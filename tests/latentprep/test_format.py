@@ -12,8 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from latentprep.errors import DatasetError, LatentError, UsageError
-from latentprep.format import LatentDataset, Manifest, Quantizer, ShardRecord, open_dataset, zarr_store
+from latentprep.format import Codes, LatentDataset, Manifest, Quantizer, ShardId, ShardRecord, open_dataset, zarr_store
 from latentprep.format.commit import commit_shard, create_dataset, locked, remove_dataset, write_atomic
+from latentprep.format.shard import encoded_shard
 from latentprep.format.zarr_store import (
     CANDIDATES,
     choose_compression,
@@ -59,9 +60,8 @@ def write(root: Path, m: Manifest) -> LatentDataset:
     dataset = open_dataset(root)
     for split in m.splits:
         for index in range(m.shard_count(split)):
-            codes, labels, keys = rows_of(m, split, index)
-            record = ShardRecord(split, index, len(keys), {}, 100, (0, 1), dataset.manifest_sha256)
-            commit_shard(root, record, encode_shard_files(m, split, index, codes, labels, keys))
+            rows = Codes(*rows_of(m, split, index))
+            commit_shard(root, encoded_shard(m, ShardId(split, index), rows, source_bytes=100, saturated=(0, 1)))
     return dataset
 
 
@@ -299,9 +299,9 @@ def test_atomic_writes_leave_no_half_file(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_shard_made_again_is_uncommitted_until_it_is_whole(
     dataset: LatentDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    m, old = dataset.manifest, dataset.committed("train", 1)
-    codes, labels, keys = rows_of(m, "train", 1)
-    files = encode_shard_files(m, "train", 1, 7 - codes, labels, keys)
+    codes, labels, keys = rows_of(dataset.manifest, "train", 1)
+    rows = Codes(7 - codes, labels, keys)
+    other = encoded_shard(dataset.manifest, ShardId("train", 1), rows, source_bytes=100, saturated=(0, 1))
     real, calls = Path.replace, []
 
     def crash(self: Path, target: Path) -> Path:
@@ -312,7 +312,7 @@ def test_a_shard_made_again_is_uncommitted_until_it_is_whole(
 
     monkeypatch.setattr(Path, "replace", crash)
     with pytest.raises(KeyboardInterrupt):
-        commit_shard(dataset.root, replace(old, files={}), files)
+        commit_shard(dataset.root, other)
     assert dataset.record("train", 1) is None
 
 

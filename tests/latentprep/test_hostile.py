@@ -222,7 +222,7 @@ def zstd_frame(declared: int) -> bytes:
 def test_records_that_point_elsewhere_are_refused(tmp_path: Path) -> None:
     create_dataset(tmp_path, make_manifest())
     dataset = open_dataset(tmp_path)
-    good = ShardRecord("train", 0, 4, {}, 1, (0, 0), dataset.manifest_sha256)
+    good = ShardRecord("train", 0, 4, {}, 1, (0, 0), dataset.manifest.sha256)
     (tmp_path / "records").mkdir()
     path = tmp_path / good.path
     for change in (

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ from latentprep.console import silent
 from latentprep.errors import DatasetError, SourceError, UsageError
 from latentprep.format import LatentDataset, ShardRecord, open_dataset
 from latentprep.format.commit import commit_shard, write_errors
+from latentprep.format.shard import encoded_shard
 from latentprep.format.zarr_store import encode_shard_files, metadata_files, shard_files
 from latentprep.sources import Source, open_source
 from latentprep.verifier import VerifyResult
@@ -151,8 +151,8 @@ def rewrite(data: Path, change: Callable[[np.ndarray, np.ndarray, list[str]], ob
     dataset = open_dataset(data)
     record, shard = dataset.committed("train", 0), dataset.read_shard("train", 0)
     change(shard.codes, shard.labels, shard.keys)
-    files = encode_shard_files(dataset.manifest, "train", 0, shard.codes, shard.labels, shard.keys)
-    commit_shard(data, replace(record, files={}), files)
+    facts = {"source_bytes": record.source_bytes, "saturated": record.saturated, "invalid": record.invalid}
+    commit_shard(data, encoded_shard(dataset.manifest, record.shard, shard, **facts))
 
 
 @pytest.mark.parametrize(

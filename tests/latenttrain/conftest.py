@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from latentprep.format import Manifest, Quantizer, ShardRecord, open_dataset
+from latentprep.format import Codes, Manifest, Quantizer, ShardId
 from latentprep.format.commit import commit_shard, create_dataset
-from latentprep.format.stores import store_of
+from latentprep.format.shard import encoded_shard
 from latentprep.format.zarr_store import CANDIDATES, chunk_rows
 
 CLASSES = ("apple", "birch", "cedar", "daisy")
@@ -48,7 +48,6 @@ def make_codes(manifest: Manifest, split: str, rows: int) -> tuple[np.ndarray, n
 def write_dataset(root: Path, manifest: Manifest, invalid: int = 0, skip: tuple[str, int] | None = None) -> Path:
     """Write it as latentprep would; the first `invalid` rows of train could not be read, shard `skip` is not done."""
     create_dataset(root, manifest)
-    sha256 = open_dataset(root).manifest_sha256
     for split, rows in manifest.splits.items():
         codes, labels = make_codes(manifest, split, rows)
         if split == "train":
@@ -57,10 +56,11 @@ def write_dataset(root: Path, manifest: Manifest, invalid: int = 0, skip: tuple[
             part = slice(index * SHARD_ROWS, index * SHARD_ROWS + manifest.rows_in_shard(split, index))
             keys = [f"{split}/{row}.jpg" for row in range(rows)[part]]
             codes[part][labels[part] < 0] = 0
-            files = store_of(manifest).encode_shard_files(manifest, split, index, codes[part], labels[part], keys)
-            record = ShardRecord(split, index, len(keys), {}, 1, (0,) * manifest.latent[0], sha256)
+            rows_here = Codes(codes[part], labels[part], keys)
+            saturated = (0,) * manifest.latent[0]
             if (split, index) != skip:
-                commit_shard(root, record, files)
+                shard = ShardId(split, index)
+                commit_shard(root, encoded_shard(manifest, shard, rows_here, source_bytes=1, saturated=saturated))
     return root
 
 

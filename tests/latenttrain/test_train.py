@@ -60,7 +60,7 @@ def test_a_run_folder_holds_everything(whole, codes):
     config = read_config(out)
     assert config.classes == ["apple", "birch", "cedar", "daisy"]
     assert config.dataset["codec"] == {"name": "fake", "levels": 7}
-    assert config.dataset["manifest_sha256"] == open_dataset(codes).manifest_sha256
+    assert config.dataset["manifest_sha256"] == open_dataset(codes).manifest.sha256
     assert [set(epoch) for epoch in metrics(out)] == [
         {"epoch", "loss", "val_loss", "top1", "top5", "lr", "seconds"}
     ] * 5  # fmt: skip

@@ -1,0 +1,65 @@
+"""A shard in memory: what it holds, and what it becomes on disk."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .manifest import FileRecord, Manifest, ShardId, ShardRecord
+from .stores import store_of
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Samples in memory.
+
+    codes: u8 [n,V,C,h,w]; labels: i32 [n], each an index into ``classes``, or −1 for an invalid row; keys: n paths in
+    the source, none where they were not asked for.
+    """
+
+    codes: np.ndarray
+    labels: np.ndarray
+    keys: list[str]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class EncodedShard:
+    """A shard that is made and not yet committed: path -> bytes of its files, and the record that names them.
+
+    Any process may make one; it can be pickled. `latentprep.format.commit.commit_shard` alone writes it.
+    """
+
+    files: dict[str, bytes]
+    record: ShardRecord
+
+
+def encoded_shard(
+    manifest: Manifest,
+    shard: ShardId,
+    rows: Codes,
+    *,
+    source_bytes: int,
+    saturated: Sequence[int],
+    invalid: Sequence[dict] = (),
+) -> EncodedShard:
+    """The shard of these rows, all arrays of which are as `Codes` says. The same arguments, the same bytes."""
+    files = store_of(manifest).encode_shard_files(
+        manifest, shard.split, shard.index, rows.codes, rows.labels, rows.keys
+    )
+    record = ShardRecord(
+        split=shard.split,
+        index=shard.index,
+        rows=len(rows),
+        files={path: FileRecord(len(data), hashlib.sha256(data).hexdigest()) for path, data in files.items()},
+        source_bytes=source_bytes,
+        saturated=tuple(saturated),
+        manifest=manifest.sha256,
+        invalid=tuple(invalid),
+    )
+    return EncodedShard(files, record)
