@@ -156,9 +156,8 @@ def latents(
 
     with console.byte_progress() as reading:
         opened = open_source(source, data=data, val_fraction=val_fraction, seed=seed, progress=reading)
-    opened = opened.take(limit) if limit is not None else opened
     folder = run(
-        dataset, opened, out=out, weights=weights, device=device, batch_size=batch_size, workers=workers,
+        dataset, opened, out=out, limit=limit, weights=weights, device=device, batch_size=batch_size, workers=workers,
         progress=console.progress_bar,
     )  # fmt: skip
     if as_json:
@@ -204,15 +203,13 @@ def verify(
 
       latentprep verify shards --source photos/ --repair
     """
+    from .sources import open_own_source
     from .verifier import verify as run
 
-    opened = None
-    if source is not None:
-        from .sources import open_source
-
-        with console.byte_progress() as reading:
-            opened = open_source(source, data=data, val_fraction=val_fraction, seed=seed, progress=reading)
-        opened = opened.take(limit) if limit is not None else opened
+    with console.byte_progress() as reading:
+        opened = open_own_source(
+            source, data=data, val_fraction=val_fraction, seed=seed, limit=limit, progress=reading
+        )  # fmt: skip
     found = run(
         dataset, deep=deep, source=opened, samples=samples, seed=seed, repair=repair, weights=weights, device=device,
         batch_size=batch_size, workers=workers, progress=console.progress_bar,
@@ -236,7 +233,7 @@ def info(
 
       latentprep info shards
     """
-    from .info import info as run
+    from .facts import info as run
 
     found = run(dataset)
     if as_json:

@@ -21,7 +21,7 @@ from .format.dataset import LatentDataset, open_dataset
 from .linear_decoder import load_linear_decoder
 from .metrics import mean, psnr, ssim
 from .samples import Decoder, Originals, decoded, pick
-from .sources import Source
+from .sources import Source, open_own_source
 
 LISTING = "decoded.jsonl"
 FORMATS = ("png", "jpeg")
@@ -63,7 +63,8 @@ def decode(
     limit: int | None = None,
     format: str = "png",
     decoder: str = "codec",
-    source: Source | None = None,
+    source: str | Path | Source | None = None,
+    data: str | Path | None = None,
     weights: str | None = None,
     device: str = "auto",
     overwrite: bool = False,
@@ -78,7 +79,7 @@ def decode(
     """
     if format not in FORMATS:
         raise UsageError(f"--format must be png or jpeg, got {format}", nearest(format, FORMATS))
-    opened = dataset if isinstance(dataset, LatentDataset) else open_dataset(dataset)
+    opened = open_dataset(dataset)
     root = Path(out)
     if root.exists() and not root.is_dir():
         raise UsageError(f"{root} is a file", "choose another folder with --out")
@@ -87,7 +88,8 @@ def decode(
     picked = pick(opened, split, index=index, classes=classes, limit=limit)
     if not len(picked):
         raise UsageError(f"{opened.root} has no valid sample of that choice in {picked.split}", "choose others")
-    images = None if source is None else Originals(opened, source)
+    given = open_own_source(source, data=data)
+    images = None if given is None else Originals(opened, given)
     lines: list[dict] = []
     try:
         maker = open_decoder(opened, decoder, weights, device)

@@ -54,7 +54,7 @@ def convert(
 
 def opened(dataset: str | Path | LatentDataset) -> LatentDataset:
     """The dataset, opened, if all its shards are committed; else `DatasetError`."""
-    found = dataset if isinstance(dataset, LatentDataset) else open_dataset(dataset)
+    found = open_dataset(dataset)
     for split in found.splits:
         found.check_complete(split)
     return found
@@ -158,6 +158,7 @@ def _commit(target: LatentDataset, record: ShardRecord, codes: Codes) -> None:
     """Commit a shard and compare what can be read of it then."""
     arrays = (record.split, record.index, codes.codes, codes.labels, codes.keys)
     commit_shard(target.root, record, store_of(target.manifest).encode_shard_files(target.manifest, *arrays))
+    target.record(record.split, record.index)  # what is on the disk now, in place of an earlier one
     found = target.read_shard(record.split, record.index)
     if not (
         np.array_equal(found.codes, codes.codes)

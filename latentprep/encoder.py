@@ -83,7 +83,7 @@ def encode(
     phi: float = 0.0,
     out: str | Path = "shards",
     store: str = "zarr",
-    quantizer: str | Path | None = None,
+    quantizer: str | Path | LatentDataset | None = None,
     joint: bool | None = None,
     views: int = 1,
     splits: list[str] | None = None,
@@ -139,8 +139,7 @@ def encode(
         raise UsageError(f"--store must be {' or '.join(STORES)}, got {store}", nearest(store, STORES))
     root = place(out)
 
-    if not isinstance(source, Source):
-        source = open_source(source, data=data, val_fraction=val_fraction, seed=seed)
+    source = open_source(source, data=data, val_fraction=val_fraction, seed=seed)
     if limit is not None:
         source = source.take(limit)
     names = _split_names(source, splits)
@@ -258,7 +257,9 @@ def _run(
     manifest, encoded = dataset.manifest, 0
     again = set(jobs)
     records = {
-        name: [record for record in dataset.records(name) if (name, record.index) not in again]
+        name: [
+            dataset.committed(name, index) for index in range(manifest.shard_count(name)) if (name, index) not in again
+        ]
         for name in manifest.splits
     }
     done = sum(record.rows for record in _flat(records))

@@ -10,18 +10,22 @@ import numpy as np
 from .console import ProgressFactory, silent
 from .errors import SourceError, UsageError, system_fault
 from .format.commit import locked, write_atomic
-from .format.dataset import open_dataset
+from .format.dataset import LatentDataset, open_dataset
 from .format.fields import dump_json
 from .format.latents import LATENTS, check_latents, described
 from .format.places import local
-from .sources import Source
+from .sources import Source, open_source
 
 
 def write_latents(
-    dataset: str | Path,
-    source: Source,
+    dataset: str | Path | LatentDataset,
+    source: str | Path | Source,
     *,
     out: str | Path,
+    data: str | Path | None = None,
+    val_fraction: float | None = None,
+    limit: int | None = None,
+    seed: int = 0,
     weights: str | None = None,
     device: str = "auto",
     batch_size: int | None = None,
@@ -30,8 +34,9 @@ def write_latents(
 ) -> Path:
     """Write the float16 latents of view 0 of every sample of `dataset` to the folder `out`, and return it.
 
-    source: the images that the dataset was made of; splits that are there already are left alone. For what it is
-    good for see `latenttrain.sweep`; training reads codes, which are a tenth of the size.
+    source: the images that the dataset was made of; data, val_fraction, limit and seed: as they were for the encode.
+    Splits that are there already are left alone. For what it is good for see `latenttrain.sweep`; training reads codes,
+    which are a tenth of the size.
 
     Raises `UsageError` if `out` is the dataset, `DatasetError` if it holds another's latents, `SourceError` if the
     source is not the dataset's, `CodecError` if the codec cannot be had, `SystemFault` if the disk is full.
@@ -45,6 +50,8 @@ def write_latents(
     if root.resolve() == opened.root.resolve():
         raise UsageError(f"--out is the dataset itself, {root}", "name another folder")
     manifest = opened.manifest
+    source = open_source(source, data=data, val_fraction=val_fraction, seed=seed)
+    source = source if limit is None else source.take(limit)
     if source.fingerprint() != manifest.source["sha256"]:
         raise SourceError(
             f"{source.spec} is not the source that {opened.root} was made of: its files or labels differ",

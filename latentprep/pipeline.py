@@ -358,7 +358,7 @@ def _committed(dataset: LatentDataset, shard: list[_Coded], keys: list[str], lab
     )
     store = store_of(dataset.manifest)
     files = store.encode_shard_files(dataset.manifest, split, index, codes, shard_labels, shard_keys)
-    return commit_shard(dataset.root, record, files)
+    return dataset.remember(commit_shard(dataset.root, record, files))
 
 
 def calibration_rows(rows: int, count: int, seed: int) -> list[int]:

@@ -20,7 +20,7 @@ from .linear_decoder import LinearDecoder, load_linear_decoder, shrink
 from .requantizer import recoder, requantized_manifest
 from .samples import Decoder, Picked, decode_all, load_originals, pick
 from .sheet import Column, channel_pictures, colour_pictures, draw_sheet, png
-from .sources import Source
+from .sources import Source, open_own_source
 
 LIMIT = 20
 FEWER = (4, 2, 1)  # bits that are shown beside the stored ones, where those are more
@@ -49,7 +49,8 @@ def preview(
     limit: int = LIMIT,
     bits: Sequence[int] | None = None,
     decoder: str = "codec",
-    source: Source | None = None,
+    source: str | Path | Source | None = None,
+    data: str | Path | None = None,
     weights: str | None = None,
     device: str = "auto",
     progress: ProgressFactory = silent,
@@ -60,10 +61,11 @@ def preview(
     stored bits and at fewer, which need no encoder (`bits`; by default 4, 2 and 1); its latent channels in false
     colours; three of them as red, green and blue. decoder: ``codec``, or ``linear``, which needs no network.
     """
-    opened = dataset if isinstance(dataset, LatentDataset) else open_dataset(dataset)
+    opened = open_dataset(dataset)
     picked = _picked(opened, split, index, classes, limit)
     maker = open_decoder(opened, decoder, weights, device)
-    columns = sample_columns(opened, picked, maker, bits=bits, source=source, progress=progress)
+    given = open_own_source(source, data=data)
+    columns = sample_columns(opened, picked, maker, bits=bits, source=given, progress=progress)
     return _drawn(opened, picked, columns, out)
 
 
@@ -75,17 +77,18 @@ def linear_preview(
     index: Sequence[int] | None = None,
     classes: Sequence[str] | None = None,
     limit: int = LIMIT,
-    source: Source | None = None,
+    source: str | Path | Source | None = None,
+    data: str | Path | None = None,
     weights: str | None = None,
     device: str = "auto",
 ) -> PreviewResult:
     """Draw what linear decoding does, as a PNG: the original, and decoded by the network; the original shrunk to the
     latent grid, and latents decoded to that by the C×3 matrix; decoded to all pixels by the C×3·f² one; and the shrunk
     image brought to latents by the pseudo-inverse and decoded by the network."""
-    opened = dataset if isinstance(dataset, LatentDataset) else open_dataset(dataset)
+    opened = open_dataset(dataset)
     linear = load_linear_decoder(opened)
     picked = _picked(opened, split, index, classes, limit)
-    originals = load_originals(opened, source, picked)
+    originals = load_originals(opened, open_own_source(source, data=data), picked)
     if originals is None:
         raise SourceError("the pseudo-inverse starts from the images", "say where they are with --source")
     codec = open_decoder(opened, "codec", weights, device)

@@ -86,6 +86,7 @@ def rd(
     qualities: Sequence[int] = QUALITIES,
     images: int = 200,
     size: int | None = None,
+    data: str | Path | None = None,
     seed: int = 0,
     device: str = "auto",
     out: str | Path = "rd",
@@ -98,7 +99,7 @@ def rd(
     each number of bits, by a quantizer fitted to train as `encode` fits it, and become one shard with labels, keys,
     record, metadata and manifest, all of which count. OUT gets rd.json, rd.png, rd.svg and side-by-side.png.
     """
-    opened = source if isinstance(source, Source) else open_source(source)
+    opened = open_source(source, data=data, seed=seed)
     for b in bits:
         check_bits(b)
     wrong = [q for q in qualities if not 1 <= q <= 100]

@@ -130,7 +130,7 @@ def _spread(rows: list[Row], limit: int) -> list[Row]:
 
 
 def open_source(
-    spec: str | Path,
+    spec: str | Path | Source,
     *,
     data: str | Path | None = None,
     val_fraction: float | None = None,
@@ -138,7 +138,7 @@ def open_source(
     cache: Path | None = None,
     progress: Progress | None = None,
 ) -> Source:
-    """Open a source of labelled images.
+    """Open a source of labelled images. One that is open already comes back as it is.
 
     ``spec`` is a named dataset (``shapes``, ``imagenette-160``, …), a folder, a .tar or .tar.gz of such a folder, or
     WebDataset tars: one, a folder of them, or a brace pattern ``train-{000000..000012}.tar``. A name goes before a
@@ -154,6 +154,10 @@ def open_source(
     """
     from latentprep import datasets
 
+    if isinstance(spec, Source):
+        if data is not None or val_fraction is not None:
+            raise UsageError("data and val fraction are for a source that is still to be opened", "leave them out")
+        return spec
     if val_fraction is not None and not 0 <= val_fraction < 1:  # NaN fails it too
         raise UsageError(f"val fraction must be from 0 to below 1, got {val_fraction}", "use --val-fraction 0.1")
     name = spec if isinstance(spec, str) and spec in datasets.NAMES else None
@@ -172,6 +176,27 @@ def open_source(
     source = _build(name, *_find(str(path), progress), val_fraction, seed)
     source.classes = datasets.class_names(name, source.classes, path)
     return source
+
+
+def open_own_source(
+    source: str | Path | Source | None,
+    *,
+    data: str | Path | None = None,
+    val_fraction: float | None = None,
+    seed: int = 0,
+    limit: int | None = None,
+    progress: Progress | None = None,
+) -> Source | None:
+    """The source that a dataset was made of, opened with what it was encoded with; None where there is none.
+
+    Raises UsageError for ``data`` without a source, and as `open_source` and `Source.take` do.
+    """
+    if source is None:
+        if data is not None:
+            raise UsageError("data is a copy of what source names, and no source is given", "name the source too")
+        return None
+    opened = open_source(source, data=data, val_fraction=val_fraction, seed=seed, progress=progress)
+    return opened if limit is None else opened.take(limit)
 
 
 def _find(spec: str, progress: Progress | None) -> tuple[Tree, Callable[[Any], bytes]]:

@@ -16,8 +16,8 @@ from latentprep.format.commit import write_atomic
 
 from .checkpoint import METRICS, read_config
 from .nets import build_net
-from .report import count
 from .scaling import count_flops, count_parameters
+from .tables import count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

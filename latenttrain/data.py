@@ -12,7 +12,7 @@ import torch
 from torch import Generator, Tensor
 
 from latentprep.errors import DatasetError, UsageError
-from latentprep.format import LatentDataset, open_dataset
+from latentprep.format import LatentDataset
 from latentprep.format.latents import read_latents
 
 CANONICAL = 0.5  # how often a sample that has several views shows view 0, as all are judged by: docs/results.md
@@ -102,11 +102,6 @@ class Split:
 def canonical_excess(views: int) -> float:
     """How often to take view 0 instead of one drawn from all, so that view 0 comes with probability `CANONICAL`."""
     return (CANONICAL - 1 / views) / (1 - 1 / views)
-
-
-def opened(dataset: str | Path | LatentDataset) -> LatentDataset:
-    """The dataset itself, or the one in that folder. Raises `DatasetError` if there is none."""
-    return dataset if isinstance(dataset, LatentDataset) else open_dataset(dataset)
 
 
 def check_trainable(dataset: LatentDataset, splits: tuple[str, ...] = ("train", "val")) -> None:

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from latentprep.device import pick_device
 from latentprep.errors import UsageError
-from latentprep.format import LatentDataset
+from latentprep.format import LatentDataset, open_dataset
 
 from .checkpoint import load_net
 from .config import check_dataset
-from .data import Samples, opened
+from .data import Samples
 from .device import autocast, in_bfloat16
 from .nets import Net
 from .streaming import judged_split
@@ -79,7 +79,7 @@ def evaluate(
     """
     target = pick_device(device)
     net, config, epoch = load_net(run, checkpoint)
-    dataset = opened(dataset)
+    dataset = open_dataset(dataset)
     check_dataset(config, dataset)
     data = judged_split(dataset, split, target)
     logits = split_logits(net.to(target), data)

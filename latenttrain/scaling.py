@@ -13,6 +13,7 @@ from latentprep.errors import UsageError
 if TYPE_CHECKING:
     from torch import nn
 
+    from latentprep.format import LatentDataset
     from latenttrain.nets import Net
 
 DEPTH_BASE, WIDTH_BASE, RESOLUTION_BASE = 1.2, 1.1, 1.15  # alpha, beta and gamma of the paper
@@ -46,7 +47,11 @@ def numbers(option: str, text: str) -> list[float]:
         raise UsageError(f"{option} must be like 0..3 or 0,1,3, got {text!r}", f"use {option} 1..3") from None
 
 
-def scale_table(dataset: str | Path | None, phis: Sequence[float], arch: str = "latentnet") -> list[dict]:
+def scale_table(
+    dataset: str | Path | LatentDataset | None = None,
+    phi: Sequence[float] = (0, 1, 2, 3),
+    arch: str = "latentnet",
+) -> list[dict]:
     """What the network becomes at each compound coefficient, for a dataset's latents or else 28 x 28 x 4 ones.
 
     Each entry: phi, width, depth, resolution, latent, parameters, flops; growth: of the FLOPs since phi 0, and
@@ -74,7 +79,7 @@ def scale_table(dataset: str | Path | None, phis: Sequence[float], arch: str = "
         }  # fmt: skip
 
     base = row(0)["flops"]
-    return [{**entry, "growth": entry["flops"] / base} for entry in map(row, phis)]
+    return [{**entry, "growth": entry["flops"] / base} for entry in map(row, phi)]
 
 
 def round_width(channels: int, width: float, divisor: int = 8) -> int:

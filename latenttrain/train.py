@@ -19,21 +19,21 @@ from torch import Tensor
 from latentprep.console import Progress, ProgressFactory, silent
 from latentprep.device import pick_device
 from latentprep.errors import CheckpointError, SystemFault, UsageError
-from latentprep.format import LatentDataset
+from latentprep.format import LatentDataset, open_dataset
 from latentprep.format.places import Place
 
 from .augment import Augment, augmented, draw
 from .checkpoint import CURVE, State, check_run_folder, read_config, restore, run_folder, save_epoch
 from .config import RunConfig, describe_dataset, versions
-from .data import Samples, batches_per_epoch, check_trainable, load_trained, opened
+from .data import Samples, batches_per_epoch, check_trainable, load_trained
 from .device import autocast, compiled, in_bfloat16, reproducible, synchronize
 from .evaluation import scores, split_logits
 from .nets import Net, NetConfig, build_net
 from .optimizers import make_optimizer
 from .recipe import Recipe, make_recipe, preset_settings
-from .report import draw_curve
 from .scaling import compound, count_flops, count_parameters
 from .streaming import shards_to_hold, training_data
+from .tables import draw_curve
 from .tensorboard import MetricsLog, open_log
 
 
@@ -137,7 +137,7 @@ def fit(
     if augment is None and recipe == "talk":
         augment = Augment.none()
     target = pick_device(device)
-    dataset = opened(dataset)
+    dataset = open_dataset(dataset)
     check_trainable(dataset)
     factors, floats = compound(phi), None if latents is None else Path(latents)
     full_grid = chosen["full_grid"] if full_grid is None else full_grid

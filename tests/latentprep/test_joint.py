@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 import latentprep
 from latentprep.cli import app
 from latentprep.errors import DatasetError, UsageError
+from latentprep.facts import info
 from latentprep.format import Quantizer
-from latentprep.info import info
 from latentprep.joint import search
 from latentprep.quantize import dequantize, fit_quantizer, quantize, quantize_counting
 from latentprep.sources import open_source

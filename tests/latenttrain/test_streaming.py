@@ -36,7 +36,7 @@ class Numbered(LatentDataset):
             source={}, classes=("a", "b", "c", "d"), latent=(3, 2, 2), flip=None, shard_rows=shard_rows,
             chunk_rows=shard_rows, compression=[], splits={"train": rows},
         )  # fmt: skip
-        self.invalid, self.labels_read, self._fetched = set(invalid), [], {}
+        self.invalid, self.labels_read, self._records = set(invalid), [], {}
 
     def record(self, split, index):
         bad = tuple({"row": row} for row in self._rows(index) if row in self.invalid)

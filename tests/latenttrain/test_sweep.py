@@ -16,7 +16,7 @@ from latenttrain.checkpoint import load_net, read_config
 from latenttrain.data import float_codes, load_trained
 from latenttrain.recipe import default_lr, preset_settings
 from latenttrain.scaling import numbers, scale_table
-from latenttrain.sweep import FLOAT, Group, recommended, sweep
+from latenttrain.sweeping import FLOAT, Group, recommended, sweep
 
 CPU = torch.device("cpu")
 

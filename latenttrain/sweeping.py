@@ -13,10 +13,9 @@ from typing import NamedTuple
 from latentprep.console import ProgressFactory, silent
 from latentprep.drawing import COLOURS, GREY, GRID, INK, draw
 from latentprep.errors import UsageError, nearest
-from latentprep.format import LatentDataset
+from latentprep.format import LatentDataset, open_dataset
 from latentprep.format.commit import write_atomic
 
-from .data import opened
 from .stems import STEMS
 from .train import fit
 
@@ -76,8 +75,8 @@ class SweepResult:
 def sweep(
     dataset: str | Path | LatentDataset,
     *,
-    bits: Sequence[float],
-    stems: list[str] | None = None,
+    bits: Sequence[float] = range(1, 9),
+    stems: Sequence[str] = ("affine",),
     seeds: int = 3,
     epochs: int | None = None,
     latents: str | Path | None = None,
@@ -97,10 +96,9 @@ def sweep(
     Raises as `fit` and `requantize` do, and `UsageError` for more bits than the dataset has or more views than latents.
     """
     from latentprep import requantize
-    from latentprep.info import info
+    from latentprep.facts import info
 
-    source = opened(dataset)
-    stems = stems or ["affine"]
+    source = open_dataset(dataset)
     most = source.quantizer.bits
     wrong = [b for b in bits if b not in range(1, most + 1)]
     if wrong or not bits:

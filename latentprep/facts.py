@@ -62,12 +62,12 @@ class DatasetInfo:
         return asdict(self)
 
 
-def info(path: str | Path | LatentDataset) -> DatasetInfo:
-    """Facts of the dataset in the folder `path`, from its manifest, records and labels.
+def info(dataset: str | Path | LatentDataset) -> DatasetInfo:
+    """Facts of a dataset, from its manifest, records and labels.
 
     Raises `DatasetError` if there is none or a shard is damaged.
     """
-    dataset = path if isinstance(path, LatentDataset) else open_dataset(path)
+    dataset = open_dataset(dataset)
     manifest = dataset.manifest
     records = {split: dataset.records(split) for split in dataset.splits}
     everything = [record for shards in records.values() for record in shards]
