@@ -188,6 +188,8 @@ def encode(
         **options,
     )
     show_result(result, as_json)
+    if result.note:
+        console.warn(result.note)
     if result.invalid:
         console.warn(f"{result.invalid} samples could not be read; they are listed in {result.out}/errors.jsonl")
         raise typer.Exit(3)

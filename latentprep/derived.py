@@ -23,6 +23,7 @@ from .format.manifest import INVALID_LABEL, STORES, Manifest, ShardRecord
 from .format.places import place
 from .format.stores import store_of
 from .resume import check_same, stored_manifest
+from .source_files import read_stats, write_stats
 
 Rows = dict[str, np.ndarray]
 """Of each split the rows that it takes, i64 [n,2]: which of the parts, and the row in that part's split of the name."""
@@ -114,6 +115,10 @@ def derive(
                         _commit(target, record, codes)
                         made += record.rows
                     bar.advance(record.rows)
+            if manifest.source == parts[0].manifest.source:  # the same rows
+                stats = read_stats(parts[0].root)
+                if stats is not None:
+                    write_stats(root, stats)
             records = [record for split in manifest.splits for record in target.records(split)]
             write_errors(root, records)
     except OSError as error:

@@ -28,6 +28,7 @@ from .format.stores import code_bytes
 from .format.zarr_store import chunk_rows
 from .profile import Profile
 from .resume import check_same, stored_manifest, with_quantizer_of
+from .source_files import check_unchanged, source_stats
 from .sources import Source, open_source
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class EncodeResult:
     joint: codes were chosen together, see `latentprep.joint`. latent: (C, h, w) of a view.
     code_bytes: bytes of codes on disk (with `dry_run`: the most there will be).
     profile: where the time went, if asked for: `profile.Profile.to_json`.
+    note: what the user should know of the source; empty as a rule.
     """
 
     out: str
@@ -69,6 +71,7 @@ class EncodeResult:
     dry_run: bool = False
     splits_invalid: dict[str, int] = field(default_factory=dict)
     profile: dict | None = None
+    note: str = ""
 
     def to_json(self) -> dict:
         return asdict(self)
@@ -168,15 +171,17 @@ def encode(
         make_folder(root)
         with locked(root):
             stored = stored_manifest(root, overwrite)
+            stats = source_stats(source, names)
             stages = Stages(source, coder, batch_size, workers, max_pixels or MAX_PIXELS, strict)
             if stored is None:
                 manifest = given or calibrate(stages, asked, CALIBRATION, progress)
             else:
-                check_same(root, stored, asked if given is None else given, fitted=given is None)
+                check_same(root, stored, asked if given is None else given, fitted=given is None, source=source)
                 manifest = stored
             create_dataset(root, manifest)
             dataset = open_dataset(root)
             jobs = [job for job in plan(manifest) if not _is_done(stages, dataset, *job)]
+            note = check_unchanged(dataset, source, stats, jobs)
             if profile:
                 stages = replace(stages, profile=Profile(stages.threads()))
             encoded = _run(stages, dataset, jobs, max_error_fraction, progress)
@@ -187,7 +192,7 @@ def encode(
     records = [record for name in names for record in dataset.records(name)]
     found = stages.profile.to_json() if stages.profile else None
     seconds = time.monotonic() - start
-    return encode_result(root, manifest, records, encoded=encoded, seconds=seconds, profile=found)
+    return encode_result(root, manifest, records, encoded=encoded, seconds=seconds, profile=found, note=note)
 
 
 def _is_done(stages: Stages, dataset: LatentDataset, split: str, index: int) -> bool:

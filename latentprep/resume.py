@@ -12,6 +12,8 @@ from .format.dataset import LatentDataset, open_dataset
 from .format.lease import LOCK
 from .format.manifest import MANIFEST, Manifest
 from .format.places import Place
+from .source_files import added_and_removed
+from .sources import Source
 
 
 def stored_manifest(root: Place, overwrite: bool) -> Manifest | None:
@@ -29,15 +31,23 @@ def stored_manifest(root: Place, overwrite: bool) -> Manifest | None:
     return None
 
 
-def check_same(root: Place, stored: Manifest, asked: Manifest, fitted: bool) -> None:
+def check_same(root: Place, stored: Manifest, asked: Manifest, fitted: bool, source: Source | None = None) -> None:
     """`DatasetError` naming the first field in which the dataset at `root` is not the one asked for.
 
     fitted: the quantizer asked for is still to be fitted, so that only its bits and whether it is joint count.
+    source: what is to be encoded, to say which images were added or removed.
     """
     have, want = _decided(stored), _decided(asked)
     if not fitted:
         have, want = have | {"quantizer": stored.quantizer.to_json()}, want | {"quantizer": asked.quantizer.to_json()}
     for name, there, here in differences(have, want):
+        of_source = name.partition(".")[0] in ("splits", "classes", "source")
+        if source is not None and of_source and (changes := added_and_removed(open_dataset(root), source)):
+            raise DatasetError(
+                f"the images are not those that {root} was made of: {changes}",
+                "undo that, and give the same --limit, --val-fraction and --seed, to resume; choose another --out, "
+                "or --overwrite to encode all anew",
+            )
         hints = {
             "source.sha256": "its files, labels, or --limit, --val-fraction or --seed changed; ",
             "joint": f"pass {'--joint' if there else '--no-joint'}; ",

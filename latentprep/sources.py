@@ -20,6 +20,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -41,6 +42,7 @@ from latentprep.layouts import (
 )
 
 MAX_TARS = 100_000  # that one brace pattern may stand for
+_STATTERS = 8  # threads that ask for files' sizes and times: on a network each answer takes its time
 VAL_FRACTION = 0.1  # of each class, taken from train where a source has no val split
 
 
@@ -100,6 +102,13 @@ class Source:
         except SourceError as error:
             raise SourceError(f"{row.key}: {error.message}", error.hint) from error
 
+    def stat(self, split: str) -> list[tuple[int, int]] | None:
+        """Each sample's bytes, and when its file last changed (that of its archive, in one), in ns since 1970; None
+        where samples are not in files. (-1, -1) for a file that has gone, which reading it says."""
+        with ThreadPoolExecutor(_STATTERS) as pool:
+            found = list(pool.map(_stat, [row.at for row in self._split(split)], chunksize=1024))
+        return None if any(one is None for one in found) else [one for one in found if one is not None]
+
     def fingerprint(self) -> str:
         """SHA-256 (hex) over classes, splits, keys and labels: what a resumed run must find unchanged."""
         return fingerprint(self.classes, {split: [row[:2] for row in rows] for split, rows in self._rows.items()})
@@ -112,6 +121,19 @@ class Source:
         if limit < 1:
             raise UsageError(f"limit must be 1 or more, got {limit}", "leave --limit out for all samples")
         return Source(self.spec, self.classes, {s: _spread(rows, limit) for s, rows in self._rows.items()}, self._load)
+
+
+def _stat(at: Any) -> tuple[int, int] | None:
+    """Bytes and time of change of what lies at a path, or at (archive, offset, size)."""
+    try:
+        if isinstance(at, str | Path):
+            found = Path(at).stat()
+            return found.st_size, found.st_mtime_ns
+        if isinstance(at, tuple) and len(at) == 3 and hasattr(at[0], "path"):
+            return int(at[2]), Path(at[0].path).stat().st_mtime_ns
+    except OSError:
+        return -1, -1
+    return None
 
 
 def fingerprint(classes: Sequence[str], splits: Mapping[str, Iterable[tuple[str, int]]]) -> str:

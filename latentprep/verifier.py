@@ -22,6 +22,7 @@ from .format.dataset import ForeignRecord, LatentDataset, open_dataset
 from .format.manifest import ERRORS, INVALID_LABEL, MANIFEST, ShardRecord
 from .format.places import Place
 from .format.stores import store_of
+from .source_files import read_stats
 from .sources import Source, open_own_source
 
 if TYPE_CHECKING:
@@ -230,6 +231,10 @@ class _Check:
     def _check_derived(self) -> None:
         """The files that follow from manifest and records."""
         root, manifest = self.dataset.root, self.dataset.manifest
+        try:
+            read_stats(root)
+        except DatasetError as error:
+            self.problems.append(Problem(None, None, error.message))
         for path, expected in store_of(manifest).metadata_files(manifest).items():
             if not _same_json(root / path, expected):
                 what = f"{path} is not what the manifest implies (other Zarr readers use it, this one never does)"

@@ -11,7 +11,17 @@ from pathlib import PurePosixPath
 
 from ..errors import DatasetError
 from .lease import leased
-from .manifest import ERRORS, LINEAR_DECODER, MANIFEST, FileRecord, Manifest, ShardRecord, read_manifest, record_path
+from .manifest import (
+    ERRORS,
+    LINEAR_DECODER,
+    MANIFEST,
+    SOURCE_FILES,
+    FileRecord,
+    Manifest,
+    ShardRecord,
+    read_manifest,
+    record_path,
+)
 from .places import Place, RemotePath
 from .stores import store_of
 
@@ -96,7 +106,7 @@ def remove_dataset(root: Place) -> None:
     """Delete what an encode wrote at `root` (for ``--overwrite``), file by file, and nothing else. Manifest first."""
     manifest, _ = read_manifest(root)
     store = store_of(manifest)
-    files = [MANIFEST, ERRORS, LINEAR_DECODER, *store.metadata_files(manifest)]
+    files = [MANIFEST, ERRORS, LINEAR_DECODER, SOURCE_FILES, *store.metadata_files(manifest)]
     for split in manifest.splits:
         for index in range(manifest.shard_count(split)):
             files += [record_path(split, index), *store.shard_files(split, index).values()]

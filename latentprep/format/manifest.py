@@ -23,6 +23,7 @@ MANIFEST = "manifest.json"
 RECORDS = "records"
 ERRORS = "errors.jsonl"
 LINEAR_DECODER = "linear-decoder.safetensors"  # derived from the dataset and its source; may be absent
+SOURCE_FILES = "source-files.safetensors"  # sizes and times of the images' files; may be absent
 INVALID_LABEL = -1  # the label of a row whose sample could not be read
 
 _MAX_ROWS = 1 << 40
