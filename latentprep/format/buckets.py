@@ -176,6 +176,8 @@ class ObjectStore:
     def _meaning(self, error: Exception, verb: str, where: str) -> Exception | None:
         """What an error of obstore's means; None for one that may pass."""
         kinds, answer = self._exceptions, str(error)
+        if isinstance(error, (kinds.AlreadyExistsError, kinds.PreconditionError)):
+            return Changed(where)
         if self.url.startswith("s3:"):
             if "redirect without LOCATION" in answer:
                 server = self._endpoint or f"https://s3.{self._region}.amazonaws.com"
@@ -184,8 +186,6 @@ class ObjectStore:
                 return refused
         if isinstance(error, (FileNotFoundError, kinds.NotFoundError)):
             return FileNotFoundError(where)
-        if isinstance(error, (kinds.AlreadyExistsError, kinds.PreconditionError)):
-            return Changed(where)
         if isinstance(error, (PermissionError, kinds.PermissionDeniedError, kinds.UnauthenticatedError)):
             return SystemFault(f"no permission to {verb} {where}", self._way_in)
         return None
