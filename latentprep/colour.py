@@ -1,8 +1,8 @@
 """Embedded colour profiles (ICC) to sRGB, by LittleCMS in Pillow.
 
-A profile is converted from with the perceptual intent, Pillow's default. One that LittleCMS cannot use, or of other kinds of colours
-than the picture has, is ignored, as browsers do: the picture's numbers are taken for sRGB then, and so are those of
-pictures without a profile.
+A profile is converted from with the perceptual intent, Pillow's default. One that LittleCMS cannot use, or of other
+kinds of colours than the picture has, is ignored, as browsers do: the picture's numbers are taken for sRGB then, and
+so are those of pictures without a profile.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageCms
 
-_SPACES = {"L": "GRAY", "LA": "GRAY", "RGB": "RGB ", "RGBA": "RGB ", "CMYK": "CMYK", "LAB": "LAB "}
+_SPACES = {"L": "GRAY", "LA": "GRAY", "RGB": "RGB ", "RGBA": "RGB ", "CMYK": "CMYK", "LAB": "Lab "}
 
 
 def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """An image of mode L, LA, RGB, RGBA, CMYK or LAB, with its embedded profile -> the same colours in sRGB, RGB or RGBA.
+    """An image of mode L, LA, RGB, RGBA or CMYK, with its embedded profile -> the same colours in sRGB, RGB or RGBA.
 
     It comes back as it is if it has no profile, or one that is ignored, or sRGB's own. Alpha is left alone.
     """
@@ -31,6 +31,11 @@ def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     return colours
 
 
+def lab_to_srgb(image: Image.Image) -> Image.Image:
+    """An image of mode LAB -> RGB. It needs no profile: L*a*b* says what colours are."""
+    return to_srgb(image, ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes())
+
+
 @lru_cache(maxsize=64)
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     """To sRGB; None where there is nothing to do. Without LittleCMS's cache of a pixel, threads may share it."""
@@ -40,7 +45,7 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
         if opened.profile.xcolor_space != _SPACES[mode]:
             return None
         transform = ImageCms.ImageCmsTransform(
-            opened, _srgb(), "L" if mode == "LA" else mode, out_mode, flags=ImageCms.Flags.NOTCACHE
+            opened, _srgb(), "L" if mode == "LA" else mode, out_mode, flags=ImageCms.Flags.NOCACHE
         )
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
         return None
@@ -53,7 +58,7 @@ def _srgb() -> ImageCms.ImageCmsProfile:
 
 
 def _changes_nothing(transform: ImageCms.ImageCmsTransform) -> bool:
-    """Whether no colour of a grid, nor any grey, moves by more than one level: the profile is sRGB, under whatever name."""
+    """Whether no colour of a grid, nor any grey, moves by more than one level: the profile is sRGB's."""
     steps = np.linspace(0, 255, 9).round().astype(np.uint8)
     grid = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(1, -1, 3)
     greys = np.repeat(np.arange(256, dtype=np.uint8).reshape(1, -1, 1), 3, axis=2)

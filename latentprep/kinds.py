@@ -1,6 +1,7 @@
 """Which kinds of image there are: the one list that sources look for, and that `images` decodes.
 
-A `Kind` is known by the ends of file names and by the first bytes. Nothing here opens an image.
+A `Kind` is known by the ends of file names and by the first bytes; `other_kind` names what is none of them. Nothing
+here opens an image.
 """
 
 from __future__ import annotations
@@ -39,11 +40,15 @@ KINDS = (
     Kind("PNG", (".png", ".apng"), rb"\x89PNG\r\n\x1a\n", ("PIL.PngImagePlugin",)),
     Kind("WEBP", (".webp",), rb"RIFF....WEBP", ("PIL.WebPImagePlugin",)),
     Kind("GIF", (".gif",), rb"GIF8[79]a", ("PIL.GifImagePlugin",)),
-    Kind("TIFF", (".tif", ".tiff"), rb"II[*+]\0|MM\0[*+]", ("PIL.TiffImagePlugin",)),
+    Kind("TIFF", (".tif", ".tiff"), rb"II[*+]\0(?!.{4}CR)|MM\0[*+]", ("PIL.TiffImagePlugin",)),
     Kind(  # the reserved field is zero, and the header's length one of the few defined
-        "BMP", (".bmp",), rb"BM", ("PIL.BmpImagePlugin",), sure=rb"BM.{4}\0{4}.{4}[\x0c\x10\x28\x34\x38\x40\x6c\x7c]\0{3}"
+        "BMP", (".bmp",), rb"BM", ("PIL.BmpImagePlugin",),
+        sure=rb"BM.{4}\0{4}.{4}[\x0c\x10\x28\x34\x38\x40\x6c\x7c]\0{3}"
     ),
-    Kind("DIB", (".dib",), rb"[\x28\x34\x38\x6c\x7c]\0{3}.{8}\1\0[\1\4\x08\x10\x18\x20]\0", ("PIL.BmpImagePlugin",)),
+    Kind(  # a BMP without its first header
+        "DIB", (".dib",), rb"[\x28\x34\x38\x6c\x7c]\0{3}.{8}\x01\0[\x01\x04\x08\x10\x18\x20]\0",
+        ("PIL.BmpImagePlugin",),
+    ),
     Kind(
         "PPM", (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"), rb"P[1-6f]\s", ("PIL.PpmImagePlugin",),
         sure=rb"P[1-6f]\s+(?:#|\d+\s+\d+\s)",
@@ -106,3 +111,44 @@ def has_unsupported_name(path: str) -> bool:
 def _ending(path: str) -> str:
     dot = path.rfind(".")
     return path[dot:].lower() if dot >= 0 else ""
+
+
+# What files that should be images turn out to be: how they begin, in any case, and what is said of them.
+_OTHERS = tuple(
+    (re.compile(start, re.DOTALL | re.IGNORECASE), what)
+    for start, what in (
+        (rb"\Z", "an empty file"),
+        (rb"\0+\Z", "nothing but zeros"),
+        (rb"version https://git-lfs", "a Git LFS pointer in place of the file; fetch it with git lfs pull"),
+        (rb"\x1f\x8b", "packed by gzip; unpack it"),
+        (rb"PK\x03\x04|PK\x05\x06|7z\xbc\xaf|Rar!|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd", "a packed archive; unpack it"),
+        (rb"(?:<!--[^>]*>|\s)*<(?:!doctype\s+html|html|head|body)\b", "an HTML page, as servers send with errors"),
+        (rb"(?:<[?!][^>]*>|\s)*<svg\b", "an SVG drawing; draw it to PNG"),
+        (rb"\s*<\?xml|\s*<[a-z]+[ >]", "XML"),
+        (rb"%PDF-", "a PDF; draw its pages to PNG"),
+        (rb"%!PS|\xc5\xd0\xd3\xc6", "PostScript, which is a program and never run"),
+        (rb"8BPS", "a Photoshop file; save it as PNG or TIFF"),
+        (rb"II\*\0.{4}CR|II[RU][SO\0]|FUJIFILMCCD|.{4}ftypcrx ", "a raw camera file; develop it to JPEG or TIFF"),
+        (rb"v/1\x01|#\?R(?:ADIANCE|GBE)", "a picture of a high dynamic range; map its tones to 8 or 16 bits"),
+        (rb"\0\0[\x01\x02]\0.\0", "an icon"),
+        (rb"DDS |qoif|P7\n", "a picture of a kind that is not read; save it as PNG"),
+        (rb".{4}ftyp|\x1aE\xdf\xa3|RIFF....AVI", "a video"),
+        (rb"RIFF....WAVE|ID3|OggS|fLaC", "sound"),
+        (rb"\s*[\[{]\s*[\[{\"\d\]}]", "JSON"),
+    )
+)  # fmt: skip
+
+
+def other_kind(data: bytes) -> str:
+    """What bytes are that are of none of the `KINDS`, and what to do about it, for the reason why they are not read."""
+    head = data[:1024]
+    for start, what in _OTHERS:
+        if start.match(data if what == "nothing but zeros" else head):
+            return f"not an image but {what}"
+    try:
+        text = head.decode("utf-8-sig" if len(data) <= len(head) else "latin-1")
+    except UnicodeDecodeError:
+        text = "\0"
+    if all(c.isprintable() or c.isspace() for c in text):
+        return f"not an image but text, {' '.join(text.split())[:40]!r}"
+    return f"no image of a kind that is read: it begins with the bytes {data[:8].hex(' ')}"
