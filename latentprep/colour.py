@@ -1,8 +1,8 @@
 """Embedded colour profiles (ICC) to sRGB, by LittleCMS in Pillow.
 
-A profile is converted from with the perceptual intent, Pillow's default. One that LittleCMS cannot use, or of other
-kinds of colours than the picture has, is ignored, as browsers do: the picture's numbers are taken for sRGB then, and
-so are those of pictures without a profile.
+A profile is converted from with the perceptual intent, Pillow's default. Grey with a profile for RGB is red, green and
+blue alike. A profile that LittleCMS cannot use, or for other colours than the picture has, is ignored, as browsers do:
+the picture's numbers are taken for sRGB then, and so are those of pictures without a profile.
 """
 
 from __future__ import annotations
@@ -15,12 +15,16 @@ from PIL import Image, ImageCms
 
 _SPACES = {"L": "GRAY", "LA": "GRAY", "RGB": "RGB ", "RGBA": "RGB ", "CMYK": "CMYK", "LAB": "Lab "}
 
+_SPACE = slice(16, 20)  # where a profile says which (ICC.1:2022, table 17)
+
 
 def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     """An image of mode L, LA, RGB, RGBA or CMYK, with its embedded profile -> the same colours in sRGB, RGB or RGBA.
 
-    It comes back as it is if it has no profile, or one that is ignored, or sRGB's own. Alpha is left alone.
+    Its colours stay as they are if it has no profile, or one that is ignored, or sRGB's own. Alpha is left alone.
     """
+    if profile and profile[_SPACE] == b"RGB " and image.mode in ("L", "LA"):
+        image = image.convert("RGB" if image.mode == "L" else "RGBA")
     transform = _transform(profile, image.mode) if profile and image.mode in _SPACES else None
     if transform is None:
         return image

@@ -74,7 +74,7 @@ def test_every_asset_jpeg_is_right_or_refused(assets) -> None:
         image = ImageOps.exif_transpose(image)
         if profile:
             source, srgb = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
-            image = ImageCms.profileToProfile(image, source, srgb, outputMode="RGB")
+            image = ImageCms.profileToProfile(image.convert("RGB"), source, srgb, outputMode="RGB")
         if image.mode == "RGBA":
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         assert np.abs(ours.astype(int) - np.asarray(image.convert("RGB"))).max() <= 2, file.name

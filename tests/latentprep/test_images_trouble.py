@@ -256,6 +256,18 @@ def test_a_grey_profile_is_converted_from(kind: str) -> None:
     assert np.abs(decode(data)[8, 8] - 192.0).max() <= 1
 
 
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF"])
+@pytest.mark.parametrize("mode", ["L", "LA"])
+def test_grey_with_a_profile_for_colours_is_such_a_grey(kind: str, mode: str) -> None:
+    if (kind, mode) == ("JPEG", "LA"):
+        mode = "L"
+    options = {"icc_profile": profiles.PROPHOTO} | ({"quality": 100} if kind == "JPEG" else {})
+    grey = decode(saved(Image.new(mode, (16, 16), (134, 255)[: len(mode)]), kind, **options))
+    colour = decode(saved(Image.new("RGB", (16, 16), (134, 134, 134)), kind, **options))
+    assert colour[8, 8, 0] > 140
+    assert np.abs(grey.astype(int) - colour).max() <= 1
+
+
 def test_a_long_profile_of_a_jpeg_is_put_together() -> None:
     profile = profiles.DISPLAY_P3 + bytes(100_000)
     data = saved(PIXELS, "JPEG", icc_profile=profile)
