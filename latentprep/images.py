@@ -36,7 +36,10 @@ _REDUCING_GAP = 2.0
 # libjpeg's warnings (jerror.h) that mean part of the picture is lost. Its others are harmless, and Pillow decides.
 _DAMAGE = ("premature end", "bad huffman", "bad arithmetic", "instead of rst")
 
+_LARGE = 1 << 26  # pixels; Pillow's own limit is some more
 _BITS, _PHOTOMETRIC = 258, 262  # TIFF tags
+
+_huge = threading.Lock()  # held while Pillow's limit is away
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 
@@ -204,7 +207,7 @@ def _decode_other(data: bytes, max_pixels: int, colour: str) -> np.ndarray:
     except BadImage:
         raise
     except Exception as error:  # Pillow's plug-ins raise whatever they meet in damaged bytes
-        reason = str(error).split(" <_io", maxsplit=1)[0]
+        reason = " ".join(str(error).split(" <_io", maxsplit=1)[0].split())
         raise BadImage(f"damaged {kind.name}: {reason or type(error).__name__}") from error
 
 
@@ -232,7 +235,8 @@ def _opened(reader: Callable[[Any, str], Image.Image], data: bytes, max_pixels: 
             image = reader(io.BytesIO(data), "")
     with image:
         _check_pixels(*image.size, max_pixels)
-        if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+        # another thread may have taken the limit away for a moment, so that what is large must not hang on it alone
+        if image.width * image.height > min(Image.MAX_IMAGE_PIXELS or _LARGE, _LARGE):
             with _without_pillows_limit():
                 image.load()
         else:
@@ -249,9 +253,6 @@ def _without_pillows_limit() -> Iterator[None]:
             yield
         finally:
             Image.MAX_IMAGE_PIXELS = limit
-
-
-_huge = threading.Lock()
 
 
 def _orientation(image: Image.Image) -> int:

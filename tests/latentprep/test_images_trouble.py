@@ -342,7 +342,7 @@ def test_a_plug_in_is_registered_when_first_needed(monkeypatch: pytest.MonkeyPat
         (b"", "not an image but an empty file"),
         (bytes(3000), "not an image but nothing but zeros"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "Git LFS pointer.*git lfs pull"),
-        (gzip.compress(jpeg(PIXELS)), "packed by gzip; unpack it"),
+        (gzip.compress(jpeg(PIXELS), mtime=0), "packed by gzip; unpack it"),
         (b"PK\x03\x04 archive", "a packed archive; unpack it"),
         (b"<!DOCTYPE html>\n<html><body>404 Not Found</body></html>", "an HTML page"),
         (b"\n<!-- error -->\n<HTML><head>", "an HTML page"),
