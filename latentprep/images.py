@@ -218,7 +218,7 @@ def _reader(kind: Kind) -> Callable[[Any, str], Image.Image]:
             module = importlib.import_module(name)
         except ImportError:
             continue
-        if hasattr(module, "register_heif_opener"):
+        if kind.format not in Image.OPEN and hasattr(module, "register_heif_opener"):
             module.register_heif_opener()
         if getattr(module, "SUPPORTED", True) and kind.format in Image.OPEN:
             return Image.OPEN[kind.format][0]
