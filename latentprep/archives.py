@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from latentprep.errors import SourceError
-from latentprep.layouts import HEAD_BYTES, Entry, Listing, Progress, has_image_name, is_hidden, is_image, text_path
+from latentprep.kinds import HEAD_BYTES, has_image_name, has_unsupported_name, is_image
+from latentprep.layouts import Entry, Listing, Progress, is_hidden, text_path
 
 LABEL_BYTES = 1024  # the longest `.cls` member taken for a label
 _GZIP_SPACING = 128 * 1024  # plain bytes between two kept decompressors, at least
@@ -253,7 +254,7 @@ def _add_member(listing: Listing, name: str, at: tuple[PlainFile | GzipFile, int
     if not image:
         cursor.seek(offset)
         head = cursor.read(min(size, LABEL_BYTES if name.endswith(".cls") else HEAD_BYTES))
-        image = is_image(head)
+        image = is_image(head) and not has_unsupported_name(name)
         if name.endswith(".cls"):
             listing.labels[name] = head
     if image:

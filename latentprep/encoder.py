@@ -21,7 +21,17 @@ from .console import ProgressFactory, silent
 from .errors import Interrupted, SourceError, UsageError, nearest, system_fault
 from .format.commit import create_dataset, locked, make_folder, write_errors
 from .format.dataset import LatentDataset, open_dataset
-from .format.manifest import MAX_SHARD_CODES, MAX_SHARDS, STORES, Manifest, ShardRecord, train_split
+from .format.manifest import (
+    COLOURS,
+    MAX_SHARD_CODES,
+    MAX_SHARDS,
+    SRGB,
+    STORED,
+    STORES,
+    Manifest,
+    ShardRecord,
+    train_split,
+)
 from .format.places import Place, place
 from .format.quantizer import FILTER_SIDE, Quantizer, check_bits
 from .format.stores import code_bytes
@@ -99,6 +109,7 @@ def encode(
     seed: int = 0,
     shard_rows: int = SHARD_ROWS,
     max_pixels: int | None = None,
+    colour: str = SRGB,
     strict: bool = False,
     max_error_fraction: float = 0.1,
     dry_run: bool = False,
@@ -118,6 +129,7 @@ def encode(
     store: ``zarr``, or ``wds`` for WebDataset tars. quantizer: a dataset whose quantizer is taken instead of a fitted
     one, so that the two can be merged. joint: choose the codes of a sample together, for 1 to 3 dB more (see
     `latentprep.joint`); such codes have no exact mirror. Default: as `quantizer` has it, else `joint_by_default`.
+    colour: "srgb" converts embedded colour profiles, "stored" takes an image's numbers as they are.
     views: of a train sample, see `images.load_views`; other splits have view 0 alone.
     limit: at most that many samples a split, spread over it. batch_size: images the codec takes at once.
     profile: measure where the time goes.
@@ -138,6 +150,8 @@ def encode(
     _check_whole("seed", seed, 0, (1 << 63) - 1)
     if not 0 <= max_error_fraction <= 1:
         raise UsageError(f"--max-error-fraction must be 0 to 1, got {max_error_fraction}")
+    if colour not in COLOURS:
+        raise UsageError(f"colour must be {' or '.join(COLOURS)}, got {colour}", nearest(colour, COLOURS))
     if store not in STORES:
         raise UsageError(f"--store must be {' or '.join(STORES)}, got {store}", nearest(store, STORES))
     root = place(out)
@@ -154,7 +168,7 @@ def encode(
     taken = None if quantizer is None else open_dataset(quantizer)
     if joint is None and taken is not None:
         joint = bool(taken.quantizer.filter)
-    asked = _manifest(source, names, coder, bits, joint, image_size, latent, views, seed, shard_rows, store)
+    asked = _manifest(source, names, coder, bits, joint, image_size, latent, views, seed, shard_rows, store, colour)
     given = None if taken is None else with_quantizer_of(taken, asked)
 
     if dry_run:
@@ -222,7 +236,7 @@ def default_size(source: Source, codec: Codec) -> int:
         count = source.size(split)
         for i in sorted({k * count // 8 for k in range(8)}) if count else ():
             try:
-                sides.append(min(decode(source.read(split, i).data).shape[:2]))
+                sides.append(min(decode(source.read(split, i).data, colour=STORED).shape[:2]))
             except (BadImage, SourceError, OSError):
                 continue  # reported when its row comes up
     target = min(MAX_DEFAULT_SIZE, int(np.median(sides))) if sides else MAX_DEFAULT_SIZE
@@ -335,12 +349,13 @@ def _manifest(
     seed: int,
     shard_rows: int,
     store: str,
+    colour: str = SRGB,
 ) -> Manifest:
     """The manifest as asked for; quantizer and compression are placeholders until `calibrate` fills them in."""
     from .codecs import flip_signs
     from .images import CROP_AREA, CROP_RATIO, RESIZE
 
-    transform: dict[str, Any] = {"size": size, "views": views, "seed": seed, "resize": RESIZE}
+    transform: dict[str, Any] = {"size": size, "views": views, "seed": seed, "resize": RESIZE, "colour": colour}
     if views > 1:  # of the split that is learned from; the others are only looked at, in view 0
         learned = train_split(names)
         transform["views"] = {name: views if name == learned else 1 for name in names}

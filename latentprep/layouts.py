@@ -1,4 +1,4 @@
-"""What counts as an image, and how folders and member names give splits, classes and keys.
+"""How folders and member names give splits, classes and keys.
 
 A `Listing` (from `list_folder` here, or from an archive by `archives.list_archive`) says what there is; `by_folders`
 and `by_labels` read a `Tree` off it: for each split, images with key and class name. No image is decoded, and only
@@ -16,16 +16,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from latentprep.errors import SourceError
+from latentprep.kinds import HEAD_BYTES, has_image_name, has_unsupported_name, is_image
 
 Progress = Callable[[str, int, "int | None"], None]
 
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-IMAGE_EXTENSIONS = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"))
-HEAD_BYTES = 32  # what `is_image` looks at
 LAYOUTS = "give a folder or archive with train/CLASS/*.jpg and val/CLASS/*.jpg, or with CLASS/*.jpg"
 
 _SPLIT_IN_NAME = re.compile(r"(?:^|[-_.])(train|val|valid|validation|test)(?=[-_.\d]|$)", re.IGNORECASE)
-_BMP_HEADERS = {size.to_bytes(4, "little") for size in (12, 16, 40, 52, 56, 64, 108, 124)}
 
 
 class Entry(NamedTuple):
@@ -57,23 +55,6 @@ class Tree(NamedTuple):
 
     found: dict[str, list[Found]]
     folders: dict[str, set[str]]
-
-
-def is_image(head: bytes) -> bool:
-    """Whether a file that begins with ``head`` (`HEAD_BYTES` of it) is a JPEG, PNG, GIF, WebP, TIFF or BMP."""
-    if head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a")):
-        return True
-    if head.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
-        return True
-    if head.startswith(b"RIFF"):
-        return head[8:12] == b"WEBP"
-    # "BM" alone also begins texts: the reserved field is zero, and the header's length one of the few defined
-    return head.startswith(b"BM") and head[6:10] == bytes(4) and head[14:18] in _BMP_HEADERS
-
-
-def has_image_name(path: str) -> bool:
-    dot = path.rfind(".")
-    return dot >= 0 and path[dot:].lower() in IMAGE_EXTENSIONS
 
 
 def is_hidden(path: str) -> bool:
@@ -133,7 +114,7 @@ def _is_image_file(item: os.DirEntry[str]) -> bool:
         regular = item.is_file()  # not a pipe or a device, which could block
         if has_image_name(item.name):
             return regular or not Path(item.path).exists()  # a broken link keeps its row, to be reported when read
-        if not regular:
+        if not regular or has_unsupported_name(item.name):
             return False
         with Path(item.path).open("rb") as file:
             return is_image(file.read(HEAD_BYTES))

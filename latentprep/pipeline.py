@@ -28,7 +28,7 @@ from .format.manifest import INVALID_LABEL, Manifest, ShardRecord, train_split
 from .format.quantizer import Quantizer
 from .format.stores import store_of
 from .format.zarr_store import choose_compression
-from .images import BadImage, load_views
+from .images import BadImage, colour_of, load_views
 from .profile import CODEC, DECODE, QUANTIZE, WAIT_DECODE, WAIT_WRITE, WRITE, Profile
 from .quantize import fit_quantizer, quantize, quantize_counting
 from .sources import Source
@@ -278,13 +278,13 @@ def _decoded(
     stages: Stages, manifest: Manifest, specs: list[tuple[str, int, list[int]]], pool: ThreadPoolExecutor
 ) -> Iterator[_Batch]:
     """Batches of decoded images in the order of `specs`, `_AHEAD` of them being made while one is used."""
-    size, seed = manifest.transform["size"], manifest.transform["seed"]
+    size, seed, colour = manifest.transform["size"], manifest.transform["seed"], colour_of(manifest.transform)
 
     def load(batch: _Batch, place: int) -> int | str:
         """Decode one sample into the batch: its size in bytes, or why it cannot be read."""
         try:
             sample, out = stages.source.read(batch.split, batch.rows[place]), batch.images[place]
-            load_views(sample.data, size, len(out), seed, sample.key, stages.max_pixels, out)
+            load_views(sample.data, size, len(out), seed, sample.key, stages.max_pixels, out, colour)
             return len(sample.data)
         except (BadImage, SourceError, OSError) as error:
             batch.images[place] = 0  # a part of it may be there already

@@ -82,7 +82,7 @@ def _meaning(manifest: Manifest) -> dict:
         "codec": {key: value for key, value in manifest.codec.items() if key != "weights"},
         "bits": manifest.quantizer.bits,
         "joint": bool(manifest.quantizer.filter),
-        "transform": {key: manifest.transform.get(key) for key in ("size", "resize")},
+        "transform": {key: manifest.transform.get(key) for key in ("size", "resize", "colour")},
     }
 
 

@@ -16,7 +16,7 @@ from .errors import LatentError, SourceError, UsageError, nearest
 from .format.dataset import LatentDataset
 from .format.manifest import INVALID_LABEL
 from .format.quantizer import Quantizer
-from .images import BadImage, load_views
+from .images import BadImage, canonical_view
 from .quantize import dequantize
 from .sources import Source, open_source
 
@@ -128,19 +128,20 @@ class Originals:
     """
 
     def __init__(self, dataset: LatentDataset, source: Source) -> None:
-        self.source, self.classes, self.size = source, dataset.classes, dataset.manifest.transform["size"]
+        self.source, self.classes, self.transform = source, dataset.classes, dataset.manifest.transform
         self._places: dict[str, dict[str, int]] = {}
         self._labels = {split: source.labels(split) for split in source.splits}
 
     def load(self, picked: Picked) -> Tensor:
         """The canonical views of the picked samples, u8 [n,3,S,S]."""
-        images = np.empty((len(picked), self.size, self.size, 3), np.uint8)
+        size = self.transform["size"]
+        images = np.empty((len(picked), size, size, 3), np.uint8)
 
         def place(at: int) -> None:
             split, row = self._find(picked.split, picked.keys[at], self.classes[picked.labels[at]])
             sample = self.source.read(split, row)
             try:
-                images[at] = load_views(sample.data, self.size)[0]
+                images[at] = canonical_view(sample.data, self.transform)
             except BadImage as error:
                 raise SourceError(f"{sample.key}: {error}", "it has changed since it was encoded") from error
 

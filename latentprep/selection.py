@@ -114,7 +114,9 @@ def _configuration(manifest: Manifest, other: Manifest) -> dict[str, Any]:
         "quantizer": manifest.quantizer.to_json(),
         "classes": list(manifest.classes),
         "flip": None if manifest.flip is None else list(manifest.flip),
-        "transform": {name: manifest.transform.get(name) for name in ("size", "resize", "seed", *sorted(crops))},
+        "transform": {
+            name: manifest.transform.get(name) for name in ("size", "resize", "colour", "seed", *sorted(crops))
+        },
         "views": {split: manifest.views(split) for split in shared},
     }
 

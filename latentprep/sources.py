@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 from latentprep.archives import archive_kind, list_archive, read_member
 from latentprep.errors import SourceError, UsageError, nearest
+from latentprep.kinds import has_image_name
 from latentprep.layouts import (
     LAYOUTS,
     Found,
@@ -35,7 +36,6 @@ from latentprep.layouts import (
     Tree,
     by_folders,
     by_labels,
-    has_image_name,
     is_hidden,
     list_folder,
     read_file,

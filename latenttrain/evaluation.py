@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -140,10 +141,10 @@ def predict(
     from latentprep.quantize import quantize
 
     codec = codec_from_config(config.dataset["codec"], device=target, weights=str(weights) if weights else None)
-    size = config.dataset["transform"]["size"]
+    transform = config.dataset["transform"]
     predictions: list[Prediction] = []
     for start in range(0, len(images), _IMAGES):
-        views = [(str(path), _read(Path(path), size)) for path in images[start : start + _IMAGES]]
+        views = [(str(path), _read(Path(path), transform)) for path in images[start : start + _IMAGES]]
         pixels = [view for _, view in views if isinstance(view, Tensor)]
         answers: Iterator[tuple[list[int], list[float]]] = iter(())
         if pixels:
@@ -161,12 +162,12 @@ def predict(
     return predictions
 
 
-def _read(path: Path, size: int) -> Tensor | str:
-    """The canonical view of an image file, u8 [3,size,size], or the reason why there is none."""
-    from latentprep.images import BadImage, load_views
+def _read(path: Path, transform: dict[str, Any]) -> Tensor | str:
+    """The canonical view of an image file as the dataset's were made, u8 [3,S,S]; or the reason why there is none."""
+    from latentprep.images import BadImage, canonical_view
 
     try:
-        return torch.from_numpy(load_views(path.read_bytes(), size)[0]).permute(2, 0, 1)
+        return torch.from_numpy(canonical_view(path.read_bytes(), transform)).permute(2, 0, 1)
     except BadImage as error:
         return f"not an image that can be read ({error})"
     except OSError as error:

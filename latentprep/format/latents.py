@@ -23,7 +23,7 @@ def described(dataset: LatentDataset) -> dict[str, Any]:
     manifest = dataset.manifest
     return {
         "codec": {key: value for key, value in manifest.codec.items() if key != "weights"},
-        "transform": {key: manifest.transform[key] for key in ("size", "resize")},
+        "transform": {k: v for k, v in manifest.transform.items() if k in ("size", "resize", "colour")},
         "source": manifest.source["sha256"],
         "splits": manifest.splits,
     }

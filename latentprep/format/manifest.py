@@ -24,6 +24,7 @@ RECORDS = "records"
 ERRORS = "errors.jsonl"
 LINEAR_DECODER = "linear-decoder.safetensors"  # derived from the dataset and its source; may be absent
 SOURCE_FILES = "source-files.safetensors"  # sizes and times of the images' files; may be absent
+SRGB, STORED = COLOURS = ("srgb", "stored")  # what is done with embedded colour profiles
 INVALID_LABEL = -1  # the label of a row whose sample could not be read
 
 _MAX_ROWS = 1 << 40
@@ -38,7 +39,8 @@ class Manifest:
 
     codec: JSON configuration; ``latentprep.codecs.codec_from_config`` rebuilds the codec from it.
     quantizer: what codes mean.
-    transform: how pixels were made from a sample: ``size`` (pixels), ``views``, ``seed``, ``resize``.
+    transform: how pixels were made from a sample: ``size`` (pixels), ``views``, ``seed``, ``resize``,
+    ``colour`` (`SRGB`: embedded profiles were converted from; `STORED`, or absent: they were ignored).
     source: ``spec`` as the user gave it, ``sha256`` over its splits, keys, labels and classes.
     classes: names; a label is an index into them.
     latent: (C, h, w) of one view's codes.
@@ -129,6 +131,8 @@ class Manifest:
             raise top.error("has a field 'flip' that is not one sign a channel")
         transform = top.object("transform")
         transform.whole("size", 1, _MAX_SIDE)
+        if "colour" in transform.document:
+            transform.text("colour", COLOURS)
         source = top.object("source")
         source.text("spec")
         source.sha256("sha256")

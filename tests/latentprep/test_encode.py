@@ -9,19 +9,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import latentprep
+import profiles
 from latentprep import encoder
 from latentprep.codecs import make_codec
 from latentprep.encoder import EncodeResult
 from latentprep.errors import CodecError, DatasetError, Interrupted, SourceError, SystemFault, UsageError
-from latentprep.images import load_views
+from latentprep.images import MAX_PIXELS, load_views
+from latentprep.pipeline import Stages, code_rows
 from latentprep.quantize import quantize
+from latentprep.sources import open_source
 from latenttrain import scaling
 from pictures import jpeg, make_folder, picture
 
@@ -125,6 +130,44 @@ def test_damaged_samples_keep_their_rows(images: Path, tmp_path: Path) -> None:
     assert len(dataset.load("train")) == 11
     again = encode(images, tmp_path / "out", max_error_fraction=0.3)
     assert (again.encoded, again.invalid) == (0, 2)
+
+
+def test_colours_are_converted_and_that_is_recorded(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "images", train=3, val=1)
+    wide = Image.new("RGB", (64, 72), (200, 100, 50))
+    wide.save(root / "train" / "class_0" / "000.jpg", icc_profile=profiles.P3_GAMMA, quality=100)
+    exact = {"codec": "resample", "factor": 8, "bits": 8, "size": 64}
+    codes = {}
+    for colour in ("srgb", "stored"):
+        out = tmp_path / colour
+        encode(root, out, colour=colour, **exact)
+        dataset = latentprep.open(out)
+        assert dataset.manifest.transform["colour"] == colour
+        codes[colour] = dataset.load("train").codes
+        assert latentprep.verify(out, source=open_source(root)).problems == ()
+    assert (codes["srgb"][0] != codes["stored"][0]).any()
+    with pytest.raises(DatasetError, match="transform.colour is stored, this command asks for srgb"):
+        encode(root, tmp_path / "stored", **exact)
+    with pytest.raises(UsageError, match="colour must be srgb or stored, got sRGB"):
+        encode(root, tmp_path / "other", colour="sRGB")
+
+
+def test_a_dataset_of_before_colours_were_recorded_is_verified_as_it_was_made(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "images", train=3, val=1)
+    for path in root.rglob("*.jpg"):
+        with Image.open(path) as image:
+            image.save(path, icc_profile=profiles.PROPHOTO, quality=100)
+    source = open_source(root)
+    encode(root, tmp_path / "out", colour="stored")
+    old = latentprep.open(tmp_path / "out").manifest
+    transform = {name: value for name, value in old.transform.items() if name != "colour"}
+    manifest = replace(old, transform=transform)
+    stored = latentprep.open(tmp_path / "out").load("train").codes
+    stages = Stages(source, make_codec("dct"), None, 1, MAX_PIXELS)
+    for has, same in ((manifest, True), (replace(old, transform=transform | {"colour": "srgb"}), False)):
+        ((_, codes, invalid),) = code_rows(stages, has, "train", list(range(6)))
+        assert not invalid
+        assert np.array_equal(codes, stored.reshape(codes.shape)) == same
 
 
 def test_too_many_damaged_samples_fail_the_run_but_keep_what_was_made(images: Path, tmp_path: Path) -> None:
