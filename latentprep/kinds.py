@@ -39,11 +39,15 @@ KINDS = (
     Kind("PNG", (".png", ".apng"), rb"\x89PNG\r\n\x1a\n", ("PIL.PngImagePlugin",)),
     Kind("WEBP", (".webp",), rb"RIFF....WEBP", ("PIL.WebPImagePlugin",)),
     Kind("GIF", (".gif",), rb"GIF8[79]a", ("PIL.GifImagePlugin",)),
-    Kind("TIFF", (".tif", ".tiff"), rb"II[*+]\0|MM\0[*+]", ("PIL.TiffImagePlugin",)),
+    Kind("TIFF", (".tif", ".tiff"), rb"II[*+]\0(?!.{4}CR)|MM\0[*+]", ("PIL.TiffImagePlugin",)),
     Kind(  # the reserved field is zero, and the header's length one of the few defined
-        "BMP", (".bmp",), rb"BM", ("PIL.BmpImagePlugin",), sure=rb"BM.{4}\0{4}.{4}[\x0c\x10\x28\x34\x38\x40\x6c\x7c]\0{3}"
+        "BMP", (".bmp",), rb"BM", ("PIL.BmpImagePlugin",),
+        sure=rb"BM.{4}\0{4}.{4}[\x0c\x10\x28\x34\x38\x40\x6c\x7c]\0{3}"
     ),
-    Kind("DIB", (".dib",), rb"[\x28\x34\x38\x6c\x7c]\0{3}.{8}\1\0[\1\4\x08\x10\x18\x20]\0", ("PIL.BmpImagePlugin",)),
+    Kind(  # a BMP without its first header
+        "DIB", (".dib",), rb"[\x28\x34\x38\x6c\x7c]\0{3}.{8}\x01\0[\x01\x04\x08\x10\x18\x20]\0",
+        ("PIL.BmpImagePlugin",),
+    ),
     Kind(
         "PPM", (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"), rb"P[1-6f]\s", ("PIL.PpmImagePlugin",),
         sure=rb"P[1-6f]\s+(?:#|\d+\s+\d+\s)",

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latentprep import archives
+from latentprep import offsets
 from latentprep.errors import SourceError, UsageError
 from latentprep.sources import Source, open_source
 
@@ -207,8 +207,8 @@ def read_in_threads(source: Source, files: dict[str, bytes]) -> None:
 
 
 def test_tgz_is_read_in_any_order_from_many_threads_and_after_pickling(tmp_path, monkeypatch):
-    monkeypatch.setattr(archives, "_GZIP_SPACING", 5000)
-    monkeypatch.setattr(archives, "_CHUNK", 777)
+    monkeypatch.setattr(offsets, "_GZIP_SPACING", 5000)
+    monkeypatch.setattr(offsets, "CHUNK", 777)
     files = big_archive(tmp_path / "x.tgz", "w:gz")
     source = open_source(tmp_path / "x.tgz", val_fraction=0)
     read_in_threads(source, files)
@@ -216,7 +216,7 @@ def test_tgz_is_read_in_any_order_from_many_threads_and_after_pickling(tmp_path,
 
 
 def test_gzip_of_several_streams(tmp_path, monkeypatch):
-    monkeypatch.setattr(archives, "_GZIP_SPACING", 5000)
+    monkeypatch.setattr(offsets, "_GZIP_SPACING", 5000)
     files = big_archive(tmp_path / "x.tar")
     plain = (tmp_path / "x.tar").read_bytes()
     parts = [gzip.compress(plain[i : i + 30_000]) for i in range(0, len(plain), 30_000)]
