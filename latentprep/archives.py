@@ -1,7 +1,7 @@
 """Tar and gzipped tar archives read in place: an index of what they hold, by offset. Nothing is ever unpacked.
 
-Tars that were joined (``cat a.tar b.tar``, `tar -A`, several streams of gzip) are one archive, and a plain tar inside an
-archive is listed like one beside it.
+Tars that were joined (``cat a.tar b.tar``, several streams of gzip) are one archive, and a plain tar inside an archive
+has a listing of its own.
 """
 
 from __future__ import annotations
@@ -112,9 +112,8 @@ class _Lister:
                 end = tar.offset
             # tarfile takes a broken header, or none, for the end
             if not headers.holds(end) or self.file.pread(512, end) != bytes(512):
-                what = (
-                    "bytes after the end mark that are no tar" if parts > 1 and self.count == before else "no end mark"
-                )
+                joined = parts > 1 and self.count == before
+                what = "bytes after the end mark that are no tar," if joined else "no end mark"
                 raise EOFError(f"{what} after {self.count} members")
         _follow(self.path, listing, links)
         listing.leave_out_ours()

@@ -10,7 +10,7 @@ import typer
 from . import console
 from .errors import DatasetError
 from .options import BatchSize, Data, Device, Joint, Json, Made, Out, Overwrite, Weights, Workers
-from .showing import shape, show_result, show_verified
+from .showing import open_shown, shape, show_result, show_verified
 
 app = typer.Typer()
 
@@ -152,10 +152,8 @@ def latents(
       latentprep latents shards imagenette --out shards-float
     """
     from .latents import write_latents as run
-    from .sources import open_source
 
-    with console.byte_progress() as reading:
-        opened = open_source(source, data=data, val_fraction=val_fraction, seed=seed, progress=reading)
+    opened = open_shown(source, data=data, val_fraction=val_fraction, seed=seed)
     opened = opened.take(limit) if limit is not None else opened
     folder = run(
         dataset, opened, out=out, weights=weights, device=device, batch_size=batch_size, workers=workers,
@@ -208,10 +206,7 @@ def verify(
 
     opened = None
     if source is not None:
-        from .sources import open_source
-
-        with console.byte_progress() as reading:
-            opened = open_source(source, data=data, val_fraction=val_fraction, seed=seed, progress=reading)
+        opened = open_shown(source, data=data, val_fraction=val_fraction, seed=seed)
         opened = opened.take(limit) if limit is not None else opened
     found = run(
         dataset, deep=deep, source=opened, samples=samples, seed=seed, repair=repair, weights=weights, device=device,

@@ -11,7 +11,7 @@ from latentprep.archives import list_archive
 from latentprep.errors import SourceError, nearest
 from latentprep.kinds import has_image_name
 from latentprep.layouts import LAYOUTS, Tree, by_folders
-from latentprep.listing import BESIDE, Listing, Progress, list_folder, read_file
+from latentprep.listing import BESIDE, Progress, list_folder, read_file
 from latentprep.offsets import read_member
 from latentprep.tars import by_tars
 

@@ -139,7 +139,7 @@ def _in_no_class(spec: str, entry: Entry, listing: Listing) -> SourceError:
 
 
 def _read_annotations(tree: Tree, listing: Listing, splits: dict[str, str], depth: int) -> None:
-    """Tiny-ImageNet: classes of its val images are in a text file, and its test images have none; all are in ``images``."""
+    """Tiny-ImageNet: val and test images are all in ``images``; a text file gives the classes of val."""
     if "images" in {row.name for row in tree.found.get("train", ())}:
         return
     for path, text in listing.annotations.items():

@@ -12,7 +12,7 @@ import stat
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from latentprep.errors import SourceError
@@ -43,9 +43,10 @@ class Entry(NamedTuple):
 class Listing:
     """What a folder or an archive holds, by '/'-separated path inside it.
 
-    labels: texts of ``.cls`` files. annotations: texts of `ANNOTATIONS` files. archives: tars, each its `Path`, or, inside
-    a tar, its own `Listing`. ours: folders that we wrote, and what they are. others: files that are none of these, by
-    the ends of their names. left_out: what is not read, and how many of it. linked: whether links to folders were followed.
+    labels: texts of ``.cls`` files. annotations: texts of `ANNOTATIONS` files. archives: tars, each its `Path`, or,
+    inside a tar, its own `Listing`. ours: folders that we wrote, and what they are. others: files that are none of
+    these, by the ends of their names. left_out: what is not read, and how many of it. linked: whether links to folders
+    were followed.
     """
 
     images: list[Entry] = field(default_factory=list)
@@ -59,11 +60,14 @@ class Listing:
     linked: bool = False
 
     def add(self, name: str, at: Any, read: Callable[[int], bytes]) -> bytes:
-        """Enter a file; ``read(n)`` gives at most its first n bytes, once. Returns the head of one that is not taken yet."""
+        """Enter a file. Returns its first bytes if it is none of what is known here.
+
+        ``read(n)`` gives at most its first n bytes, and is called once at most.
+        """
         if has_image_name(name):
             self.images.append(Entry(name, at))
             return b""
-        ending = os.path.splitext(name)[1].lower()
+        ending = PurePosixPath(name).suffix.lower()
         if has_unsupported_name(name):
             self.leave_out(f"images of a kind that is not read ({ending})")
             return b""
@@ -87,7 +91,7 @@ class Listing:
 
     def add_other(self, name: str) -> None:
         """Enter a file that nothing is read from."""
-        ending = os.path.splitext(name)[1].lower() or "without an ending"
+        ending = PurePosixPath(name).suffix.lower() or "without an ending"
         self.others[ending] += 1
         if ending in _UNREAD_ARCHIVES:
             self.leave_out(f"archives that are not read ({ending})")

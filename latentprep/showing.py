@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import sys
+from typing import TYPE_CHECKING, Any
 
 from . import console
 
 if TYPE_CHECKING:
     from .encoder import EncodeResult
+    from .sources import Source
     from .verifier import VerifyResult
 
 _MOST_SHOWN = 50  # shards, of those that verify finds wrong
+
+
+def open_shown(spec: str, **options: Any) -> Source:
+    """`sources.open_source` with a bar, and what the source leaves out said on stderr."""
+    from .sources import left_out_line, open_source
+
+    with console.byte_progress() as reading:
+        source = open_source(spec, progress=reading, **options)
+    for note in source.notes:
+        print(f"note: {note}", file=sys.stderr)
+    if source.left_out:
+        print(f"left out: {left_out_line(source.left_out)}", file=sys.stderr)
+    return source
 
 
 def show_result(result: EncodeResult, as_json: bool) -> None:

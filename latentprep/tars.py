@@ -1,4 +1,4 @@
-"""How several tars make one source: WebDataset shards, a tar for each split or class, or a folder of class folders in parts."""
+"""How several tars make one source: WebDataset shards, a tar for each split or class, or class folders in parts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from latentprep.listing import BESIDE, Entry, Listing
 from latentprep.splits import split_of_folder, splits_of_tars
 
 _ENDING = re.compile(r"\.(tar|tgz|tar\.gz)$", re.IGNORECASE)
-_SHARDS = "a WebDataset tar has KEY.jpg and KEY.cls for each sample; other tars hold class folders, or are named after a class"
+_SHARDS = (
+    "a WebDataset tar has KEY.jpg and KEY.cls for each sample; other tars hold class folders, or are one class each"
+)
 
 
 def by_tars(spec: str, tars: dict[str, Listing]) -> Tree:
@@ -48,7 +50,7 @@ def _joined(spec: str, tars: dict[str, Listing]) -> Listing:
     A tar of images without folders is a class, by its name. The folders in other tars are taken together, in the split
     that the tar's path tells.
     """
-    flat = {path: l for path, l in tars.items() if l.images and not any("/" in image.path for image in l.images)}
+    flat = {path: tar for path, tar in tars.items() if tar.images and not any("/" in i.path for i in tar.images)}
     _check_not_shards(spec, flat)
     splits = splits_of_tars(spec, [path for path in tars if path not in flat]) if len(flat) < len(tars) else {}
     whole = Listing()
@@ -80,7 +82,7 @@ def _common_folder(tars: dict[str, Listing]) -> str:
 
 
 def _check_not_shards(spec: str, flat: dict[str, Listing]) -> None:
-    """Raise SourceError for tars of images that are no classes: with texts to each image, or numbered one after another."""
+    """Raise SourceError for tars of images that are no classes: with texts to each image, or numbered on end."""
     for path, listing in flat.items():
         texts = [ending for ending in (".txt", ".json") if listing.others[ending] >= len(listing.images)]
         if texts:

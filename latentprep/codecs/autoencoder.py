@@ -150,7 +150,9 @@ class Taef1(AutoencoderCodec):
 
 
 def find_weights(weights: str, name: str, *, download: bool = True) -> Path:
-    """The local folder of a model: `weights` itself, the ``vae`` of a pipeline's folder, or its snapshot in the hub's cache, downloaded if allowed.
+    """The local folder of a model: `weights` itself, the ``vae`` in a pipeline's folder, or a snapshot of the hub's.
+
+    The snapshot is in the hub's cache, or downloaded if allowed.
 
     Raises `CodecError` if it is neither, `SystemFault` if the packages that read it are not installed.
     """
