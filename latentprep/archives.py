@@ -94,10 +94,8 @@ class _Lister:
 
     def list(self, headers: _Headers, nested: bool = False) -> Listing:
         """What lies between where ``headers`` stand and their end: a tar, or several of them."""
-        listing, links, parts = Listing(), {}, 0
-        while parts == 0 or headers.skip_zeros():
-            parts += 1
-            before = self.count
+        listing, links, more = Listing(), {}, True
+        while more:
             with tarfile.open(fileobj=_as_file(headers), mode="r:", encoding="utf-8") as tar:
                 while (member := tar.next()) is not None:
                     tar.members.clear()  # type: ignore[attr-defined]  # it would keep every header: about 1 KiB each
@@ -112,9 +110,8 @@ class _Lister:
                 end = tar.offset
             # tarfile takes a broken header, or none, for the end
             if not headers.holds(end) or self.file.pread(512, end) != bytes(512):
-                joined = parts > 1 and self.count == before
-                what = "bytes after the end mark that are no tar," if joined else "no end mark"
-                raise EOFError(f"{what} after {self.count} members")
+                raise EOFError(f"no end mark after {self.count} members")
+            more = headers.skip_zeros()
         _follow(self.path, listing, links)
         listing.leave_out_ours()
         return listing
@@ -235,11 +232,13 @@ class _Headers:
         return self._end is None or offset + 512 <= self._end
 
     def skip_zeros(self) -> bool:
-        """Go on to the next block that is not all zeros, if there is one."""
+        """Go on to the tar behind the zeros that end one, if there is one. Raises EOFError for anything else."""
         while True:
             self.left = _HEADER_BYTES
             block = self.read(512)
             if block.strip(b"\0"):
+                if not _begins_tar(block):
+                    raise EOFError("after the end mark there are other bytes, which are no tar")
                 self._ahead = block + self._ahead
                 return True
             if not block:

@@ -15,7 +15,7 @@ from latentprep.errors import SourceError
 from latentprep.listing import ANNOTATIONS, Entry, Listing
 from latentprep.splits import split_of_folder
 
-LAYOUTS = "give a folder or archive with train/CLASS/*.jpg and val/CLASS/*.jpg, or with CLASS/*.jpg"
+LAYOUTS = "give a folder or archive with train/CLASS/*.jpg and val/CLASS/*.jpg, with CLASS/*.jpg, or WebDataset tars with KEY.jpg and KEY.cls"
 STRAY = "images beside the class folders"
 
 
@@ -106,12 +106,12 @@ def _leave_out_beside(
     spec: str, tree: Tree, beside: dict[str, list[Entry]], splits: list[str], listing: Listing
 ) -> None:
     """Count the images in folders beside the splits, but for those that a link brings into a split."""
-    read = {os.path.realpath(row.at) for rows in tree.found.values() for row in rows} if _is_linked(listing) else set()
+    read = {_place(row.at) for rows in tree.found.values() for row in rows} if listing.linked else set()
     names = [{row.name for row in rows} for rows in tree.found.values()]
     sure = any(one & two for i, one in enumerate(names) for two in names[:i])
     for top, entries in beside.items():
         split = split_of_folder(top)
-        rest = [entry for entry in entries if not read or os.path.realpath(entry.at) not in read]
+        rest = [entry for entry in entries if not read or _place(entry.at) not in read]
         if not rest:
             continue
         if split == "test":
@@ -128,8 +128,9 @@ def _leave_out_beside(
             )
 
 
-def _is_linked(listing: Listing) -> bool:
-    return listing.linked and isinstance(listing.images[0].at, str)
+def _place(at: Any) -> Any:
+    """Where an image's bytes really are, be it reached by links or not."""
+    return os.path.realpath(at) if isinstance(at, str) else at
 
 
 def _in_no_class(spec: str, entry: Entry, listing: Listing) -> SourceError:
