@@ -12,10 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from latentprep.errors import SourceError
-from latentprep.listing import ANNOTATIONS, Entry, Listing
+from latentprep.listing import ANNOTATIONS, Entry, Listing, left_out_line
 from latentprep.splits import split_of_folder
 
-LAYOUTS = "give a folder or archive with train/CLASS/*.jpg and val/CLASS/*.jpg, with CLASS/*.jpg, or WebDataset tars with KEY.jpg and KEY.cls"
+LAYOUTS = (
+    "give a folder or archive with train/CLASS/*.jpg and val/CLASS/*.jpg, or with CLASS/*.jpg, or WebDataset tars with "
+    "KEY.jpg and KEY.cls"
+)
 STRAY = "images beside the class folders"
 
 
@@ -79,9 +82,9 @@ def by_folders(spec: str, listing: Listing) -> Tree:
 
 def what_else(listing: Listing) -> str:
     """What a listing holds besides images, for the error that it has none that are of use."""
-    parts = [f"{count} {what}" for what, count in listing.left_out.items()]
-    parts += [f"{count} {ending}" for ending, count in listing.others.most_common(4)]
-    return f" (found: {', '.join(parts)})" if parts else ""
+    others = {f"files {ending}": count for ending, count in listing.others.most_common(4)}
+    found = left_out_line({**listing.left_out, **others})
+    return f" (found: {found})" if found else ""
 
 
 def _find_splits(spec: str, listing: Listing) -> tuple[int, dict[str, str]]:

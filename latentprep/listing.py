@@ -10,7 +10,7 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -115,6 +115,15 @@ def _above(path: str) -> list[str]:
     """All folders that a path lies in."""
     parts = path.split("/")
     return ["/".join(parts[:depth]) for depth in range(1, len(parts))]
+
+
+def left_out_line(left_out: Mapping[str, int]) -> str:
+    """What was left out, for people: ``1 image in docs/ (not a known split); 3 links in a circle``."""
+    parts = []
+    for what, count in left_out.items():
+        noun, space, rest = what.partition(" ")
+        parts.append(f"{count} {noun.removesuffix('s') if count == 1 else noun}{space}{rest}")
+    return "; ".join(parts)
 
 
 def is_hidden(path: str) -> bool:

@@ -17,7 +17,8 @@ _MOST_SHOWN = 50  # shards, of those that verify finds wrong
 
 def open_shown(spec: str, **options: Any) -> Source:
     """`sources.open_source` with a bar, and what the source leaves out said on stderr."""
-    from .sources import left_out_line, open_source
+    from .listing import left_out_line
+    from .sources import open_source
 
     with console.byte_progress() as reading:
         source = open_source(spec, progress=reading, **options)

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 from latentprep.errors import SourceError, UsageError
 from latentprep.finding import Load, find
 from latentprep.layouts import LAYOUTS, Found, Tree
-from latentprep.listing import HIDDEN, Progress
+from latentprep.listing import HIDDEN, Progress, left_out_line
 
 VAL_FRACTION = 0.1  # of each class, taken from train where a source has no val split
 
@@ -223,15 +223,6 @@ def _check_left_out(spec: str, tree: Tree) -> None:
     if sum(lost.values()) > total / 2:
         way_out = f"{LAYOUTS}; or give the folder that holds the class folders itself"
         raise SourceError(f"{spec}: most of its {total} images would be left out: {left_out_line(lost)}", way_out)
-
-
-def left_out_line(left_out: Mapping[str, int]) -> str:
-    """What was left out, for people: ``1 image in docs/ (not a known split); 3 links in a circle``."""
-    parts = []
-    for what, count in left_out.items():
-        noun, space, rest = what.partition(" ")
-        parts.append(f"{count} {noun.removesuffix('s') if count == 1 else noun}{space}{rest}")
-    return "; ".join(parts)
 
 
 def _split_off_val(found: dict[str, list[Found]], fraction: float, seed: int) -> dict[str, list[Found]]:

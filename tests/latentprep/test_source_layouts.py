@@ -15,7 +15,8 @@ import latentprep
 from latentprep.cli import app
 from latentprep.codecs.autoencoder import find_weights
 from latentprep.errors import SourceError
-from latentprep.sources import Source, left_out_line, open_source
+from latentprep.listing import left_out_line
+from latentprep.sources import Source, open_source
 from pictures import jpeg, picture
 
 JPEG = b"\xff\xd8\xff\xe0"
@@ -160,10 +161,10 @@ def test_tiny_imagenet_takes_the_classes_of_val_from_its_text(pack):
         (images("bus", "train/steam", "train/diesel"), "has bus/ beside train/: splits or classes"),
         (images("trainset/a", "trainset/b", "test/a"), "has trainset/ beside test/: splits or classes"),
         (images(*TWO, "dev/a"), "has dev and val, which are both the val split"),
-        (images(*TWO) | images("more/a", count=30), "most of its 38 images would be left out: 30 images in more/ "),
+        (images(*TWO) | images("more/a", count=30), "most of its 38 images would be left out: 30 images in more/"),
         (images("a", "b") | {f"{i}.jpg": JPEG for i in range(9)}, "most of its 13 images would be left out: 9 images"),
         ({f"{i}.jpg": JPEG for i in range(3)} | {"labels.csv": b"0,a"}, "tables of labels are not read: .csv"),
-        ({"a/x.svg": b"<svg/>", "p.parquet": b"PAR1"}, r"holds no images \(found: 1 images of .*\.svg.*1 \.parquet"),
+        ({"a/x.svg": b"<svg/>", "p.parquet": b"PAR1"}, r"no images \(found: 1 image of .*\.svg.; 1 file \.parquet"),
         ({"train/0.tar": shard(0), "val/0.tar": shard(0), "x/0.tar": shard(0)}, r"x/0\.tar could be of any split"),
         ({"train-val-0.tar": shard(0), "val-0.tar": shard(0)}, "says both train and val"),
         ({"00000.tar": tar_bytes({"0.jpg": JPEG, "0.txt": b"a cat", "0.json": b"{}"}), "1.tar": tar_bytes({"1.jpg": JPEG})},
