@@ -149,7 +149,7 @@ class _Lister:
         elif head:
             listing.add_other(name)
             if head.startswith(b"\x1f\x8b") and name.lower().endswith((".tgz", ".tar.gz")):
-                listing.leave_out("archives that are not read (.tgz inside a tar)")
+                listing.leave_out("archives not read (.tgz inside a tar)")
         if len(listing.images) > before or name in listing.archives:
             _add_folders(listing, name)
 

@@ -77,6 +77,9 @@ def by_folders(spec: str, listing: Listing) -> Tree:
         if len(parts) > level and (not splits or parts[depth] in splits):
             tree.folders.setdefault(splits[parts[depth]] if splits else "train", set()).add(parts[level])
     _read_annotations(tree, listing, splits, depth)
+    names = {row.name for rows in tree.found.values() for row in rows}
+    if len(names) == 1:
+        raise SourceError(f"{spec} has one class only: {min(names)}{_tables(listing)}", LAYOUTS)
     return tree
 
 
@@ -137,9 +140,12 @@ def _place(at: Any) -> Any:
 
 
 def _in_no_class(spec: str, entry: Entry, listing: Listing) -> SourceError:
-    tables = [ending for ending in (".csv", ".tsv", ".json", ".jsonl", ".xml", ".txt") if listing.others[ending]]
-    why = f" (tables of labels are not read: {', '.join(tables)})" if tables else ""
-    return SourceError(f"{entry.path} in {spec} lies in no class folder{why}", LAYOUTS)
+    return SourceError(f"{entry.path} in {spec} lies in no class folder{_tables(listing)}", LAYOUTS)
+
+
+def _tables(listing: Listing) -> str:
+    found = [ending for ending in (".csv", ".tsv", ".json", ".jsonl", ".xml", ".txt") if listing.others[ending]]
+    return f" (tables of labels are not read: {', '.join(found)})" if found else ""
 
 
 def _read_annotations(tree: Tree, listing: Listing, splits: dict[str, str], depth: int) -> None:

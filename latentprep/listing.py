@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import stat
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ _OURS = {  # files that mark a folder as written by us, and how they say so
     "config.json": ("a training run", re.compile(rb'"format":\s*"latenttrain run"')),
 }
 _HEADS = {"manifest.json": 1 << 16, "config.json": 1 << 16, ANNOTATIONS: 1 << 24}  # bytes looked at; of others 512
+_MOST_LINKS = 3  # to folders, on the way to a file
 LABEL_BYTES = 1024  # the longest `.cls` member taken for a label
 _UNREAD_ARCHIVES = (".zip", ".7z", ".rar", ".bz2", ".xz", ".zst")
 
@@ -94,7 +94,7 @@ class Listing:
         ending = PurePosixPath(name).suffix.lower() or "without an ending"
         self.others[ending] += 1
         if ending in _UNREAD_ARCHIVES:
-            self.leave_out(f"archives that are not read ({ending})")
+            self.leave_out(f"archives not read ({ending})")
 
     def leave_out_ours(self) -> None:
         """Take out the folders that we wrote, and those that hold nothing else."""
@@ -150,9 +150,10 @@ def list_folder(root: Path, out: Path | None = None) -> Listing:
 
     listing = Listing()
     real_out = str(out.resolve()) if out else None
-    todo: list[tuple[str, str, tuple[str, ...]]] = [(str(root), "", (str(root.resolve()),))]
+    todo: list[tuple[str, str, tuple[str, ...], int]] = [(str(root), "", (str(root.resolve()),), 0)]
     while todo:
-        folder, inside, above = todo.pop()  # its path, its path inside the root, real paths of it and those above
+        # its path, its path inside the root, real paths of it and those above, how many of these are links
+        folder, inside, above, links = todo.pop()
         try:
             with os.scandir(folder) as items:
                 for item in items:
@@ -165,11 +166,16 @@ def list_folder(root: Path, out: Path | None = None) -> Listing:
                         if real in above:
                             listing.leave_out("links in a circle")
                             continue
+                        if (
+                            link and links == _MOST_LINKS
+                        ):  # folders full of links to each other have paths without number
+                            listing.leave_out(f"links behind {_MOST_LINKS} others")
+                            continue
                         if real == real_out:
                             listing.ours[name] = "the output folder"
                         listing.linked |= link
                         listing.folders.add(name)
-                        todo.append((item.path, f"{name}/", (*above, real)))
+                        todo.append((item.path, f"{name}/", (*above, real), links + link))
                     elif fault := _fault(item):
                         if has_image_name(name) and fault == _BROKEN:
                             listing.images.append(Entry(name, item.path))  # keeps its row, to be reported when read
@@ -193,10 +199,12 @@ _BROKEN = "broken links"
 def _fault(item: os.DirEntry[str]) -> str | None:
     """Why an item is not a file that can be read, if so."""
     try:
-        mode = item.stat().st_mode
+        if item.is_file():
+            return None
+        item.stat()
     except OSError:
         return _BROKEN
-    return None if stat.S_ISREG(mode) else "pipes, sockets or devices"  # which could block
+    return "pipes, sockets or devices"  # which could block
 
 
 def _is_folder(item: os.DirEntry[str]) -> bool:

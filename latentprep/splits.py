@@ -32,13 +32,18 @@ def splits_of_tars(spec: str, tars: Iterable[str]) -> dict[str, str | None]:
     common = os.path.commonpath([path.parent for path in paths.values()])
     outside = max(0, len(PurePath(common).parts) - 1)
     splits: dict[str, str | None] = {}
+    words: dict[str, str] = {}  # what each split is called
     for tar, path in paths.items():
-        named = {SPLIT_NAMES[match.lower()] for match in _IN_NAME.findall(path.name)}
-        if len(named) > 1:
+        named = {match.lower() for match in _IN_NAME.findall(path.name)}
+        if len({SPLIT_NAMES[word] for word in named}) > 1:
             both = " and ".join(sorted(named))
             raise SourceError(f"the name of {tar} says both {both}", "rename it after its one split")
-        folders = [split_of_folder(part) for part in reversed(path.parent.parts[outside:])]
-        splits[tar] = next((split for split in (*named, *folders) if split), None)
+        folders = [part.lower() for part in reversed(path.parent.parts[outside:])]
+        word = next((word for word in (*sorted(named), *folders) if word in SPLIT_NAMES), None)
+        splits[tar] = split = word and SPLIT_NAMES[word]
+        if word and split and words.setdefault(split, word) != word:
+            both = " and ".join(sorted((word, words[split])))
+            raise SourceError(f"{spec} has tars of {both}, which are both the {split} split", "keep one of them")
     untold = [tar for tar, split in splits.items() if split is None]
     if untold and len(untold) < len(splits):
         told = next(tar for tar, split in splits.items() if split)

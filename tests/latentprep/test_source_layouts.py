@@ -166,9 +166,12 @@ def test_tiny_imagenet_takes_the_classes_of_val_from_its_text(pack):
         ({f"{i}.jpg": JPEG for i in range(3)} | {"labels.csv": b"0,a"}, "tables of labels are not read: .csv"),
         ({"a/x.svg": b"<svg/>", "p.parquet": b"PAR1"}, r"no images \(found: 1 image of .*\.svg.; 1 file \.parquet"),
         ({"train/0.tar": shard(0), "val/0.tar": shard(0), "x/0.tar": shard(0)}, r"x/0\.tar could be of any split"),
+        (images("images") | {"labels.csv": b"0,a"}, r"one class only: images \(tables of labels are not read: .csv\)"),
+        ({"train/0.tar": shard(0), "val/0.tar": shard(0), "dev/0.tar": shard(0)}, "tars of dev and val, which are both"),
         ({"train-val-0.tar": shard(0), "val-0.tar": shard(0)}, "says both train and val"),
-        ({"00000.tar": tar_bytes({"0.jpg": JPEG, "0.txt": b"a cat", "0.json": b"{}"}), "1.tar": tar_bytes({"1.jpg": JPEG})},
-         r"00000\.tar holds images with \.txt and \.json, but no \.cls"),
+        ({"00000.tar": tar_bytes({"0.jpg": JPEG, "0.txt": b"a cat", "0.json": b"{}"}),
+          "1.tar": tar_bytes({"1.jpg": JPEG})},
+         r"00\.tar holds images with \.txt and \.json, but no \.cls"),
         ({"x-0.tar": tar_bytes({"0.jpg": JPEG}), "x-1.tar": tar_bytes({"1.jpg": JPEG})}, "numbered tars of images"),
     ],
 )  # fmt: skip
@@ -198,6 +201,17 @@ def test_links_to_folders_are_followed(tmp_path):
     assert source.keys("train")[4:] == ["train/c/0.jpg", "train/c/1.jpg"]
     assert source.left_out == {"links in a circle": 1, "broken links": 1}
     check_count(source, root)
+
+
+def test_folders_full_of_links_to_each_other_end(tmp_path):
+    names = [f"c{i}" for i in range(5)]
+    write_tree(tmp_path, images(*names, count=1))
+    for name in names:
+        for other in set(names) - {name}:
+            (tmp_path / name / f"to-{other}").symlink_to(f"../{other}")
+    source = open_source(tmp_path, val_fraction=0)
+    assert source.size("train") == 5 * (1 + 4 + 4 * 3 + 4 * 3 * 2)
+    assert source.left_out["links behind 3 others"] == 5 * 4 * 3 * 2
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
