@@ -10,7 +10,7 @@ import typer
 from . import console
 from .errors import DatasetError
 from .options import BatchSize, Data, Device, Joint, Json, Made, Out, Overwrite, Weights, Workers
-from .showing import shape, show_result, show_verified
+from .showing import open_shown, shape, show_result, show_verified
 
 app = typer.Typer()
 
@@ -152,10 +152,8 @@ def latents(
       latentprep latents shards imagenette --out shards-float
     """
     from .latents import write_latents as run
-    from .sources import open_source
 
-    with console.byte_progress() as reading:
-        opened = open_source(source, data=data, val_fraction=val_fraction, seed=seed, progress=reading)
+    opened = open_shown(source, data=data, val_fraction=val_fraction, seed=seed)
     folder = run(
         dataset, opened, out=out, limit=limit, weights=weights, device=device, batch_size=batch_size, workers=workers,
         progress=console.progress_bar,
@@ -203,13 +201,9 @@ def verify(
 
       latentprep verify shards --source photos/ --repair
     """
-    from .sources import open_own_source
     from .verifier import verify as run
 
-    with console.byte_progress() as reading:
-        opened = open_own_source(
-            source, data=data, val_fraction=val_fraction, seed=seed, limit=limit, progress=reading
-        )  # fmt: skip
+    opened = open_shown(source, data=data, val_fraction=val_fraction, seed=seed, limit=limit)
     found = run(
         dataset, deep=deep, source=opened, samples=samples, seed=seed, repair=repair, weights=weights, device=device,
         batch_size=batch_size, workers=workers, progress=console.progress_bar,

@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 from latentprep.errors import SourceError, system_fault
 from latentprep.format.cache import cache_folder
-from latentprep.layouts import Progress
+from latentprep.listing import Progress
 
 _IMAGENETTE = {
     "n01440764": "tench",

@@ -62,6 +62,7 @@ class EncodeResult:
     code_bytes: bytes of codes on disk (with `dry_run`: the most there will be).
     profile: where the time went, if asked for: `profile.Profile.to_json`.
     note: what the user should know of the source; empty as a rule.
+    left_out: what there is in the source besides its rows, and how many: see `sources.Source`.
     """
 
     out: str
@@ -82,6 +83,7 @@ class EncodeResult:
     splits_invalid: dict[str, int] = field(default_factory=dict)
     profile: dict | None = None
     note: str = ""
+    left_out: dict[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict:
         return asdict(self)
@@ -156,7 +158,7 @@ def encode(
         raise UsageError(f"--store must be {' or '.join(STORES)}, got {store}", nearest(store, STORES))
     root = place(out)
 
-    source = open_source(source, data=data, val_fraction=val_fraction, seed=seed)
+    source = open_source(source, data=data, val_fraction=val_fraction, seed=seed, out=out)
     if limit is not None:
         source = source.take(limit)
     names = _split_names(source, splits)
@@ -173,7 +175,7 @@ def encode(
 
     if dry_run:
         most = sum(n * int(np.prod(asked.row_shape(split))) for split, n in asked.splits.items()) * bits // 8
-        return encode_result(root, asked, [], code_bytes=most, dry_run=True)
+        return encode_result(root, asked, [], code_bytes=most, dry_run=True, left_out=source.left_out)
 
     if sum(map(asked.shard_count, names)) > MAX_SHARDS:
         raise UsageError(f"--shard-rows {shard_rows} makes more than {MAX_SHARDS} shards", "use larger shards")
@@ -205,8 +207,8 @@ def encode(
         raise system_fault(error) from error
     records = [record for name in names for record in dataset.records(name)]
     found = stages.profile.to_json() if stages.profile else None
-    seconds = time.monotonic() - start
-    return encode_result(root, manifest, records, encoded=encoded, seconds=seconds, profile=found, note=note)
+    facts = {"seconds": time.monotonic() - start, "profile": found, "note": note, "left_out": source.left_out}
+    return encode_result(root, manifest, records, encoded=encoded, **facts)
 
 
 def _is_done(stages: Stages, dataset: LatentDataset, split: str, index: int) -> bool:

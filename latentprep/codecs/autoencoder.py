@@ -150,13 +150,16 @@ class Taef1(AutoencoderCodec):
 
 
 def find_weights(weights: str, name: str, *, download: bool = True) -> Path:
-    """The local folder of a model: `weights` itself, or its snapshot in the hub's cache, downloaded if allowed.
+    """The local folder of a model: `weights` itself, the ``vae`` in a pipeline's folder, or a snapshot of the hub's.
+
+    The snapshot is in the hub's cache, or downloaded if allowed.
 
     Raises `CodecError` if it is neither, `SystemFault` if the packages that read it are not installed.
     """
     folder = Path(weights).expanduser()
     if folder.is_dir():
-        return folder
+        inner = folder / "vae"  # of a whole pipeline
+        return inner if (inner / "config.json").is_file() and not (folder / "config.json").is_file() else folder
     way_out = f"name a local folder with --weights, or use --codec dct, which needs none (codec '{name}')"
     if folder.exists() or weights.startswith((".", "/", "~")) or weights.count("/") != 1:
         raise CodecError(f"no model folder at {weights}", way_out)

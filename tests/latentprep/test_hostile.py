@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 import latentprep
 from fuzz_targets import Target, make_manifest, make_targets, mutate
-from latentprep import sources
+from latentprep import finding
 from latentprep.codecs import codec_from_config
 from latentprep.errors import CodecError, DatasetError, LatentError, SourceError
 from latentprep.format import Manifest, ShardRecord, open_dataset
@@ -98,7 +98,7 @@ def test_a_member_of_negative_size(tmp_path: Path, pack) -> None:  # type: ignor
 
 def test_specs_are_never_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nothing_runs: None) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sources, "MAX_TARS", 1000)
+    monkeypatch.setattr(finding, "MAX_TARS", 1000)
     for spec in (
         "pipe:touch ran",
         "pipe:touch ran|cat.tar",
