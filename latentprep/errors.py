@@ -12,7 +12,7 @@ that is not a `LatentError` is a bug of ours and shows its traceback.
 | 6 | `DatasetError` | the latent dataset: absent, damaged, incomplete or another version |
 | 7 | `CheckpointError` | a run folder or its weights, or a dataset they were not trained for |
 | 8 | `SystemFault` | the machine: full disk, no permission, missing package, no such device |
-| 130 | `Interrupted` | Ctrl-C; what was committed stays |
+| 130 | `Interrupted` | Ctrl-C; what was committed stays. As programs: 128 + the signal's number |
 """
 
 from __future__ import annotations
@@ -33,6 +33,10 @@ class LatentError(Exception):
 
     def __reduce__(self):  # pickled whole, so that a worker process can hand it back
         return type(self), (self.message, self.hint)
+
+
+class LatentWarning(UserWarning):
+    """What the user should know of, though the work goes on."""
 
 
 class UsageError(LatentError):
