@@ -29,7 +29,7 @@ def run(app: Any) -> None:
             guard_streams()
             tune_process()
             warnings.filterwarnings("ignore", module="PIL")  # of damaged images, which we report ourselves
-            warnings.showwarning = _show_warning
+            warnings.showwarning = _show_warning  # type: ignore[assignment]
             try:
                 code = _exit_code(app)
             except KeyboardInterrupt:  # before there was anything to lose
@@ -119,7 +119,7 @@ def print_json(document: dict) -> None:
 
 
 def _rich(stderr: bool = False) -> Console:
-    """The one way to rich: its console, to which every string is text. No markup, no emoji, nothing a terminal obeys."""
+    """The one way to rich: its console, to which every string is text: no markup, no emoji, no control characters."""
     from rich.console import Console
     from rich.text import Text
 

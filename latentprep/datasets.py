@@ -10,6 +10,7 @@ from typing import BinaryIO
 
 from latentprep.errors import SourceError, system_fault
 from latentprep.format.cache import cache_folder
+from latentprep.format.locks import held
 from latentprep.layouts import Progress
 
 _IMAGENETTE = {
@@ -93,8 +94,8 @@ def download(url: str, target: Path, md5: str, progress: Progress | None = None)
     Retries with growing pauses while nothing comes. Raises SourceError, OSError.
     """
     part = target.with_name(target.name + ".part")
-    with part.open("ab") as file:
-        _wait_for_others(file)
+    # Another process may be at it; it may also have finished meanwhile, or been killed.
+    with part.open("ab") as file, held(part, wait=True, opened=file.fileno()):
         if target.exists():
             part.unlink(missing_ok=True)
             return
@@ -117,15 +118,6 @@ def download(url: str, target: Path, md5: str, progress: Progress | None = None)
             part.unlink()
             raise SourceError(f"{url} has MD5 {got}, not {md5}; it was not kept", "run again to download it anew")
         part.replace(target)
-
-
-def _wait_for_others(file: BinaryIO) -> None:
-    """Hold the file alone: another process may be at it; it may also have finished, or been killed."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: two downloads at once may disturb each other, which the checksum shows
-        return
-    fcntl.flock(file, fcntl.LOCK_EX)
 
 
 class _Interruption(Exception):

@@ -9,7 +9,7 @@ from typing import Any
 from .errors import DatasetError
 from .format.commit import remove_dataset
 from .format.dataset import LatentDataset, open_dataset
-from .format.lease import LOCK
+from .format.locks import LOCK
 from .format.manifest import MANIFEST, Manifest
 from .format.places import Place
 

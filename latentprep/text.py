@@ -10,7 +10,7 @@ _UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\
 
 
 def shown(text: str) -> str:
-    r"""The text on one line, each unsafe character spelled as Python does: ``\x1b``, ``\n``, and ``\xff`` for a byte."""
+    r"""The text on one line, unsafe characters spelled as Python does: ``\x1b``, ``\n``, and ``\xff`` for a byte."""
     return _UNSAFE.sub(_spelled, text)
 
 

@@ -24,8 +24,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from latentprep.errors import CheckpointError, DatasetError, LatentError, UsageError
-from latentprep.format.commit import locked, write_atomic
+from latentprep.errors import CheckpointError, LatentError, UsageError
+from latentprep.format.commit import write_atomic
+from latentprep.format.locks import LOCK, Held, held
 
 from .config import FORMAT, VERSION, RunConfig, difference, short
 from .nets import Net, build_net
@@ -34,6 +35,7 @@ from .optimizers import Adam
 CONFIG, METRICS, BEST, LAST, CURVE = "config.json", "metrics.jsonl", "best.safetensors", "last.safetensors", "curve.png"
 RUN_FILES = (CONFIG, METRICS, BEST, LAST, CURVE)
 _TEMPORARIES = tuple(name + ".tmp" for name in RUN_FILES)  # what a killed `write_atomic` leaves
+_LEFTOVERS = (*_TEMPORARIES, LOCK)
 _NOTES = "latenttrain"  # the one metadata key we write: safetensors does not keep the order of several
 
 
@@ -63,7 +65,7 @@ def check_run_folder(root: Path, config: RunConfig, resume: bool, overwrite: boo
         raise UsageError(
             "--resume and --overwrite exclude each other", "--resume keeps the run, --overwrite deletes it"
         )
-    if not root.exists() or (root.is_dir() and not any(path.name not in _TEMPORARIES for path in root.iterdir())):
+    if not root.exists() or (root.is_dir() and not any(path.name not in _LEFTOVERS for path in root.iterdir())):
         return
     if not _is_run(root):
         raise CheckpointError(f"{root} exists and is no run folder", "choose another folder with --out")
@@ -99,11 +101,10 @@ def run_folder(root: Path, config: RunConfig, resume: bool) -> Iterator[None]:
     root.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(locked(root))
-        except DatasetError as error:
-            raise CheckpointError(
-                f"{root} is being written by another latenttrain fit", "choose another --out"
-            ) from error
+            stack.enter_context(held(root))
+        except Held as error:
+            hint = f"choose another --out, or {error}"
+            raise CheckpointError(f"{root} is being written by another latenttrain fit", hint) from error
         for name in _TEMPORARIES:
             (root / name).unlink(missing_ok=True)
         if not (resume and (root / CONFIG).is_file()):
