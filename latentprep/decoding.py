@@ -18,6 +18,7 @@ from .console import ProgressFactory, silent
 from .errors import UsageError, nearest, system_fault
 from .format.commit import write_atomic
 from .format.dataset import LatentDataset, open_dataset
+from .format.places import path_of
 from .linear_decoder import load_linear_decoder
 from .metrics import mean, psnr, ssim
 from .samples import Decoder, Originals, decoded, pick
@@ -79,7 +80,7 @@ def decode(
     if format not in FORMATS:
         raise UsageError(f"--format must be png or jpeg, got {format}", nearest(format, FORMATS))
     opened = dataset if isinstance(dataset, LatentDataset) else open_dataset(dataset)
-    root = Path(out)
+    root = path_of(out)
     if root.exists() and not root.is_dir():
         raise UsageError(f"{root} is a file", "choose another folder with --out")
     if root.is_dir() and any(root.iterdir()) and not overwrite:

@@ -15,6 +15,7 @@ from .decoding import open_decoder
 from .errors import SourceError, UsageError, system_fault
 from .format.commit import write_atomic
 from .format.dataset import LatentDataset, open_dataset
+from .format.places import path_of
 from .format.quantizer import check_bits
 from .linear_decoder import LinearDecoder, load_linear_decoder, shrink
 from .requantizer import recoder, requantized_manifest
@@ -164,7 +165,7 @@ def _picked(
 
 def _drawn(dataset: LatentDataset, picked: Picked, columns: list[Column], out: str | Path) -> PreviewResult:
     names = [f"{dataset.classes[label]} · {row}" for label, row in zip(picked.labels, picked.rows, strict=True)]
-    codec, path = dataset.manifest.codec["name"], Path(out)
+    codec, path = dataset.manifest.codec["name"], path_of(out)
     title = f"{dataset.root.resolve().name} {picked.split}: {codec}, {plural(dataset.quantizer.bits, 'bit')} stored"
     try:
         write_atomic(path, png(draw_sheet(columns, names, title)))

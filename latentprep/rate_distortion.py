@@ -27,6 +27,7 @@ from .encoder import CALIBRATION, default_size, joint_by_default
 from .errors import SourceError, UsageError, system_fault
 from .format.commit import write_atomic
 from .format.manifest import Manifest, ShardRecord, train_split
+from .format.places import path_of
 from .format.quantizer import Quantizer, check_bits
 from .format.zarr_store import choose_compression, encode_shard_files, metadata_files
 from .images import BadImage, load_views
@@ -138,7 +139,7 @@ def rd(
                 found, _ = _measure(_opened_files(files), pixels, (), bar)
                 points.append(Point(name, quality, cost, 8 * cost / size**2, *found))
             seconds[name] = round(time.monotonic() - start, 2)
-    root = Path(out)
+    root = path_of(out)
     result = RdResult(str(root), opened.spec, split, len(pixels), size, seed, points, skipped, seconds)
     try:
         write_atomic(root / "rd.json", (json.dumps(result.to_json(), indent=1) + "\n").encode())

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 from latentprep.archives import archive_kind, list_archive, read_member
 from latentprep.errors import SourceError, UsageError, nearest
+from latentprep.format.places import path_of
 from latentprep.layouts import (
     LAYOUTS,
     Found,
@@ -166,7 +167,7 @@ def open_source(
         return _build(name, shapes.find(), shapes.read, val_fraction, seed)
     if name is None:
         return _build(str(spec), *_find(str(spec), progress), val_fraction, seed)
-    path = Path(data).expanduser() if data is not None else datasets.fetch(name, cache, progress)
+    path = path_of(data) if data is not None else datasets.fetch(name, cache, progress)
     if not path.exists():
         raise SourceError(f"no such file or folder: {path}", f"give a copy of {name} with --data, or leave it out")
     source = _build(name, *_find(str(path), progress), val_fraction, seed)
@@ -177,7 +178,7 @@ def open_source(
 def _find(spec: str, progress: Progress | None) -> tuple[Tree, Callable[[Any], bytes]]:
     """The images that ``spec`` names, by split, and the function that reads one."""
     try:
-        return _find_path(spec, Path(spec).expanduser(), progress)
+        return _find_path(spec, path_of(spec), progress)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise SourceError(f"cannot read {error.filename or spec}: {reason}", "check its permissions") from error
@@ -196,7 +197,7 @@ def _find_path(spec: str, path: Path, progress: Progress | None) -> tuple[Tree, 
     elif path.exists():
         raise SourceError(f"{spec} is neither a file nor a folder", LAYOUTS)
     else:
-        tars = [Path(name).expanduser() for name in _expand_braces(spec)]
+        tars = [path_of(name) for name in _expand_braces(spec)]
         _check_exists(spec, tars)
     listings = {tar: list_archive(tar, progress) for tar in tars}
     if len(tars) == 1 and not listings[tars[0]].labels:

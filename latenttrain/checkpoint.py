@@ -27,6 +27,7 @@ from torch import Tensor
 from latentprep.errors import CheckpointError, LatentError, UsageError
 from latentprep.format.commit import write_atomic
 from latentprep.format.locks import LOCK, Held, held
+from latentprep.format.places import path_of
 
 from .config import FORMAT, VERSION, RunConfig, difference, short
 from .nets import Net, build_net
@@ -172,7 +173,7 @@ def load_net(run: str | Path, checkpoint: str = "best") -> tuple[Net, RunConfig,
 
     checkpoint: ``best`` (highest val top-1) or ``last``. Raises `CheckpointError` for a damaged run.
     """
-    root = Path(run)
+    root = path_of(run)
     if checkpoint not in ("best", "last"):
         raise UsageError(f"unknown checkpoint '{checkpoint}'", "use best or last")
     config = read_config(root)

@@ -15,6 +15,7 @@ from torch import Tensor
 from latentprep.device import pick_device
 from latentprep.errors import UsageError
 from latentprep.format import LatentDataset
+from latentprep.format.places import path_of
 
 from .checkpoint import load_net
 from .config import check_dataset
@@ -143,7 +144,7 @@ def predict(
     size = config.dataset["transform"]["size"]
     predictions: list[Prediction] = []
     for start in range(0, len(images), _IMAGES):
-        views = [(str(path), _read(Path(path), size)) for path in images[start : start + _IMAGES]]
+        views = [(str(path), _read(path, size)) for path in images[start : start + _IMAGES]]
         pixels = [view for _, view in views if isinstance(view, Tensor)]
         answers: Iterator[tuple[list[int], list[float]]] = iter(())
         if pixels:
@@ -161,12 +162,14 @@ def predict(
     return predictions
 
 
-def _read(path: Path, size: int) -> Tensor | str:
+def _read(path: str | Path, size: int) -> Tensor | str:
     """The canonical view of an image file, u8 [3,size,size], or the reason why there is none."""
     from latentprep.images import BadImage, load_views
 
     try:
-        return torch.from_numpy(load_views(path.read_bytes(), size)[0]).permute(2, 0, 1)
+        return torch.from_numpy(load_views(path_of(path).read_bytes(), size)[0]).permute(2, 0, 1)
+    except UsageError as error:
+        return error.message
     except BadImage as error:
         return f"not an image that can be read ({error})"
     except OSError as error:

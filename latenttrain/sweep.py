@@ -15,6 +15,7 @@ from latentprep.drawing import COLOURS, GREY, GRID, INK, draw
 from latentprep.errors import UsageError, nearest
 from latentprep.format import LatentDataset
 from latentprep.format.commit import write_atomic
+from latentprep.format.places import path_of
 
 from .data import opened
 from .stems import STEMS
@@ -118,7 +119,7 @@ def sweep(
         )
     if not 1 <= seeds <= 1000:
         raise UsageError(f"--seeds must be 1 to 1000, got {seeds}", "use --seeds 3")
-    root = Path(out) if out is not None else Path("sweeps", source.root.resolve().name)
+    root = path_of(out) if out is not None else Path("sweeps", source.root.resolve().name)
     sizes: dict[int, float] = {}
     points = []
     grid = [(b, stem) for b in sorted(set(map(int, bits)), reverse=True) for stem in stems]

@@ -20,7 +20,7 @@ from latentprep.console import Progress, ProgressFactory, silent
 from latentprep.device import pick_device
 from latentprep.errors import CheckpointError, SystemFault, UsageError
 from latentprep.format import LatentDataset
-from latentprep.format.places import Place
+from latentprep.format.places import Place, path_of
 
 from .augment import Augment, augmented, draw
 from .checkpoint import CURVE, State, check_run_folder, read_config, restore, run_folder, save_epoch
@@ -139,14 +139,14 @@ def fit(
     target = pick_device(device)
     dataset = opened(dataset)
     check_trainable(dataset)
-    factors, floats = compound(phi), None if latents is None else Path(latents)
+    factors, floats = compound(phi), None if latents is None else path_of(latents)
     full_grid = chosen["full_grid"] if full_grid is None else full_grid
     config = plan_run(dataset, asked, width * factors.width, depth * factors.depth, arch, stem, augment, full_grid)
     if floats is not None:  # they need no filter to be the latents
         config = dataclasses.replace(config, net=dataclasses.replace(config.net, filter=()))
     for name, value in (("limit", limit), ("holdout", holdout or None), ("latents", floats and str(floats))):
         config.dataset[name] = value
-    root = Path(out) if out is not None else default_out(dataset.root, config)
+    root = path_of(out) if out is not None else default_out(dataset.root, config)
     in_memory = bool(holdout) or floats is not None
     held = shards_to_hold(dataset, target, stream, buffer, in_memory)
     if resume and stream is None and buffer is None:  # as the run began, whatever memory is free today

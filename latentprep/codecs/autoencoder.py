@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..device import has_fast_bfloat16
 from ..errors import CodecError, SystemFault, UsageError
+from ..format.places import path_of
 from .base import check_multiple, to_pixels
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -154,7 +155,7 @@ def find_weights(weights: str, name: str, *, download: bool = True) -> Path:
 
     Raises `CodecError` if it is neither, `SystemFault` if the packages that read it are not installed.
     """
-    folder = Path(weights).expanduser()
+    folder = path_of(weights)
     if folder.is_dir():
         return folder
     way_out = f"name a local folder with --weights, or use --codec dct, which needs none (codec '{name}')"

@@ -273,4 +273,6 @@ def open_dataset(
     if cache_bytes < 0:
         raise UsageError(f"the cache's size must be 0 or more, got {cache_bytes}")
     folder = None if cache_dir is None else local(cache_dir, "the cache")
-    return LatentDataset(place(path), verify, ShardCache(folder, cache_bytes) if cache_bytes else None)
+    root = place(path)
+    cached = bool(cache_bytes) and isinstance(root, RemotePath)  # else nothing is copied
+    return LatentDataset(root, verify, ShardCache(folder, cache_bytes) if cached else None)
