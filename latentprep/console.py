@@ -88,9 +88,10 @@ def tune_process() -> None:
 
 def _say(error: LatentError) -> int:
     """Print the error and its way out on stderr, and return its exit code."""
-    print_error(error.message)
-    if error.hint:
-        _line(f"hint:  {error.hint}")
+    message, hint = error.in_shell()
+    print_error(message)
+    if hint:
+        _line(f"hint:  {hint}")
     return error.exit_code
 
 

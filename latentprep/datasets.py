@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import BinaryIO
 
-from latentprep.errors import SourceError, system_fault
+from latentprep.errors import SourceError, opt, system_fault
 from latentprep.format.cache import cache_folder
 from latentprep.format.locks import held
 from latentprep.layouts import Progress
@@ -63,7 +63,7 @@ def class_names(name: str, found: tuple[str, ...], path: Path) -> tuple[str, ...
     if found != tuple(names):
         raise SourceError(
             f"{path} is no copy of {name}: its classes are {', '.join(found[:2])} …, not {', '.join([*names][:2])} …",
-            f"give {path} itself as the source, or a copy of {_ARCHIVES[name][0]} with --data",
+            f"give {path} itself as the source, or a copy of {_ARCHIVES[name][0]} with {opt('data')}",
         )
     return tuple(names.values())
 
@@ -81,8 +81,8 @@ def fetch(name: str, cache: Path | None = None, progress: Progress | None = None
         if not target.exists():
             download(_URL.format(file), target, md5, progress)
     except SourceError as error:
-        way_out = f"or give a copy that you have with --data PATH ({_URL.format(file)})"
-        raise SourceError(f"{name}: {error.message}", f"{error.hint}, {way_out}") from error
+        way_out = f"or give a copy that you have with {opt('data')} PATH ({_URL.format(file)})"
+        raise SourceError(f"{name}: {error.texts[0]}", f"{error.texts[1]}, {way_out}") from error
     except OSError as error:
         raise system_fault(error) from error
     return target

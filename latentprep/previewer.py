@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .console import ProgressFactory, plural, silent
 from .decoding import open_decoder
-from .errors import SourceError, UsageError, system_fault
+from .errors import SourceError, UsageError, opt, system_fault
 from .format.commit import write_atomic
 from .format.dataset import LatentDataset, open_dataset
 from .format.places import path_of
@@ -88,7 +88,7 @@ def linear_preview(
     picked = _picked(opened, split, index, classes, limit)
     originals = load_originals(opened, source, picked)
     if originals is None:
-        raise SourceError("the pseudo-inverse starts from the images", "say where they are with --source")
+        raise SourceError("the pseudo-inverse starts from the images", f"say where they are with {opt('source')}")
     codec = open_decoder(opened, "codec", weights, device)
     latents = torch.from_numpy(opened.quantizer.dequantize(picked.codes))
     back = torch.cat([codec.decode(linear.latents_of(part)).cpu() for part in originals.split(32)])
@@ -117,7 +117,7 @@ def sample_columns(
     stored = dataset.quantizer.bits
     for b in bits or ():
         if check_bits(b) > stored:
-            raise UsageError(f"{dataset.root} has {stored} bits a code, not {b}", f"use --bits 1 to {stored}")
+            raise UsageError(f"{dataset.root} has {stored} bits a code, not {b}", f"use {opt('bits')} 1 to {stored}")
     shown = sorted(set(bits or [stored, *(b for b in FEWER if b < stored)]), reverse=True)
     originals = load_originals(dataset, source, picked)
     columns = [] if originals is None else [Column("original", pixels(originals))]

@@ -24,7 +24,7 @@ from .console import Progress, ProgressFactory, silent
 from .device import pick_device
 from .drawing import COLOURS, GREY, INK, draw
 from .encoder import CALIBRATION, default_size, joint_by_default
-from .errors import SourceError, UsageError, system_fault
+from .errors import SourceError, UsageError, opt, system_fault
 from .format.commit import write_atomic
 from .format.manifest import Manifest, ShardRecord, train_split
 from .format.places import path_of
@@ -105,8 +105,10 @@ def rd(
     wrong = [q for q in qualities if not 1 <= q <= 100]
     if wrong or not bits or not codecs or images < 1:
         raise UsageError(
-            f"--qualities must be 1 to 100, got {wrong[0]}" if wrong else "there must be codecs, bits and images",
-            "use --codecs dct --bits 1-8 --images 200",
+            f"{opt('qualities')} must be 1 to 100, got {wrong[0]}"
+            if wrong
+            else "there must be codecs, bits and images",
+            f"as in {opt('images', 200)}, {opt('codecs')} dct, {opt('bits')} 1 to 8",
         )
     built = {spec: _build(spec, device) for spec in dict.fromkeys(codecs)}
     size = size or default_size(opened, next(iter(built.values())))
@@ -352,6 +354,6 @@ def _build(spec: str, device: str) -> Codec:
     for pair in pairs:
         option, equals, value = pair.partition("=")
         if not equals:
-            raise UsageError(f"--codecs takes names with options as name:option=value, got {spec}")
+            raise UsageError(f"{opt('codecs')} takes names with options as name:option=value, got {spec}")
         options[option] = int(value) if value.isdecimal() else value
     return make_codec(name, device=pick_device(device), **options)

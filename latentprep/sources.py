@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from latentprep.archives import archive_kind, list_archive, read_member
-from latentprep.errors import SourceError, UsageError, nearest
+from latentprep.errors import SourceError, UsageError, nearest, opt
 from latentprep.format.places import path_of
 from latentprep.layouts import (
     LAYOUTS,
@@ -99,7 +99,7 @@ class Source:
         try:
             return Sample(row.key, self._load(row.at), row.label)
         except SourceError as error:
-            raise SourceError(f"{row.key}: {error.message}", error.hint) from error
+            raise SourceError(f"{row.key}: {error.texts[0]}", error.texts[1]) from error
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) over classes, splits, keys and labels: what a resumed run must find unchanged."""
@@ -111,7 +111,7 @@ class Source:
         Raises UsageError below 1.
         """
         if limit < 1:
-            raise UsageError(f"limit must be 1 or more, got {limit}", "leave --limit out for all samples")
+            raise UsageError(f"limit must be 1 or more, got {limit}", f"leave {opt('limit')} out for all samples")
         return Source(self.spec, self.classes, {s: _spread(rows, limit) for s, rows in self._rows.items()}, self._load)
 
 
@@ -156,11 +156,15 @@ def open_source(
     from latentprep import datasets
 
     if val_fraction is not None and not 0 <= val_fraction < 1:  # NaN fails it too
-        raise UsageError(f"val fraction must be from 0 to below 1, got {val_fraction}", "use --val-fraction 0.1")
+        raise UsageError(
+            f"val fraction must be from 0 to below 1, got {val_fraction}", f"use {opt('val_fraction', 0.1)}"
+        )
     name = spec if isinstance(spec, str) and spec in datasets.NAMES else None
     if data is not None and name in (None, "shapes"):
         downloads = ", ".join(known for known in datasets.NAMES if known != "shapes")
-        raise UsageError(f"--data is for a dataset that is downloaded, which {spec} is not", f"use it with {downloads}")
+        raise UsageError(
+            f"{opt('data')} is for a dataset that is downloaded, which {spec} is not", f"use it with {downloads}"
+        )
     if name == "shapes":
         from latentprep import shapes
 
@@ -169,7 +173,9 @@ def open_source(
         return _build(str(spec), *_find(str(spec), progress), val_fraction, seed)
     path = path_of(data) if data is not None else datasets.fetch(name, cache, progress)
     if not path.exists():
-        raise SourceError(f"no such file or folder: {path}", f"give a copy of {name} with --data, or leave it out")
+        raise SourceError(
+            f"no such file or folder: {path}", f"give a copy of {name} with {opt('data')}, or leave it out"
+        )
     source = _build(name, *_find(str(path), progress), val_fraction, seed)
     source.classes = datasets.class_names(name, source.classes, path)
     return source

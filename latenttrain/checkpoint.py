@@ -24,7 +24,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from latentprep.errors import CheckpointError, LatentError, UsageError
+from latentprep.errors import CheckpointError, LatentError, UsageError, opt
 from latentprep.format.commit import write_atomic
 from latentprep.format.locks import LOCK, Held, held
 from latentprep.format.places import path_of
@@ -64,17 +64,19 @@ def check_run_folder(root: Path, config: RunConfig, resume: bool, overwrite: boo
     replaced, `UsageError` if both were asked."""
     if resume and overwrite:
         raise UsageError(
-            "--resume and --overwrite exclude each other", "--resume keeps the run, --overwrite deletes it"
+            f"{opt('resume')} and {opt('overwrite')} exclude each other",
+            f"{opt('resume')} keeps the run, {opt('overwrite')} deletes it",
         )
     if not root.exists() or (root.is_dir() and not any(path.name not in _LEFTOVERS for path in root.iterdir())):
         return
     if not _is_run(root):
-        raise CheckpointError(f"{root} exists and is no run folder", "choose another folder with --out")
+        raise CheckpointError(f"{root} exists and is no run folder", f"choose another folder with {opt('out')}")
     if overwrite:
         return
     if not resume:
         raise CheckpointError(
-            f"{root} holds a run already", "go on with --resume, replace it with --overwrite, or choose another --out"
+            f"{root} holds a run already",
+            f"go on with {opt('resume')}, replace it with {opt('overwrite')}, or choose another {opt('out')}",
         )
     earlier, now = read_config(root).to_json(), config.to_json()
     for field in ("net", "recipe", "augment", "dataset"):
@@ -84,7 +86,7 @@ def check_run_folder(root: Path, config: RunConfig, resume: bool, overwrite: boo
             name = name.removeprefix("recipe.").removeprefix("net.")
             raise CheckpointError(
                 f"{root} was trained with {name} = {short(there)}, asked is {short(here)}",
-                "resume with the same settings, or start another run with --out",
+                f"resume with the same settings, or start another run with {opt('out')}",
             )
 
 
@@ -104,7 +106,7 @@ def run_folder(root: Path, config: RunConfig, resume: bool) -> Iterator[None]:
         try:
             stack.enter_context(held(root))
         except Held as error:
-            hint = f"choose another --out, or {error}"
+            hint = f"choose another {opt('out')}, or {error}"
             raise CheckpointError(f"{root} is being written by another latenttrain fit", hint) from error
         for name in _TEMPORARIES:
             (root / name).unlink(missing_ok=True)
@@ -153,7 +155,9 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
     """Inverse of `save_tensors`, on the CPU. Raises `CheckpointError` if the file is absent, damaged or not ours."""
     if not path.is_file():
         other = path.with_name(LAST if path.name == BEST else BEST)
-        way_out = f"use --checkpoint {other.stem}" if other.is_file() else "no epoch of the run has ended; train again"
+        way_out = (
+            f"use {opt('checkpoint', other.stem)}" if other.is_file() else "no epoch of the run has ended; train again"
+        )
         raise CheckpointError(f"{path} is missing", way_out)
     try:
         with safetensors.safe_open(path, "pt") as file:
@@ -232,7 +236,7 @@ def restore(root: Path, state: State) -> None:
         restore_optimizer(state.optimizer, part(tensors, "optimizer."))
         state.metrics[:] = notes["metrics"]
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is not of this run: {error}", "train again with --overwrite") from error
+        raise CheckpointError(f"{path} is not of this run: {error}", f"train again with {opt('overwrite')}") from error
     write_metrics(root, state.metrics)
 
 

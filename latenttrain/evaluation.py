@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from latentprep.device import pick_device
-from latentprep.errors import UsageError
+from latentprep.errors import UsageError, opt
 from latentprep.format import LatentDataset
 from latentprep.format.places import path_of
 
@@ -132,7 +132,7 @@ def predict(
     Raises `CheckpointError` for a damaged run, `CodecError` if the codec cannot be had, `UsageError` for a bad `top`.
     """
     if top < 1:
-        raise UsageError(f"top must be 1 or more, got {top}", "use --top 5")
+        raise UsageError(f"top must be 1 or more, got {top}", f"use {opt('top', 5)}")
     target = pick_device(device)
     net, config, _ = load_net(run, checkpoint)
     net = net.to(target)

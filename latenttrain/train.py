@@ -18,7 +18,7 @@ from torch import Tensor
 
 from latentprep.console import Progress, ProgressFactory, silent
 from latentprep.device import pick_device
-from latentprep.errors import CheckpointError, SystemFault, UsageError
+from latentprep.errors import CheckpointError, SystemFault, UsageError, opt
 from latentprep.format import LatentDataset
 from latentprep.format.places import Place, path_of
 
@@ -163,7 +163,7 @@ def fit(
             else training_data(dataset, target, held, limit)
         )
     except torch.OutOfMemoryError as error:
-        raise SystemFault(f"{target} has too little memory", "lower --limit, or use --stream") from error
+        raise SystemFault(f"{target} has too little memory", f"lower {opt('limit')}, or use {opt('stream')}") from error
     return run_fit(config, train, val, root, resume, progress, log)
 
 
@@ -185,7 +185,9 @@ def run_fit(
                 restore(root, state)
             train_epochs(state, config, root, train, val, progress, log)
     except torch.OutOfMemoryError as error:
-        raise SystemFault(f"{target} has too little memory", "lower --batch-size, --width or --limit") from error
+        raise SystemFault(
+            f"{target} has too little memory", f"lower {opt('batch_size')}, {opt('width')} or {opt('limit')}"
+        ) from error
     best, last = state.best, state.metrics[-1]
     seconds = statistics.median(epoch["seconds"] for epoch in state.metrics)
     samples = batches_per_epoch(len(train), recipe.batch_size) * min(recipe.batch_size, len(train))
@@ -278,7 +280,7 @@ def train_epochs(
                 raise UsageError(
                     f"the loss of epoch {epoch + 1} is no number at lr {recipe.lr:g}; "
                     f"epochs before it are kept in {root}",
-                    "lower --lr, with --overwrite or another --out",
+                    f"lower {opt('lr')}, with {opt('overwrite')} or another {opt('out')}",
                 )
             state.metrics.append(
                 {

@@ -10,7 +10,7 @@ from functools import partial
 
 import numpy as np
 
-from ..errors import DatasetError, UsageError
+from ..errors import DatasetError, UsageError, opt
 from .cache import LIMIT, ShardCache
 from .manifest import INVALID_LABEL, FileRecord, ShardRecord, read_manifest, read_record
 from .places import Place, RemotePath, local, place
@@ -88,7 +88,7 @@ class LatentDataset:
         if record.manifest != self.manifest_sha256:
             raise ForeignRecord(
                 f"{self.root / record.path} belongs to another encode than {self.root / 'manifest.json'}",
-                "one of them was altered or copied in; restore it, or encode again with --overwrite",
+                f"one of them was altered or copied in; restore it, or encode again with {opt('overwrite')}",
             )
         start = index * self.manifest.shard_rows
         if (
