@@ -81,7 +81,7 @@ def fetch(name: str, cache: Path | None = None, progress: Progress | None = None
         if not target.exists():
             download(_URL.format(file), target, md5, progress)
     except SourceError as error:
-        way_out = f"or give a copy that you have with {opt('data')} PATH ({_URL.format(file)})"
+        way_out = f"or give a copy that you have with {opt('data')} ({_URL.format(file)})"
         raise SourceError(f"{name}: {error.texts[0]}", f"{error.texts[1]}, {way_out}") from error
     except OSError as error:
         raise system_fault(error) from error
