@@ -16,7 +16,7 @@ import numpy as np
 
 from .console import ProgressFactory, silent
 from .encoder import EncodeResult, encode_result, plan
-from .errors import DatasetError, UsageError, nearest, system_fault
+from .errors import DatasetError, UsageError, nearest, opt, system_fault
 from .format.commit import commit_shard, create_dataset, locked, make_folder, write_errors
 from .format.dataset import Codes, LatentDataset, open_dataset
 from .format.manifest import INVALID_LABEL, STORES, Manifest, ShardRecord
@@ -45,7 +45,7 @@ def convert(
     Raises `UsageError` for an unknown store, `DatasetError` if the dataset is damaged or not complete.
     """
     if store not in STORES:
-        raise UsageError(f"--store must be {' or '.join(STORES)}, got {store}", nearest(store, STORES))
+        raise UsageError(f"{opt('store')} must be {' or '.join(STORES)}, got {store}", nearest(store, STORES))
     source = opened(dataset)
     manifest = replace(source.manifest, store=store)
     return derive(
@@ -90,7 +90,7 @@ def derive(
     root, start, made = place(out), time.monotonic(), 0
     for part in parts:
         if root.resolve() == part.root.resolve():
-            raise UsageError(f"--out is the dataset itself, {root}", "name another folder")
+            raise UsageError(f"{opt('out')} is the dataset itself, {root}", "name another folder")
     try:
         make_folder(root)
         with locked(root):
@@ -98,7 +98,7 @@ def derive(
             if stored is not None:
                 check_same(root, stored, manifest, fitted=True)
                 if stored.quantizer != manifest.quantizer or stored.compression != manifest.compression:
-                    raise DatasetError(f"{root} was not made from {parts[0].root}", "choose another --out")
+                    raise DatasetError(f"{root} was not made from {parts[0].root}", f"choose another {opt('out')}")
                 manifest = stored
             create_dataset(root, manifest)
             target, take = open_dataset(root), _taker(parts)

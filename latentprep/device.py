@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .errors import SystemFault, UsageError
+from .errors import SystemFault, UsageError, opt
 
 
 def pick_device(name: str | torch.device = "auto") -> torch.device:
@@ -24,7 +24,9 @@ def pick_device(name: str | torch.device = "auto") -> torch.device:
     counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if (device.index or 0) >= counts[device.type]:
         have = f"{counts['cuda']} CUDA devices" if device.type == "cuda" else "no MPS device"
-        raise SystemFault(f"device '{name}' is not here: torch sees {have}", "use --device auto or --device cpu")
+        raise SystemFault(
+            f"device '{name}' is not here: torch sees {have}", f"use {opt('device', 'auto')} or {opt('device', 'cpu')}"
+        )
     return device
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from . import __version__
 from .console import ProgressFactory, silent
-from .errors import Interrupted, SourceError, UsageError, nearest, system_fault
+from .errors import Interrupted, SourceError, UsageError, nearest, opt, system_fault
 from .format.commit import create_dataset, locked, make_folder, write_errors
 from .format.dataset import LatentDataset, open_dataset
 from .format.manifest import (
@@ -144,18 +144,18 @@ def encode(
 
     check_bits(bits)
     _check_whole("views", views, 1, 256)
-    _check_whole("shard-rows", shard_rows, 1, 1 << 24)
-    _check_whole("batch-size", batch_size, 1, 1 << 16)
+    _check_whole("shard_rows", shard_rows, 1, 1 << 24)
+    _check_whole("batch_size", batch_size, 1, 1 << 16)
     _check_whole("workers", workers, 1, 1024)
     _check_whole("size", size, 1, 1 << 14)
-    _check_whole("max-pixels", max_pixels, 1, 1 << 40)
+    _check_whole("max_pixels", max_pixels, 1, 1 << 40)
     _check_whole("seed", seed, 0, (1 << 63) - 1)
     if not 0 <= max_error_fraction <= 1:
-        raise UsageError(f"--max-error-fraction must be 0 to 1, got {max_error_fraction}")
+        raise UsageError(f"{opt('max_error_fraction')} must be 0 to 1, got {max_error_fraction}")
     if colour not in COLOURS:
         raise UsageError(f"colour must be {' or '.join(COLOURS)}, got {colour}", nearest(colour, COLOURS))
     if store not in STORES:
-        raise UsageError(f"--store must be {' or '.join(STORES)}, got {store}", nearest(store, STORES))
+        raise UsageError(f"{opt('store')} must be {' or '.join(STORES)}, got {store}", nearest(store, STORES))
     root = place(out)
 
     source = open_source(source, data=data, val_fraction=val_fraction, seed=seed, out=out)
@@ -178,9 +178,11 @@ def encode(
         return encode_result(root, asked, [], code_bytes=most, dry_run=True, left_out=source.left_out)
 
     if sum(map(asked.shard_count, names)) > MAX_SHARDS:
-        raise UsageError(f"--shard-rows {shard_rows} makes more than {MAX_SHARDS} shards", "use larger shards")
+        raise UsageError(f"{opt('shard_rows')} {shard_rows} makes more than {MAX_SHARDS} shards", "use larger shards")
     if shard_rows * max(int(np.prod(asked.row_shape(split))) for split in names) > MAX_SHARD_CODES:
-        raise UsageError(f"--shard-rows {shard_rows} makes shards of more than {MAX_SHARD_CODES} codes", "use fewer")
+        raise UsageError(
+            f"{opt('shard_rows')} {shard_rows} makes shards of more than {MAX_SHARD_CODES} codes", "use fewer"
+        )
 
     start = time.monotonic()
     try:
@@ -248,13 +250,15 @@ def default_size(source: Source, codec: Codec) -> int:
                 return size
         except UsageError:
             continue
-    raise UsageError(f"codec '{codec.name}' takes no size up to 1024", "give one with --size")
+    raise UsageError(f"codec '{codec.name}' takes no size up to 1024", f"give one with {opt('size')}")
 
 
 def scaled_size(size: int, phi: float, codec: Codec) -> int:
     """``size * 1.15**phi`` to the nearest that the codec takes; `size` itself at phi 0."""
     if not -10 <= phi <= 10:
-        raise UsageError(f"--phi must be -10 to 10, got {phi}", "use --phi 1 for 1.15 times the resolution")
+        raise UsageError(
+            f"{opt('phi')} must be -10 to 10, got {phi}", f"use {opt('phi', 1)} for 1.15 times the resolution"
+        )
     target = size * RESOLUTION_BASE**phi
     for candidate in sorted(range(1, 2 * round(target) + 2), key=lambda side: abs(side - target)) if phi else ():
         try:
@@ -315,7 +319,7 @@ def _check_errors(records: dict[str, list], manifest: Manifest, max_fraction: fl
             raise SourceError(
                 f"{len(invalid)} of {rows} samples of split '{split}' cannot be read, more than {max_fraction:g}; "
                 f"the first is {invalid[0]['key']}: {invalid[0]['reason']}",
-                "mend the images and run the same command again, or raise --max-error-fraction; see errors.jsonl",
+                f"mend the images and run the same command again, or raise {opt('max_error_fraction')}: errors.jsonl",
             )
 
 
@@ -323,7 +327,7 @@ def _split_names(source: Source, splits: list[str] | None) -> list[str]:
     names = list(source.splits) if not splits else list(dict.fromkeys(splits))
     for name in names:
         if name not in source.splits:
-            raise UsageError(f"{source.spec} has no split '{name}'", f"use --splits {','.join(source.splits)}")
+            raise UsageError(f"{source.spec} has no split '{name}'", f"use {opt('splits')} {','.join(source.splits)}")
     return names
 
 
@@ -396,14 +400,15 @@ def with_joint(quantizer: Quantizer, joint: bool) -> Quantizer:
     channels = len(quantizer.lo)
     if joint and channels > MAX_JOINT_CHANNELS:
         raise UsageError(
-            f"--joint takes up to {MAX_JOINT_CHANNELS} channels, these latents have {channels}", "use --no-joint"
+            f"{opt('joint')} takes up to {MAX_JOINT_CHANNELS} channels, these latents have {channels}",
+            f"use {opt('joint', False)}",
         )
     return replace(quantizer, filter=(0.0,) * (channels * FILTER_SIDE) ** 2 if joint else ())
 
 
-def _check_whole(option: str, value: int | None, low: int, high: int) -> None:
+def _check_whole(name: str, value: int | None, low: int, high: int) -> None:
     if value is not None and not low <= value <= high:
-        raise UsageError(f"--{option} must be {low} to {high}, got {value}")
+        raise UsageError(f"{opt(name)} must be {low} to {high}, got {value}")
 
 
 def encode_result(root: Place, manifest: Manifest, records: list[ShardRecord], **facts: Any) -> EncodeResult:

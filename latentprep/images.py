@@ -297,7 +297,7 @@ def _eight_bits(image: Image.Image, kind: Kind) -> Image.Image:
 
 def _check_pixels(width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
-        raise BadImage(f"{width}×{height} is more than the limit of {max_pixels} pixels; raise it with --max-pixels")
+        raise BadImage(f"{width}×{height} is more than the limit of {max_pixels} pixels; max_pixels allows more")
 
 
 def _grey_repeated(pixels: np.ndarray) -> np.ndarray:

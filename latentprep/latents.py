@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from .console import ProgressFactory, silent
-from .errors import SourceError, UsageError, system_fault
+from .errors import SourceError, UsageError, opt, system_fault
 from .format.commit import locked, write_atomic
 from .format.dataset import LatentDataset, open_dataset
 from .format.fields import dump_json
@@ -46,16 +46,16 @@ def write_latents(
     from .images import MAX_PIXELS
     from .pipeline import Stages, encoded_rows
 
-    opened, root = open_dataset(dataset), local(out, "--out")
+    opened, root = open_dataset(dataset), local(out, opt("out"))
     if root.resolve() == opened.root.resolve():
-        raise UsageError(f"--out is the dataset itself, {root}", "name another folder")
+        raise UsageError(f"{opt('out')} is the dataset itself, {root}", "name another folder")
     manifest = opened.manifest
     source = open_source(source, data=data, val_fraction=val_fraction, seed=seed)
     source = source if limit is None else source.take(limit)
     if source.fingerprint() != manifest.source["sha256"]:
         raise SourceError(
             f"{source.spec} is not the source that {opened.root} was made of: its files or labels differ",
-            "give the same source, with the --limit, --val-fraction and --seed of the encode",
+            f"give the same source, with the {opt('limit')}, {opt('val_fraction')} and {opt('seed')} of the encode",
         )
     codec = codec_from_config(manifest.codec, device=pick_device(device), weights=weights)
     stages = Stages(source, codec, batch_size, workers, MAX_PIXELS)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .codecs import Codec
 from .console import Progress, ProgressFactory
-from .errors import CodecError, SourceError
+from .errors import CodecError, SourceError, opt
 from .format.commit import commit_shard
 from .format.dataset import LatentDataset
 from .format.manifest import INVALID_LABEL, Manifest, ShardRecord, train_split
@@ -315,7 +315,8 @@ def _decoded(
         if stages.strict and batch.invalid:
             row, why = next(iter(batch.invalid.items()))
             raise SourceError(
-                f"{stages.source.keys(batch.split)[row]}: {why}", "mend it, or leave out --strict to go on without it"
+                f"{stages.source.keys(batch.split)[row]}: {why}",
+                f"mend it, or leave out {opt('strict')} to go on without it",
             )
         pending.extend(begin(spec) for spec in islice(todo, 1))
         yield batch
@@ -325,7 +326,8 @@ def _check_finite(batch: _Batch, finite: Tensor, keys: list[str]) -> None:
     for row, good in zip(batch.rows, finite.tolist(), strict=True):
         if not good and row not in batch.invalid:
             raise CodecError(
-                f"the codec made NaN or infinite latents of {keys[row]}", "try --dtype float32, or leave the image out"
+                f"the codec made NaN or infinite latents of {keys[row]}",
+                f"try {opt('dtype', 'float32')}, or leave the image out",
             )
 
 

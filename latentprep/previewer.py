@@ -12,9 +12,10 @@ from torch import Tensor
 
 from .console import ProgressFactory, plural, silent
 from .decoding import open_decoder
-from .errors import SourceError, UsageError, system_fault
+from .errors import SourceError, UsageError, opt, system_fault
 from .format.commit import write_atomic
 from .format.dataset import LatentDataset, open_dataset
+from .format.places import path_of
 from .format.quantizer import check_bits
 from .linear_decoder import LinearDecoder, load_linear_decoder, shrink
 from .requantizer import recoder, requantized_manifest
@@ -90,7 +91,7 @@ def linear_preview(
     picked = _picked(opened, split, index, classes, limit)
     originals = load_originals(opened, open_own_source(source, data=data), picked)
     if originals is None:
-        raise SourceError("the pseudo-inverse starts from the images", "say where they are with --source")
+        raise SourceError("the pseudo-inverse starts from the images", f"say where they are with {opt('source')}")
     codec = open_decoder(opened, "codec", weights, device)
     latents = torch.from_numpy(opened.quantizer.dequantize(picked.codes))
     back = torch.cat([codec.decode(linear.latents_of(part)).cpu() for part in originals.split(32)])
@@ -119,7 +120,7 @@ def sample_columns(
     stored = dataset.quantizer.bits
     for b in bits or ():
         if check_bits(b) > stored:
-            raise UsageError(f"{dataset.root} has {stored} bits a code, not {b}", f"use --bits 1 to {stored}")
+            raise UsageError(f"{dataset.root} has {stored} bits a code, not {b}", f"use {opt('bits')} 1 to {stored}")
     shown = sorted(set(bits or [stored, *(b for b in FEWER if b < stored)]), reverse=True)
     originals = load_originals(dataset, source, picked)
     columns = [] if originals is None else [Column("original", pixels(originals))]
@@ -167,7 +168,7 @@ def _picked(
 
 def _drawn(dataset: LatentDataset, picked: Picked, columns: list[Column], out: str | Path) -> PreviewResult:
     names = [f"{dataset.classes[label]} · {row}" for label, row in zip(picked.labels, picked.rows, strict=True)]
-    codec, path = dataset.manifest.codec["name"], Path(out)
+    codec, path = dataset.manifest.codec["name"], path_of(out)
     title = f"{dataset.root.resolve().name} {picked.split}: {codec}, {plural(dataset.quantizer.bits, 'bit')} stored"
     try:
         write_atomic(path, png(draw_sheet(columns, names, title)))

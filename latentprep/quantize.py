@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import CodecError
+from .errors import CodecError, opt
 from .format.quantizer import Quantizer, check_bits
 from .joint import fit_filter, restore, search
 
@@ -67,7 +67,7 @@ def fit_quantizer(latents: Tensor, bits: int, joint: bool = False) -> Quantizer:
     """
     check_bits(bits)
     if not torch.isfinite(latents).all():
-        raise CodecError("latents for calibration hold NaN or infinity", "try --dtype float32")
+        raise CodecError("latents for calibration hold NaN or infinity", f"try {opt('dtype', 'float32')}")
     values = latents.detach().float().cpu().transpose(0, 1).flatten(1)
     values = values[:, :: -(-values.shape[1] // _VALUES)]
     fits = [_fit_channel(channel.numpy().astype(np.float64), 1 << bits) for channel in values]

@@ -24,9 +24,10 @@ from .console import Progress, ProgressFactory, silent
 from .device import pick_device
 from .drawing import COLOURS, GREY, INK, draw
 from .encoder import CALIBRATION, default_size, joint_by_default
-from .errors import SourceError, UsageError, system_fault
+from .errors import SourceError, UsageError, opt, system_fault
 from .format.commit import write_atomic
 from .format.manifest import Manifest, ShardRecord, train_split
+from .format.places import path_of
 from .format.quantizer import Quantizer, check_bits
 from .format.zarr_store import choose_compression, encode_shard_files, metadata_files
 from .images import BadImage, load_views
@@ -105,8 +106,10 @@ def rd(
     wrong = [q for q in qualities if not 1 <= q <= 100]
     if wrong or not bits or not codecs or images < 1:
         raise UsageError(
-            f"--qualities must be 1 to 100, got {wrong[0]}" if wrong else "there must be codecs, bits and images",
-            "use --codecs dct --bits 1-8 --images 200",
+            f"{opt('qualities')} must be 1 to 100, got {wrong[0]}"
+            if wrong
+            else "there must be codecs, bits and images",
+            f"as in {opt('images', 200)}, {opt('codecs')} dct, {opt('bits')} 1 to 8",
         )
     built = {spec: _build(spec, device) for spec in dict.fromkeys(codecs)}
     size = size or default_size(opened, next(iter(built.values())))
@@ -139,7 +142,7 @@ def rd(
                 found, _ = _measure(_opened_files(files), pixels, (), bar)
                 points.append(Point(name, quality, cost, 8 * cost / size**2, *found))
             seconds[name] = round(time.monotonic() - start, 2)
-    root = Path(out)
+    root = path_of(out)
     result = RdResult(str(root), opened.spec, split, len(pixels), size, seed, points, skipped, seconds)
     try:
         write_atomic(root / "rd.json", (json.dumps(result.to_json(), indent=1) + "\n").encode())
@@ -352,6 +355,6 @@ def _build(spec: str, device: str) -> Codec:
     for pair in pairs:
         option, equals, value = pair.partition("=")
         if not equals:
-            raise UsageError(f"--codecs takes names with options as name:option=value, got {spec}")
+            raise UsageError(f"{opt('codecs')} takes names with options as name:option=value, got {spec}")
         options[option] = int(value) if value.isdecimal() else value
     return make_codec(name, device=pick_device(device), **options)

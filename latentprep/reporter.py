@@ -19,6 +19,7 @@ from .facts import DatasetInfo, info
 from .format.commit import write_atomic
 from .format.dataset import LatentDataset, open_dataset
 from .format.manifest import INVALID_LABEL
+from .format.places import path_of
 from .previewer import sample_columns
 from .samples import Decoder, Picked, decode_all, pick
 from .sheet import Column
@@ -87,7 +88,7 @@ def report(
     lead = f"A latent dataset: {found.source} through {found.codec['name']} at {_plural_bits(found.bits)}."
     document = page.page(f"Report on {name}", lead, sections)
     try:
-        write_atomic(Path(out), document)
+        write_atomic(path_of(out), document)
     except OSError as error:
         raise system_fault(error) from error
     return ReportResult(

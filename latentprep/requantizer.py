@@ -13,7 +13,7 @@ from . import __version__
 from .console import ProgressFactory, silent
 from .derived import derive, every_row, opened
 from .encoder import CALIBRATION, EncodeResult, joint_by_default, with_joint
-from .errors import UsageError
+from .errors import UsageError, opt
 from .format.dataset import Codes, LatentDataset
 from .format.manifest import INVALID_LABEL, Manifest, train_split
 from .format.quantizer import Quantizer, check_bits
@@ -47,7 +47,9 @@ def requantize(
     if bits >= source.quantizer.bits:
         raise UsageError(
             f"{source.root} has {source.quantizer.bits} bits a code; requantizing to {bits} would gain nothing",
-            f"use --bits 1 to {source.quantizer.bits - 1}" if source.quantizer.bits > 1 else "encode with more bits",
+            f"use {opt('bits')} 1 to {source.quantizer.bits - 1}"
+            if source.quantizer.bits > 1
+            else "encode with more bits",
         )
     manifest = requantized_manifest(source, bits, joint)
     recoded = recoder(source.quantizer, manifest.quantizer)

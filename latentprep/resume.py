@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from .errors import DatasetError
+from .errors import DatasetError, opt
 from .format.commit import remove_dataset
 from .format.dataset import LatentDataset, open_dataset
-from .format.lease import LOCK
+from .format.locks import LOCK
 from .format.manifest import MANIFEST, Manifest
 from .format.places import Place
 from .source_files import added_and_removed
@@ -26,7 +26,7 @@ def stored_manifest(root: Place, overwrite: bool) -> Manifest | None:
     others = sorted(entry.name for entry in root.iterdir() if entry.name not in (MANIFEST + ".tmp", LOCK))
     if others:
         raise DatasetError(
-            f"{root} is not empty and holds no latent dataset (it has {others[0]})", "choose another --out"
+            f"{root} is not empty and holds no latent dataset (it has {others[0]})", f"choose another {opt('out')}"
         )
     return None
 
@@ -41,25 +41,27 @@ def check_same(root: Place, stored: Manifest, asked: Manifest, fitted: bool, sou
     if not fitted:
         have, want = have | {"quantizer": stored.quantizer.to_json()}, want | {"quantizer": asked.quantizer.to_json()}
     for name, there, here in differences(have, want):
+        share = opt("val_fraction")
         of_source = name.partition(".")[0] in ("splits", "classes", "source")
         if source is not None and of_source and (changes := added_and_removed(open_dataset(root), source)):
             raise DatasetError(
                 f"the images are not those that {root} was made of: {changes}",
-                "undo that, and give the same --limit, --val-fraction and --seed, to resume; choose another --out, "
-                "or --overwrite to encode all anew",
+                f"undo that, and give the same {opt('limit')}, {share} and {opt('seed')}, to resume; choose another "
+                f"{opt('out')}, or {opt('overwrite')} to encode all anew",
             )
         hints = {
-            "source.sha256": "its files, labels, or --limit, --val-fraction or --seed changed; ",
-            "joint": f"pass {'--joint' if there else '--no-joint'}; ",
-            "codec.dtype": f"pass --dtype {there}; ",
-            **dict.fromkeys((f"splits.{n}" for n in stored.splits), "--limit or --val-fraction may have changed; "),
+            "source.sha256": f"its files, labels, or {opt('limit')}, {share} or {opt('seed')} changed; ",
+            "joint": f"pass {opt('joint', bool(there))}; ",
+            "codec.dtype": f"pass {opt('dtype', there)}; ",
+            **dict.fromkeys((f"splits.{n}" for n in stored.splits), f"{opt('limit')} or {share} may have changed; "),
         }
         what = (
             "the source has changed" if name == "source.sha256" else f"{name} is {there}, this command asks for {here}"
         )
         raise DatasetError(
             f"{root} was made otherwise: {what}",
-            hints.get(name, "") + "give the same options to resume, another --out, or --overwrite to start anew",
+            hints.get(name, "")
+            + f"give the same options to resume, another {opt('out')}, or {opt('overwrite')} to start anew",
         )
 
 
@@ -71,7 +73,7 @@ def with_quantizer_of(dataset: LatentDataset, asked: Manifest) -> Manifest:
     for name, there, here in differences(_meaning(dataset.manifest), _meaning(asked)):
         raise DatasetError(
             f"the quantizer of {dataset.root} is for other latents: {name} is {there}, this command asks for {here}",
-            "give the same options as for that dataset, or leave out --quantizer",
+            f"give the same options as for that dataset, or leave out {opt('quantizer')}",
         )
     return replace(asked, quantizer=dataset.manifest.quantizer, compression=dataset.manifest.compression)
 

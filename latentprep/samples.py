@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import LatentError, SourceError, UsageError, nearest
+from .errors import LatentError, SourceError, UsageError, nearest, opt
 from .format.dataset import LatentDataset
 from .format.manifest import INVALID_LABEL
 from .format.quantizer import Quantizer
@@ -186,7 +186,7 @@ def _class_index(dataset: LatentDataset, name: str) -> int:
 def _spread(rows: np.ndarray, labels: np.ndarray, limit: int) -> np.ndarray:
     """At most `limit` of the rows, as many of each class as there are, evenly spaced: i64 [N], i32 [N] -> i64 [n]."""
     if limit < 1:
-        raise UsageError(f"--limit must be 1 or more, got {limit}", "leave it out for all samples")
+        raise UsageError(f"{opt('limit')} must be 1 or more, got {limit}", "leave it out for all samples")
     if limit >= len(rows):
         return rows
     counts = np.bincount(labels)

@@ -25,8 +25,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from latentprep.errors import SourceError, UsageError
+from latentprep.errors import SourceError, UsageError, opt
 from latentprep.finding import Load, find
+from latentprep.format.places import path_of
 from latentprep.layouts import LAYOUTS, Found, Tree
 from latentprep.listing import HIDDEN, Progress, left_out_line
 
@@ -101,7 +102,7 @@ class Source:
         try:
             return Sample(row.key, self._load(row.at), row.label)
         except SourceError as error:
-            raise SourceError(f"{row.key}: {error.message}", error.hint) from error
+            raise SourceError(f"{row.key}: {error.texts[0]}", error.texts[1]) from error
 
     def stat(self, split: str) -> list[tuple[int, int]] | None:
         """Each sample's bytes, and when its file last changed (that of its archive, in one), in ns since 1970; None
@@ -120,7 +121,7 @@ class Source:
         Raises UsageError below 1.
         """
         if limit < 1:
-            raise UsageError(f"limit must be 1 or more, got {limit}", "leave --limit out for all samples")
+            raise UsageError(f"limit must be 1 or more, got {limit}", f"leave {opt('limit')} out for all samples")
         rows = {split: _spread(rows, limit) for split, rows in self._rows.items()}
         return Source(self.spec, self.classes, rows, self._load, self.left_out, self.notes)
 
@@ -185,21 +186,27 @@ def open_source(
             raise UsageError("data and val fraction are for a source that is still to be opened", "leave them out")
         return spec
     if val_fraction is not None and not 0 <= val_fraction < 1:  # NaN fails it too
-        raise UsageError(f"val fraction must be from 0 to below 1, got {val_fraction}", "use --val-fraction 0.1")
+        raise UsageError(
+            f"val fraction must be from 0 to below 1, got {val_fraction}", f"use {opt('val_fraction', 0.1)}"
+        )
     name = spec if isinstance(spec, str) and spec in datasets.NAMES else None
     if data is not None and name in (None, "shapes"):
         downloads = ", ".join(known for known in datasets.NAMES if known != "shapes")
-        raise UsageError(f"--data is for a dataset that is downloaded, which {spec} is not", f"use it with {downloads}")
+        raise UsageError(
+            f"{opt('data')} is for a dataset that is downloaded, which {spec} is not", f"use it with {downloads}"
+        )
     if name == "shapes":
         from latentprep import shapes
 
         return _build(name, shapes.find(), shapes.read, val_fraction, seed)
     if name is None:
-        folder = None if out is None or "://" in str(out) else Path(out).expanduser()
+        folder = None if out is None or "://" in str(out) else path_of(out)
         return _build(str(spec), *find(str(spec), folder, progress), val_fraction, seed)
-    path = Path(data).expanduser() if data is not None else datasets.fetch(name, cache, progress)
+    path = path_of(data) if data is not None else datasets.fetch(name, cache, progress)
     if not path.exists():
-        raise SourceError(f"no such file or folder: {path}", f"give a copy of {name} with --data, or leave it out")
+        raise SourceError(
+            f"no such file or folder: {path}", f"give a copy of {name} with {opt('data')}, or leave it out"
+        )
     source = _build(name, *find(str(path), progress=progress), val_fraction, seed)
     source.classes = datasets.class_names(name, source.classes, path)
     return source

@@ -16,7 +16,7 @@ import numpy as np
 
 from .comparison import SAMPLES, Comparison, Shard, compare, own_stages
 from .console import ProgressFactory, silent
-from .errors import DatasetError, UsageError, system_fault
+from .errors import DatasetError, UsageError, opt, system_fault
 from .format.commit import create_dataset, error_lines, locked, write_errors
 from .format.dataset import ForeignRecord, LatentDataset, open_dataset
 from .format.manifest import ERRORS, INVALID_LABEL, MANIFEST, ShardRecord
@@ -97,9 +97,12 @@ def verify(
     `SourceError` if the source is not the dataset's, `UsageError` for `repair` without a source.
     """
     if repair and source is None:
-        raise UsageError("--repair encodes damaged shards again, so it needs their images", "name them with --source")
+        raise UsageError(
+            f"{opt('repair')} encodes damaged shards again, so it needs their images",
+            f"name them with {opt('source')}",
+        )
     if samples < 0:
-        raise UsageError(f"samples must be 0 or more, got {samples}", f"use --samples {SAMPLES}")
+        raise UsageError(f"samples must be 0 or more, got {samples}", f"use {opt('samples', SAMPLES)}")
     root = dataset.root if isinstance(dataset, LatentDataset) else dataset  # what is there now, not what was read once
     dataset = open_dataset(root)
     source = open_own_source(source, data=data, val_fraction=val_fraction, seed=seed, limit=limit)

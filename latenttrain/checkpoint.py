@@ -24,8 +24,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from latentprep.errors import CheckpointError, DatasetError, LatentError, UsageError
-from latentprep.format.commit import locked, write_atomic
+from latentprep.errors import CheckpointError, LatentError, UsageError, opt
+from latentprep.format.commit import write_atomic
+from latentprep.format.locks import LOCK, Held, held
+from latentprep.format.places import path_of
 
 from .config import FORMAT, VERSION, RunConfig, difference, short
 from .nets import Net, build_net
@@ -34,6 +36,7 @@ from .optimizers import Adam
 CONFIG, METRICS, BEST, LAST, CURVE = "config.json", "metrics.jsonl", "best.safetensors", "last.safetensors", "curve.png"
 RUN_FILES = (CONFIG, METRICS, BEST, LAST, CURVE)
 _TEMPORARIES = tuple(name + ".tmp" for name in RUN_FILES)  # what a killed `write_atomic` leaves
+_LEFTOVERS = (*_TEMPORARIES, LOCK)
 _NOTES = "latenttrain"  # the one metadata key we write: safetensors does not keep the order of several
 
 
@@ -61,17 +64,19 @@ def check_run_folder(root: Path, config: RunConfig, resume: bool, overwrite: boo
     replaced, `UsageError` if both were asked."""
     if resume and overwrite:
         raise UsageError(
-            "--resume and --overwrite exclude each other", "--resume keeps the run, --overwrite deletes it"
+            f"{opt('resume')} and {opt('overwrite')} exclude each other",
+            f"{opt('resume')} keeps the run, {opt('overwrite')} deletes it",
         )
-    if not root.exists() or (root.is_dir() and not any(path.name not in _TEMPORARIES for path in root.iterdir())):
+    if not root.exists() or (root.is_dir() and not any(path.name not in _LEFTOVERS for path in root.iterdir())):
         return
     if not _is_run(root):
-        raise CheckpointError(f"{root} exists and is no run folder", "choose another folder with --out")
+        raise CheckpointError(f"{root} exists and is no run folder", f"choose another folder with {opt('out')}")
     if overwrite:
         return
     if not resume:
         raise CheckpointError(
-            f"{root} holds a run already", "go on with --resume, replace it with --overwrite, or choose another --out"
+            f"{root} holds a run already",
+            f"go on with {opt('resume')}, replace it with {opt('overwrite')}, or choose another {opt('out')}",
         )
     earlier, now = read_config(root).to_json(), config.to_json()
     for field in ("net", "recipe", "augment", "dataset"):
@@ -81,7 +86,7 @@ def check_run_folder(root: Path, config: RunConfig, resume: bool, overwrite: boo
             name = name.removeprefix("recipe.").removeprefix("net.")
             raise CheckpointError(
                 f"{root} was trained with {name} = {short(there)}, asked is {short(here)}",
-                "resume with the same settings, or start another run with --out",
+                f"resume with the same settings, or start another run with {opt('out')}",
             )
 
 
@@ -99,11 +104,10 @@ def run_folder(root: Path, config: RunConfig, resume: bool) -> Iterator[None]:
     root.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(locked(root))
-        except DatasetError as error:
-            raise CheckpointError(
-                f"{root} is being written by another latenttrain fit", "choose another --out"
-            ) from error
+            stack.enter_context(held(root))
+        except Held as error:
+            hint = f"choose another {opt('out')}, or {error}"
+            raise CheckpointError(f"{root} is being written by another latenttrain fit", hint) from error
         for name in _TEMPORARIES:
             (root / name).unlink(missing_ok=True)
         if not (resume and (root / CONFIG).is_file()):
@@ -151,7 +155,9 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
     """Inverse of `save_tensors`, on the CPU. Raises `CheckpointError` if the file is absent, damaged or not ours."""
     if not path.is_file():
         other = path.with_name(LAST if path.name == BEST else BEST)
-        way_out = f"use --checkpoint {other.stem}" if other.is_file() else "no epoch of the run has ended; train again"
+        way_out = (
+            f"use {opt('checkpoint', other.stem)}" if other.is_file() else "no epoch of the run has ended; train again"
+        )
         raise CheckpointError(f"{path} is missing", way_out)
     try:
         with safetensors.safe_open(path, "pt") as file:
@@ -171,7 +177,7 @@ def load_net(run: str | Path, checkpoint: str = "best") -> tuple[Net, RunConfig,
 
     checkpoint: ``best`` (highest val top-1) or ``last``. Raises `CheckpointError` for a damaged run.
     """
-    root = Path(run)
+    root = path_of(run)
     if checkpoint not in ("best", "last"):
         raise UsageError(f"unknown checkpoint '{checkpoint}'", "use best or last")
     config = read_config(root)
@@ -230,7 +236,7 @@ def restore(root: Path, state: State) -> None:
         restore_optimizer(state.optimizer, part(tensors, "optimizer."))
         state.metrics[:] = notes["metrics"]
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is not of this run: {error}", "train again with --overwrite") from error
+        raise CheckpointError(f"{path} is not of this run: {error}", f"train again with {opt('overwrite')}") from error
     write_metrics(root, state.metrics)
 
 

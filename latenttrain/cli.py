@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -405,7 +404,7 @@ def predict(
             console.print_table("", ["image", "class", "probability"], rows)
     unread = [prediction for prediction in predictions if prediction.error]
     for prediction in unread:
-        print(f"error: {prediction.image}: {prediction.error}", file=sys.stderr)
+        console.print_error(f"{prediction.image}: {prediction.error}")
     if unread:
         raise typer.Exit(3)
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from latentprep.errors import DatasetError, UsageError
+from latentprep.errors import DatasetError, UsageError, opt
 from latentprep.format import LatentDataset
 from latentprep.format.latents import read_latents
 
@@ -110,7 +110,7 @@ def check_trainable(dataset: LatentDataset, splits: tuple[str, ...] = ("train", 
         if split not in dataset.splits:
             raise DatasetError(
                 f"{dataset.root} has no split '{split}'; it has {', '.join(dataset.splits) or 'none'}",
-                "encode it with both splits: --splits train,val, or --val-fraction 0.1 where the source has none",
+                f"encode both: {opt('splits')} train,val, or {opt('val_fraction', 0.1)} where the source has none",
             )
         dataset.check_complete(split)
     if len(dataset.classes) < 2:
@@ -148,7 +148,10 @@ def load_trained(
     Raises as `load_split` does, and `UsageError` for a holdout out of range.
     """
     if not 0 <= holdout <= 0.9:
-        raise UsageError(f"--holdout must be 0 to 0.9, got {holdout}", "use --holdout 0.15 to choose, 0 to report")
+        raise UsageError(
+            f"{opt('holdout')} must be 0 to 0.9, got {holdout}",
+            f"use {opt('holdout', 0.15)} to choose, 0 to report",
+        )
     train = load_split(dataset, "train", device, limit)
     if latents is not None:
         train = replace(train, codes=float_codes(dataset, "train", latents, limit).to(device))
@@ -180,7 +183,7 @@ def float_codes(dataset: LatentDataset, split: str, latents: Path, limit: int | 
 def check_limit(limit: int | None) -> None:
     """Raises `UsageError` for a limit that leaves nothing to learn from."""
     if limit is not None and limit < 2:
-        raise UsageError(f"limit must be 2 or more, got {limit}", "leave --limit out to use every sample")
+        raise UsageError(f"limit must be 2 or more, got {limit}", f"leave {opt('limit')} out to use every sample")
 
 
 def check_samples(dataset: LatentDataset, split: str, samples: int) -> None:
@@ -195,7 +198,7 @@ def check_classes(dataset: LatentDataset, train: Samples) -> None:
     if len(found) < 2:
         raise DatasetError(
             f"{dataset.root}: all {len(train)} training samples are of one class, '{dataset.classes[found[0]]}'",
-            "there is nothing to tell apart; encode two classes or more, or raise --limit",
+            f"there is nothing to tell apart; encode two classes or more, or raise {opt('limit')}",
         )
 
 

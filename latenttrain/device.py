@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from latentprep.device import has_fast_bfloat16
-from latentprep.errors import SystemFault
+from latentprep.errors import SystemFault, opt
 
 
 def in_bfloat16(net: nn.Module, device: torch.device) -> bool:
@@ -58,7 +58,7 @@ def compiled(
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise SystemFault(
                 f"the training step cannot be compiled here: {reason}",
-                "leave out --compile; on CPUs it needs a C++ compiler",
+                f"leave out {opt('compile')}; on CPUs it needs a C++ compiler",
             ) from error
 
     return call

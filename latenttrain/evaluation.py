@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from latentprep.device import pick_device
-from latentprep.errors import UsageError
+from latentprep.errors import UsageError, opt
 from latentprep.format import LatentDataset, open_dataset
+from latentprep.format.places import path_of
 
 from .checkpoint import load_net
 from .config import check_dataset
@@ -132,7 +133,7 @@ def predict(
     Raises `CheckpointError` for a damaged run, `CodecError` if the codec cannot be had, `UsageError` for a bad `top`.
     """
     if top < 1:
-        raise UsageError(f"top must be 1 or more, got {top}", "use --top 5")
+        raise UsageError(f"top must be 1 or more, got {top}", f"use {opt('top', 5)}")
     target = pick_device(device)
     net, config, _ = load_net(run, checkpoint)
     net = net.to(target)
@@ -144,7 +145,7 @@ def predict(
     transform = config.dataset["transform"]
     predictions: list[Prediction] = []
     for start in range(0, len(images), _IMAGES):
-        views = [(str(path), _read(Path(path), transform)) for path in images[start : start + _IMAGES]]
+        views = [(str(path), _read(path, transform)) for path in images[start : start + _IMAGES]]
         pixels = [view for _, view in views if isinstance(view, Tensor)]
         answers: Iterator[tuple[list[int], list[float]]] = iter(())
         if pixels:
@@ -162,12 +163,14 @@ def predict(
     return predictions
 
 
-def _read(path: Path, transform: dict[str, Any]) -> Tensor | str:
+def _read(path: str | Path, transform: dict[str, Any]) -> Tensor | str:
     """The canonical view of an image file as the dataset's were made, u8 [3,S,S]; or the reason why there is none."""
     from latentprep.images import BadImage, canonical_view
 
     try:
-        return torch.from_numpy(canonical_view(path.read_bytes(), transform)).permute(2, 0, 1)
+        return torch.from_numpy(canonical_view(path_of(path).read_bytes(), transform)).permute(2, 0, 1)
+    except UsageError as error:
+        return error.message
     except BadImage as error:
         return f"not an image that can be read ({error})"
     except OSError as error:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latentprep.errors import UsageError, nearest
+from latentprep.errors import UsageError, nearest, opt
 from latenttrain.scaling import round_depth, round_width
 from latenttrain.stems import STEMS, AffineStem
 
@@ -38,12 +38,12 @@ class NetConfig:
         if len(self.latent) != 3 or self.latent[0] < 1 or min(self.latent[1:]) < 8:
             raise UsageError(
                 f"a latent must be channels x height x width with 8 x 8 cells or more, got {self.latent}",
-                "encode at a larger --size",
+                f"encode at a larger {opt('size')}",
             )
         if self.classes < 2:
             raise UsageError(f"a network needs 2 classes or more, got {self.classes}", "add a second class")
         if self.bits not in range(1, 9):
-            raise UsageError(f"bits must be 1 to 8, got {self.bits}", "encode with --bits 1 to 8")
+            raise UsageError(f"bits must be 1 to 8, got {self.bits}", f"encode with {opt('bits')} 1 to 8")
         for name in ("lo", "step"):
             values = getattr(self, name)
             if len(values) != self.latent[0] or not all(map(math.isfinite, values)):
@@ -64,7 +64,7 @@ class NetConfig:
                     f"unknown {name} {getattr(self, name)!r}", nearest(str(getattr(self, name)), list(allowed))
                 )
         if self.full_grid not in range(1, 9):
-            raise UsageError(f"--full-grid must be 1 to 8, got {self.full_grid}", "leave it out for 1")
+            raise UsageError(f"{opt('full_grid')} must be 1 to 8, got {self.full_grid}", "leave it out for 1")
         for name in ("width", "depth"):
             if not 0.05 <= getattr(self, name) <= 20:
                 raise UsageError(f"{name} must be 0.05 to 20, got {getattr(self, name)}", f"--{name} 1 is the default")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from latentprep.errors import UsageError
+from latentprep.errors import UsageError, opt
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,7 +30,9 @@ class Compound(NamedTuple):
 def compound(phi: float) -> Compound:
     """The factors at compound coefficient ``phi``; ``phi=0`` is the network as it stands."""
     if not (math.isfinite(phi) and -10 <= phi <= 10):
-        raise UsageError(f"phi must be a number from -10 to 10, got {phi}", "use --phi 0 for the network as it stands")
+        raise UsageError(
+            f"phi must be a number from -10 to 10, got {phi}", f"use {opt('phi', 0)} for the network as it stands"
+        )
     return Compound(WIDTH_BASE**phi, DEPTH_BASE**phi, RESOLUTION_BASE**phi)
 
 

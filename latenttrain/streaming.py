@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentprep.errors import DatasetError, UsageError
+from latentprep.errors import DatasetError, UsageError, opt
 from latentprep.format import INVALID_LABEL, LatentDataset, Manifest
 from latentprep.format.packing import packed_bytes
 
@@ -225,7 +225,10 @@ def default_buffer(manifest: Manifest, split: str) -> int:
 
 def check_buffer(held: int) -> int:
     if held < 1:
-        raise UsageError(f"--buffer must be 1 or more shards, got {held}", "leave --buffer out to get the default")
+        raise UsageError(
+            f"{opt('buffer')} must be 1 or more shards, got {held}",
+            f"leave {opt('buffer')} out to get the default",
+        )
     return held
 
 
@@ -248,11 +251,17 @@ def shards_to_hold(
     what else was asked needs all codes in memory. Raises `UsageError` where the two exclude each other.
     """
     if stream and resident_only:
-        raise UsageError("--stream does not go with --holdout or --latents", "they need all codes in memory")
+        raise UsageError(
+            f"{opt('stream')} does not go with {opt('holdout')} or {opt('latents')}",
+            "they need all codes in memory",
+        )
     if buffer is not None:
         check_buffer(buffer)
         if stream is False or resident_only:
-            raise UsageError("--buffer is of --stream, and this run is not streamed", "leave --buffer out")
+            raise UsageError(
+                f"{opt('buffer')} is of {opt('stream')}, and this run is not streamed",
+                f"leave {opt('buffer')} out",
+            )
     if stream is None:
         stream = not (resident_only or fits(dataset, "train", device) or fits(dataset, "train", device, packed=True))
     if not stream:

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from latentprep.console import Progress, ProgressFactory, silent
 from latentprep.device import pick_device
-from latentprep.errors import CheckpointError, SystemFault, UsageError
+from latentprep.errors import CheckpointError, SystemFault, UsageError, opt
 from latentprep.format import LatentDataset, open_dataset
-from latentprep.format.places import Place
+from latentprep.format.places import Place, path_of
 
 from .augment import Augment, augmented, draw
 from .checkpoint import CURVE, State, check_run_folder, read_config, restore, run_folder, save_epoch
@@ -139,14 +139,14 @@ def fit(
     target = pick_device(device)
     dataset = open_dataset(dataset)
     check_trainable(dataset)
-    factors, floats = compound(phi), None if latents is None else Path(latents)
+    factors, floats = compound(phi), None if latents is None else path_of(latents)
     full_grid = chosen["full_grid"] if full_grid is None else full_grid
     config = plan_run(dataset, asked, width * factors.width, depth * factors.depth, arch, stem, augment, full_grid)
     if floats is not None:  # they need no filter to be the latents
         config = dataclasses.replace(config, net=dataclasses.replace(config.net, filter=()))
     for name, value in (("limit", limit), ("holdout", holdout or None), ("latents", floats and str(floats))):
         config.dataset[name] = value
-    root = Path(out) if out is not None else default_out(dataset.root, config)
+    root = path_of(out) if out is not None else default_out(dataset.root, config)
     in_memory = bool(holdout) or floats is not None
     held = shards_to_hold(dataset, target, stream, buffer, in_memory)
     if resume and stream is None and buffer is None:  # as the run began, whatever memory is free today
@@ -163,7 +163,7 @@ def fit(
             else training_data(dataset, target, held, limit)
         )
     except torch.OutOfMemoryError as error:
-        raise SystemFault(f"{target} has too little memory", "lower --limit, or use --stream") from error
+        raise SystemFault(f"{target} has too little memory", f"lower {opt('limit')}, or use {opt('stream')}") from error
     return run_fit(config, train, val, root, resume, progress, log)
 
 
@@ -185,7 +185,9 @@ def run_fit(
                 restore(root, state)
             train_epochs(state, config, root, train, val, progress, log)
     except torch.OutOfMemoryError as error:
-        raise SystemFault(f"{target} has too little memory", "lower --batch-size, --width or --limit") from error
+        raise SystemFault(
+            f"{target} has too little memory", f"lower {opt('batch_size')}, {opt('width')} or {opt('limit')}"
+        ) from error
     best, last = state.best, state.metrics[-1]
     seconds = statistics.median(epoch["seconds"] for epoch in state.metrics)
     samples = batches_per_epoch(len(train), recipe.batch_size) * min(recipe.batch_size, len(train))
@@ -278,7 +280,7 @@ def train_epochs(
                 raise UsageError(
                     f"the loss of epoch {epoch + 1} is no number at lr {recipe.lr:g}; "
                     f"epochs before it are kept in {root}",
-                    "lower --lr, with --overwrite or another --out",
+                    f"lower {opt('lr')}, with {opt('overwrite')} or another {opt('out')}",
                 )
             state.metrics.append(
                 {

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..device import has_fast_bfloat16
-from ..errors import CodecError, SystemFault, UsageError
+from ..errors import CodecError, SystemFault, UsageError, opt
+from ..format.places import path_of
 from .base import check_multiple, to_pixels
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -42,9 +43,11 @@ class AutoencoderCodec:
         device: torch.device | str = "cpu",
     ) -> None:
         if posterior not in ("mean", "sample"):
-            raise UsageError(f"--posterior must be mean or sample, got {posterior}")
+            raise UsageError(f"{opt('posterior')} must be mean or sample, got {posterior}")
         if dtype is not None and dtype not in _DTYPES:
-            raise UsageError(f"--dtype must be {' or '.join(_DTYPES)}, got {dtype}", "float16 overflows in some VAEs")
+            raise UsageError(
+                f"{opt('dtype')} must be {' or '.join(_DTYPES)}, got {dtype}", "float16 overflows in some VAEs"
+            )
         self.device = torch.device(device)
         self.weights = weights or self.default_weights
         self.posterior, self.seed = posterior, seed
@@ -78,7 +81,7 @@ class AutoencoderCodec:
             if self.posterior == "sample":
                 z = z + output.latent_dist.std.float() * self._noise(images, z.shape[1:])
         elif self.posterior == "sample":
-            raise UsageError(f"{self.weights} has no posterior to sample from", "leave out --posterior")
+            raise UsageError(f"{self.weights} has no posterior to sample from", f"leave out {opt('posterior')}")
         else:
             z = (output.latents if hasattr(output, "latents") else output.latent).float()
         return ((z - self._shift) * self._scale).contiguous()
@@ -156,11 +159,13 @@ def find_weights(weights: str, name: str, *, download: bool = True) -> Path:
 
     Raises `CodecError` if it is neither, `SystemFault` if the packages that read it are not installed.
     """
-    folder = Path(weights).expanduser()
+    folder = path_of(weights)
     if folder.is_dir():
         inner = folder / "vae"  # of a whole pipeline
         return inner if (inner / "config.json").is_file() and not (folder / "config.json").is_file() else folder
-    way_out = f"name a local folder with --weights, or use --codec dct, which needs none (codec '{name}')"
+    way_out = (
+        f"name a local folder with {opt('weights')}, or use {opt('codec', 'dct')}, which needs none (codec '{name}')"
+    )
     if folder.exists() or weights.startswith((".", "/", "~")) or weights.count("/") != 1:
         raise CodecError(f"no model folder at {weights}", way_out)
     try:

@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ..errors import CodecError, UsageError, nearest
+from ..errors import CodecError, UsageError, nearest, opt
 
 GROUP = "latentprep.codecs"
 
@@ -82,8 +82,8 @@ def make_codec(name: str, *, device: str | torch.device = "cpu", **options: Any)
     allowed = [p for p in inspect.signature(kind).parameters if p != "device"]
     for key in given:
         if key not in allowed:
-            own = " and ".join(f"--{option.replace('_', '-')}" for option in allowed) or "no options"
-            raise UsageError(f"codec '{name}' has no option --{key.replace('_', '-')}", f"it takes {own}")
+            own = " and ".join(map(opt, allowed)) or "no options"
+            raise UsageError(f"codec '{name}' has no option {opt(key)}", f"it takes {own}")
     return kind(device=torch.device(device), **given)
 
 
@@ -101,7 +101,7 @@ def codec_from_config(config: dict, *, device: str | torch.device = "cpu", weigh
         raise CodecError(
             f"the weights at {options.get('weights')} are not those this dataset was made with "
             f"(SHA-256 {str(have)[:12]}…, recorded {str(want)[:12]}…)",
-            "name the right ones with --weights",
+            f"name the right ones with {opt('weights')}",
         )
     return codec
 
@@ -129,7 +129,7 @@ def check_multiple(name: str, factor: int, height: int, width: int) -> tuple[int
             low = max(factor, side // factor * factor)
             raise UsageError(
                 f"codec '{name}' takes sizes that are multiples of {factor}, got {side}",
-                f"use --size {low} or --size {low + factor}",
+                f"use {opt('size', low)} or {opt('size', low + factor)}",
             )
     return height // factor, width // factor
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import UsageError
+from ..errors import UsageError, opt
 from .base import check_multiple, to_pixels
 
 BLOCK = 8
@@ -36,7 +36,7 @@ class DctCodec:
     def __init__(self, *, luma: int = 10, chroma: int = 3, device: torch.device | str = "cpu") -> None:
         for option, value, least in (("luma", luma, 1), ("chroma", chroma, 0)):
             if not least <= value <= BLOCK * BLOCK:
-                raise UsageError(f"--{option} must be {least} to {BLOCK * BLOCK}, got {value}")
+                raise UsageError(f"{opt(option)} must be {least} to {BLOCK * BLOCK}, got {value}")
         self.luma, self.chroma, self.device = luma, chroma, torch.device(device)
         zigzag = _zigzag()
         kept = [(plane, u, v) for plane, count in enumerate((luma, chroma, chroma)) for u, v in zigzag[:count]]

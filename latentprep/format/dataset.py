@@ -10,7 +10,7 @@ from functools import partial
 
 import numpy as np
 
-from ..errors import DatasetError, UsageError
+from ..errors import DatasetError, UsageError, opt
 from .cache import LIMIT, ShardCache
 from .manifest import INVALID_LABEL, FileRecord, ShardRecord, read_manifest, read_record
 from .places import Place, RemotePath, local, place
@@ -93,7 +93,7 @@ class LatentDataset:
         if record.manifest != self.manifest_sha256:
             raise ForeignRecord(
                 f"{self.root / record.path} belongs to another encode than {self.root / 'manifest.json'}",
-                "one of them was altered or copied in; restore it, or encode again with --overwrite",
+                f"one of them was altered or copied in; restore it, or encode again with {opt('overwrite')}",
             )
         start = index * self.manifest.shard_rows
         if (
@@ -282,4 +282,6 @@ def open_dataset(
     if cache_bytes < 0:
         raise UsageError(f"the cache's size must be 0 or more, got {cache_bytes}")
     folder = None if cache_dir is None else local(cache_dir, "the cache")
-    return LatentDataset(place(path), verify, ShardCache(folder, cache_bytes) if cache_bytes else None)
+    root = place(path)
+    cached = bool(cache_bytes) and isinstance(root, RemotePath)  # else nothing is copied
+    return LatentDataset(root, verify, ShardCache(folder, cache_bytes) if cached else None)

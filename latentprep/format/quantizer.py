@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import DatasetError, UsageError
+from ..errors import DatasetError, UsageError, opt
 
 FILTER_SIDE = 3  # cells
 
@@ -18,7 +18,9 @@ FILTER_SIDE = 3  # cells
 def check_bits(bits: int) -> int:
     """`bits` itself if it is 1 to 8, else a `UsageError`."""
     if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
-        raise UsageError(f"bits must be 1 to 8, got {bits}", "4 keeps nearly all of the accuracy; use --bits 4")
+        raise UsageError(
+            f"bits must be 1 to 8, got {bits}", f"4 keeps nearly all of the accuracy; use {opt('bits', 4)}"
+        )
     return bits
 
 

@@ -132,7 +132,7 @@ def test_encode_resume_and_refusals(images: Path, tmp_path: Path) -> None:
     assert {path: path.read_bytes() for path in (tmp_path / "joint").rglob("*") if path.is_file()} == whole
     with pytest.raises(DatasetError, match="joint is True, this command asks for False") as refused:
         encode(images, tmp_path / "joint")
-    assert "--joint" in (refused.value.hint or "")
+    assert "joint=True" in (refused.value.hint or "")
     taken = encode(images, tmp_path / "taken", quantizer=tmp_path / "joint")
     assert taken.quantizer == joint.quantizer
     assert np.array_equal(taken.load("val").codes, joint.load("val").codes)

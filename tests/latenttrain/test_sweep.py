@@ -95,7 +95,7 @@ def test_a_sweep_measures_every_bit_stem_and_seed_and_goes_on_where_it_stopped(s
 
 
 def test_more_bits_than_there_are_are_refused(codes, tmp_path):
-    with pytest.raises(UsageError, match="--bits must be 1 to 4, .* got 5"):
+    with pytest.raises(UsageError, match="bits must be 1 to 4, .* got 5"):
         sweep(codes, bits=[2, 5], out=tmp_path / "sweep")
 
 
@@ -118,7 +118,7 @@ def test_a_held_out_part_of_train_takes_the_place_of_val(codes, tmp_path, small)
     assert torch.equal(again.codes, judged.codes)
     latenttrain.fit(codes, holdout=0.25, out=tmp_path / "run", **small)
     assert read_config(tmp_path / "run").dataset["holdout"] == 0.25
-    with pytest.raises(UsageError, match="--holdout must be 0 to 0.9"):
+    with pytest.raises(UsageError, match="holdout must be 0 to 0.9"):
         latenttrain.fit(codes, holdout=1, out=tmp_path / "other", **small)
 
 
