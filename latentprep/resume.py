@@ -44,7 +44,7 @@ def check_same(root: Place, stored: Manifest, asked: Manifest, fitted: bool, sou
         of_source = name.partition(".")[0] in ("splits", "classes", "source")
         if source is not None and of_source and (changes := added_and_removed(open_dataset(root), source)):
             raise DatasetError(
-                f"the images are not those that {root} was made of: {changes}",
+                f"{root} was made otherwise: the source has changed: {changes}",
                 "undo that, and give the same --limit, --val-fraction and --seed, to resume; choose another --out, "
                 "or --overwrite to encode all anew",
             )
