@@ -9,6 +9,7 @@ from typing import Any
 
 from latentprep.archives import list_archive
 from latentprep.errors import SourceError, nearest
+from latentprep.format.places import path_of
 from latentprep.kinds import has_image_name
 from latentprep.layouts import LAYOUTS, Tree, by_folders
 from latentprep.listing import BESIDE, Progress, list_folder, read_file
@@ -26,7 +27,7 @@ def find(spec: str, out: Path | None = None, progress: Progress | None = None) -
     Raises SourceError.
     """
     try:
-        return _find(spec, Path(spec).expanduser(), out, progress)
+        return _find(spec, path_of(spec), out, progress)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise SourceError(f"cannot read {error.filename or spec}: {reason}", "check its permissions") from error
@@ -56,7 +57,7 @@ def _named(spec: str, path: Path) -> list[Path]:
         return [path]
     if path.exists():
         raise SourceError(f"{spec} is neither a file nor a folder", LAYOUTS)
-    tars = [Path(name).expanduser() for name in _expand_braces(spec)]
+    tars = [path_of(name) for name in _expand_braces(spec)]
     _check_exists(spec, tars)
     return tars
 

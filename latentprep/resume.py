@@ -10,7 +10,7 @@ from .errors import DatasetError, opt
 from .format.commit import remove_dataset
 from .format.dataset import LatentDataset, open_dataset
 from .format.locks import LOCK
-from .format.manifest import MANIFEST, Manifest
+from .format.manifest import MANIFEST, STORED, Manifest
 from .format.places import Place
 from .source_files import added_and_removed
 from .sources import Source
@@ -45,7 +45,7 @@ def check_same(root: Place, stored: Manifest, asked: Manifest, fitted: bool, sou
         of_source = name.partition(".")[0] in ("splits", "classes", "source")
         if source is not None and of_source and (changes := added_and_removed(open_dataset(root), source)):
             raise DatasetError(
-                f"the images are not those that {root} was made of: {changes}",
+                f"{root} was made otherwise: the source has changed: {changes}",
                 f"undo that, and give the same {opt('limit')}, {share} and {opt('seed')}, to resume; choose another "
                 f"{opt('out')}, or {opt('overwrite')} to encode all anew",
             )
@@ -53,6 +53,7 @@ def check_same(root: Place, stored: Manifest, asked: Manifest, fitted: bool, sou
             "source.sha256": f"its files, labels, or {opt('limit')}, {share} or {opt('seed')} changed; ",
             "joint": f"pass {opt('joint', bool(there))}; ",
             "codec.dtype": f"pass {opt('dtype', there)}; ",
+            "transform.colour": f"from Python, colour={there!r} goes on with it; ",
             **dict.fromkeys((f"splits.{n}" for n in stored.splits), f"{opt('limit')} or {share} may have changed; "),
         }
         what = (
@@ -91,7 +92,7 @@ def _meaning(manifest: Manifest) -> dict:
 def _decided(manifest: Manifest) -> dict:
     """What the user decided; quantizer ranges and compression follow from it."""
     return _meaning(manifest) | {
-        "transform": manifest.transform,
+        "transform": {"colour": STORED, **manifest.transform},  # older datasets took colours as they are stored
         "splits": manifest.splits,
         "classes": list(manifest.classes),
         "source": {"sha256": manifest.source["sha256"]},

@@ -10,7 +10,7 @@ import hashlib
 
 import numpy as np
 
-from .errors import DatasetError
+from .errors import DatasetError, opt
 from .format.commit import write_atomic
 from .format.dataset import LatentDataset
 from .format.manifest import SOURCE_FILES
@@ -81,8 +81,8 @@ def check_unchanged(dataset: LatentDataset, source: Source, stats: Stats | None,
     if replaced:
         raise DatasetError(
             f"{len(replaced)} of {rows} images were replaced since {root} was made of them: {some(replaced)}",
-            f"restore them to resume; choose another --out, or --overwrite to encode all anew; or, if they are the "
-            f"same pictures, delete {root / SOURCE_FILES}",
+            f"restore them to resume; choose another {opt('out')}, or {opt('overwrite')} to encode all anew; or, if they "
+            f"are the same pictures, delete {root / SOURCE_FILES}",
         )
     if before is None or before.keys() != stats.keys() or not all(np.array_equal(before[s], stats[s]) for s in stats):
         write_stats(root, stats)
@@ -90,7 +90,7 @@ def check_unchanged(dataset: LatentDataset, source: Source, stats: Stats | None,
         return ""
     return (
         f"all {rows} images have other times than when {root} was made of them, and the same sizes, as after a copy: "
-        f"they are taken for the same; latentprep verify --source compares some of them"
+        f"they are taken for the same; latentprep verify with {opt('source')} compares some of them"
     )
 
 

@@ -93,7 +93,7 @@ def test_added_and_removed_pictures_are_named(images: Path, tmp_path: Path) -> N
     latentprep.encode(images, **OPTIONS, out=tmp_path / "out")
     new = images / "train" / "class_0" / "new.jpg"
     shutil.copy(images / "train" / "class_0" / "000.jpg", new)
-    with pytest.raises(DatasetError, match=r"made of: 1 added to train \(train/class_0/new.jpg\); undo that.*--overw"):
+    with pytest.raises(DatasetError, match=r"has changed: 1 added to train \(train/class_0/new.jpg\); undo that"):
         latentprep.encode(images, **OPTIONS, out=tmp_path / "out")
     for name in ("002", "003"):
         (images / "val" / "class_1" / f"{name}.jpg").unlink()
