@@ -14,6 +14,7 @@ from .format.stores import code_bytes, store_of
 
 POOR = 0.3  # bits a code: a channel with less adds next to nothing
 
+
 @dataclass(frozen=True)
 class SplitInfo:
     """One split: planned rows, rows committed so far, invalid ones among them, and valid samples a class."""
@@ -129,8 +130,8 @@ def _poor_channels(dataset: LatentDataset, records: dict[str, list[ShardRecord]]
         return ()
     found = []
     for channel in range(codes.shape[1]):
-        shares = np.bincount(codes[:, channel].ravel(), minlength=dataset.quantizer.levels) * codes.shape[1] / codes.size
-        used = shares[shares > 0]
+        counts = np.unique(codes[:, channel], return_counts=True)[1]
+        used = counts / counts.sum()
         entropy = abs(float(used @ np.log2(used)))
         if entropy < POOR:
             few = f"few values, outliers, set its range; {used.max():.1%} of its codes are the same"

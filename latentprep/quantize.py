@@ -58,7 +58,7 @@ def _whole(cells: Tensor, quantizer: Quantizer) -> Tensor:
 def fit_quantizer(latents: Tensor, bits: int, joint: bool = False) -> Quantizer:
     """The uniform quantizer of `bits` bits with the least mean squared error on `latents`, f32 [B,C,h,w], within 2%.
 
-    For each channel that varies, by Lloyd's algorithm (IEEE Trans. Inf. Theory 28, 1982) with the codebook held uniform:
+    For each channel that varies, by Lloyd's algorithm (IEEE Trans. Inf. Theory 28, 1982), the codebook held uniform:
     give each value its nearest code, then solve for the lo and step that reconstruct best (a linear
     least-squares fit of values on codes); each of the two can only lower the error. Run from `_STARTS` ranges,
     and the best is taken. There the error is flat, while the codes' entropy falls with the step by log2 of it: so the
@@ -100,8 +100,10 @@ def code_statistics(codes: Tensor, quantizer: Quantizer) -> Statistics:
 
 
 def _spread(count: int) -> np.ndarray:
-    """Up to `_VALUES` of so many places, i64: one drawn from each of equal stretches. A fixed stride would fall upon the
-    same columns of every grid."""
+    """Up to `_VALUES` of so many places, i64: one drawn from each of equal stretches.
+
+    A fixed stride would fall upon the same columns of every grid.
+    """
     if count <= _VALUES:
         return np.arange(count)
     edges = np.arange(_VALUES + 1) * count // _VALUES

@@ -15,7 +15,7 @@ from latentprep.errors import DatasetError, UsageError
 from latentprep.format import LatentDataset, open_dataset
 from latentprep.format.latents import read_latents
 
-_COUNTED = 256  # samples whose float latents are counted, as many as `encode` calibrates on
+_COUNTED = 256  # samples whose float latents are counted, at most
 CANONICAL = 0.5  # how often a sample that has several views shows view 0, as all are judged by: docs/results.md
 
 
@@ -183,7 +183,9 @@ def float_codes(dataset: LatentDataset, split: str, latents: Path, limit: int | 
 
 
 def float_statistics(dataset: LatentDataset, latents: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel of train's float latents, in units of codes, of samples spread evenly.
+    """Mean and standard deviation of each channel of train's float latents, in units of codes.
+
+    Of samples spread evenly, as many as `encode` calibrates on.
 
     Raises `DatasetError` if the folder does not hold this dataset's, or no sample is valid.
     """

@@ -1,9 +1,9 @@
 """Stems: how a network reads codes.
 
 A stem turns codes ``u8 [B,C,h,w]`` into planes ``f32 [B,P,h,w]`` of about unit scale, on which the network's first
-convolution works. ``affine`` and ``embedding`` scale by each channel's own mean and deviation, as far as the dataset has
-counted them; the planes of ``bitplane`` and ``ordinal`` are -1 and 1 whatever the distribution, or between the two.
-All stems carry the same information. Codes may also be fractional, ``f32 [B,C,h,w]`` from
+convolution works. ``affine`` and ``embedding`` scale by each channel's own mean and deviation, where the dataset has
+them; the planes of ``bitplane`` and ``ordinal`` are -1 and 1, or between the two, whatever the distribution. All stems
+carry the same information. Codes may also be fractional, ``f32 [B,C,h,w]`` from
 -0.5 to ``levels - 0.5``: that is how augmentation adds noise within a quantizer step. ``affine`` and ``ordinal``
 keep the fraction; ``embedding`` and ``bitplane`` round to the nearest code, where such noise vanishes.
 """
@@ -59,7 +59,9 @@ class AffineStem(nn.Module):
     def forward(self, codes: Tensor) -> Tensor:
         """u8 or f32 [B,C,h,w] -> f32 [B,C,h,w]"""
         planes = (codes.float() - self.centre) * self.scale
-        return planes if self.kernel is None else F.conv2d(planes, self.kernel, padding=1) - self.shift
+        if self.kernel is None or self.shift is None:
+            return planes
+        return F.conv2d(planes, self.kernel, padding=1) - self.shift
 
 
 class EmbeddingStem(nn.Module):
