@@ -250,6 +250,7 @@ def info(
             "saturated": " ".join(f"{share:.2%}" for share in found.saturation[:16])
             + (" …" if len(found.saturation) > 16 else "")
             + " of values, a channel",
+            **{f"channel {poor.channel}": f"{poor.entropy:.2f} bits a code: {poor.cause}" for poor in found.poor[:16]},
         },
     )
     names = list(found.splits)

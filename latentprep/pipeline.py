@@ -30,11 +30,12 @@ from .format.stores import store_of
 from .format.zarr_store import choose_compression
 from .images import BadImage, colour_of, load_views
 from .profile import CODEC, DECODE, QUANTIZE, WAIT_DECODE, WAIT_WRITE, WRITE, Profile
-from .quantize import fit_quantizer, quantize, quantize_counting
+from .quantize import code_statistics, fit_quantizer, quantize, quantize_counting
 from .sources import Source
 
 _AHEAD = 3  # decoded batches that wait for the codec
 _SHARDS_TO_WRITE = 2  # finished shards that wait for the writer
+FEW_IMAGES = 32  # in calibration: with fewer, their ranges are guesses
 _IMAGES_A_TASK = 16  # decoded by one thread in one go, at most: fewer take longer to hand over
 
 
@@ -112,7 +113,9 @@ class _Coded:
 def calibrate(stages: Stages, asked: Manifest, count: int, progress: ProgressFactory) -> Manifest:
     """Fit the quantizer and choose the compression on up to `count` samples spread evenly over the train split.
 
-    Which of them is drawn from each stretch of the split is decided by the manifest's seed.
+    Which of them is drawn from each stretch of the split is decided by the manifest's seed. The codec takes one image
+    at a time: what it makes of an image may depend, in the last bits, on how many there are beside it. So the same
+    source gives the same manifest whatever the batch size.
 
     Raises `SourceError` if none of them decodes, `CodecError` for latents that are not finite.
     """
@@ -124,21 +127,39 @@ def calibrate(stages: Stages, asked: Manifest, count: int, progress: ProgressFac
     specs = [(split, 0, rows[i : i + per_batch]) for i in range(0, len(rows), per_batch)]
     with ThreadPoolExecutor(stages.threads()) as pool, progress("calibrating", len(rows), "images", 0) as bar:
         for batch in _decoded(stages, first, specs, pool):
-            z = _encode(stages, batch)
-            good = [k for k, row in enumerate(batch.rows) if row not in batch.invalid]
-            _check_finite(batch, torch.isfinite(z).all(dim=(1, 2, 3)).cpu(), stages.source.keys(split))
-            latents.append(z.cpu()[good])
+            for place, row in enumerate(batch.rows):
+                if row not in batch.invalid:
+                    one = replace(batch, rows=[row], images=batch.images[place : place + 1])
+                    z = _encode(stages, one)
+                    _check_finite(one, torch.isfinite(z).all(dim=(1, 2, 3)).cpu(), stages.source.keys(split))
+                    latents.append(z.cpu())
             reasons += [f"{stages.source.keys(split)[row]}: {why}" for row, why in batch.invalid.items()]
             bar.advance(len(batch.rows))
-    everything = torch.cat(latents)
-    if not len(everything):
-        raise SourceError(
-            f"none of {len(rows)} images drawn from split '{split}' decodes; the first is {reasons[0]}",
-            "check that the source holds images",
-        )
+        if not latents:
+            raise SourceError(
+                f"none of {len(rows)} images drawn from split '{split}' decodes; the first is {reasons[0]}",
+                "check that the source holds images",
+            )
+        everything = torch.cat(latents)
+        if (doubt := doubtful(everything)) is not None:
+            bar.note(f"warning: {doubt}; ranges may not fit other images")
     quantizer = fit_quantizer(everything, asked.quantizer.bits, bool(asked.quantizer.filter))
-    codes = quantize(everything, quantizer).numpy()[:, None]
-    return replace(asked, quantizer=quantizer, compression=choose_compression(codes))
+    codes = quantize(everything, quantizer)
+    return replace(
+        asked,
+        quantizer=quantizer,
+        statistics=code_statistics(codes, quantizer),
+        compression=choose_compression(codes.numpy()[:, None]),
+    )
+
+
+def doubtful(latents: Tensor) -> str | None:
+    """Why ranges that are fitted to these latents, f32 [B,C,h,w], may not fit others; None if nothing speaks for it."""
+    if (latents == latents[:1]).all():
+        return f"all {len(latents)} calibration images are alike" if len(latents) > 1 else "calibrated on 1 image"
+    if len(latents) < FEW_IMAGES:
+        return f"calibrated on {len(latents)} images; {FEW_IMAGES} or more are better"
+    return None
 
 
 def encoded_rows(stages: Stages, manifest: Manifest, split: str, rows: int) -> Iterator[tuple[list[int], Tensor]]:

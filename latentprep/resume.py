@@ -67,7 +67,8 @@ def check_same(root: Place, stored: Manifest, asked: Manifest, fitted: bool, sou
 
 
 def with_quantizer_of(dataset: LatentDataset, asked: Manifest) -> Manifest:
-    """The manifest asked for with the dataset's quantizer and compression, so that the two can be merged.
+    """The manifest asked for with the dataset's quantizer, what was counted with it, and compression, so that the two
+    can be merged.
 
     Raises `DatasetError` naming the first field in which codes of the two cannot mean the same.
     """
@@ -76,7 +77,8 @@ def with_quantizer_of(dataset: LatentDataset, asked: Manifest) -> Manifest:
             f"the quantizer of {dataset.root} is for other latents: {name} is {there}, this command asks for {here}",
             f"give the same options as for that dataset, or leave out {opt('quantizer')}",
         )
-    return replace(asked, quantizer=dataset.manifest.quantizer, compression=dataset.manifest.compression)
+    given = dataset.manifest
+    return replace(asked, quantizer=given.quantizer, statistics=given.statistics, compression=given.compression)
 
 
 def _meaning(manifest: Manifest) -> dict:

@@ -81,8 +81,8 @@ def check_unchanged(dataset: LatentDataset, source: Source, stats: Stats | None,
     if replaced:
         raise DatasetError(
             f"{len(replaced)} of {rows} images were replaced since {root} was made of them: {some(replaced)}",
-            f"restore them to resume; choose another {opt('out')}, or {opt('overwrite')} to encode all anew; or, if they "
-            f"are the same pictures, delete {root / SOURCE_FILES}",
+            f"restore them to resume; choose another {opt('out')}, or {opt('overwrite')} to encode all anew; "
+            f"or, if they are the same pictures, delete {root / SOURCE_FILES}",
         )
     if before is None or before.keys() != stats.keys() or not all(np.array_equal(before[s], stats[s]) for s in stats):
         write_stats(root, stats)

@@ -15,6 +15,7 @@ from latentprep.errors import DatasetError, UsageError, opt
 from latentprep.format import LatentDataset
 from latentprep.format.latents import read_latents
 
+_COUNTED = 256  # samples whose float latents are counted, at most
 CANONICAL = 0.5  # how often a sample that has several views shows view 0, as all are judged by: docs/results.md
 
 
@@ -175,9 +176,28 @@ def float_codes(dataset: LatentDataset, split: str, latents: Path, limit: int | 
 
     Raises `DatasetError` if the folder does not hold this dataset's.
     """
-    values = read_latents(latents, dataset, split)[dataset.valid_rows(split, limit)]
+    rows = dataset.valid_rows(split, limit)
+    return torch.from_numpy(_in_codes(dataset, read_latents(latents, dataset, split)[rows]))[:, None]
+
+
+def float_statistics(dataset: LatentDataset, latents: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel of train's float latents, in units of codes.
+
+    Of samples spread evenly, as many as `encode` calibrates on.
+
+    Raises `DatasetError` if the folder does not hold this dataset's, or no sample is valid.
+    """
+    rows = dataset.valid_rows("train", _COUNTED)
+    check_samples(dataset, "train", len(rows))
+    values = _in_codes(dataset, read_latents(latents, dataset, "train")[rows]).astype(np.float64)
+    mean, std = values.mean((0, 2, 3)), values.std((0, 2, 3))
+    return tuple(mean.astype(np.float32).tolist()), tuple(std.astype(np.float32).tolist())
+
+
+def _in_codes(dataset: LatentDataset, values: np.ndarray) -> np.ndarray:
+    """Float latents in units of codes, f16 [n,C,h,w] -> f32 [n,C,h,w]"""
     lo, step = (np.array(v, np.float32)[:, None, None] for v in (dataset.quantizer.lo, dataset.quantizer.step))
-    return torch.from_numpy((values.astype(np.float32) - lo) / step - 0.5)[:, None]
+    return (values.astype(np.float32) - lo) / step - 0.5
 
 
 def check_limit(limit: int | None) -> None:

@@ -25,7 +25,7 @@ from latentprep.format.places import Place, path_of
 from .augment import Augment, augmented, draw
 from .checkpoint import CURVE, State, check_run_folder, read_config, restore, run_folder, save_epoch
 from .config import RunConfig, describe_dataset, versions
-from .data import Samples, batches_per_epoch, check_trainable, load_trained
+from .data import Samples, batches_per_epoch, check_trainable, float_statistics, load_trained
 from .device import autocast, compiled, in_bfloat16, reproducible, synchronize
 from .evaluation import scores, split_logits
 from .nets import Net, NetConfig, build_net
@@ -138,12 +138,12 @@ def fit(
         augment = Augment.none()
     target = pick_device(device)
     dataset = open_dataset(dataset)
-    check_trainable(dataset)
+    check_trainable(dataset, ("train",) if holdout else ("train", "val"))
     factors, floats = compound(phi), None if latents is None else path_of(latents)
     full_grid = chosen["full_grid"] if full_grid is None else full_grid
     config = plan_run(dataset, asked, width * factors.width, depth * factors.depth, arch, stem, augment, full_grid)
-    if floats is not None:  # they need no filter to be the latents
-        config = dataclasses.replace(config, net=dataclasses.replace(config.net, filter=()))
+    if floats is not None:
+        config = dataclasses.replace(config, net=float_net(config.net, dataset, floats))
     for name, value in (("limit", limit), ("holdout", holdout or None), ("latents", floats and str(floats))):
         config.dataset[name] = value
     root = path_of(out) if out is not None else default_out(dataset.root, config)
@@ -220,7 +220,7 @@ def plan_run(
 ) -> RunConfig:
     """The run's whole configuration, from what was asked and what the dataset is."""
     manifest = dataset.manifest
-    quantizer = manifest.quantizer
+    quantizer, statistics = manifest.quantizer, manifest.statistics
     if augment is None:
         augment = Augment(mirror=manifest.flip is not None)
         if manifest.views("train") > 1:  # true crops of many sizes: more zoom than theirs costs accuracy
@@ -239,8 +239,22 @@ def plan_run(
         width=width,
         depth=depth,
         full_grid=full_grid,
+        mean=statistics.mean if statistics else (),
+        std=statistics.std if statistics else (),
     )
     return RunConfig(net, recipe, augment, describe_dataset(dataset), versions())
+
+
+def float_net(net: NetConfig, dataset: LatentDataset, latents: Path) -> NetConfig:
+    """The network for float latents: they need no filter to be the latents, and are scaled by their own statistics.
+
+    Where the dataset's codes were not counted, they are not, either.
+    """
+    net = dataclasses.replace(net, filter=())
+    if not net.std:
+        return net
+    mean, std = float_statistics(dataset, latents)
+    return dataclasses.replace(net, mean=mean, std=std)
 
 
 def default_out(dataset: Place, config: RunConfig) -> Path:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from ..errors import DatasetError
 from .fields import Fields, dump_json, parse_json, read_json
 from .places import Place
-from .quantizer import Quantizer
+from .quantizer import Quantizer, Statistics
 
 FORMAT = "latentprep"
 VERSION = 1
@@ -49,6 +49,7 @@ class Manifest:
     compression: the Zarr codec chain of the codes array, chosen by measurement; other stores keep it for a conversion.
     splits: rows of each split, invalid ones included.
     store: how shards are stored; see `latentprep.format.stores`.
+    statistics: of the codes of the calibration samples; None in datasets made before they were counted.
     """
 
     codec: dict
@@ -64,6 +65,7 @@ class Manifest:
     splits: dict[str, int]
     store: str = "zarr"
     written_by: str = ""
+    statistics: Statistics | None = None
 
     def views(self, split: str) -> int:
         """Views of each sample of a split."""
@@ -94,6 +96,7 @@ class Manifest:
                 "store": self.store,
                 "codec": self.codec,
                 "quantizer": self.quantizer.to_json(),
+                **({} if self.statistics is None else {"statistics": self.statistics.to_json()}),
                 "transform": self.transform,
                 "source": self.source,
                 "classes": list(self.classes),
@@ -126,6 +129,12 @@ class Manifest:
         latent = tuple(top.list("latent", int))
         if len(latent) != 3 or not all(1 <= n <= _MAX_SIDE for n in latent) or latent[0] != len(quantizer.lo):
             raise top.error(f"has latent = {latent}; it must be channels (as many as the quantizer's), height, width")
+        statistics = None
+        if "statistics" in top.document:
+            counted = top.object("statistics")
+            statistics = Statistics(counted.numbers("mean"), counted.numbers("std"))
+            if len(statistics.mean) != latent[0]:
+                raise top.error(f"has statistics of {len(statistics.mean)} channels; its latents have {latent[0]}")
         flip = None if top.get("flip") is None else tuple(top.list("flip", int))
         if flip is not None and (len(flip) != latent[0] or set(flip) - {-1, 1}):
             raise top.error("has a field 'flip' that is not one sign a channel")
@@ -158,6 +167,7 @@ class Manifest:
             splits={_split_name(name, top): splits.whole(name, 0, _MAX_ROWS) for name in splits.document},
             store=top.text("store", STORES),
             written_by=top.text("written_by"),
+            statistics=statistics,
         )
         manifest._check_sizes(top)
         return manifest

@@ -45,6 +45,22 @@ def test_float_latents_are_what_was_quantized(shapes):
     )
 
 
+def test_float_latents_are_scaled_by_their_own_statistics(shapes, tmp_path):
+    dataset = latentprep.open(shapes / "x8")
+    latenttrain.fit(dataset, latents=shapes / "floats", out=tmp_path / "run", epochs=1, device="cpu")
+    net, config, _ = load_net(tmp_path / "run")
+    assert config.net.std != dataset.manifest.statistics.std
+    planes = net.planes(load_trained(dataset, CPU, latents=shapes / "floats")[0].codes[:, 0])
+    assert torch.allclose(planes.mean((0, 2, 3)), torch.zeros(16), atol=1e-3)
+    assert torch.allclose(planes.std((0, 2, 3)), torch.ones(16), atol=1e-3)
+
+
+def test_held_out_train_needs_no_val(tmp_path):
+    latentprep.encode("shapes", codec="dct", size=64, limit=40, splits=["train"], out=tmp_path / "train")
+    result = latenttrain.fit(tmp_path / "train", holdout=0.2, out=tmp_path / "run", epochs=1, device="cpu")
+    assert 0 <= result.top1 <= 1
+
+
 def test_float_latents_of_another_dataset_are_refused(shapes, tmp_path, codes):
     with pytest.raises(DatasetError, match="latents of another dataset"):
         latenttrain.fit(codes, latents=shapes / "floats", out=tmp_path / "run", epochs=1)
