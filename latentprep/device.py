@@ -42,15 +42,20 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
+def queues(device: torch.device) -> bool:
+    """Whether the host only queues work there, copies from and to pinned memory included: CUDA."""
+    return device.type == "cuda"
+
+
 def on_device(device: torch.device) -> AbstractContextManager[object]:
     """Makes a CUDA device the current one inside, on whose streams all is queued; elsewhere nothing changes."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    return torch.cuda.device(device) if queues(device) else contextlib.nullcontext()
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
     """A host's tensor on the device. To CUDA from pinned memory, where nothing waits for the copy; all else waits: what
     is copied in passing from pageable memory may have changed before it is read (MPS)."""
-    if device.type != "cuda":
+    if not queues(device):
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)  # pinned already, it is itself
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .codecs import Codec
 from .console import Progress, ProgressFactory
-from .device import on_device, sent
+from .device import on_device, queues, sent
 from .errors import CodecError, SourceError
 from .fitting import NOT_ON_DEVICE, Fitting
 from .format.commit import commit_shard
@@ -261,13 +261,13 @@ def _code(stages: Stages, quantizer: Quantizer, batch: _Batch) -> _Coded:
     with on_device(stages.device):
         with stages.timed(CODEC):
             latents = _encode(stages, batch)
-            if stages.profile is not None and latents.device.type == "cuda":
+            if stages.profile is not None and queues(latents.device):
                 torch.cuda.synchronize(latents.device)
         views = batch.images.shape[1]
         with stages.timed(QUANTIZE):
             codes, outside, finite = quantize_counting(latents, quantizer)
             codes, finite = codes.unflatten(0, (-1, views)), finite.view(-1, views).all(dim=1)
-        if latents.device.type != "cuda":
+        if not queues(latents.device):
             return _Coded(batch, codes.cpu(), finite.cpu(), outside.cpu(), None)
     with on_device(latents.device):  # a plug-in's may be another than it says
         codes, finite, outside = (_in_passing(tensor) for tensor in (codes, finite, outside))
