@@ -1,5 +1,5 @@
-"""All that is to be measured on a GPU, in one call: `make bench-gpu`. No part begins after six minutes, what matters most
-comes first, and the record is written anew after each part.
+"""All that is to be measured on a GPU, in one call: `make bench-gpu`. No part begins after six minutes, what matters
+most comes first, and the record is written anew after each part.
 
 First the codes of every codec on the card against those of the CPU. Then
 codecs at their real size with random weights (speed does not depend on them) on batches that are on the device, against

@@ -36,7 +36,7 @@ def pick_device(name: str | torch.device = "auto") -> torch.device:
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether this very device multiplies bfloat16 in hardware (on CUDA from Ampere on; on CPUs: AVX-512 BF16 or AMX)."""
+    """Whether this very device multiplies bfloat16 in hardware (CUDA: from Ampere on; CPUs: AVX-512 BF16 or AMX)."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
@@ -131,4 +131,4 @@ def _newer_flags() -> dict[str, Any]:
     cudnn = torch.backends.cudnn
     if not hasattr(cudnn, "conv"):  # before torch 2.9
         return {}
-    return {"matmul": torch.backends.cuda.matmul, "conv": cudnn.conv, "rnn": cudnn.rnn}  # type: ignore[attr-defined]
+    return {"matmul": torch.backends.cuda.matmul, "conv": cudnn.conv, "rnn": cudnn.rnn}

@@ -49,7 +49,8 @@ class Fitting:
     most: int = 1 << 62  # samples that fit at once, as far as is known
 
     def __call__(self, batch: Tensor) -> Tensor:
-        found, start = [], 0
+        found: list[Tensor] = []
+        start = 0
         while start < len(batch) or not found:
             part = batch[start : start + self.most]
             try:

@@ -42,7 +42,7 @@ def check_same(root: Place, stored: Manifest, asked: Manifest, fitted: bool) -> 
             "source.sha256": "its files, labels, or --limit, --val-fraction or --seed changed; ",
             "joint": f"pass {'--joint' if there else '--no-joint'}; ",
             "codec.dtype": f"pass --dtype {there}; ",
-            "codec.revision": "an earlier version began it, whose codes differ a little; verify --repair completes it; ",
+            "codec.revision": "an earlier version began it; verify --repair completes it; ",
             **dict.fromkeys((f"splits.{n}" for n in stored.splits), "--limit or --val-fraction may have changed; "),
         }
         what = (

@@ -108,11 +108,11 @@ class Stopwatch:
         if self._device.type not in ("cuda", "mps"):
             return time.perf_counter()
         if self._device.type == "mps":
-            event = torch.mps.Event(enable_timing=True)
-            event.record()
-        else:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record(torch.cuda.current_stream(self._device))
+            mark = torch.mps.Event(enable_timing=True)
+            mark.record()
+            return mark
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
         return event
 
 

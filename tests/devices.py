@@ -25,7 +25,8 @@ aten = torch.ops.aten
 
 class Watched(TorchDispatchMode):
     """waits: operations for which the host waits until the device has done all that is queued, in order of time:
-    copies to the host, copies there that do not ask for it in passing, values read one by one, shapes that depend on values.
+    copies to the host, copies there that do not ask for it in passing, values read one by one, shapes that depend on
+    values.
     passing: copies that nothing waits for.
     """
 
