@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import islice
 
 import numpy as np
@@ -21,7 +22,9 @@ from torch import Tensor
 
 from .codecs import Codec
 from .console import Progress, ProgressFactory
+from .device import on_device, queues, sent
 from .errors import CodecError, SourceError, opt
+from .fitting import NOT_ON_DEVICE, Fitting
 from .format.commit import commit_shard
 from .format.dataset import LatentDataset
 from .format.manifest import INVALID_LABEL, Manifest, ShardRecord, train_split
@@ -36,6 +39,8 @@ from .sources import Source
 _AHEAD = 3  # decoded batches that wait for the codec
 _SHARDS_TO_WRITE = 2  # finished shards that wait for the writer
 FEW_IMAGES = 32  # in calibration: with fewer, their ranges are guesses
+_IMAGES, _LIGHT_IMAGES, _CUDA_IMAGES = 32, 64, 512  # that a codec takes at once, at most
+_PIXELS, _CUDA_PIXELS = 32 * 512**2, 128 * 256**2  # the same in pixels: SD-VAE then takes about 15 GB on a card
 _IMAGES_A_TASK = 16  # decoded by one thread in one go, at most: fewer take longer to hand over
 
 
@@ -59,10 +64,18 @@ class Stages:
     def device(self) -> torch.device:
         return torch.device(getattr(self.codec, "device", "cpu"))
 
-    def batch_samples(self, views: int) -> int:
-        """Samples whose views together make about one batch of the codec."""
-        usual = 128 if self.device.type == "cuda" else 64 if getattr(self.codec, "light", False) else 32
-        return max(1, (self.batch_size or usual) // views)
+    @cached_property
+    def encode(self) -> Fitting:
+        """The codec's `encode`, by as many images as fit in memory."""
+        return Fitting(self.codec.encode, f"encode at a smaller --size, use a smaller codec, or {NOT_ON_DEVICE}")
+
+    def batch_samples(self, views: int, size: int) -> int:
+        """Samples of size×size pixels whose views together make about one batch of the codec."""
+        if self.device.type == "cuda":
+            images, pixels = _CUDA_IMAGES, _CUDA_PIXELS
+        else:
+            images, pixels = (_LIGHT_IMAGES if getattr(self.codec, "light", False) else _IMAGES), _PIXELS
+        return max(1, (self.batch_size or min(images, pixels // size**2)) // views)
 
     @contextmanager
     def cores_left_to_decoding(self) -> Iterator[None]:
@@ -123,7 +136,7 @@ def calibrate(stages: Stages, asked: Manifest, count: int, progress: ProgressFac
     rows = calibration_rows(asked.splits[split], count, asked.transform["seed"])
     first = replace(asked, transform={**asked.transform, "views": 1})
     latents, reasons = [], []
-    per_batch = stages.batch_samples(1)
+    per_batch = stages.batch_samples(1, asked.transform["size"])
     specs = [(split, 0, rows[i : i + per_batch]) for i in range(0, len(rows), per_batch)]
     with ThreadPoolExecutor(stages.threads()) as pool, progress("calibrating", len(rows), "images", 0) as bar:
         for batch in _decoded(stages, first, specs, pool):
@@ -165,7 +178,7 @@ def doubtful(latents: Tensor) -> str | None:
 def encoded_rows(stages: Stages, manifest: Manifest, split: str, rows: int) -> Iterator[tuple[list[int], Tensor]]:
     """Every row of a split in order, by batches: rows, and latents of view 0, f32 [b,C,h,w] on the
     host, 0 where unreadable."""
-    step = stages.batch_samples(1)
+    step = stages.batch_samples(1, manifest.transform["size"])
     specs = [(split, 0, list(range(i, min(i + step, rows)))) for i in range(0, rows, step)]
     with ThreadPoolExecutor(stages.threads()) as pool:
         for batch in _decoded(stages, manifest, specs, pool):
@@ -178,7 +191,7 @@ def code_rows(
     stages: Stages, manifest: Manifest, split: str, rows: list[int]
 ) -> Iterator[tuple[list[int], np.ndarray, dict[int, str]]]:
     """Given rows of a split by batches: rows, codes u8 [b,V,C,h,w], and why those that cannot be read cannot."""
-    step = stages.batch_samples(manifest.views(split))
+    step = stages.batch_samples(manifest.views(split), manifest.transform["size"])
     specs = [(split, 0, rows[i : i + step]) for i in range(0, len(rows), step)]
     with ThreadPoolExecutor(stages.threads()) as pool:
         for batch in _decoded(stages, manifest, specs, pool):
@@ -251,7 +264,7 @@ def _coded(
     """Decoded batches through codec and quantizer, one kept in flight so that a GPU never waits for the host."""
     specs = []
     for split, index in jobs:
-        step = stages.batch_samples(manifest.views(split))
+        step = stages.batch_samples(manifest.views(split), manifest.transform["size"])
         start = index * manifest.shard_rows
         stop = start + manifest.rows_in_shard(split, index)
         specs += [(split, index, list(range(i, min(i + step, stop)))) for i in range(start, stop, step)]
@@ -266,33 +279,34 @@ def _coded(
 
 
 def _code(stages: Stages, quantizer: Quantizer, batch: _Batch) -> _Coded:
-    with stages.timed(CODEC):
-        latents = _encode(stages, batch)
-        if stages.profile is not None and latents.device.type == "cuda":
-            torch.cuda.synchronize(latents.device)
-    views = batch.images.shape[1]
-    with stages.timed(QUANTIZE):
-        codes, outside, finite = quantize_counting(latents, quantizer)
-        codes, finite = codes.unflatten(0, (-1, views)), finite.view(-1, views).all(dim=1)
-    if latents.device.type != "cuda":
-        return _Coded(batch, codes.cpu(), finite.cpu(), outside.cpu(), None)
-    codes, finite, outside = (_to_host(tensor) for tensor in (codes, finite, outside))
-    done = torch.cuda.Event()
-    done.record()
+    with on_device(stages.device):
+        with stages.timed(CODEC):
+            latents = _encode(stages, batch)
+            if stages.profile is not None and queues(latents.device):
+                torch.cuda.synchronize(latents.device)
+        views = batch.images.shape[1]
+        with stages.timed(QUANTIZE):
+            codes, outside, finite = quantize_counting(latents, quantizer)
+            codes, finite = codes.unflatten(0, (-1, views)), finite.view(-1, views).all(dim=1)
+        if not queues(latents.device):
+            return _Coded(batch, codes.cpu(), finite.cpu(), outside.cpu(), None)
+    with on_device(latents.device):  # a plug-in's may be another than it says
+        codes, finite, outside = (_in_passing(tensor) for tensor in (codes, finite, outside))
+        done = torch.cuda.Event()
+        done.record(torch.cuda.current_stream(latents.device))
     return _Coded(batch, codes, finite, outside, done)
 
 
-def _to_host(tensor: Tensor) -> Tensor:
-    """A copy on the host that is whole once the stream has come this far."""
+def _in_passing(tensor: Tensor) -> Tensor:
+    """A copy on the host that is whole once the current stream has come this far."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 def _encode(stages: Stages, batch: _Batch) -> Tensor:
     """f32 [bV,C,h,w] on the codec's device."""
-    images = torch.from_numpy(batch.images)
-    if stages.device.type == "cuda":
-        images = images.pin_memory().to(stages.device, non_blocking=True)
-    return stages.codec.encode(images.flatten(0, 1).permute(0, 3, 1, 2))
+    with on_device(stages.device):
+        images = sent(torch.from_numpy(batch.images), stages.device)
+        return stages.encode(images.flatten(0, 1).permute(0, 3, 1, 2))
 
 
 def _decoded(

@@ -13,6 +13,7 @@ from torch import Tensor
 from .console import ProgressFactory, plural, silent
 from .decoding import open_decoder
 from .errors import SourceError, UsageError, opt, system_fault
+from .fitting import NOT_ON_DEVICE, Fitting
 from .format.commit import write_atomic
 from .format.dataset import LatentDataset, open_dataset
 from .format.places import path_of
@@ -94,7 +95,8 @@ def linear_preview(
         raise SourceError("the pseudo-inverse starts from the images", f"say where they are with {opt('source')}")
     codec = open_decoder(opened, "codec", weights, device)
     latents = torch.from_numpy(opened.quantizer.dequantize(picked.codes))
-    back = torch.cat([codec.decode(linear.latents_of(part)).cpu() for part in originals.split(32)])
+    decode = Fitting(codec.decode, NOT_ON_DEVICE)
+    back = torch.cat([decode(linear.latents_of(part)).cpu() for part in originals.split(32)])
     shrunk = ((shrink(originals, linear.factor) + 1) * 127.5).round().to(torch.uint8)
     columns = [
         Column("original", pixels(originals)),

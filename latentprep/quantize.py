@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .errors import CodecError, opt
 from .format.quantizer import Quantizer, Statistics, check_bits
-from .joint import fit_filter, restore, search
+from .joint import constants, fit_filter, restore, search
 
 _VALUES = 1 << 18  # calibration values a channel that the fit looks at, at most
 _NOISE = 2.0**-22  # of the largest latent: what differs by no more is rounding, as in the chroma of grey images
@@ -174,5 +174,5 @@ def _float32(value: float) -> float:
 
 def _columns(quantizer: Quantizer, like: Tensor) -> tuple[Tensor, Tensor]:
     """f32 [C,1,1] each, on the device of `like`."""
-    lo, step = (torch.tensor(v, dtype=torch.float32, device=like.device) for v in (quantizer.lo, quantizer.step))
-    return lo.view(-1, 1, 1), step.view(-1, 1, 1)
+    lo, step = constants(quantizer, like.device)[:2]
+    return lo, step

@@ -25,6 +25,7 @@ from .device import pick_device
 from .drawing import COLOURS, GREY, INK, draw
 from .encoder import CALIBRATION, default_size, joint_by_default
 from .errors import SourceError, UsageError, opt, system_fault
+from .fitting import NOT_ON_DEVICE, Fitting
 from .format.commit import write_atomic
 from .format.manifest import Manifest, ShardRecord, train_split
 from .format.places import path_of
@@ -231,13 +232,13 @@ def _coded(
     labels = np.array(source.labels(split), np.int32)[rows]
     keys = [source.keys(split)[row] for row in rows]
     channels, height, width = calibration.shape[1:]
-    flip = flip_signs(codec, (channels, height, width))
+    flip, decode = flip_signs(codec, (channels, height, width)), Fitting(codec.decode, NOT_ON_DEVICE)
     for b in bits:
         quantizer = fit_quantizer(calibration, b, joint_by_default(b, channels, flip))
         chain = choose_compression(quantize(calibration, quantizer).numpy()[:, None])
         codes = quantize(latents, quantizer)
         cost = _stored_bytes(source, codec, split, quantizer, chain, codes.numpy()[:, None], labels, keys, size, seed)
-        batches = (codec.decode(dequantize(part, quantizer)).cpu() for part in codes.split(_BATCH))
+        batches = (decode(dequantize(part, quantizer)).cpu() for part in codes.split(_BATCH))
         yield b, cost / len(codes), batches
 
 
@@ -269,9 +270,9 @@ def _stored_bytes(
 
 def _encoded(codec: Codec, pixels: Tensor, bar: Progress) -> Tensor:
     """u8 [n,3,S,S] -> f32 [n,C,h,w] on the host."""
-    latents = []
+    latents, encode = [], Fitting(codec.encode, NOT_ON_DEVICE)
     for part in pixels.split(_BATCH):
-        latents.append(codec.encode(part).cpu())
+        latents.append(encode(part).cpu())
         bar.advance(len(part))
     return torch.cat(latents)
 

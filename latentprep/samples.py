@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .device import on_device
 from .errors import LatentError, SourceError, UsageError, nearest, opt
+from .fitting import NOT_ON_DEVICE, Fitting
 from .format.dataset import LatentDataset
 from .format.manifest import INVALID_LABEL
 from .format.quantizer import Quantizer
@@ -108,10 +110,14 @@ def decoded(
     decoder: Decoder, codes: np.ndarray, quantizer: Quantizer, batch_size: int = _BATCH
 ) -> Iterator[tuple[slice, Tensor]]:
     """u8 [n,C,h,w] -> batches of places and pictures on the host, u8 [b,3,H,W]."""
+    decode = Fitting(decoder.decode, NOT_ON_DEVICE)
+    device = torch.device(getattr(decoder, "device", "cpu"))
     for start in range(0, len(codes), batch_size):
         places = slice(start, min(start + batch_size, len(codes)))
         latents = dequantize(torch.from_numpy(codes[places]), quantizer)
-        yield places, decoder.decode(latents).cpu()
+        with on_device(device):
+            pictures = decode(latents).cpu()
+        yield places, pictures
 
 
 def decode_all(decoder: Decoder, codes: np.ndarray, quantizer: Quantizer) -> Tensor:

@@ -24,6 +24,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from latentprep.device import to_host
 from latentprep.errors import CheckpointError, LatentError, UsageError, opt
 from latentprep.format.commit import write_atomic
 from latentprep.format.locks import LOCK, Held, held
@@ -57,6 +58,14 @@ class State:
     def best(self) -> dict:
         """The metrics of the epoch with the highest val top-1, the first of equals."""
         return max(self.metrics, key=lambda epoch: epoch["top1"])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a resumed run needs, by name, each where it is."""
+        tensors = {f"net.{name}": tensor for name, tensor in self.net.state_dict().items()}
+        tensors |= {f"average.{name}": tensor for name, tensor in self.average.state_dict().items()}
+        for index, entry in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in entry.items()}
+        return tensors
 
 
 def check_run_folder(root: Path, config: RunConfig, resume: bool, overwrite: bool) -> None:
@@ -145,8 +154,8 @@ def read_config(root: Path) -> RunConfig:
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], notes: dict) -> None:
-    """Tensors of any device and layout, and JSON notes, to one file. Equal contents give equal bytes."""
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    """Tensors of any layout on one device, and JSON notes, to one file. Equal contents give equal bytes."""
+    plain = dict(zip(tensors, to_host(list(tensors.values())), strict=True))
     text = json.dumps(notes, allow_nan=False)
     write_atomic(path, safetensors.torch.save(plain, {_NOTES: text}))
 
@@ -204,15 +213,11 @@ def fill(net: Net, tensors: dict[str, Tensor], path: Path) -> None:
         raise CheckpointError(f"{path} is not of this network: {reason}", "restore it, or train again") from error
 
 
-def save_epoch(root: Path, state: State) -> None:
-    """Commit the epoch that just ended."""
+def save_epoch(root: Path, state: State, tensors: dict[str, Tensor]) -> None:
+    """Commit the epoch that just ended. tensors: the state's, on the host."""
     if state.best is state.metrics[-1]:
         notes = {name: value for name, value in state.best.items() if name != "seconds"}  # same run, same bytes
-        save_tensors(root / BEST, state.average.state_dict(), notes)
-    tensors = {f"net.{name}": tensor for name, tensor in state.net.state_dict().items()}
-    tensors |= {f"average.{name}": tensor for name, tensor in state.average.state_dict().items()}
-    for index, entry in state.optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in entry.items()}
+        save_tensors(root / BEST, part(tensors, "average."), notes)
     save_tensors(root / LAST, tensors, {"metrics": state.metrics})
     write_metrics(root, state.metrics)
 

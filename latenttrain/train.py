@@ -7,7 +7,6 @@ import copy
 import dataclasses
 import math
 import statistics
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from latentprep.console import Progress, ProgressFactory, silent
-from latentprep.device import pick_device
-from latentprep.errors import CheckpointError, SystemFault, UsageError, opt
+from latentprep.device import full_float32, pick_device, to_host
+from latentprep.errors import CheckpointError, UsageError, opt
+from latentprep.fitting import enough_memory
 from latentprep.format import LatentDataset, open_dataset
 from latentprep.format.places import Place, path_of
 
@@ -26,8 +26,8 @@ from .augment import Augment, augmented, draw
 from .checkpoint import CURVE, State, check_run_folder, read_config, restore, run_folder, save_epoch
 from .config import RunConfig, describe_dataset, versions
 from .data import Samples, batches_per_epoch, check_trainable, float_statistics, load_trained
-from .device import autocast, compiled, in_bfloat16, reproducible, synchronize
-from .evaluation import scores, split_logits
+from .device import Stopwatch, autocast, compiled, in_bfloat16, reproducible
+from .evaluation import counted, read_scores, split_logits
 from .nets import Net, NetConfig, build_net
 from .optimizers import make_optimizer
 from .recipe import Recipe, make_recipe, preset_settings
@@ -156,14 +156,12 @@ def fit(
     config.dataset["stream"] = held
     check_run_folder(root, config, resume, overwrite)
     log = open_log(root) if tensorboard else None
-    try:
+    with enough_memory(target, f"lower {opt('limit')}, or use {opt('stream')}"):
         train, val = (
             load_trained(dataset, target, limit, holdout, floats)
             if in_memory
             else training_data(dataset, target, held, limit)
         )
-    except torch.OutOfMemoryError as error:
-        raise SystemFault(f"{target} has too little memory", f"lower {opt('limit')}, or use {opt('stream')}") from error
     return run_fit(config, train, val, root, resume, progress, log)
 
 
@@ -178,16 +176,15 @@ def run_fit(
 ) -> FitResult:
     """The run itself, once its folder was checked and its splits are on their device."""
     recipe, target = config.recipe, train.device
-    try:
-        with run_folder(root, config, resume), reproducible(target, recipe.seed):
-            state = start_state(config, target)
-            if resume:
-                restore(root, state)
-            train_epochs(state, config, root, train, val, progress, log)
-    except torch.OutOfMemoryError as error:
-        raise SystemFault(
-            f"{target} has too little memory", f"lower {opt('batch_size')}, {opt('width')} or {opt('limit')}"
-        ) from error
+    with (
+        enough_memory(target, f"lower {opt('batch_size')}, {opt('width')} or {opt('limit')}"),
+        run_folder(root, config, resume),
+        reproducible(target, recipe.seed),
+    ):
+        state = start_state(config, target)
+        if resume:
+            restore(root, state)
+        train_epochs(state, config, root, train, val, progress, log)
     best, last = state.best, state.metrics[-1]
     seconds = statistics.median(epoch["seconds"] for epoch in state.metrics)
     samples = batches_per_epoch(len(train), recipe.batch_size) * min(recipe.batch_size, len(train))
@@ -285,11 +282,15 @@ def train_epochs(
     batches = batches_per_epoch(len(train), recipe.batch_size)
     with progress("train", recipe.epochs * batches, "batches", done * batches) as bar:
         for epoch in range(done, recipe.epochs):
-            synchronize(train.device)
-            start = time.perf_counter()
-            loss = train_epoch(state, config, train, epoch, bar).item()
-            seconds = time.perf_counter() - start
-            found = scores(split_logits(state.average, val), val.labels)
+            watch = Stopwatch(train.device)
+            total = train_epoch(state, config, train, epoch, bar)
+            watch.stop()
+            tensors = state.tensors()
+            # All that the host reads of an epoch, in one transfer: the only time that it waits for the device.
+            numbers = [total, *counted(split_logits(state.average, val), val.labels)]
+            host = to_host([*numbers, *tensors.values()])
+            loss, found = float(host[0]), read_scores(host[1 : len(numbers)], len(val))
+            tensors, seconds = dict(zip(tensors, host[len(numbers) :], strict=True)), watch.seconds()
             if not math.isfinite(loss) or not math.isfinite(found["loss"]):
                 raise UsageError(
                     f"the loss of epoch {epoch + 1} is no number at lr {recipe.lr:g}; "
@@ -307,7 +308,7 @@ def train_epochs(
                     "seconds": round(seconds, 6),
                 }
             )
-            save_epoch(root, state)
+            save_epoch(root, state, tensors)
             if log is not None:
                 log(state.metrics)
             bar.note(
@@ -334,7 +335,8 @@ def train_epoch(state: State, config: RunConfig, train: Samples, epoch: int, bar
     for rows, labels in train.training_rows(recipe.batch_size, generator):
         state.optimizer.set_lr(recipe.lr_at(step, batches))
         random = draw(net, len(labels), config.augment, device, generator)
-        loss = loss_of(net, train, rows, labels, random, config, bfloat16)
+        with full_float32():  # for the planes: what else is float32 here, the stem's filter decides
+            loss = loss_of(net, train, rows, labels, random, config, bfloat16)
         loss.backward()
         state.optimizer.step()
         decay = min(recipe.ema, (1 + step) / (10 + step))  # the average forgets the start quickly

@@ -79,9 +79,10 @@ def make_codec(name: str, *, device: str | torch.device = "cpu", **options: Any)
     """
     kind = codec_class(name)
     given = {key: value for key, value in options.items() if value is not None}
-    allowed = [p for p in inspect.signature(kind).parameters if p != "device"]
+    taken = inspect.signature(kind).parameters
+    allowed = [p for p in taken if p not in ("device", "revision")]
     for key in given:
-        if key not in allowed:
+        if key not in taken:
             own = " and ".join(map(opt, allowed)) or "no options"
             raise UsageError(f"codec '{name}' has no option {opt(key)}", f"it takes {own}")
     return kind(device=torch.device(device), **given)
@@ -95,6 +96,8 @@ def codec_from_config(config: dict, *, device: str | torch.device = "cpu", weigh
     options = {key: value for key, value in config.items() if key not in ("name", "model", "weights_sha256")}
     if weights is not None:
         options["weights"] = weights
+    if "revision" in inspect.signature(codec_class(config["name"])).parameters:
+        options.setdefault("revision", 1)  # what a dataset's codes mean does not change with our version
     codec = make_codec(config["name"], device=device, **options)
     want, have = config.get("weights_sha256"), codec.config().get("weights_sha256")
     if want != have:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..device import full_float32
 from ..errors import UsageError, opt
 from .base import check_multiple, to_pixels
 
@@ -57,6 +58,7 @@ class DctCodec:
         return (self.luma + 2 * self.chroma, *check_multiple(self.name, BLOCK, height, width))
 
     @torch.inference_mode()
+    @full_float32()
     def encode(self, images: Tensor) -> Tensor:
         """u8 [B,3,H,W] -> f32 [B, luma + 2 chroma, H/8, W/8]."""
         images = images.to(self.device)
@@ -65,6 +67,7 @@ class DctCodec:
         return torch.cat([F.conv2d(_centred(part), self._analysis, stride=BLOCK) for part in parts])
 
     @torch.inference_mode()
+    @full_float32()
     def decode(self, latents: Tensor) -> Tensor:
         """f32 [B,C,h,w] -> u8 [B,3,8h,8w]: exact where all 64 coefficients of each plane are kept."""
         return to_pixels(F.conv_transpose2d(latents.to(self.device), self._synthesis, stride=BLOCK) + 128)
