@@ -50,7 +50,7 @@ bench: $(VENV)/dev.stamp
 
 bench-gpu: $(VENV)/run.stamp
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[vae]'
-	$(BIN)/python benchmarks/gpu.py
+	$(BIN)/python -u benchmarks/gpu.py
 
 chaos: $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/chaos.py

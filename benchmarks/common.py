@@ -51,10 +51,11 @@ def spread(values: list[float]) -> dict:
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}
 
 
-def record(name: str, result: dict) -> None:
-    """Print the result and keep it, with the machine, in `records/NAME.json`."""
+def record(name: str, result: dict, quiet: bool = False) -> None:
+    """Print the result, unless quiet, and keep it, with the machine, in `records/NAME.json`."""
     document = {"benchmark": name, "machine": machine(), **result}
     RECORDS.mkdir(exist_ok=True)
     text = json.dumps(document, indent=1)
     (RECORDS / f"{name}.json").write_text(text + "\n")
-    print(text)
+    if not quiet:
+        print(text)

@@ -50,7 +50,7 @@ def main() -> None:
     size = 224 if data else 128
     pixels = np.concatenate([load_views(source.read("train", i).data, size) for i in range(options.images)])
     stages = Stages(source, codec, options.batch_size, None, MAX_PIXELS)
-    batches = torch.from_numpy(pixels).permute(0, 3, 1, 2).split(stages.batch_samples(1))
+    batches = torch.from_numpy(pixels).permute(0, 3, 1, 2).split(stages.batch_samples(1, size))
     asked = make_plan(source, ["train"], codec, 4, False, size, codec.latent_shape(size, size), 1, 0, 1024, "zarr")
 
     manifest = calibrate(stages, asked, 32, silent)
@@ -80,7 +80,7 @@ def main() -> None:
             "images": options.images,
             "enlarged": options.enlarge,
             "size": size,
-            "batch_size": stages.batch_samples(1),
+            "batch_size": stages.batch_samples(1, size),
             "bare_codec_images_per_s": spread(bare),
             "reading_and_decoding_images_per_s": spread(decoding),
             "reading_and_decoding_by_pillow_images_per_s": spread(pillow),

@@ -1,6 +1,8 @@
-"""All that is to be measured on a GPU, in one call: `make bench-gpu`, a few minutes on a large card.
+"""All that is to be measured on a GPU, in one call: `make bench-gpu`. No part begins after six minutes, what matters
+most comes first, and the record is written anew after each part.
 
-Codecs at their real size with random weights (speed does not depend on them) on batches that are on the device, against
+First the codes of every codec on the card against those of the CPU. Then
+codecs at their real size with random weights (speed does not depend on them) on batches that are on the device, against
 the arithmetic bound; `encode` of JPEGs from memory against the bare codec; epochs on codes of Imagenette's and of
 ImageNet's size; the share of the card's measured bfloat16 rate and bandwidth. Runs on a CPU too, with --small.
 """
@@ -13,7 +15,8 @@ import itertools
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,13 +28,16 @@ import latenttrain
 from common import machine, record, spread
 from latentprep.codecs import Codec, make_codec
 from latentprep.console import silent, tune_process
-from latentprep.device import pick_device
+from latentprep.device import on_device, pick_device
 from latentprep.encoder import encode
+from latentprep.images import MAX_PIXELS
+from latentprep.pipeline import Stages
+from latentprep.quantize import fit_quantizer, quantize
 from latentprep.sources import Row, Source
 from latenttrain.augment import Augment
 from latenttrain.config import RunConfig, versions
 from latenttrain.data import Split
-from latenttrain.device import synchronize
+from latenttrain.device import reproducible, synchronize
 from latenttrain.nets import NetConfig
 from latenttrain.recipe import make_recipe
 from latenttrain.scaling import count_flops
@@ -78,12 +84,8 @@ def codec_of(name: str, folder: Path, device: torch.device) -> Codec:
     return make_codec(name, weights=str(folder / name), device=device)
 
 
-def bench_codec(codec: Codec, device: torch.device, size: int, batch: int, bound: dict, images: int) -> dict:
-    """Bare codec on resident batches, and `encode` of JPEGs in memory, in one run."""
-    resident = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=device)
-    with FlopCounterMode(display=False) as counter:
-        codec.encode(resident[:1])
-    bare = [batch / s for s in timed(device, lambda: codec.encode(resident))]
+def bench_codec(codec: Codec, device: torch.device, size: int, bound: dict, images: int) -> dict:
+    """Bare codec on resident batches of the shipped size, `encode` of JPEGs in memory, and codes against the CPU's."""
     small = np.random.default_rng(0).integers(0, 256, (16, size // 8, size // 8, 3), np.uint8)
     jpegs = []
     for pixels in small:
@@ -92,43 +94,60 @@ def bench_codec(codec: Codec, device: torch.device, size: int, batch: int, bound
         jpegs.append(file.getvalue())
     rows = [Row(f"train/{i % 2}/{i:06d}.jpg", i % 2, i) for i in range(images)]
     source = Source("random", ("0", "1"), {"train": rows}, lambda at: jpegs[at % len(jpegs)])
+    batch = min(images, Stages(source, codec, None, None, MAX_PIXELS).batch_samples(1, size))
+    resident = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=device)
+    with FlopCounterMode(display=False) as counter:
+        codec.encode(resident[:1])
+    bare = [batch / s for s in timed(device, lambda: codec.encode(resident), 3)]
     with tempfile.TemporaryDirectory() as out:
-        found = encode(source, codec=codec, size=size, batch_size=batch, out=out, splits=["train"], profile=True)
-    assert found.profile is not None
-    whole = images / found.profile["wall"]
-    flops = counter.get_total_flops()
-    rate = spread(bare)
+        start = time.perf_counter()
+        encode(source, codec=codec, size=size, out=out, splits=["train"])  # without --profile, which waits
+        whole = images / (time.perf_counter() - start)
+    flops, rate = counter.get_total_flops(), spread(bare)
     return {
         "size": size,
         "batch": batch,
         "gflop_per_image": flops / 1e9,
         "bare_images_per_s": rate,
         "share_of_measured_flops": rate["median"] * flops / bound["flops"],
-        "encode_images_per_s": whole,
+        "encode_images_per_s": whole,  # calibration included
         "encode_over_bare": whole / rate["median"],
-        "bottleneck": found.profile["bottleneck"],
-        "stages": found.profile["stages"],
     }
 
 
-def bench_training(device: torch.device, samples: int, batch: int, bound: dict, epochs: int, compile: bool) -> dict:
-    """Epochs on random 4-bit codes of 4 x 32 x 32 that are on the device, and batches alone without the network."""
+def compare_codes(name: str, options: dict, device: torch.device, size: int, joint: bool) -> dict:
+    """The codes of random smooth pictures on the device and on the CPU, of the same quantizer, at 4 and 8 bits."""
+    noise = torch.rand(4, 3, size // 8, size // 8, generator=torch.Generator().manual_seed(0)) * 255
+    pictures = torch.nn.functional.interpolate(noise, size=(size, size), mode="bicubic").clamp(0, 255).to(torch.uint8)
+    host = make_codec(name, device="cpu", **options).encode(pictures)
+    there = make_codec(name, device=device, **options).encode(pictures)
+    found: dict = {"latents_max_difference": float((host - there.cpu()).abs().max())}
+    for bits in (4, 8):
+        quantizer = fit_quantizer(host, bits, joint)
+        apart = (quantize(host, quantizer).int() - quantize(there, quantizer).cpu().int()).abs()
+        found[f"{bits}_bits"] = {"share_differing": float((apart > 0).float().mean()), "max": int(apart.max())}
+    return found
+
+
+def bench_training(device: torch.device, samples: int, batch: int, bound: dict, compile: bool) -> dict:
+    """Two epochs, the first to warm up, as `fit` runs them, on random 4-bit codes of 4 x 32 x 32 that are on the
+    device; and batches alone without the network."""
     codes = torch.randint(0, 16, (samples, 1, 4, 32, 32), dtype=torch.uint8, device=device)
     split = Split(codes, torch.randint(0, 1000, (samples,), device=device))
     net = NetConfig((4, 32, 32), 1000, 4, (-2.0,) * 4, (0.25,) * 4)
-    recipe = make_recipe(epochs=epochs, batch_size=batch, compile=compile)
+    recipe = make_recipe(epochs=2, batch_size=batch, compile=compile)
     config = RunConfig(net, recipe, Augment(), {}, versions())
-    state = start_state(config, device)
-    with silent("", 0, "") as bar:
-        seconds = timed(device, lambda: train_epoch(state, config, split, 0, bar), epochs)
+    with reproducible(device, 0), silent("", 0, "") as bar:
+        state = start_state(config, device)
+        seconds = timed(device, lambda: train_epoch(state, config, split, 0, bar), 1)
     generator = torch.Generator(device).manual_seed(0)
-    loading = timed(device, lambda: [codes.sum() for codes, _ in split.training_batches(batch, generator)], epochs)
+    loading = timed(device, lambda: [codes.sum() for codes, _ in split.training_batches(batch, generator)], 1)
     rate = samples / min(seconds)
     return {
         "samples": samples,
         "batch": batch,
         "compiled": compile,
-        "epoch_s": spread(seconds),
+        "epoch_s": min(seconds),
         "samples_per_s": rate,
         "share_of_measured_flops": 3 * count_flops(state.net) * rate / bound["flops"],
         "batches_alone_samples_per_s": samples / min(loading),
@@ -136,36 +155,63 @@ def bench_training(device: torch.device, samples: int, batch: int, bound: dict, 
     }
 
 
+def parts(device: torch.device, small: bool, folder: Path, bound: dict) -> Iterator[tuple[str, Callable[[], dict]]]:
+    """What is measured, by name, what matters most first."""
+    names = ("taesd",) if small else ("taesd", "sd-vae")
+    codecs = {name: codec_of(name, folder, device) for name in names}
+    options: dict[str, list[dict]] = {"dct": [{}], "resample": [{}]}
+    for name in names:
+        options[name] = [{"weights": str(folder / name), "dtype": dtype} for dtype in ("float32", "bfloat16")]
+    for name, variants in options.items():
+        for variant in variants:
+            row = "_".join(["codes", name, *filter(None, [variant.get("dtype")])])
+            yield row, partial(compare_codes, name, variant, device, 64 if small else 128, False)
+    yield "codes_dct_joint", partial(compare_codes, "dct", {"luma": 4, "chroma": 0}, device, 64, True)
+    for name, codec in codecs.items():
+        for size in (64,) if small else (256, 512):
+            images = 16 if small else (8192 if name == "taesd" else 1024) * 256 // size
+            yield f"{name}_{size}", partial(bench_codec, codec, device, size, bound, images)
+    for name, samples in (("imagenette", 9_469), ("imagenet", 1_281_167)):
+        batches = (64,) if small else (32, 64, 1024) if name == "imagenette" else (1024,)  # 32 and 64: as shipped
+        for batch, compile in itertools.product(batches, (False,) if small else (False, True)):
+            count = min(samples, 128 if small else 400_000)
+            row = f"train_{name}_{batch}" + "_compiled" * compile
+            yield row, partial(bench_training, device, count, batch, bound, compile)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--small", action="store_true", help="a trial of the script, at sizes for a CPU")
+    parser.add_argument("--seconds", type=float, default=360, help="after so many no further part begins")
     asked = parser.parse_args()
+    began = time.monotonic()
     tune_process()
     device = pick_device(asked.device)
     if device.type != "cuda" and not asked.small:
         print("no CUDA device here; --small tries the script on a CPU")
         return
-    small = asked.small
-    bound = ceiling(device, 512 if small else 8192)
+    bound = ceiling(device, 64 if asked.small else 8192)
     result: dict = {"device": str(device), "latenttrain": latenttrain.__version__, "measured_ceiling": bound}
-    with tempfile.TemporaryDirectory() as folder:
-        for name in ("taesd",) if small else ("taesd", "sd-vae"):
-            codec = codec_of(name, Path(folder), device)
-            for size in (64,) if small else (256, 512):
-                batch = 4 if small else (128 if name == "taesd" else 32) * 256 // size
-                images = 16 if small else 8192 * 256 // size if name == "taesd" else 1024
-                result[f"{name}_{size}"] = bench_codec(codec, device, size, batch, bound, images)
-                print(name, size, json.dumps(result[f"{name}_{size}"]), flush=True)
-    for name, samples in (("imagenette", 9_469), ("imagenet", 1_281_167)):
-        for batch, compile in ((64, False),) if small else itertools.product((64, 256, 1024), (False, True)):
-            count, row = min(samples, 256) if small else samples, f"train_{name}_{batch}" + "_compiled" * compile
-            result[row] = bench_training(device, count, batch, bound, 1 if count > 1e5 else 3, compile)
-            print(row, json.dumps(result[row]), flush=True)
-    if small:
+    with tempfile.TemporaryDirectory() as folder, on_device(device):
+        for row, measure in parts(device, asked.small, Path(folder), bound):
+            if time.monotonic() - began > asked.seconds:
+                result.setdefault("left_out", []).append(row)
+            else:
+                result[row] = attempt(measure)
+            print(f"{time.monotonic() - began:.0f} s: {row}", json.dumps(result.get(row)), flush=True)
+            if not asked.small:
+                record("gpu", result, quiet=True)  # what was measured stays, however it ends
+    if asked.small:
         print(json.dumps(machine() | result, indent=1))
-    else:
-        record("gpu", result)
+
+
+def attempt(measure: Callable[[], dict]) -> dict:
+    """What it measures, or why it could not: the other parts go on."""
+    try:
+        return measure()
+    except Exception as error:
+        return {"failed": f"{type(error).__name__}: {error}"}
 
 
 if __name__ == "__main__":

@@ -32,9 +32,9 @@ from latentprep.console import progress_bar, tune_process
 from latentprep.device import pick_device
 from latentprep.drawing import BLUE, GREY, INK, draw
 from latentprep.encoder import default_size
+from latentprep.facts import info
 from latentprep.format import Quantizer
 from latentprep.images import load_views
-from latentprep.info import info
 from latentprep.sources import Source, open_source
 from latenttrain.augment import Augment
 from latenttrain.checkpoint import check_run_folder, read_config

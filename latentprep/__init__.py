@@ -13,8 +13,12 @@ __all__ = [
     "decode",
     "encode",
     "fit_linear_decoder",
+    "info",
+    "linear_preview",
+    "list_codecs",
     "merge",
     "open",
+    "open_source",
     "preview",
     "push",
     "rd",
@@ -26,18 +30,21 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from .codecs.listing import list_codecs
     from .decoding import decode
     from .derived import convert
     from .encoder import encode
+    from .facts import info
     from .format import open_dataset as open
     from .hub import push
     from .latents import write_latents
     from .linear_decoder import fit_linear_decoder
-    from .previewer import preview
+    from .previewer import linear_preview, preview
     from .rate_distortion import rd
     from .reporter import report
     from .requantizer import requantize
     from .selection import merge, subset
+    from .sources import open_source
     from .verifier import verify
 
 _HOMES = {
@@ -45,7 +52,11 @@ _HOMES = {
     "decode": ".decoding",
     "encode": ".encoder",
     "fit_linear_decoder": ".linear_decoder",
+    "info": ".facts",
+    "linear_preview": ".previewer",
+    "list_codecs": ".codecs.listing",
     "merge": ".selection",
+    "open_source": ".sources",
     "preview": ".previewer",
     "push": ".hub",
     "rd": ".rate_distortion",

@@ -1,16 +1,12 @@
-"""Tar and gzipped tar archives read in place: an index of their images, and bytes by offset. Nothing is ever unpacked.
+"""Tar and gzipped tar archives read in place: an index of what they hold, by offset. Nothing is ever unpacked.
 
-A plain tar is read with one ``pread`` a sample. A gzipped one is inflated once, to index it; on the way a copy of the
-decompressor is kept every 128 KiB or more (zlib's own ``copy()``, about 70 KiB each, at most 2,048 of them), and a
-read inflates from the nearest copy. Measured on two AMD EPYC cores with other work running, Python 3.11, one thread,
-random order, a .tgz of Imagenette at 224 pixels: 2,500 reads/s through `Source.read` (n = 3,000), where indexed_gzip
-1.10.3 gave 612/s at the same spacing and 86/s at its default (n = 2,000), and no more from two threads.
+Tars that were joined (``cat a.tar b.tar``, several streams of gzip) are one archive, and a plain tar inside an archive
+has a listing of its own.
 """
 
 from __future__ import annotations
 
-import bisect
-import os
+import posixpath
 import tarfile
 import zlib
 from collections.abc import Callable
@@ -18,168 +14,36 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from latentprep.errors import SourceError
-from latentprep.layouts import HEAD_BYTES, Entry, Listing, Progress, has_image_name, is_hidden, is_image, text_path
+from latentprep.kinds import has_image_name
+from latentprep.listing import HIDDEN, Entry, Listing, Progress, is_hidden, text_path
+from latentprep.offsets import AGAIN, CHUNK, GzipFile, PlainFile
 
-LABEL_BYTES = 1024  # the longest `.cls` member taken for a label
-_GZIP_SPACING = 128 * 1024  # plain bytes between two kept decompressors, at least
-_GZIP_POINTS = 2048  # how many are kept, at most (140 MB)
-_CHUNK = 64 * 1024
 _HEADER_BYTES = 1 << 20  # of one member, long names and all
+_MAX_LINKED = 1 << 20  # images that links to folders may add to an archive
 
 
-class PlainFile:
-    """Bytes of a file by offset. Opened for each read: no lock, no limit on how many there are, can be pickled."""
+def archive_kind(path: Path, head: bytes | None = None) -> str | None:
+    """``tar``, ``gzip`` (of a tar), a type that is not read in place (``zip``, …) or None; by content, not by name.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def pread(self, size: int, offset: int) -> bytes:
-        """At most ``size`` bytes from ``offset``; fewer at the end. Raises OSError."""
-        fd = os.open(self.path, os.O_RDONLY)
-        try:
-            parts = []
-            while size > 0 and (part := os.pread(fd, size, offset)):
-                parts.append(part)
-                size, offset = size - len(part), offset + len(part)
-            return parts[0] if len(parts) == 1 else b"".join(parts)
-        finally:
-            os.close(fd)
-
-
-class GzipFile:
-    """Plain bytes of a gzip file by offset, from the decompressors that a first pass (`cursor`) left behind.
-
-    Pickled without them: the copy makes its own first pass at its first read.
+    ``head``: the file's first 512 bytes, where they are known.
     """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.points: list[_GzipCursor] = []
-
-    def cursor(self, fd: int) -> _GzipCursor:
-        """A cursor at the start, on an open file, that leaves a decompressor behind every so often."""
-        spacing = max(_GZIP_SPACING, os.fstat(fd).st_size // _GZIP_POINTS)
-        return _GzipCursor(fd, keep=self.points, spacing=spacing)
-
-    def pread(self, size: int, offset: int) -> bytes:
-        """At most ``size`` plain bytes from ``offset``; fewer at the end. Raises OSError, EOFError, zlib.error."""
-        fd = os.open(self.path, os.O_RDONLY)
-        try:
-            if not self.points:
-                first = GzipFile(self.path)
-                first.cursor(fd).seek_end()
-                self.points = first.points  # in one step: other threads see none or all
-            nearest = bisect.bisect_right(self.points, offset, key=_GzipCursor.tell) - 1
-            cursor = self.points[nearest].copy(fd)
-            cursor.seek(offset)
-            return cursor.read(size)
-        finally:
-            os.close(fd)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "points": []}
-
-
-class _GzipCursor:
-    """A place in a gzip file's plain bytes that moves forward only, and can be copied: the copy goes on from there.
-
-    As much of a file object as tarfile needs. ``keep`` collects copies, one at the first read after each ``spacing``
-    plain bytes; tarfile's reads begin at headers and members, which is where later reads begin too.
-    """
-
-    def __init__(self, fd: int, keep: list[_GzipCursor] | None = None, spacing: int = 0) -> None:
-        self._fd = fd
-        self._keep, self._spacing, self._keep_at = keep, spacing, 0
-        self._next = 0  # offset in the file of the input after `_tail`
-        self._tail = b""  # input read and not yet inflated
-        self._position = 0  # in plain bytes
-        self._inflate: Any = zlib.decompressobj(wbits=31)  # None at the end
-
-    def copy(self, fd: int) -> _GzipCursor:
-        other = _GzipCursor(fd)
-        other._next, other._position = self._next - len(self._tail), self._position
-        other._inflate = self._inflate.copy()
-        return other
-
-    def tell(self) -> int:
-        return self._position
-
-    def compressed(self) -> int:
-        """How far in the file, in bytes."""
-        return self._next - len(self._tail)
-
-    def seek(self, offset: int) -> int:
-        assert offset >= self._position, "a gzip cursor moves forward only"
-        while self._position < offset and self.read(min(offset - self._position, 4 * _CHUNK)):
-            pass
-        return self._position
-
-    def seek_end(self) -> None:
-        """Inflate to the end, where gzip's own checksum is compared. Raises EOFError, zlib.error."""
-        while self.read(4 * _CHUNK):
-            pass
-
-    def read(self, size: int) -> bytes:
-        if self._keep is not None and self._inflate and self._position >= self._keep_at:
-            self._keep.append(self.copy(-1))
-            self._keep_at = self._position + self._spacing
-        parts = []
-        while size > 0 and self._inflate:
-            if not self._tail:
-                self._tail = os.pread(self._fd, _CHUNK, self._next)
-                self._next += len(self._tail)
-            fed = self._tail
-            part = self._inflate.decompress(fed, size)
-            self._tail = self._inflate.unconsumed_tail
-            if not part and not fed and not self._inflate.eof:
-                raise EOFError("the compressed data end early")
-            parts.append(part)
-            size, self._position = size - len(part), self._position + len(part)
-            if self._inflate.eof:
-                self._tail = self._inflate.unused_data
-                self._next_stream()
-        return b"".join(parts)
-
-    def _next_stream(self) -> None:
-        """A gzip file may hold several streams, and zeros after the last."""
-        while True:
-            self._tail = self._tail.lstrip(b"\0")
-            if self._tail:
-                self._inflate = zlib.decompressobj(wbits=31)
-                return
-            self._tail = os.pread(self._fd, _CHUNK, self._next)
-            self._next += len(self._tail)
-            if not self._tail:
-                self._inflate = None
-                return
-
-
-def read_member(at: tuple[PlainFile | GzipFile, int, int]) -> bytes:
-    """The bytes of an archive's member from its place. Raises OSError, or SourceError where the archive has changed."""
-    file, offset, size = at
-    try:
-        data = file.pread(size, offset)
-    except (EOFError, zlib.error) as error:
-        raise SourceError(f"cannot read {file.path} at byte {offset}: {error}", _AGAIN) from error
-    if len(data) != size:
-        raise SourceError(f"{file.path} is shorter than when it was opened", _AGAIN)
-    return data
-
-
-_AGAIN = "copy or download the archive again"
-
-
-def archive_kind(path: Path) -> str | None:
-    """``tar``, ``gzip`` (of a tar), a type that is not read in place (``zip``, …) or None; by content, not by name."""
-    with path.open("rb") as file:
-        head = file.read(_CHUNK)
+    if head is None or head.startswith(b"\x1f\x8b"):
+        with path.open("rb") as file:
+            head = file.read(CHUNK)
     if head.startswith(b"\x1f\x8b"):
         try:
             inner = zlib.decompressobj(wbits=31).decompress(head, 512)
         except zlib.error:
             return "gzip"  # a damaged one; reading it says so
         return "gzip" if len(inner) < 512 or _begins_tar(inner) else None
-    others = {b"PK\3\4": "zip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"7z\xbc\xaf": "7z"}
+    others = {
+        b"PK\3\4": "zip",
+        b"BZh": "bzip2",
+        b"\xfd7zXZ\0": "xz",
+        b"\x28\xb5\x2f\xfd": "zstd",
+        b"7z\xbc\xaf": "7z",
+        b"PAR1": "Parquet",
+    }
     for magic, name in others.items():
         if head.startswith(magic):
             return name
@@ -195,13 +59,14 @@ def _begins_tar(head: bytes) -> bool:
 
 
 def list_archive(path: Path, progress: Progress | None = None) -> Listing:
-    """The images of a tar or gzipped tar, in the archive's order, with where their bytes are.
+    """What a tar or gzipped tar holds, in the archive's order, with where the images' bytes are.
 
-    Raises SourceError: not an archive, cut short, damaged, a member that points outside it, or an image that is a link.
+    Raises SourceError: not an archive, cut short, damaged, followed by other bytes, a member that points outside it, or
+    an image that is a link.
     """
     kind = archive_kind(path)
     if kind not in ("tar", "gzip"):
-        what = f"a {kind} archive" if kind else "not an archive"
+        what = "a Parquet file" if kind == "Parquet" else f"a {kind} archive" if kind else "not an archive"
         raise SourceError(f"{path} is {what}", "give a folder, a .tar or a .tar.gz")
     file = GzipFile(path) if kind == "gzip" else PlainFile(path)
     total = path.stat().st_size
@@ -209,57 +74,121 @@ def list_archive(path: Path, progress: Progress | None = None) -> Listing:
         with path.open("rb") as raw:
             cursor: Any = file.cursor(raw.fileno()) if isinstance(file, GzipFile) else raw
             done = cursor.compressed if isinstance(file, GzipFile) else cursor.tell
-            tick = (lambda: progress(f"reading {path.name}", done(), total)) if progress else None
-            return _list_members(path, file, cursor, tick)
+            tick = (lambda: progress(f"reading {path.name}", done(), total)) if progress else lambda: None
+            listing = _Lister(path, file, cursor, tick).list(_Headers(cursor))
+            if isinstance(file, GzipFile):
+                cursor.seek_end()
+            return listing
     except (SourceError, OSError):
         raise
     except Exception as error:  # tarfile raises whatever it meets in damaged headers
-        raise SourceError(f"{path} is damaged or cut short: {error or type(error).__name__}", _AGAIN) from error
+        raise SourceError(f"{path} is damaged or cut short: {error or type(error).__name__}", AGAIN) from error
 
 
-def _list_members(path: Path, file: PlainFile | GzipFile, cursor: Any, tick: Callable[[], None] | None) -> Listing:
-    listing = Listing()
-    count = 0
-    headers = _Headers(cursor)
-    with tarfile.open(fileobj=_as_file(headers), mode="r:", encoding="utf-8") as tar:
-        while (member := tar.next()) is not None:
-            tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep every header: about 1 KiB each
-            count += 1
-            headers.left = _HEADER_BYTES
-            if tick and count % 256 == 0:
-                tick()
-            name = _inner_path(path, member.name)
-            if not name or is_hidden(name):
-                continue
-            if member.isdir():
-                listing.folders.add(name)
-            elif member.islnk() or member.issym() or member.issparse():
-                if has_image_name(name):
-                    how = "a sparse file" if member.issparse() else f"a link to {member.linkname}"
-                    way_out = "pack the archive again with: tar --dereference --hard-dereference"
-                    raise SourceError(f"{path}: {name} is {how}, not an image", way_out)
-            elif member.isreg():
-                _add_member(listing, name, (file, member.offset_data, member.size), cursor)
-        if file.pread(512, tar.offset) != bytes(512):  # tarfile takes a broken header, or none, for the end
-            raise EOFError(f"no end mark after {count} members")
-    if isinstance(file, GzipFile):
-        cursor.seek_end()
-    return listing
+class _Lister:
+    """One pass through an archive's members."""
 
+    def __init__(self, path: Path, file: PlainFile | GzipFile, cursor: Any, tick: Callable[[], None]) -> None:
+        self.path, self.file, self.cursor, self.tick = path, file, cursor, tick
+        self.count = 0  # of members
 
-def _add_member(listing: Listing, name: str, at: tuple[PlainFile | GzipFile, int, int], cursor: Any) -> None:
-    _, offset, size = at
-    image = has_image_name(name)
-    if not image:
-        cursor.seek(offset)
-        head = cursor.read(min(size, LABEL_BYTES if name.endswith(".cls") else HEAD_BYTES))
-        image = is_image(head)
-        if name.endswith(".cls"):
-            listing.labels[name] = head
-    if image:
-        listing.images.append(Entry(name, at))
-        while "/" in name and (name := name.rpartition("/")[0]) not in listing.folders:
+    def list(self, headers: _Headers, nested: bool = False) -> Listing:
+        """What lies between where ``headers`` stand and their end: a tar, or several of them."""
+        listing, links, more = Listing(), {}, True
+        while more:
+            with tarfile.open(fileobj=_as_file(headers), mode="r:", encoding="utf-8") as tar:
+                while (member := tar.next()) is not None:
+                    tar.members.clear()  # type: ignore[attr-defined]  # it would keep every header: about 1 KiB each
+                    self.count += 1
+                    headers.left = _HEADER_BYTES
+                    if self.count % 256 == 0:
+                        self.tick()
+                    if member.issym() and not has_image_name(member.name):
+                        links[_inner_path(self.path, member.name)] = member.linkname
+                    else:
+                        self._add(listing, member, nested)
+                end = tar.offset
+            # tarfile takes a broken header, or none, for the end
+            if not headers.holds(end) or self.file.pread(512, end) != bytes(512):
+                raise EOFError(f"no end mark after {self.count} members")
+            more = headers.skip_zeros()
+        _follow(self.path, listing, links)
+        listing.leave_out_ours()
+        return listing
+
+    def _add(self, listing: Listing, member: tarfile.TarInfo, nested: bool) -> None:
+        name = _inner_path(self.path, member.name)
+        if not name:
+            return
+        if is_hidden(name):
+            listing.leave_out(HIDDEN, int(member.isreg() and has_image_name(name)))
+        elif member.isdir():
             listing.folders.add(name)
+        elif member.islnk() or member.issym() or member.issparse():
+            if has_image_name(name):
+                how = "a sparse file" if member.issparse() else f"a link to {member.linkname}"
+                way_out = "pack the archive again with: tar --dereference --hard-dereference"
+                raise SourceError(f"{self.path}: {name} is {how}, not an image", way_out)
+        elif member.isreg():
+            self._add_file(listing, name, member.offset_data, member.size, nested)
+
+    def _add_file(self, listing: Listing, name: str, offset: int, size: int, nested: bool) -> None:
+        def read(length: int) -> bytes:
+            self.cursor.seek(offset)
+            return self.cursor.read(min(size, length))
+
+        before = len(listing.images)
+        head = listing.add(name, (self.file, offset, size), read)
+        inner = Listing()
+        if len(head) == 512 and _begins_tar(head) and head.strip(b"\0"):
+            if nested:
+                way_out = "unpack the outermost archive"
+                raise SourceError(f"{self.path}: {name} is a tar in a tar in a tar", way_out)
+            inner = self.list(_Headers(self.cursor, offset + size, head), nested=True)
+            listing.archives[name] = inner
+        elif head:
+            listing.add_other(name)
+            if head.startswith(b"\x1f\x8b") and name.lower().endswith((".tgz", ".tar.gz")):
+                listing.leave_out("archives not read (.tgz inside a tar)")
+        if len(listing.images) > before or name in listing.archives:
+            _add_folders(listing, name)
+
+
+def _add_folders(listing: Listing, name: str) -> None:
+    while "/" in name and (name := name.rpartition("/")[0]) not in listing.folders:
+        listing.folders.add(name)
+
+
+def _follow(archive: Path, listing: Listing, links: dict[str, str]) -> None:
+    """Enter what links to folders lead to, as if it were there. What links in there lead to is not followed again."""
+    if not links:
+        return
+    inside: dict[str, list[Entry]] = {}
+    for entry in listing.images:
+        folder = entry.path
+        while "/" in folder:
+            folder = folder.rpartition("/")[0]
+            inside.setdefault(folder, []).append(entry)
+    added: list[Entry] = []
+    for name, target in links.items():
+        to = posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
+        for _ in range(40):  # as many links to links as Linux follows
+            if to in links:
+                to = posixpath.normpath(posixpath.join(posixpath.dirname(to), links[to]))
+        if is_hidden(name):
+            continue
+        if to in links or name.startswith(f"{to}/") or to == ".":
+            listing.leave_out("links in a circle")
+        elif to not in inside:
+            listing.leave_out("links to what is not in the archive", int(to not in listing.folders))
+        else:
+            for entry in inside[to]:
+                added.append(Entry(name + entry.path.removeprefix(to), entry.at))
+                _add_folders(listing, added[-1].path)
+            if len(added) > _MAX_LINKED:
+                raise SourceError(f"{archive}: its links to folders add more than {_MAX_LINKED} images", "unpack it")
+            listing.linked = True
+    listing.images += added
 
 
 def _inner_path(archive: Path, name: str) -> str:
@@ -273,21 +202,47 @@ class _Headers:
     """What tarfile reads one member's headers through: only forward, and no more of them than anyone needs.
 
     A header may claim a name of gigabytes, or a member of negative length, which tarfile would visit for ever.
+    ``end``: where the tar ends that lies inside another; ``ahead``: bytes that have been read already.
     """
 
-    def __init__(self, cursor: Any) -> None:
-        self._cursor, self.left, self.tell = cursor, _HEADER_BYTES, cursor.tell
+    def __init__(self, cursor: Any, end: int | None = None, ahead: bytes = b"") -> None:
+        self._cursor, self._end, self._ahead = cursor, end, ahead
+        self.left = _HEADER_BYTES
+
+    def tell(self) -> int:
+        return self._cursor.tell() - len(self._ahead)
 
     def read(self, size: int) -> bytes:
         self.left -= size
         if size < 0 or self.left < 0:
             raise tarfile.ReadError(f"the headers of a member take more than {_HEADER_BYTES} bytes")
-        return self._cursor.read(size)
+        if self._end is not None:
+            size = max(0, min(size, self._end - self.tell()))
+        part, self._ahead = self._ahead[:size], self._ahead[size:]
+        return part + self._cursor.read(size - len(part)) if len(part) < size else part
 
     def seek(self, offset: int) -> int:
-        if offset < self._cursor.tell():
+        if offset < self.tell():
             raise tarfile.ReadError("a member ends before it begins")
-        return self._cursor.seek(offset)
+        self._ahead = self._ahead[offset - self.tell() :]
+        return self._cursor.seek(offset) if not self._ahead else offset
+
+    def holds(self, offset: int) -> bool:
+        """Whether there can be a block at ``offset``."""
+        return self._end is None or offset + 512 <= self._end
+
+    def skip_zeros(self) -> bool:
+        """Go on to the tar behind the zeros that end one, if there is one. Raises EOFError for anything else."""
+        while True:
+            self.left = _HEADER_BYTES
+            block = self.read(512)
+            if block.strip(b"\0"):
+                if not _begins_tar(block):
+                    raise EOFError("after the end mark there are other bytes, which are no tar")
+                self._ahead = block + self._ahead
+                return True
+            if not block:
+                return False
 
 
 def _as_file(headers: _Headers) -> BinaryIO:

@@ -10,7 +10,7 @@ import typer
 from . import __version__, cli_datasets, cli_pictures, console
 from .errors import UsageError
 from .options import Joint, Json, Overwrite
-from .showing import shape, show_result
+from .showing import open_shown, shape, show_result
 
 app = typer.Typer(
     name="latentprep",
@@ -154,10 +154,8 @@ def encode(
       latentprep encode photos/ --codec dct --luma 8 --chroma 2 --size 256 --val-fraction 0.2
     """
     from .encoder import encode as run
-    from .sources import open_source
 
-    with console.byte_progress() as reading:
-        opened = open_source(source, data=data, val_fraction=val_fraction, seed=seed, progress=reading)
+    opened = open_shown(source, data=data, val_fraction=val_fraction, seed=seed, out=out)
     options: dict[str, Any] = {"weights": weights, "posterior": posterior, "dtype": dtype}
     options |= {"luma": luma, "chroma": chroma, "factor": factor, **_third_party(option or [])}
     result = run(
@@ -188,6 +186,8 @@ def encode(
         **options,
     )
     show_result(result, as_json)
+    if result.note:
+        console.warn(result.note)
     if result.invalid:
         console.warn(f"{result.invalid} samples could not be read; they are listed in {result.out}/errors.jsonl")
         raise typer.Exit(3)

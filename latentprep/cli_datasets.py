@@ -10,7 +10,7 @@ import typer
 from . import console
 from .errors import DatasetError
 from .options import BatchSize, Data, Device, Joint, Json, Made, Out, Overwrite, Weights, Workers
-from .showing import shape, show_result, show_verified
+from .showing import open_shown, shape, show_result, show_verified
 
 app = typer.Typer()
 
@@ -152,13 +152,10 @@ def latents(
       latentprep latents shards imagenette --out shards-float
     """
     from .latents import write_latents as run
-    from .sources import open_source
 
-    with console.byte_progress() as reading:
-        opened = open_source(source, data=data, val_fraction=val_fraction, seed=seed, progress=reading)
-    opened = opened.take(limit) if limit is not None else opened
+    opened = open_shown(source, data=data, val_fraction=val_fraction, seed=seed)
     folder = run(
-        dataset, opened, out=out, weights=weights, device=device, batch_size=batch_size, workers=workers,
+        dataset, opened, out=out, limit=limit, weights=weights, device=device, batch_size=batch_size, workers=workers,
         progress=console.progress_bar,
     )  # fmt: skip
     if as_json:
@@ -206,13 +203,7 @@ def verify(
     """
     from .verifier import verify as run
 
-    opened = None
-    if source is not None:
-        from .sources import open_source
-
-        with console.byte_progress() as reading:
-            opened = open_source(source, data=data, val_fraction=val_fraction, seed=seed, progress=reading)
-        opened = opened.take(limit) if limit is not None else opened
+    opened = open_shown(source, data=data, val_fraction=val_fraction, seed=seed, limit=limit)
     found = run(
         dataset, deep=deep, source=opened, samples=samples, seed=seed, repair=repair, weights=weights, device=device,
         batch_size=batch_size, workers=workers, progress=console.progress_bar,
@@ -236,7 +227,7 @@ def info(
 
       latentprep info shards
     """
-    from .info import info as run
+    from .facts import info as run
 
     found = run(dataset)
     if as_json:
@@ -259,6 +250,7 @@ def info(
             "saturated": " ".join(f"{share:.2%}" for share in found.saturation[:16])
             + (" …" if len(found.saturation) > 16 else "")
             + " of values, a channel",
+            **{f"channel {poor.channel}": f"{poor.entropy:.2f} bits a code: {poor.cause}" for poor in found.poor[:16]},
         },
     )
     names = list(found.splits)

@@ -10,6 +10,7 @@ import typer
 from . import console
 from .errors import UsageError
 from .options import Class, Data, Dataset, DecoderOption, Device, Index, Json, SourceOption, Split, Weights
+from .showing import open_shown
 
 if TYPE_CHECKING:
     from .sources import Source
@@ -291,14 +292,7 @@ def _show_sheet(out: str, samples: int, split: str, columns: tuple[str, ...], sh
 
 def _source(spec: str | None, data: Path | None) -> Source | None:
     """The source that was named; its splits and limits do not matter, for samples are found by their keys."""
-    if spec is None:
-        if data is not None:
-            raise UsageError("--data is a copy of what --source names", "give --source too")
-        return None
-    from .sources import open_source
-
-    with console.byte_progress() as reading:
-        return open_source(spec, data=data, progress=reading)
+    return open_shown(spec, data=data)
 
 
 def _rows(text: str | None) -> list[int] | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .console import ProgressFactory
-from .errors import SourceError
+from .errors import SourceError, opt
 from .format.dataset import LatentDataset
 from .format.manifest import INVALID_LABEL, ShardId
 
@@ -64,7 +64,7 @@ def own_stages(
     if source.fingerprint() != dataset.manifest.source["sha256"]:
         raise SourceError(
             f"{source.spec} is not the source that {dataset.root} was made of: its files or labels differ",
-            "give the same source, with the --limit, --val-fraction and --seed of the encode",
+            f"give the same source, with the {opt('limit')}, {opt('val_fraction')} and {opt('seed')} of the encode",
         )
     codec = codec_from_config(dataset.manifest.codec, device=pick_device(device), weights=weights)
     return Stages(source, codec, batch_size, workers, MAX_PIXELS)

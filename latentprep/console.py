@@ -4,33 +4,67 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from .errors import LatentError, SystemFault, system_fault
+from .errors import Interrupted, LatentError, LatentWarning, SystemFault, system_fault
+from .terminal import guard_streams, orderly_signals
+from .text import shown
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
 
 
 def run(app: Any) -> None:
     """Run a Typer `app` as a program: a user's mistake is one or two lines on stderr and its exit code."""
-    tune_process()
-    warnings.filterwarnings("ignore", module="PIL")  # of damaged images, which we report ourselves
+    with orderly_signals() as ended:
+        try:
+            guard_streams()
+            tune_process()
+            warnings.filterwarnings("ignore", module="PIL")  # of damaged images, which we report ourselves
+            warnings.showwarning = _show_warning  # type: ignore[assignment]
+            try:
+                code = _exit_code(app)
+            except KeyboardInterrupt:  # before there was anything to lose
+                raise Interrupted("interrupted", "run the same command again to go on") from None
+            sys.stdout.flush()
+        except Interrupted as error:
+            _say(error)
+            code = ended.exit_code
+        except LatentError as error:
+            _say(error)
+            code = error.exit_code
+        except OSError as error:
+            code = _say(system_fault(error))
+        except MemoryError:
+            code = _say(SystemFault("out of memory", "close other programs, or use smaller batches or shards"))
+    sys.exit(code)
+
+
+def _exit_code(app: Any) -> int | str | None:
+    """What Typer ends with; its way of leaving at Ctrl-C is a `KeyboardInterrupt` again."""
     try:
         app()
-    except LatentError as error:
-        fail(error)
     except SystemExit as stop:
-        if stop.code == 130:  # Ctrl-C before there was anything to lose; Typer leaves without a word
-            print("interrupted; run the same command again to go on", file=sys.stderr)
-        raise
-    except OSError as error:
-        fail(system_fault(error))
-    except MemoryError:
-        fail(SystemFault("out of memory", "close other programs, or use smaller batches or shards"))
+        if stop.code == Interrupted.exit_code:
+            raise KeyboardInterrupt from None
+        return stop.code
+    return 0
+
+
+def _show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
+    """A warning of ours as one line for users; others as Python shows them."""
+    if issubclass(category, LatentWarning):
+        warn(str(message))
+    else:
+        print(warnings.formatwarning(message, category, filename, lineno), end="", file=sys.stderr)
 
 
 def tune_process() -> None:
@@ -52,28 +86,59 @@ def tune_process() -> None:
             mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD, bytes
 
 
-def fail(error: LatentError) -> None:
-    """Print the error and its way out on stderr, and exit with its code."""
-    print(f"error: {error.message}", file=sys.stderr)
-    if error.hint:
-        print(f"hint:  {error.hint}", file=sys.stderr)
-    sys.exit(error.exit_code)
+def _say(error: LatentError) -> int:
+    """Print the error and its way out on stderr, and return its exit code."""
+    message, hint = error.in_shell()
+    print_error(message)
+    if hint:
+        _line(f"hint:  {hint}")
+    return error.exit_code
+
+
+def print_error(text: str) -> None:
+    """One line on stderr about what is wrong."""
+    _line(f"error: {text}")
 
 
 def warn(text: str) -> None:
     """One line on stderr about something the user should look at."""
-    print(f"warning: {text}", file=sys.stderr)
+    _line(f"warning: {text}")
+
+
+def _line(text: str) -> None:
+    print(shown(text), file=sys.stderr, flush=True)
 
 
 def print_json(document: dict) -> None:
-    """A command's result for machines: one JSON object on stdout."""
-    print(json.dumps(document, indent=2, ensure_ascii=False))
+    """A command's result for machines: one JSON object on stdout, in ASCII where the terminal knows no more."""
+    text = json.dumps(document, indent=2, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:  # a terminal's encoding, or a file name that is no text
+        text = json.dumps(document, indent=2)
+    print(re.sub("[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text))
+
+
+def _rich(stderr: bool = False) -> Console:
+    """The one way to rich: its console, to which every string is text: no markup, no emoji, no control characters."""
+    from rich.console import Console
+    from rich.text import Text
+
+    class Plain(Console):
+        def render_str(
+            self, text: str, *, style: Any = "", justify: Any = None, overflow: Any = None, **_: Any
+        ) -> Text:
+            return Text(shown(text), style=style, justify=justify, overflow=overflow)
+
+    console = Plain(stderr=stderr)
+    if not console.is_terminal:
+        console.width = 200
+    return console
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """A command's result for people, on stdout: numbers to the right; as wide as it needs to be."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -82,17 +147,14 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
         table.add_column(column, justify="right" if numbers else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    console = Console()
-    if not console.is_terminal:
-        console.width = 200
+    console = _rich()
     if title:
-        console.print(title, style="bold", highlight=False, soft_wrap=True)
+        console.print(title, style="bold", soft_wrap=True)
     console.print(table)
 
 
 def print_facts(title: str, facts: dict[str, str]) -> None:
     """Name and value pairs, on stdout."""
-    from rich.console import Console
     from rich.table import Table
 
     grid = Table.grid(padding=(0, 2))
@@ -100,9 +162,7 @@ def print_facts(title: str, facts: dict[str, str]) -> None:
     grid.add_column(overflow="fold")
     for name, value in facts.items():
         grid.add_row(name, value)
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 200
+    console = _rich()
     console.print(title, style="bold")
     console.print(grid)
 
@@ -160,21 +220,20 @@ def progress_bar(description: str, total: int, unit: str, done: int = 0) -> Iter
     if not sys.stderr.isatty():
         yield _Lines(description, total, unit, done)
         return
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as RichProgress
 
     with RichProgress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=None),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
+        TextColumn("{task.fields[rate]}", markup=False),
         TimeRemainingColumn(),
-        TextColumn("[dim]{task.fields[facts]}"),
-        console=Console(stderr=True),
+        TextColumn("{task.fields[facts]}", style="dim", markup=False),
+        console=_rich(stderr=True),
         refresh_per_second=4,
     ) as bar:
-        task = bar.add_task(description, total=total, completed=done, rate="", facts="")
+        task = bar.add_task(shown(description), total=total, completed=done, rate="", facts="")
         yield _Bar(bar, task, unit)
 
 
@@ -223,10 +282,10 @@ class _Bar:
 
     def advance(self, n: int, **facts: str) -> None:
         self.rate.add(n)
-        self.bar.update(self.task, advance=n, rate=self.rate.text(self.unit), facts=_join(facts))
+        self.bar.update(self.task, advance=n, rate=self.rate.text(self.unit), facts=shown(_join(facts)))
 
     def note(self, text: str) -> None:
-        self.bar.console.print(text, highlight=False)
+        self.bar.console.print(text)
 
 
 class _Lines:
@@ -249,7 +308,7 @@ class _Lines:
         self.note(f"{self.description}: {self.done}/{self.total} " + ", ".join(part for part in parts if part))
 
     def note(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        _line(text)
 
 
 def _join(facts: dict[str, str]) -> str:

@@ -8,9 +8,10 @@ import time
 from pathlib import Path
 from typing import BinaryIO
 
-from latentprep.errors import SourceError, system_fault
+from latentprep.errors import SourceError, opt, system_fault
 from latentprep.format.cache import cache_folder
-from latentprep.layouts import Progress
+from latentprep.format.locks import held
+from latentprep.listing import Progress
 
 _IMAGENETTE = {
     "n01440764": "tench",
@@ -62,7 +63,7 @@ def class_names(name: str, found: tuple[str, ...], path: Path) -> tuple[str, ...
     if found != tuple(names):
         raise SourceError(
             f"{path} is no copy of {name}: its classes are {', '.join(found[:2])} …, not {', '.join([*names][:2])} …",
-            f"give {path} itself as the source, or a copy of {_ARCHIVES[name][0]} with --data",
+            f"give {path} itself as the source, or a copy of {_ARCHIVES[name][0]} with {opt('data')}",
         )
     return tuple(names.values())
 
@@ -80,8 +81,8 @@ def fetch(name: str, cache: Path | None = None, progress: Progress | None = None
         if not target.exists():
             download(_URL.format(file), target, md5, progress)
     except SourceError as error:
-        way_out = f"or give a copy that you have with --data PATH ({_URL.format(file)})"
-        raise SourceError(f"{name}: {error.message}", f"{error.hint}, {way_out}") from error
+        way_out = f"or give a copy that you have with {opt('data')} ({_URL.format(file)})"
+        raise SourceError(f"{name}: {error.texts[0]}", f"{error.texts[1]}, {way_out}") from error
     except OSError as error:
         raise system_fault(error) from error
     return target
@@ -93,8 +94,8 @@ def download(url: str, target: Path, md5: str, progress: Progress | None = None)
     Retries with growing pauses while nothing comes. Raises SourceError, OSError.
     """
     part = target.with_name(target.name + ".part")
-    with part.open("ab") as file:
-        _wait_for_others(file)
+    # Another process may be at it; it may also have finished meanwhile, or been killed.
+    with part.open("ab") as file, held(part, wait=True, opened=file.fileno()):
         if target.exists():
             part.unlink(missing_ok=True)
             return
@@ -117,15 +118,6 @@ def download(url: str, target: Path, md5: str, progress: Progress | None = None)
             part.unlink()
             raise SourceError(f"{url} has MD5 {got}, not {md5}; it was not kept", "run again to download it anew")
         part.replace(target)
-
-
-def _wait_for_others(file: BinaryIO) -> None:
-    """Hold the file alone: another process may be at it; it may also have finished, or been killed."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: two downloads at once may disturb each other, which the checksum shows
-        return
-    fcntl.flock(file, fcntl.LOCK_EX)
 
 
 class _Interruption(Exception):

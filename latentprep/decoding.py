@@ -15,13 +15,14 @@ from PIL import Image
 from torch import Tensor
 
 from .console import ProgressFactory, silent
-from .errors import UsageError, nearest, system_fault
+from .errors import UsageError, nearest, opt, system_fault
 from .format.commit import write_atomic
 from .format.dataset import LatentDataset, open_dataset
+from .format.places import path_of
 from .linear_decoder import load_linear_decoder
 from .metrics import mean, psnr, ssim
 from .samples import Decoder, Originals, decoded, pick
-from .sources import Source
+from .sources import Source, open_own_source
 
 LISTING = "decoded.jsonl"
 FORMATS = ("png", "jpeg")
@@ -63,7 +64,8 @@ def decode(
     limit: int | None = None,
     format: str = "png",
     decoder: str = "codec",
-    source: Source | None = None,
+    source: str | Path | Source | None = None,
+    data: str | Path | None = None,
     weights: str | None = None,
     device: str = "auto",
     overwrite: bool = False,
@@ -77,17 +79,18 @@ def decode(
     same name), `SourceError`, `DatasetError`, `CodecError`.
     """
     if format not in FORMATS:
-        raise UsageError(f"--format must be png or jpeg, got {format}", nearest(format, FORMATS))
-    opened = dataset if isinstance(dataset, LatentDataset) else open_dataset(dataset)
-    root = Path(out)
+        raise UsageError(f"{opt('format')} must be png or jpeg, got {format}", nearest(format, FORMATS))
+    opened = open_dataset(dataset)
+    root = path_of(out)
     if root.exists() and not root.is_dir():
-        raise UsageError(f"{root} is a file", "choose another folder with --out")
+        raise UsageError(f"{root} is a file", f"choose another folder with {opt('out')}")
     if root.is_dir() and any(root.iterdir()) and not overwrite:
-        raise UsageError(f"{root} is not empty", "choose another folder with --out, or give --overwrite")
+        raise UsageError(f"{root} is not empty", f"choose another folder with {opt('out')}, or give {opt('overwrite')}")
     picked = pick(opened, split, index=index, classes=classes, limit=limit)
     if not len(picked):
         raise UsageError(f"{opened.root} has no valid sample of that choice in {picked.split}", "choose others")
-    images = None if source is None else Originals(opened, source)
+    given = open_own_source(source, data=data)
+    images = None if given is None else Originals(opened, given)
     lines: list[dict] = []
     try:
         maker = open_decoder(opened, decoder, weights, device)
@@ -115,7 +118,7 @@ def decode(
 def open_decoder(dataset: LatentDataset, name: str, weights: str | None = None, device: str = "auto") -> Decoder:
     """The dataset's codec, or the linear decoder that was fitted to it."""
     if name not in DECODERS:
-        raise UsageError(f"--decoder must be codec or linear, got {name}", nearest(name, DECODERS))
+        raise UsageError(f"{opt('decoder')} must be codec or linear, got {name}", nearest(name, DECODERS))
     if name == "linear":
         return load_linear_decoder(dataset)
     from .codecs import codec_from_config

@@ -17,7 +17,7 @@ import numpy as np
 
 from .console import ProgressFactory, silent
 from .encoder import EncodeResult, encode_result
-from .errors import DatasetError, UsageError, nearest
+from .errors import DatasetError, UsageError, nearest, opt
 from .format.commit import write_errors
 from .format.dataset import LatentDataset, open_dataset
 from .format.manifest import INVALID_LABEL, STORES, Manifest, ShardId
@@ -25,6 +25,7 @@ from .format.places import place
 from .format.shard import Codes, EncodedShard, encoded_shard
 from .format.stores import store_of
 from .resume import committed, start, stored_manifest, writing
+from .source_files import read_stats, write_stats
 
 Rows = dict[str, np.ndarray]
 """Of each split the rows that it takes, i64 [n,2]: which of the parts, and the row in that part's split of the name."""
@@ -55,7 +56,7 @@ def convert(
     Raises `UsageError` for an unknown store, `DatasetError` if the dataset is damaged or not complete.
     """
     if store not in STORES:
-        raise UsageError(f"--store must be {' or '.join(STORES)}, got {store}", nearest(store, STORES))
+        raise UsageError(f"{opt('store')} must be {' or '.join(STORES)}, got {store}", nearest(store, STORES))
     source = opened(dataset)
     manifest = replace(source.manifest, store=store)
     return derive(
@@ -65,7 +66,7 @@ def convert(
 
 def opened(dataset: str | Path | LatentDataset) -> LatentDataset:
     """The dataset, opened, if all its shards are committed; else `DatasetError`."""
-    found = dataset if isinstance(dataset, LatentDataset) else open_dataset(dataset)
+    found = open_dataset(dataset)
     for split in found.splits:
         found.check_complete(split)
     return found
@@ -100,7 +101,7 @@ def derive(
     root, start_time, made = place(out), time.monotonic(), 0
     for part in parts:
         if root.resolve() == part.root.resolve():
-            raise UsageError(f"--out is the dataset itself, {root}", "name another folder")
+            raise UsageError(f"{opt('out')} is the dataset itself, {root}", "name another folder")
     with writing(root):
         manifest = stored_manifest(root, manifest, overwrite) or manifest
         target, take = start(root, manifest), _taker(parts)
@@ -122,6 +123,8 @@ def derive(
                 records[record.shard] = record
                 made += record.rows
                 bar.advance(record.rows)
+        if manifest.source == parts[0].manifest.source and (stats := read_stats(parts[0].root)) is not None:
+            write_stats(root, stats)  # of the same rows
         write_errors(root, list(records.values()))
     seconds = time.monotonic() - start_time
     return encode_result(root, manifest, list(records.values()), encoded=made, seconds=seconds)

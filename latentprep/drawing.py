@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .format.commit import write_atomic
+from .text import shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,10 +30,14 @@ def draw(path: Path, panels: int) -> Iterator[Sequence[Axes]]:
 def drawn(panels: int, width: float = 4.5, height: float = 3.6) -> Iterator[tuple[Sequence[Axes], _Picture]]:
     """The same, and what afterwards gives the bytes of a file. width, height: of a panel, in inches."""
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
 
     figure = Figure(figsize=(width * panels, height), dpi=144, layout="constrained")
     every = figure.subplots(1, panels, squeeze=False)[0]
     yield every, _Picture(figure)
+    for text in figure.findobj(Text):  # names of classes and runs: a $ in them is no formula
+        text.set_text(shown(text.get_text()))
+        text.set_parse_math(False)
     for axes in every:
         axes.grid(color=GRID)
         axes.set_axisbelow(True)

@@ -17,16 +17,29 @@ import numpy as np
 
 from . import __version__
 from .console import ProgressFactory, silent
-from .errors import Interrupted, SourceError, UsageError, nearest
+from .errors import Interrupted, SourceError, UsageError, nearest, opt
 from .format.commit import write_errors
 from .format.dataset import LatentDataset, open_dataset
-from .format.manifest import MAX_SHARD_CODES, MAX_SHARDS, STORES, Manifest, Plan, ShardId, ShardRecord, train_split
+from .format.manifest import (
+    COLOURS,
+    MAX_SHARD_CODES,
+    MAX_SHARDS,
+    SRGB,
+    STORED,
+    STORES,
+    Manifest,
+    Plan,
+    ShardId,
+    ShardRecord,
+    train_split,
+)
 from .format.places import Place, place
 from .format.quantizer import check_bits
 from .format.stores import code_bytes
 from .format.zarr_store import chunk_rows
 from .profile import Profile
 from .resume import committed, start, stored_manifest, with_quantizer_of, writing
+from .source_files import check_unchanged, source_stats
 from .sources import Source, open_source
 
 if TYPE_CHECKING:
@@ -49,6 +62,8 @@ class EncodeResult:
     joint: codes were chosen together, see `latentprep.joint`. latent: (C, h, w) of a view.
     code_bytes: bytes of codes on disk (with `dry_run`: the most there will be).
     profile: where the time went, if asked for: `profile.Profile.to_json`.
+    note: what the user should know of the source; empty as a rule.
+    left_out: what there is in the source besides its rows, and how many: see `sources.Source`.
     """
 
     out: str
@@ -68,6 +83,8 @@ class EncodeResult:
     dry_run: bool = False
     splits_invalid: dict[str, int] = field(default_factory=dict)
     profile: dict | None = None
+    note: str = ""
+    left_out: dict[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict:
         return asdict(self)
@@ -82,7 +99,7 @@ def encode(
     phi: float = 0.0,
     out: str | Path = "shards",
     store: str = "zarr",
-    quantizer: str | Path | None = None,
+    quantizer: str | Path | LatentDataset | None = None,
     joint: bool | None = None,
     views: int = 1,
     splits: list[str] | None = None,
@@ -95,6 +112,7 @@ def encode(
     seed: int = 0,
     shard_rows: int = SHARD_ROWS,
     max_pixels: int | None = None,
+    colour: str = SRGB,
     strict: bool = False,
     max_error_fraction: float = 0.1,
     dry_run: bool = False,
@@ -114,6 +132,7 @@ def encode(
     store: ``zarr``, or ``wds`` for WebDataset tars. quantizer: a dataset whose quantizer is taken instead of a fitted
     one, so that the two can be merged. joint: choose the codes of a sample together, for 1 to 3 dB more (see
     `latentprep.joint`); such codes have no exact mirror. Default: as `quantizer` has it, else `joint_by_default`.
+    colour: "srgb" converts embedded colour profiles, "stored" takes an image's numbers as they are.
     views: of a train sample, see `images.load_views`; other splits have view 0 alone.
     limit: at most that many samples a split, spread over it. batch_size: images the codec takes at once.
     profile: measure where the time goes.
@@ -126,20 +145,21 @@ def encode(
 
     check_bits(bits)
     _check_whole("views", views, 1, 256)
-    _check_whole("shard-rows", shard_rows, 1, 1 << 24)
-    _check_whole("batch-size", batch_size, 1, 1 << 16)
+    _check_whole("shard_rows", shard_rows, 1, 1 << 24)
+    _check_whole("batch_size", batch_size, 1, 1 << 16)
     _check_whole("workers", workers, 1, 1024)
     _check_whole("size", size, 1, 1 << 14)
-    _check_whole("max-pixels", max_pixels, 1, 1 << 40)
+    _check_whole("max_pixels", max_pixels, 1, 1 << 40)
     _check_whole("seed", seed, 0, (1 << 63) - 1)
     if not 0 <= max_error_fraction <= 1:
-        raise UsageError(f"--max-error-fraction must be 0 to 1, got {max_error_fraction}")
+        raise UsageError(f"{opt('max_error_fraction')} must be 0 to 1, got {max_error_fraction}")
+    if colour not in COLOURS:
+        raise UsageError(f"colour must be {' or '.join(COLOURS)}, got {colour}", nearest(colour, COLOURS))
     if store not in STORES:
-        raise UsageError(f"--store must be {' or '.join(STORES)}, got {store}", nearest(store, STORES))
+        raise UsageError(f"{opt('store')} must be {' or '.join(STORES)}, got {store}", nearest(store, STORES))
     root = place(out)
 
-    if not isinstance(source, Source):
-        source = open_source(source, data=data, val_fraction=val_fraction, seed=seed)
+    source = open_source(source, data=data, val_fraction=val_fraction, seed=seed, out=out)
     if limit is not None:
         source = source.take(limit)
     names = _split_names(source, splits)
@@ -151,23 +171,25 @@ def encode(
     taken = None if quantizer is None else open_dataset(quantizer)
     if joint is None and taken is not None:
         joint = taken.manifest.joint
-    asked = make_plan(source, names, coder, bits, joint, image_size, latent, views, seed, shard_rows, store)
+    asked = make_plan(source, names, coder, bits, joint, image_size, latent, views, seed, shard_rows, store, colour)
     if taken is not None:
         asked = with_quantizer_of(taken, asked)
 
     if dry_run:
         most = sum(n * int(np.prod(asked.row_shape(split))) for split, n in asked.splits.items()) * bits // 8
-        return encode_result(root, asked, [], code_bytes=most, dry_run=True)
+        return encode_result(root, asked, [], code_bytes=most, dry_run=True, left_out=source.left_out)
 
     if sum(map(asked.shard_count, names)) > MAX_SHARDS:
-        raise UsageError(f"--shard-rows {shard_rows} makes more than {MAX_SHARDS} shards", "use larger shards")
+        raise UsageError(f"{opt('shard_rows')} {shard_rows} makes more than {MAX_SHARDS} shards", "use larger shards")
     if shard_rows * max(int(np.prod(asked.row_shape(split))) for split in names) > MAX_SHARD_CODES:
-        raise UsageError(f"--shard-rows {shard_rows} makes shards of more than {MAX_SHARD_CODES} codes", "use fewer")
+        raise UsageError(
+            f"{opt('shard_rows')} {shard_rows} makes shards of more than {MAX_SHARD_CODES} codes", "use fewer"
+        )
 
     began = time.monotonic()
     stages = Stages(source, coder, batch_size, workers, max_pixels or MAX_PIXELS, strict)
     with writing(root):
-        manifest = stored_manifest(root, asked, overwrite)
+        manifest = stored_manifest(root, asked, overwrite, source)
         if manifest is None:
             manifest = asked if isinstance(asked, Manifest) else calibrate(stages, asked, CALIBRATION, progress)
         dataset = start(root, manifest)
@@ -176,12 +198,13 @@ def encode(
             for shard, record in dataset.whole_records().items()
             if not any(loads(stages, shard.split, entry["row"]) for entry in record.invalid)  # may be mended by now
         }
+        note = check_unchanged(dataset, source, source_stats(source, names), records)
         if profile:
             stages = replace(stages, profile=Profile(stages.threads()))
         encoded = _run(stages, dataset, records, max_error_fraction, progress)
     found = stages.profile.to_json() if stages.profile else None
-    seconds = time.monotonic() - began
-    return encode_result(root, manifest, list(records.values()), encoded=encoded, seconds=seconds, profile=found)
+    facts = {"seconds": time.monotonic() - began, "profile": found, "note": note, "left_out": source.left_out}
+    return encode_result(root, manifest, list(records.values()), encoded=encoded, **facts)
 
 
 def default_size(source: Source, codec: Codec) -> int:
@@ -194,7 +217,7 @@ def default_size(source: Source, codec: Codec) -> int:
         count = source.size(split)
         for i in sorted({k * count // 8 for k in range(8)}) if count else ():
             try:
-                sides.append(min(decode(source.read(split, i).data).shape[:2]))
+                sides.append(min(decode(source.read(split, i).data, colour=STORED).shape[:2]))
             except (BadImage, SourceError, OSError):
                 continue  # reported when its row comes up
     target = min(MAX_DEFAULT_SIZE, int(np.median(sides))) if sides else MAX_DEFAULT_SIZE
@@ -204,13 +227,15 @@ def default_size(source: Source, codec: Codec) -> int:
                 return size
         except UsageError:
             continue
-    raise UsageError(f"codec '{codec.name}' takes no size up to 1024", "give one with --size")
+    raise UsageError(f"codec '{codec.name}' takes no size up to 1024", f"give one with {opt('size')}")
 
 
 def scaled_size(size: int, phi: float, codec: Codec) -> int:
     """``size * 1.15**phi`` to the nearest that the codec takes; `size` itself at phi 0."""
     if not -10 <= phi <= 10:
-        raise UsageError(f"--phi must be -10 to 10, got {phi}", "use --phi 1 for 1.15 times the resolution")
+        raise UsageError(
+            f"{opt('phi')} must be -10 to 10, got {phi}", f"use {opt('phi', 1)} for 1.15 times the resolution"
+        )
     target = size * RESOLUTION_BASE**phi
     for candidate in sorted(range(1, 2 * round(target) + 2), key=lambda side: abs(side - target)) if phi else ():
         try:
@@ -261,7 +286,7 @@ def _check_errors(records: dict[ShardId, ShardRecord], manifest: Manifest, max_f
             raise SourceError(
                 f"{len(invalid)} of {rows} samples of split '{split}' cannot be read, more than {max_fraction:g}; "
                 f"the first is {invalid[0]['key']}: {invalid[0]['reason']}",
-                "mend the images and run the same command again, or raise --max-error-fraction; see errors.jsonl",
+                f"mend the images and run the same command again, or raise {opt('max_error_fraction')}: errors.jsonl",
             )
 
 
@@ -269,7 +294,7 @@ def _split_names(source: Source, splits: list[str] | None) -> list[str]:
     names = list(source.splits) if not splits else list(dict.fromkeys(splits))
     for name in names:
         if name not in source.splits:
-            raise UsageError(f"{source.spec} has no split '{name}'", f"use --splits {','.join(source.splits)}")
+            raise UsageError(f"{source.spec} has no split '{name}'", f"use {opt('splits')} {','.join(source.splits)}")
     return names
 
 
@@ -297,12 +322,13 @@ def make_plan(
     seed: int,
     shard_rows: int,
     store: str,
+    colour: str = SRGB,
 ) -> Plan:
     """What `encode` was asked for. names: of the splits. joint: None is `joint_by_default`."""
     from .codecs import flip_signs
     from .images import CROP_AREA, CROP_RATIO, RESIZE
 
-    transform: dict[str, Any] = {"size": size, "views": views, "seed": seed, "resize": RESIZE}
+    transform: dict[str, Any] = {"size": size, "views": views, "seed": seed, "resize": RESIZE, "colour": colour}
     if views > 1:  # of the split that is learned from; the others are only looked at, in view 0
         learned = train_split(names)
         transform["views"] = {name: views if name == learned else 1 for name in names}
@@ -337,14 +363,15 @@ def check_joint(joint: bool, channels: int) -> bool:
     """`joint` itself; `UsageError` if it is true and there are more channels than can be searched."""
     if joint and channels > MAX_JOINT_CHANNELS:
         raise UsageError(
-            f"--joint takes up to {MAX_JOINT_CHANNELS} channels, these latents have {channels}", "use --no-joint"
+            f"{opt('joint')} takes up to {MAX_JOINT_CHANNELS} channels, these latents have {channels}",
+            f"use {opt('joint', False)}",
         )
     return joint
 
 
-def _check_whole(option: str, value: int | None, low: int, high: int) -> None:
+def _check_whole(name: str, value: int | None, low: int, high: int) -> None:
     if value is not None and not low <= value <= high:
-        raise UsageError(f"--{option} must be {low} to {high}, got {value}")
+        raise UsageError(f"{opt(name)} must be {low} to {high}, got {value}")
 
 
 def encode_result(root: Place, plan: Plan, records: list[ShardRecord], **facts: Any) -> EncodeResult:

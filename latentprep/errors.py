@@ -12,27 +12,71 @@ that is not a `LatentError` is a bug of ours and shows its traceback.
 | 6 | `DatasetError` | the latent dataset: absent, damaged, incomplete or another version |
 | 7 | `CheckpointError` | a run folder or its weights, or a dataset they were not trained for |
 | 8 | `SystemFault` | the machine: full disk, no permission, missing package, no such device |
-| 130 | `Interrupted` | Ctrl-C; what was committed stays |
+| 130 | `Interrupted` | Ctrl-C; what was committed stays. As programs: 128 + the signal's number |
 """
 
 from __future__ import annotations
 
+import re
+from ast import literal_eval
+
+_OPTION = re.compile("\x01([a-z0-9_]+)(?:=([^\x01\x02]*))?\x02")  # what `opt` writes
+
+
+def opt(name: str, value: object = None) -> str:
+    """A parameter, and maybe a value of it, in the text of an error: Python says ``shard_rows=8`` of it, the command
+    line ``--shard-rows 8``."""
+    return f"\x01{name}\x02" if value is None else f"\x01{name}={value!r}\x02"
+
+
+def _in_python(found: re.Match[str]) -> str:
+    return found[1] if found[2] is None else f"{found[1]}={found[2]}"
+
+
+def _in_shell(found: re.Match[str]) -> str:
+    name = found[1].replace("_", "-")
+    value = None if found[2] is None else literal_eval(found[2])
+    given = "" if value is None or isinstance(value, bool) else f" {value}"
+    return f"--{'no-' if value is False else ''}{name}{given}"
+
 
 class LatentError(Exception):
-    """Base of all errors that are not bugs: ``message`` says what, ``hint`` the way out."""
+    """Base of all errors that are not bugs: ``message`` says what, ``hint`` the way out. Parameters in them are written
+    by `opt`, so that they read as Python's here and as options where the command line prints them."""
 
     exit_code = 1
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.texts = message, hint  # as written
+
+    @property
+    def message(self) -> str:
+        return _OPTION.sub(_in_python, self.texts[0])
+
+    @property
+    def hint(self) -> str:
+        return _OPTION.sub(_in_python, self.texts[1])
+
+    @property
+    def field(self) -> str | None:
+        """The parameter that the message is about, if it names one."""
+        found = _OPTION.search(self.texts[0])
+        return found and found[1]
+
+    def in_shell(self) -> tuple[str, str]:
+        """Message and hint as the command line prints them."""
+        return _OPTION.sub(_in_shell, self.texts[0]), _OPTION.sub(_in_shell, self.texts[1])
 
     def __str__(self) -> str:
         return f"{self.message}; {self.hint}" if self.hint else self.message
 
     def __reduce__(self):  # pickled whole, so that a worker process can hand it back
-        return type(self), (self.message, self.hint)
+        return type(self), self.texts
+
+
+class LatentWarning(UserWarning):
+    """What the user should know of, though the work goes on."""
 
 
 class UsageError(LatentError):
@@ -70,11 +114,11 @@ def system_fault(error: OSError) -> SystemFault:
     hints = {
         errno.ENOSPC: "free some space, then run the same command again: committed shards are kept",
         errno.EDQUOT: "the disk quota is used up; free some space, then run the same command again",
-        errno.EROFS: "the disk is read-only; choose another folder with --out",
-        errno.EACCES: "check the permissions, or choose another folder with --out",
-        errno.EEXIST: "it is a file where a folder is needed; choose another --out",
-        errno.ENOTDIR: "a part of the path is a file; choose another --out",
-        errno.EPERM: "check the permissions, or choose another folder with --out",
+        errno.EROFS: f"the disk is read-only; choose another folder with {opt('out')}",
+        errno.EACCES: f"check the permissions, or choose another folder with {opt('out')}",
+        errno.EEXIST: f"it is a file where a folder is needed; choose another {opt('out')}",
+        errno.ENOTDIR: f"a part of the path is a file; choose another {opt('out')}",
+        errno.EPERM: f"check the permissions, or choose another folder with {opt('out')}",
     }
     where = f": {error.filename}" if error.filename is not None else ""
     reason = error.strerror or str(error)

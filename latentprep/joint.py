@@ -9,12 +9,14 @@ lattice point being sought by coordinate descent. On TAESD's latents it gains 2.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 from itertools import product
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .device import full_float32
 from .format.quantizer import FILTER_SIDE, Quantizer
 
 _CELLS = 1 << 18  # of the grids that the filter is fitted to, at most
@@ -23,12 +25,14 @@ _SHARES = (1 / 2, 1, 1, 1)  # of the filter in each sweep; begun with all of it,
 _MARGIN = FILTER_SIDE // 2
 
 
+@full_float32()
 def fit_filter(latents: Tensor, quantizer: Quantizer) -> Quantizer:
     """The quantizer with the filter, and the centres, that restore `latents`, f32 [B,C,h,w], best in least squares.
 
     Filter and codes are fitted in turn: each is the best for the other, or nearly. An error counts in units of its
     channel's step.
     """
+    latents = latents.detach().cpu()  # in float64, which MPS has not; and the same on every device
     few = -(-len(latents) * latents[0, 0].numel() // _CELLS)
     centre, step = _columns(quantizer, latents)
     wanted = ((latents[::few].float() - centre) / step).permute(1, 2, 3, 0).contiguous()
@@ -42,6 +46,7 @@ def fit_filter(latents: Tensor, quantizer: Quantizer) -> Quantizer:
     return replace(quantizer, lo=tuple(lo.tolist()), filter=tuple(kernel.flatten().tolist()))
 
 
+@full_float32()
 def search(latents: Tensor, quantizer: Quantizer) -> Tensor:
     """f32 [B,C,h,w] -> u8 [B,C,h,w] on the same device: codes whose filtered values come near the latents.
 
@@ -50,7 +55,7 @@ def search(latents: Tensor, quantizer: Quantizer) -> Tensor:
     centre, step = _columns(quantizer, latents)
     wanted = ((latents - centre) / step).permute(1, 2, 3, 0).contiguous()  # samples last: what is done to all is fast
     codes = _nearest(wanted, quantizer.levels)
-    kernel = _kernel_of(quantizer, latents.device) * step.view(1, -1, 1, 1) / step[:, :, None]
+    kernel = constants(quantizer, latents.device)[2] * step.view(1, -1, 1, 1) / step[:, :, None]
     plain = torch.zeros_like(kernel)
     plain[:, :, _MARGIN, _MARGIN] = torch.eye(len(kernel), device=kernel.device)
     for share in _SHARES:
@@ -58,21 +63,32 @@ def search(latents: Tensor, quantizer: Quantizer) -> Tensor:
     return (codes + (quantizer.levels - 1) / 2).permute(3, 0, 1, 2).to(torch.uint8).contiguous()
 
 
+@full_float32()
 def restore(dequantized: Tensor, quantizer: Quantizer) -> Tensor:
     """f32 [B,C,h,w], the middles of the codes' cells -> f32 [B,C,h,w], the latents that they stand for"""
     centre, _ = _columns(quantizer, dequantized)
-    return centre + F.conv2d(dequantized - centre, _kernel_of(quantizer, dequantized.device), padding=_MARGIN)
+    return centre + F.conv2d(dequantized - centre, constants(quantizer, dequantized.device)[2], padding=_MARGIN)
 
 
-def _kernel_of(quantizer: Quantizer, device: torch.device) -> Tensor:
-    """f32 [C,C,3,3]"""
-    channels = len(quantizer.lo)
-    return torch.tensor(quantizer.filter, device=device).view(channels, channels, FILTER_SIDE, FILTER_SIDE)
+@lru_cache(maxsize=32)
+def constants(quantizer: Quantizer, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Low ends and steps, f32 [C,1,1] each, and the filter, f32 [C,C,3,3], or [0] where there is none.
+
+    Kept on the device: to copy them there anew would wait for all that is queued. They must not be changed.
+    """
+    with torch.inference_mode(False):  # usable in it and outside
+        lo, step, kernel = (
+            torch.tensor(values, dtype=torch.float32, device=device)
+            for values in (quantizer.lo, quantizer.step, quantizer.filter)
+        )
+        if quantizer.filter:
+            kernel = kernel.view(len(lo), len(lo), FILTER_SIDE, FILTER_SIDE)
+        return lo.view(-1, 1, 1), step.view(-1, 1, 1), kernel
 
 
 def _columns(quantizer: Quantizer, like: Tensor) -> tuple[Tensor, Tensor]:
     """The middle of each channel's range and its step, f32 [C,1,1] each."""
-    lo, step = (torch.tensor(v, device=like.device).view(-1, 1, 1) for v in (quantizer.lo, quantizer.step))
+    lo, step, _ = constants(quantizer, like.device)
     return lo + quantizer.levels / 2 * step, step
 
 

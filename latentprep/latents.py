@@ -8,20 +8,24 @@ from pathlib import Path
 import numpy as np
 
 from .console import ProgressFactory, silent
-from .errors import SourceError, UsageError, system_fault
+from .errors import SourceError, UsageError, opt, system_fault
 from .format.commit import locked, write_atomic
-from .format.dataset import open_dataset
+from .format.dataset import LatentDataset, open_dataset
 from .format.fields import dump_json
 from .format.latents import LATENTS, check_latents, described
 from .format.places import local
-from .sources import Source
+from .sources import Source, open_source
 
 
 def write_latents(
-    dataset: str | Path,
-    source: Source,
+    dataset: str | Path | LatentDataset,
+    source: str | Path | Source,
     *,
     out: str | Path,
+    data: str | Path | None = None,
+    val_fraction: float | None = None,
+    limit: int | None = None,
+    seed: int = 0,
     weights: str | None = None,
     device: str = "auto",
     batch_size: int | None = None,
@@ -30,8 +34,9 @@ def write_latents(
 ) -> Path:
     """Write the float16 latents of view 0 of every sample of `dataset` to the folder `out`, and return it.
 
-    source: the images that the dataset was made of; splits that are there already are left alone. For what it is
-    good for see `latenttrain.sweep`; training reads codes, which are a tenth of the size.
+    source: the images that the dataset was made of; data, val_fraction, limit and seed: as they were for the encode.
+    Splits that are there already are left alone. For what it is good for see `latenttrain.sweep`; training reads codes,
+    which are a tenth of the size.
 
     Raises `UsageError` if `out` is the dataset, `DatasetError` if it holds another's latents, `SourceError` if the
     source is not the dataset's, `CodecError` if the codec cannot be had, `SystemFault` if the disk is full.
@@ -41,14 +46,16 @@ def write_latents(
     from .images import MAX_PIXELS
     from .pipeline import Stages, encoded_rows
 
-    opened, root = open_dataset(dataset), local(out, "--out")
+    opened, root = open_dataset(dataset), local(out, opt("out"))
     if root.resolve() == opened.root.resolve():
-        raise UsageError(f"--out is the dataset itself, {root}", "name another folder")
+        raise UsageError(f"{opt('out')} is the dataset itself, {root}", "name another folder")
     manifest = opened.manifest
+    source = open_source(source, data=data, val_fraction=val_fraction, seed=seed)
+    source = source if limit is None else source.take(limit)
     if source.fingerprint() != manifest.source["sha256"]:
         raise SourceError(
             f"{source.spec} is not the source that {opened.root} was made of: its files or labels differ",
-            "give the same source, with the --limit, --val-fraction and --seed of the encode",
+            f"give the same source, with the {opt('limit')}, {opt('val_fraction')} and {opt('seed')} of the encode",
         )
     codec = codec_from_config(manifest.codec, device=pick_device(device), weights=weights)
     stages = Stages(source, codec, batch_size, workers, MAX_PIXELS)

@@ -1,47 +1,25 @@
-"""What counts as an image, and how folders and member names give splits, classes and keys.
+"""How the folders of a `Listing` give splits, classes and keys.
 
-A `Listing` (from `list_folder` here, or from an archive by `archives.list_archive`) says what there is; `by_folders`
-and `by_labels` read a `Tree` off it: for each split, images with key and class name. No image is decoded, and only
-files without an image's name are opened.
+`by_folders` reads a `Tree` off a listing, `latentprep.tars` one off several tars: for each split, images with key and
+class name, and how many images are in none.
 """
 
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from latentprep.errors import SourceError
+from latentprep.listing import ANNOTATIONS, Entry, Listing, left_out_line
+from latentprep.splits import split_of_folder
 
-Progress = Callable[[str, int, "int | None"], None]
-
-SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-IMAGE_EXTENSIONS = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"))
-HEAD_BYTES = 32  # what `is_image` looks at
-LAYOUTS = "give a folder or archive with train/CLASS/*.jpg and val/CLASS/*.jpg, or with CLASS/*.jpg"
-
-_SPLIT_IN_NAME = re.compile(r"(?:^|[-_.])(train|val|valid|validation|test)(?=[-_.\d]|$)", re.IGNORECASE)
-_BMP_HEADERS = {size.to_bytes(4, "little") for size in (12, 16, 40, 52, 56, 64, 108, 124)}
-
-
-class Entry(NamedTuple):
-    """One image: its '/'-separated path inside the folder or archive, and where its bytes are."""
-
-    path: str
-    at: Any
-
-
-@dataclass
-class Listing:
-    """What a folder or an archive holds: its images, all its folders, and the texts of its ``.cls`` members."""
-
-    images: list[Entry] = field(default_factory=list)
-    folders: set[str] = field(default_factory=set)
-    labels: dict[str, bytes] = field(default_factory=dict)
+LAYOUTS = (
+    "give a folder or archive with train/CLASS/*.jpg and val/CLASS/*.jpg, or with CLASS/*.jpg, or WebDataset tars with "
+    "KEY.jpg and KEY.cls"
+)
+STRAY = "images beside the class folders"
 
 
 class Found(NamedTuple):
@@ -52,163 +30,143 @@ class Found(NamedTuple):
     at: Any
 
 
-class Tree(NamedTuple):
-    """Images by split; and by split the class folders that exist, with or without images."""
+@dataclass
+class Tree:
+    """Images by split; by split the class folders that exist, with or without images; and what was left out.
+
+    notes: what else a user should know about how the source is read.
+    """
 
     found: dict[str, list[Found]]
-    folders: dict[str, set[str]]
-
-
-def is_image(head: bytes) -> bool:
-    """Whether a file that begins with ``head`` (`HEAD_BYTES` of it) is a JPEG, PNG, GIF, WebP, TIFF or BMP."""
-    if head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a")):
-        return True
-    if head.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
-        return True
-    if head.startswith(b"RIFF"):
-        return head[8:12] == b"WEBP"
-    # "BM" alone also begins texts: the reserved field is zero, and the header's length one of the few defined
-    return head.startswith(b"BM") and head[6:10] == bytes(4) and head[14:18] in _BMP_HEADERS
-
-
-def has_image_name(path: str) -> bool:
-    dot = path.rfind(".")
-    return dot >= 0 and path[dot:].lower() in IMAGE_EXTENSIONS
-
-
-def is_hidden(path: str) -> bool:
-    """Whether a part of the path begins with a dot, or is macOS's shadow folder."""
-    return any(part.startswith(".") or part == "__MACOSX" for part in path.split("/"))
-
-
-def text_path(path: str) -> str:
-    """``path`` with undecodable bytes written ``\\xNN``, so that it can be stored as UTF-8."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
-
-
-def read_file(at: str) -> bytes:
-    """The bytes of a folder's image. Raises OSError."""
-    return Path(at).read_bytes()
-
-
-def list_folder(root: Path) -> Listing:
-    """All images below a folder. Links are followed, but neither back into the folder nor in circles.
-
-    Raises SourceError for a folder that cannot be listed.
-    """
-    listing = Listing()
-    real_root = str(root.resolve())
-    todo: list[tuple[str, str, tuple[str, ...]]] = [(str(root), "", (real_root,))]
-    while todo:
-        folder, inside, above = todo.pop()  # its path, its path inside the root, real paths of it and those above
-        try:
-            with os.scandir(folder) as items:
-                for item in items:
-                    if is_hidden(item.name):
-                        continue
-                    name = inside + text_path(item.name)
-                    if _is_folder(item):
-                        link = item.is_symlink()
-                        real = str(Path(item.path).resolve()) if link else f"{above[-1]}/{item.name}"
-                        if real in above or (link and f"{real}/".startswith(f"{real_root}/")):
-                            continue
-                        listing.folders.add(name)
-                        todo.append((item.path, f"{name}/", (*above, real)))
-                    elif _is_image_file(item):
-                        listing.images.append(Entry(name, item.path))
-        except OSError as error:
-            raise SourceError(f"cannot list {folder}: {error.strerror}", "check its permissions") from error
-    return listing
-
-
-def _is_folder(item: os.DirEntry[str]) -> bool:
-    try:
-        return item.is_dir()
-    except OSError:  # a link to itself
-        return False
-
-
-def _is_image_file(item: os.DirEntry[str]) -> bool:
-    try:
-        regular = item.is_file()  # not a pipe or a device, which could block
-        if has_image_name(item.name):
-            return regular or not Path(item.path).exists()  # a broken link keeps its row, to be reported when read
-        if not regular:
-            return False
-        with Path(item.path).open("rb") as file:
-            return is_image(file.read(HEAD_BYTES))
-    except OSError:
-        return has_image_name(item.name)
+    folders: dict[str, set[str]] = field(default_factory=dict)
+    left_out: Counter[str] = field(default_factory=Counter)
+    notes: tuple[str, ...] = ()
 
 
 def by_folders(spec: str, listing: Listing) -> Tree:
-    """Read splits and classes off the folders: ``{train,val,test}/CLASS/…`` or ``CLASS/…``, inside any wrappers."""
+    """Read splits and classes off the folders: ``{train,val,test}/CLASS/…`` or ``CLASS/…``, inside any wrappers.
+
+    A folder with a split's name is one only if it holds folders, and all the others beside it are splits too, or at
+    least two splits have a class in common: else it may be a class, and is refused.
+    """
     if not listing.images:
-        raise SourceError(f"{spec} holds no images", LAYOUTS)
+        raise SourceError(f"{spec} holds no images{what_else(listing)}", LAYOUTS)
+    depth, splits = _find_splits(spec, listing)
+    tree = Tree({split: [] for split in splits.values()} or {"train": []}, {}, Counter(listing.left_out))
+    level = depth + 1 if splits else depth  # where the class folders are
+    beside: dict[str, list[Entry]] = {}  # images in folders beside the splits
+    astray: dict[str, list[Entry]] = {}  # images in no class folder, by split
+    for entry in listing.images:
+        parts = entry.path.split("/")
+        top = parts[depth] if len(parts) > depth + 1 else ""
+        if splits and top and top not in splits:
+            beside.setdefault(top, []).append(entry)
+        elif len(parts) < level + 2:
+            astray.setdefault(top if splits else "", []).append(entry)
+        else:
+            key = "/".join(parts[depth:])
+            tree.found[splits[top] if splits else "train"].append(Found(key, parts[level], entry.at))
+    for top, entries in astray.items():
+        if not tree.found[splits[top]] if top else not any(tree.found.values()):
+            raise _in_no_class(spec, entries[0], listing)
+        tree.left_out[f"images in {top}/ beside the class folders" if top else STRAY] += len(entries)
+    _leave_out_beside(spec, tree, beside, sorted(splits), listing)
+
+    for folder in listing.folders:
+        parts = folder.split("/")
+        if len(parts) > level and (not splits or parts[depth] in splits):
+            tree.folders.setdefault(splits[parts[depth]] if splits else "train", set()).add(parts[level])
+    _read_annotations(tree, listing, splits, depth)
+    names = {row.name for rows in tree.found.values() for row in rows}
+    if len(names) == 1:
+        raise SourceError(f"{spec} has one class only: {min(names)}{_tables(listing)}", LAYOUTS)
+    return tree
+
+
+def what_else(listing: Listing) -> str:
+    """What a listing holds besides images, for the error that it has none that are of use."""
+    others = {f"files {ending}": count for ending, count in listing.others.most_common(4)}
+    found = left_out_line({**listing.left_out, **others})
+    return f" (found: {found})" if found else ""
+
+
+def _find_splits(spec: str, listing: Listing) -> tuple[int, dict[str, str]]:
+    """How many folders lie around all others, and those inside that are splits: their names and which split each is."""
     folders = [folder.split("/") for folder in listing.folders]
     depth = 0
     while True:
         tops = {parts[depth] for parts in folders if len(parts) > depth}
         inner = {parts[depth] for parts in folders if len(parts) > depth + 1}  # those that hold folders
-        splits = {top: SPLIT_NAMES[top.lower()] for top in sorted(inner) if top.lower() in SPLIT_NAMES}
+        splits = {top: split for top in sorted(inner) if (split := split_of_folder(top))}
         if splits or len(tops) != 1 or not inner:
             break
-        depth += 1  # one folder around all the others
+        depth += 1
     twice = [split for split, n in Counter(splits.values()).items() if n > 1]
     if twice:
         both = " and ".join(top for top in splits if splits[top] == twice[0])
         raise SourceError(f"{spec} has {both}, which are both the {twice[0]} split", "keep one of them")
+    return depth, splits
 
-    level = depth + 1 if splits else depth  # where the class folders are
-    found: dict[str, list[Found]] = {split: [] for split in splits.values()} or {"train": []}
-    classes: dict[str, set[str]] = {split: set() for split in found}
-    for parts in folders:
-        if len(parts) > level and (not splits or parts[depth] in splits):
-            classes[splits[parts[depth]] if splits else "train"].add(parts[level])
-    for path, at in listing.images:
+
+def _leave_out_beside(
+    spec: str, tree: Tree, beside: dict[str, list[Entry]], splits: list[str], listing: Listing
+) -> None:
+    """Count the images in folders beside the splits, but for those that a link brings into a split."""
+    read = {_place(row.at) for rows in tree.found.values() for row in rows} if listing.linked else set()
+    names = [{row.name for row in rows} for rows in tree.found.values()]
+    sure = any(one & two for i, one in enumerate(names) for two in names[:i])
+    for top, entries in beside.items():
+        split = split_of_folder(top)
+        rest = [entry for entry in entries if not read or _place(entry.at) not in read]
+        if not rest:
+            continue
+        if split == "test":
+            tree.left_out[f"images in {top}/ (in no class folder)"] += len(rest)
+        elif split:
+            raise _in_no_class(spec, rest[0], listing)
+        elif sure:
+            tree.left_out[f"images in {top}/ (not a known split)"] += len(rest)
+        else:
+            raise SourceError(
+                f"{spec} has {top}/ beside {' and '.join(f'{name}/' for name in splits)}: splits or classes?",
+                f"for splits, name them train, val and test or move {top}/ elsewhere; for classes, give {splits[0]}/ "
+                "another name or put all of them into a folder train/",
+            )
+
+
+def _place(at: Any) -> Any:
+    """Where an image's bytes really are, be it reached by links or not."""
+    return os.path.realpath(at) if isinstance(at, str) else at
+
+
+def _in_no_class(spec: str, entry: Entry, listing: Listing) -> SourceError:
+    return SourceError(f"{entry.path} in {spec} lies in no class folder{_tables(listing)}", LAYOUTS)
+
+
+def _tables(listing: Listing) -> str:
+    found = [ending for ending in (".csv", ".tsv", ".json", ".jsonl", ".xml", ".txt") if listing.others[ending]]
+    return f" (tables of labels are not read: {', '.join(found)})" if found else ""
+
+
+def _read_annotations(tree: Tree, listing: Listing, splits: dict[str, str], depth: int) -> None:
+    """Tiny-ImageNet: val and test images are all in ``images``; a text file gives the classes of val."""
+    if "images" in {row.name for row in tree.found.get("train", ())}:
+        return
+    for path, text in listing.annotations.items():
         parts = path.split("/")
-        top = parts[depth] if len(parts) > depth else ""
-        if splits and top not in splits and SPLIT_NAMES.get(top.lower(), "test") == "test":
-            continue  # beside the splits; or a test split without classes
-        if len(parts) < level + 2:
-            raise SourceError(f"{path} in {spec} lies in no class folder", LAYOUTS)
-        split = splits[top] if splits else "train"
-        found[split].append(Found("/".join(parts[depth:]), parts[level], at))
-    return Tree(found, classes)
-
-
-def by_labels(spec: str, listings: dict[Path, Listing]) -> Tree:
-    """Read samples off WebDataset tars: members ``KEY.jpg`` and ``KEY.cls`` are one; the split is in the tar's name."""
-    found: dict[str, list[Found]] = {}
-    for tar, listing in listings.items():
-        if not listing.labels:
-            raise SourceError(f"{tar} holds no .cls members", "each sample of a WebDataset tar is KEY.jpg and KEY.cls")
-        match = _SPLIT_IN_NAME.search(tar.name)
-        rows = found.setdefault(SPLIT_NAMES[match[1].lower()] if match else "train", [])
-        images: dict[str, Entry] = {}
-        for image in listing.images:
-            key = _base_name(image.path)
-            if key in images:
-                raise SourceError(f"{tar}: sample {key} has two images", "keep one image a sample, or rename the other")
-            images[key] = image
-        labels = {_base_name(path): text for path, text in listing.labels.items()}
-        for key in sorted(images.keys() ^ labels.keys())[:1]:
-            lacks = ".cls" if key in images else "image"
-            raise SourceError(f"{tar}: sample {key} has no {lacks}", "each sample needs KEY.jpg and KEY.cls")
-        rows += [Found(key, _class_text(tar, key, labels[key]), image.at) for key, image in images.items()]
-    return Tree(found, {})
-
-
-def _base_name(path: str) -> str:
-    folder, slash, name = path.rpartition("/")
-    return folder + slash + name.partition(".")[0]
-
-
-def _class_text(tar: Path, key: str, text: bytes) -> str:
-    try:
-        name = text.decode().strip()
-    except UnicodeDecodeError:
-        name = ""
-    if not name or "\n" in name:
-        raise SourceError(f"{tar}: {key}.cls is {text[:40]!r}", "write a class number or a class name into it")
-    return str(int(name)) if re.fullmatch(r"\d+", name) else name
+        top, inside = parts[depth] if len(parts) == depth + 2 else "", "/".join([*parts[depth:-1], "images", ""])
+        if top not in splits:
+            continue
+        lines = [line.split("\t") for line in text.decode("utf-8", "replace").splitlines()]
+        names = {fields[0]: fields[1].strip() for fields in lines if len(fields) > 1}
+        rows = tree.found[splits[top]]
+        told = [row._replace(name=names.get(row.key.removeprefix(inside), row.name)) for row in rows]
+        kept = [row for row in told if row.name != "images"]
+        if len(kept) < len(rows):
+            tree.left_out[f"images in {top}/ (not in its {ANNOTATIONS})"] += len(rows) - len(kept)
+        tree.found[splits[top]] = kept
+        tree.folders[splits[top]] = {row.name for row in kept}
+    test = tree.found.get("test", [])
+    if test and {row.name for row in test} == {"images"}:
+        tree.left_out["images in test/ (in no class folder)"] += len(test)
+        del tree.found["test"], tree.folders["test"]

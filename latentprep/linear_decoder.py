@@ -29,7 +29,7 @@ from .format.manifest import LINEAR_DECODER, train_split
 from .metrics import mean, psnr
 from .quantize import dequantize
 from .samples import Originals, Picked, pick, shown_split
-from .sources import Source
+from .sources import Source, open_source
 
 SAMPLES = 1000  # that it is fitted to, and at most as many others that it is judged by
 _BATCH = 64
@@ -108,8 +108,9 @@ class LinearDecoder:
 
 def fit_linear_decoder(
     dataset: str | Path | LatentDataset,
-    source: Source,
+    source: str | Path | Source,
     *,
+    data: str | Path | None = None,
     samples: int = SAMPLES,
     progress: ProgressFactory = silent,
 ) -> LinearDecoder:
@@ -119,8 +120,8 @@ def fit_linear_decoder(
     for, and judged by as many of val, or of train where there is no val.
     Raises `SourceError` if the source is not the dataset's, `UsageError` where latents are no grid over the image.
     """
-    opened = dataset if isinstance(dataset, LatentDataset) else open_dataset(dataset)
-    factor, images = grid_factor(opened), Originals(opened, source)
+    opened = open_dataset(dataset)
+    factor, images = grid_factor(opened), Originals(opened, open_source(source, data=data))
     learned = pick(opened, train_split(opened.splits), limit=samples)
     judged = pick(opened, shown_split(opened.splits), limit=samples)
     if not len(learned) or not len(judged):

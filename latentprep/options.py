@@ -12,7 +12,7 @@ Made = Annotated[str, typer.Argument(help="Folder or URL that latentprep encode 
 Out = Annotated[str, typer.Option(help="Folder, s3://… or gs://… to write to; an unfinished one there is resumed.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete the dataset in --out and start anew.")]
 Dataset = Annotated[
-    Path, typer.Argument(metavar="DIR", help="A folder that latentprep encode made.", show_default=False)
+    str, typer.Argument(metavar="DIR", help="Folder or URL that latentprep encode wrote to.", show_default=False)
 ]
 SourceOption = Annotated[
     str | None, typer.Option("--source", help="The source that it was made of, for the original images.")

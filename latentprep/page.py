@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import html
 import io
 import re
 from collections.abc import Sequence
-from html import escape
 from typing import TYPE_CHECKING, Protocol
 
 from .drawing import COLOURS, GREY, GRID, INK
+from .text import shown
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -185,3 +186,7 @@ def _right(numeric: bool) -> str:
 
 def _is_number(text: str) -> bool:
     return text in ("", "-") or text.lstrip("+-−±")[:1].isdigit()
+
+
+def escape(text: str) -> str:
+    return html.escape(shown(text))

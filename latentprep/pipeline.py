@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import islice
 from typing import Any, Protocol
 
@@ -22,18 +23,23 @@ from torch import Tensor
 
 from .codecs import Codec
 from .console import Progress, ProgressFactory, Silent
-from .errors import CodecError, SourceError
+from .device import on_device, queues, sent
+from .errors import CodecError, SourceError, opt
+from .fitting import NOT_ON_DEVICE, Fitting
 from .format.manifest import INVALID_LABEL, Manifest, Plan, ShardId, train_split
 from .format.quantizer import Quantizer
 from .format.shard import Codes, EncodedShard, encoded_shard
 from .format.zarr_store import choose_compression
-from .images import MAX_PIXELS, BadImage, load_views
+from .images import MAX_PIXELS, BadImage, colour_of, load_views
 from .profile import CODEC, DECODE, QUANTIZE, WAIT_DECODE, WAIT_WRITE, WRITE, Profile
-from .quantize import fit_quantizer, quantize, quantize_counting
+from .quantize import code_statistics, fit_quantizer, quantize, quantize_counting
 from .sources import Source
 
 _AHEAD = 3  # decoded batches that wait for the codec
 _SHARDS_TO_COMPRESS = 2  # shards that wait for the compressor
+FEW_IMAGES = 32  # in calibration: with fewer, their ranges are guesses
+_IMAGES, _LIGHT_IMAGES, _CUDA_IMAGES = 32, 64, 512  # that a codec takes at once, at most
+_PIXELS, _CUDA_PIXELS = 32 * 512**2, 128 * 256**2  # the same in pixels: SD-VAE then takes about 15 GB on a card
 _IMAGES_A_TASK = 16  # decoded by one thread in one go, at most: fewer take longer to hand over
 
 
@@ -57,10 +63,18 @@ class Stages:
     def device(self) -> torch.device:
         return torch.device(getattr(self.codec, "device", "cpu"))
 
-    def batch_samples(self, views: int) -> int:
-        """Samples whose views together make about one batch of the codec."""
-        usual = 128 if self.device.type == "cuda" else 64 if getattr(self.codec, "light", False) else 32
-        return max(1, (self.batch_size or usual) // views)
+    @cached_property
+    def encode(self) -> Fitting:
+        """The codec's `encode`, by as many images as fit in memory."""
+        return Fitting(self.codec.encode, f"encode at a smaller {opt('size')}, use a smaller codec, or {NOT_ON_DEVICE}")
+
+    def batch_samples(self, views: int, size: int) -> int:
+        """Samples of size×size pixels whose views together make about one batch of the codec."""
+        if self.device.type == "cuda":
+            images, pixels = _CUDA_IMAGES, _CUDA_PIXELS
+        else:
+            images, pixels = (_LIGHT_IMAGES if getattr(self.codec, "light", False) else _IMAGES), _PIXELS
+        return max(1, (self.batch_size or min(images, pixels // size**2)) // views)
 
     @contextmanager
     def cores_left_to_decoding(self) -> Iterator[None]:
@@ -110,7 +124,9 @@ class _Coded:
 def calibrate(stages: Stages, asked: Plan, count: int, progress: ProgressFactory) -> Manifest:
     """Fit the quantizer and choose the compression on up to `count` samples spread evenly over the train split.
 
-    Which of them is drawn from each stretch of the split is decided by the manifest's seed.
+    Which of them is drawn from each stretch of the split is decided by the manifest's seed. The codec takes one image
+    at a time: what it makes of an image may depend, in the last bits, on how many there are beside it. So the same
+    source gives the same manifest whatever the batch size.
 
     Raises `SourceError` if none of them decodes, `CodecError` for latents that are not finite.
     """
@@ -118,31 +134,44 @@ def calibrate(stages: Stages, asked: Plan, count: int, progress: ProgressFactory
     rows = calibration_rows(asked.splits[split], count, asked.transform["seed"])
     first = replace(asked, transform={**asked.transform, "views": 1})
     latents, reasons = [], []
-    per_batch = stages.batch_samples(1)
+    per_batch = stages.batch_samples(1, asked.transform["size"])
     specs = [(ShardId(split, 0), rows[i : i + per_batch]) for i in range(0, len(rows), per_batch)]
     with ThreadPoolExecutor(stages.threads()) as pool, progress("calibrating", len(rows), "images", 0) as bar:
         for batch in _decoded(stages, first, specs, pool):
-            z = _encode(stages, batch)
-            good = [k for k, row in enumerate(batch.rows) if row not in batch.invalid]
-            _check_finite(batch, torch.isfinite(z).all(dim=(1, 2, 3)).cpu(), stages.source.keys(split))
-            latents.append(z.cpu()[good])
+            for place, row in enumerate(batch.rows):
+                if row not in batch.invalid:
+                    one = replace(batch, rows=[row], images=batch.images[place : place + 1])
+                    z = _encode(stages, one)
+                    _check_finite(one, torch.isfinite(z).all(dim=(1, 2, 3)).cpu(), stages.source.keys(split))
+                    latents.append(z.cpu())
             reasons += [f"{stages.source.keys(split)[row]}: {why}" for row, why in batch.invalid.items()]
             bar.advance(len(batch.rows))
-    everything = torch.cat(latents)
-    if not len(everything):
-        raise SourceError(
-            f"none of {len(rows)} images drawn from split '{split}' decodes; the first is {reasons[0]}",
-            "check that the source holds images",
-        )
+        if not latents:
+            raise SourceError(
+                f"none of {len(rows)} images drawn from split '{split}' decodes; the first is {reasons[0]}",
+                "check that the source holds images",
+            )
+        everything = torch.cat(latents)
+        if (doubt := doubtful(everything)) is not None:
+            bar.note(f"warning: {doubt}; ranges may not fit other images")
     quantizer = fit_quantizer(everything, asked.bits, asked.joint)
-    codes = quantize(everything, quantizer).numpy()[:, None]
-    return asked.manifest(quantizer, choose_compression(codes))
+    codes = quantize(everything, quantizer)
+    return asked.manifest(quantizer, code_statistics(codes, quantizer), choose_compression(codes.numpy()[:, None]))
+
+
+def doubtful(latents: Tensor) -> str | None:
+    """Why ranges that are fitted to these latents, f32 [B,C,h,w], may not fit others; None if nothing speaks for it."""
+    if (latents == latents[:1]).all():
+        return f"all {len(latents)} calibration images are alike" if len(latents) > 1 else "calibrated on 1 image"
+    if len(latents) < FEW_IMAGES:
+        return f"calibrated on {len(latents)} images; {FEW_IMAGES} or more are better"
+    return None
 
 
 def encoded_rows(stages: Stages, manifest: Manifest, split: str, rows: int) -> Iterator[tuple[list[int], Tensor]]:
     """Every row of a split in order, by batches: rows, and latents of view 0, f32 [b,C,h,w] on the
     host, 0 where unreadable."""
-    step = stages.batch_samples(1)
+    step = stages.batch_samples(1, manifest.transform["size"])
     specs = [(ShardId(split, 0), list(range(i, min(i + step, rows)))) for i in range(0, rows, step)]
     with ThreadPoolExecutor(stages.threads()) as pool:
         for batch in _decoded(stages, manifest, specs, pool):
@@ -155,7 +184,7 @@ def code_rows(
     stages: Stages, manifest: Manifest, split: str, rows: list[int]
 ) -> Iterator[tuple[list[int], np.ndarray, dict[int, str]]]:
     """Given rows of a split by batches: rows, codes u8 [b,V,C,h,w], and why those that cannot be read cannot."""
-    step = stages.batch_samples(manifest.views(split))
+    step = stages.batch_samples(manifest.views(split), manifest.transform["size"])
     specs = [(ShardId(split, 0), rows[i : i + step]) for i in range(0, len(rows), step)]
     with ThreadPoolExecutor(stages.threads()) as pool:
         for batch in _decoded(stages, manifest, specs, pool):
@@ -248,7 +277,7 @@ def _coded(stages: Stages, manifest: Manifest, jobs: list[ShardId], pool: Thread
     """Decoded batches through codec and quantizer, one kept in flight so that a GPU never waits for the host."""
     specs = []
     for shard in jobs:
-        step = stages.batch_samples(manifest.views(shard.split))
+        step = stages.batch_samples(manifest.views(shard.split), manifest.transform["size"])
         start = shard.index * manifest.shard_rows
         stop = start + manifest.rows_in_shard(shard.split, shard.index)
         specs += [(shard, list(range(i, min(i + step, stop)))) for i in range(start, stop, step)]
@@ -263,46 +292,47 @@ def _coded(stages: Stages, manifest: Manifest, jobs: list[ShardId], pool: Thread
 
 
 def _code(stages: Stages, quantizer: Quantizer, batch: _Batch) -> _Coded:
-    with stages.timed(CODEC):
-        latents = _encode(stages, batch)
-        if stages.profile is not None and latents.device.type == "cuda":
-            torch.cuda.synchronize(latents.device)
-    views = batch.images.shape[1]
-    with stages.timed(QUANTIZE):
-        codes, outside, finite = quantize_counting(latents, quantizer)
-        codes, finite = codes.unflatten(0, (-1, views)), finite.view(-1, views).all(dim=1)
-    if latents.device.type != "cuda":
-        return _Coded(batch, codes.cpu(), finite.cpu(), outside.cpu(), None)
-    codes, finite, outside = (_to_host(tensor) for tensor in (codes, finite, outside))
-    done = torch.cuda.Event()
-    done.record()
+    with on_device(stages.device):
+        with stages.timed(CODEC):
+            latents = _encode(stages, batch)
+            if stages.profile is not None and queues(latents.device):
+                torch.cuda.synchronize(latents.device)
+        views = batch.images.shape[1]
+        with stages.timed(QUANTIZE):
+            codes, outside, finite = quantize_counting(latents, quantizer)
+            codes, finite = codes.unflatten(0, (-1, views)), finite.view(-1, views).all(dim=1)
+        if not queues(latents.device):
+            return _Coded(batch, codes.cpu(), finite.cpu(), outside.cpu(), None)
+    with on_device(latents.device):  # a plug-in's may be another than it says
+        codes, finite, outside = (_in_passing(tensor) for tensor in (codes, finite, outside))
+        done = torch.cuda.Event()
+        done.record(torch.cuda.current_stream(latents.device))
     return _Coded(batch, codes, finite, outside, done)
 
 
-def _to_host(tensor: Tensor) -> Tensor:
-    """A copy on the host that is whole once the stream has come this far."""
+def _in_passing(tensor: Tensor) -> Tensor:
+    """A copy on the host that is whole once the current stream has come this far."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 def _encode(stages: Stages, batch: _Batch) -> Tensor:
     """f32 [bV,C,h,w] on the codec's device."""
-    images = torch.from_numpy(batch.images)
-    if stages.device.type == "cuda":
-        images = images.pin_memory().to(stages.device, non_blocking=True)
-    return stages.codec.encode(images.flatten(0, 1).permute(0, 3, 1, 2))
+    with on_device(stages.device):
+        images = sent(torch.from_numpy(batch.images), stages.device)
+        return stages.encode(images.flatten(0, 1).permute(0, 3, 1, 2))
 
 
 def _decoded(
     stages: Stages, manifest: Plan, specs: list[tuple[ShardId, list[int]]], pool: ThreadPoolExecutor
 ) -> Iterator[_Batch]:
     """Batches of decoded images in the order of `specs`, `_AHEAD` of them being made while one is used."""
-    size, seed = manifest.transform["size"], manifest.transform["seed"]
+    size, seed, colour = manifest.transform["size"], manifest.transform["seed"], colour_of(manifest.transform)
 
     def load(batch: _Batch, place: int) -> int | str:
         """Decode one sample into the batch: its size in bytes, or why it cannot be read."""
         try:
             sample, out = stages.source.read(batch.shard.split, batch.rows[place]), batch.images[place]
-            load_views(sample.data, size, len(out), seed, sample.key, stages.max_pixels, out)
+            load_views(sample.data, size, len(out), seed, sample.key, stages.max_pixels, out, colour)
             return len(sample.data)
         except (BadImage, SourceError, OSError) as error:
             batch.images[place] = 0  # a part of it may be there already
@@ -333,7 +363,7 @@ def _decoded(
         if stages.strict and batch.invalid:
             row, why = next(iter(batch.invalid.items()))
             key = stages.source.keys(batch.shard.split)[row]
-            raise SourceError(f"{key}: {why}", "mend it, or leave out --strict to go on without it")
+            raise SourceError(f"{key}: {why}", f"mend it, or leave out {opt('strict')} to go on without it")
         pending.extend(begin(spec) for spec in islice(todo, 1))
         yield batch
 
@@ -342,7 +372,8 @@ def _check_finite(batch: _Batch, finite: Tensor, keys: list[str]) -> None:
     for row, good in zip(batch.rows, finite.tolist(), strict=True):
         if not good and row not in batch.invalid:
             raise CodecError(
-                f"the codec made NaN or infinite latents of {keys[row]}", "try --dtype float32, or leave the image out"
+                f"the codec made NaN or infinite latents of {keys[row]}",
+                f"try {opt('dtype', 'float32')}, or leave the image out",
             )
 
 

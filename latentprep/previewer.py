@@ -12,15 +12,17 @@ from torch import Tensor
 
 from .console import ProgressFactory, plural, silent
 from .decoding import open_decoder
-from .errors import SourceError, UsageError, system_fault
+from .errors import SourceError, UsageError, opt, system_fault
+from .fitting import NOT_ON_DEVICE, Fitting
 from .format.commit import write_atomic
 from .format.dataset import LatentDataset, open_dataset
+from .format.places import path_of
 from .format.quantizer import check_bits
 from .linear_decoder import LinearDecoder, load_linear_decoder, shrink
 from .requantizer import recoder, requantized_manifest
 from .samples import Decoder, Picked, decode_all, load_originals, pick
 from .sheet import Column, channel_pictures, colour_pictures, draw_sheet, png
-from .sources import Source
+from .sources import Source, open_own_source
 
 LIMIT = 20
 FEWER = (4, 2, 1)  # bits that are shown beside the stored ones, where those are more
@@ -49,7 +51,8 @@ def preview(
     limit: int = LIMIT,
     bits: Sequence[int] | None = None,
     decoder: str = "codec",
-    source: Source | None = None,
+    source: str | Path | Source | None = None,
+    data: str | Path | None = None,
     weights: str | None = None,
     device: str = "auto",
     progress: ProgressFactory = silent,
@@ -60,10 +63,11 @@ def preview(
     stored bits and at fewer, which need no encoder (`bits`; by default 4, 2 and 1); its latent channels in false
     colours; three of them as red, green and blue. decoder: ``codec``, or ``linear``, which needs no network.
     """
-    opened = dataset if isinstance(dataset, LatentDataset) else open_dataset(dataset)
+    opened = open_dataset(dataset)
     picked = _picked(opened, split, index, classes, limit)
     maker = open_decoder(opened, decoder, weights, device)
-    columns = sample_columns(opened, picked, maker, bits=bits, source=source, progress=progress)
+    given = open_own_source(source, data=data)
+    columns = sample_columns(opened, picked, maker, bits=bits, source=given, progress=progress)
     return _drawn(opened, picked, columns, out)
 
 
@@ -75,22 +79,24 @@ def linear_preview(
     index: Sequence[int] | None = None,
     classes: Sequence[str] | None = None,
     limit: int = LIMIT,
-    source: Source | None = None,
+    source: str | Path | Source | None = None,
+    data: str | Path | None = None,
     weights: str | None = None,
     device: str = "auto",
 ) -> PreviewResult:
     """Draw what linear decoding does, as a PNG: the original, and decoded by the network; the original shrunk to the
     latent grid, and latents decoded to that by the C×3 matrix; decoded to all pixels by the C×3·f² one; and the shrunk
     image brought to latents by the pseudo-inverse and decoded by the network."""
-    opened = dataset if isinstance(dataset, LatentDataset) else open_dataset(dataset)
+    opened = open_dataset(dataset)
     linear = load_linear_decoder(opened)
     picked = _picked(opened, split, index, classes, limit)
-    originals = load_originals(opened, source, picked)
+    originals = load_originals(opened, open_own_source(source, data=data), picked)
     if originals is None:
-        raise SourceError("the pseudo-inverse starts from the images", "say where they are with --source")
+        raise SourceError("the pseudo-inverse starts from the images", f"say where they are with {opt('source')}")
     codec = open_decoder(opened, "codec", weights, device)
     latents = torch.from_numpy(opened.quantizer.dequantize(picked.codes))
-    back = torch.cat([codec.decode(linear.latents_of(part)).cpu() for part in originals.split(32)])
+    decode = Fitting(codec.decode, NOT_ON_DEVICE)
+    back = torch.cat([decode(linear.latents_of(part)).cpu() for part in originals.split(32)])
     shrunk = ((shrink(originals, linear.factor) + 1) * 127.5).round().to(torch.uint8)
     columns = [
         Column("original", pixels(originals)),
@@ -116,7 +122,7 @@ def sample_columns(
     stored = dataset.quantizer.bits
     for b in bits or ():
         if check_bits(b) > stored:
-            raise UsageError(f"{dataset.root} has {stored} bits a code, not {b}", f"use --bits 1 to {stored}")
+            raise UsageError(f"{dataset.root} has {stored} bits a code, not {b}", f"use {opt('bits')} 1 to {stored}")
     shown = sorted(set(bits or [stored, *(b for b in FEWER if b < stored)]), reverse=True)
     originals = load_originals(dataset, source, picked)
     columns = [] if originals is None else [Column("original", pixels(originals))]
@@ -164,7 +170,7 @@ def _picked(
 
 def _drawn(dataset: LatentDataset, picked: Picked, columns: list[Column], out: str | Path) -> PreviewResult:
     names = [f"{dataset.classes[label]} · {row}" for label, row in zip(picked.labels, picked.rows, strict=True)]
-    codec, path = dataset.manifest.codec["name"], Path(out)
+    codec, path = dataset.manifest.codec["name"], path_of(out)
     title = f"{dataset.root.resolve().name} {picked.split}: {codec}, {plural(dataset.quantizer.bits, 'bit')} stored"
     try:
         write_atomic(path, png(draw_sheet(columns, names, title)))

@@ -13,8 +13,8 @@ DECODE, CODEC, QUANTIZE, WRITE = "read and decode", "codec", "quantize", "compre
 WAIT_DECODE, WAIT_WRITE = "codec waits for decoding", "codec waits for writing"
 _STAGES = DECODE, CODEC, QUANTIZE, WRITE
 _HINTS = {
-    DECODE: "more --workers help as long as there are cores for them",
-    CODEC: "a faster --device or --dtype, or a smaller codec, is what helps",
+    DECODE: "more workers help as long as there are cores for them",
+    CODEC: "a faster device or dtype, or a smaller codec, is what helps",
     QUANTIZE: "fewer channels are what helps",
     WRITE: "write to a faster disk",
 }

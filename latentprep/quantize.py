@@ -6,11 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import CodecError
-from .format.quantizer import Quantizer, check_bits
-from .joint import fit_filter, restore, search
+from .errors import CodecError, opt
+from .format.quantizer import Quantizer, Statistics, check_bits
+from .joint import constants, fit_filter, restore, search
 
 _VALUES = 1 << 18  # calibration values a channel that the fit looks at, at most
+_NOISE = 2.0**-22  # of the largest latent: what differs by no more is rounding, as in the chroma of grey images
 _STARTS = 64  # first guesses of the range, from all of it down to a small part
 _STEPS = 60  # alternations from each; more gain less than 0.01 dB
 _SLACK = 0.02  # of the least squared error, given for a wider step: 1.5% fewer bytes at 4 bits for 0.09 dB
@@ -57,34 +58,77 @@ def _whole(cells: Tensor, quantizer: Quantizer) -> Tensor:
 def fit_quantizer(latents: Tensor, bits: int, joint: bool = False) -> Quantizer:
     """The uniform quantizer of `bits` bits with the least mean squared error on `latents`, f32 [B,C,h,w], within 2%.
 
-    For each channel, by Lloyd's algorithm (IEEE Trans. Inf. Theory 28, 1982) with the codebook held uniform:
+    For each channel that varies, by Lloyd's algorithm (IEEE Trans. Inf. Theory 28, 1982), the codebook held uniform:
     give each value its nearest code, then solve for the lo and step that reconstruct best (a linear
     least-squares fit of values on codes); each of the two can only lower the error. Run from `_STARTS` ranges,
     and the best is taken. There the error is flat, while the codes' entropy falls with the step by log2 of it: so the
-    widest step whose error is within `_SLACK` of the least is kept. joint: with a filter, see `latentprep.joint`.
+    widest step whose error is within `_SLACK` of the least is kept. A constant channel has its value in the middle of
+    the range, and a step like those of the others, so that values to come are told apart on both sides of it.
+    joint: with a filter, see `latentprep.joint`.
 
     Raises `CodecError` if a value is NaN or infinite.
     """
     check_bits(bits)
     if not torch.isfinite(latents).all():
-        raise CodecError("latents for calibration hold NaN or infinity", "try --dtype float32")
+        raise CodecError("latents for calibration hold NaN or infinity", f"try {opt('dtype', 'float32')}")
     values = latents.detach().float().cpu().transpose(0, 1).flatten(1)
-    values = values[:, :: -(-values.shape[1] // _VALUES)]
-    fits = [_fit_channel(channel.numpy().astype(np.float64), 1 << bits) for channel in values]
-    quantizer = Quantizer(bits, tuple(lo for lo, _ in fits), tuple(step for _, step in fits))
+    values = values[:, _spread(values.shape[1])]
+    lows, highs = (values.amin(1).double(), values.amax(1).double())
+    constant = (highs - lows <= _NOISE * values.abs().max()).tolist()
+    fits = {
+        place: _fit_channel(channel.numpy().astype(np.float64), 1 << bits)
+        for place, channel in enumerate(values)
+        if not constant[place]
+    }
+    usual = _usual_step([step for _, step in fits.values()])
+    middles = ((lows + highs) / 2).tolist()
+    ranges = [fits.get(place) or _around(middle, usual, 1 << bits) for place, middle in enumerate(middles)]
+    quantizer = Quantizer(bits, tuple(lo for lo, _ in ranges), tuple(step for _, step in ranges))
     return fit_filter(latents.detach(), quantizer) if joint else quantizer
 
 
+def code_statistics(codes: Tensor, quantizer: Quantizer) -> Statistics:
+    """u8 [B,C,h,w] on the CPU -> what `Statistics` says of them. Sums of codes are exact, in whatever order."""
+    values = codes.double()
+    if quantizer.filter:
+        lo, step = _columns(quantizer, codes)
+        values = ((dequantize(codes, quantizer) - lo) / step - 0.5).double()
+    count = values[:, 0].numel()
+    mean, square = values.sum((0, 2, 3)) / count, values.square().sum((0, 2, 3)) / count
+    std = (square - mean.square()).clamp(min=0).sqrt()
+    return Statistics(tuple(map(_float32, mean.tolist())), tuple(map(_float32, std.tolist())))
+
+
+def _spread(count: int) -> np.ndarray:
+    """Up to `_VALUES` of so many places, i64: one drawn from each of equal stretches.
+
+    A fixed stride would fall upon the same columns of every grid.
+    """
+    if count <= _VALUES:
+        return np.arange(count)
+    edges = np.arange(_VALUES + 1) * count // _VALUES
+    return np.random.default_rng(count).integers(edges[:-1], edges[1:])
+
+
+def _usual_step(steps: list[float]) -> float:
+    """The power of two nearest to the median, so that constants stay exact; 1 if there are no steps."""
+    return float(2.0 ** np.round(np.log2(np.median(steps)))) if steps else 1.0
+
+
+def _around(value: float, step: float, levels: int) -> tuple[float, float]:
+    """The range, (lo, step), in whose middle cell a value is the middle."""
+    step = max(step, 2.0 ** np.ceil(np.log2(max(abs(value), 1e-30) * 2**-20)))  # float32 must tell the cells apart
+    return _float32(value - (levels // 2 + 0.5) * step), step
+
+
 def _fit_channel(values: np.ndarray, levels: int) -> tuple[float, float]:
-    """f64 [n] -> (lo, step), both exact in float32.
+    """f64 [n], not all the same -> (lo, step), both exact in float32.
 
     All starts at once, one a row. With the values sorted, a cell is a run of them, so that prefix sums give
     its count and sum, and an alternation costs O(levels log n) rather than O(n).
     """
     values = np.sort(values)
     low, high, n = values[0], values[-1], len(values)
-    if low == high:  # constant: code 0 reconstructs it
-        return _float32(low - 0.5), 1.0
     sums = np.concatenate([[0.0], values.cumsum()])
     codes = np.arange(levels) + 0.5
     # Ranges that leave ever more of both tails outside.
@@ -130,5 +174,5 @@ def _float32(value: float) -> float:
 
 def _columns(quantizer: Quantizer, like: Tensor) -> tuple[Tensor, Tensor]:
     """f32 [C,1,1] each, on the device of `like`."""
-    lo, step = (torch.tensor(v, dtype=torch.float32, device=like.device) for v in (quantizer.lo, quantizer.step))
-    return lo.view(-1, 1, 1), step.view(-1, 1, 1)
+    lo, step = constants(quantizer, like.device)[:2]
+    return lo, step

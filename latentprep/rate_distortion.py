@@ -24,9 +24,11 @@ from .console import Progress, ProgressFactory, silent
 from .device import pick_device
 from .drawing import COLOURS, GREY, INK, draw
 from .encoder import CALIBRATION, default_size, joint_by_default
-from .errors import SourceError, UsageError, system_fault
+from .errors import SourceError, UsageError, opt, system_fault
+from .fitting import NOT_ON_DEVICE, Fitting
 from .format.commit import write_atomic
 from .format.manifest import Manifest, ShardRecord, train_split
+from .format.places import path_of
 from .format.quantizer import Quantizer, check_bits
 from .format.zarr_store import choose_compression, encode_shard_files, metadata_files
 from .images import BadImage, load_views
@@ -86,6 +88,7 @@ def rd(
     qualities: Sequence[int] = QUALITIES,
     images: int = 200,
     size: int | None = None,
+    data: str | Path | None = None,
     seed: int = 0,
     device: str = "auto",
     out: str | Path = "rd",
@@ -98,14 +101,16 @@ def rd(
     each number of bits, by a quantizer fitted to train as `encode` fits it, and become one shard with labels, keys,
     record, metadata and manifest, all of which count. OUT gets rd.json, rd.png, rd.svg and side-by-side.png.
     """
-    opened = source if isinstance(source, Source) else open_source(source)
+    opened = open_source(source, data=data, seed=seed)
     for b in bits:
         check_bits(b)
     wrong = [q for q in qualities if not 1 <= q <= 100]
     if wrong or not bits or not codecs or images < 1:
         raise UsageError(
-            f"--qualities must be 1 to 100, got {wrong[0]}" if wrong else "there must be codecs, bits and images",
-            "use --codecs dct --bits 1-8 --images 200",
+            f"{opt('qualities')} must be 1 to 100, got {wrong[0]}"
+            if wrong
+            else "there must be codecs, bits and images",
+            f"as in {opt('images', 200)}, {opt('codecs')} dct, {opt('bits')} 1 to 8",
         )
     built = {spec: _build(spec, device) for spec in dict.fromkeys(codecs)}
     size = size or default_size(opened, next(iter(built.values())))
@@ -138,7 +143,7 @@ def rd(
                 found, _ = _measure(_opened_files(files), pixels, (), bar)
                 points.append(Point(name, quality, cost, 8 * cost / size**2, *found))
             seconds[name] = round(time.monotonic() - start, 2)
-    root = Path(out)
+    root = path_of(out)
     result = RdResult(str(root), opened.spec, split, len(pixels), size, seed, points, skipped, seconds)
     try:
         write_atomic(root / "rd.json", (json.dumps(result.to_json(), indent=1) + "\n").encode())
@@ -227,13 +232,13 @@ def _coded(
     labels = np.array(source.labels(split), np.int32)[rows]
     keys = [source.keys(split)[row] for row in rows]
     channels, height, width = calibration.shape[1:]
-    flip = flip_signs(codec, (channels, height, width))
+    flip, decode = flip_signs(codec, (channels, height, width)), Fitting(codec.decode, NOT_ON_DEVICE)
     for b in bits:
         quantizer = fit_quantizer(calibration, b, joint_by_default(b, channels, flip))
         chain = choose_compression(quantize(calibration, quantizer).numpy()[:, None])
         codes = quantize(latents, quantizer)
         cost = _stored_bytes(source, codec, split, quantizer, chain, codes.numpy()[:, None], labels, keys, size, seed)
-        batches = (codec.decode(dequantize(part, quantizer)).cpu() for part in codes.split(_BATCH))
+        batches = (decode(dequantize(part, quantizer)).cpu() for part in codes.split(_BATCH))
         yield b, cost / len(codes), batches
 
 
@@ -265,9 +270,9 @@ def _stored_bytes(
 
 def _encoded(codec: Codec, pixels: Tensor, bar: Progress) -> Tensor:
     """u8 [n,3,S,S] -> f32 [n,C,h,w] on the host."""
-    latents = []
+    latents, encode = [], Fitting(codec.encode, NOT_ON_DEVICE)
     for part in pixels.split(_BATCH):
-        latents.append(codec.encode(part).cpu())
+        latents.append(encode(part).cpu())
         bar.advance(len(part))
     return torch.cat(latents)
 
@@ -351,6 +356,6 @@ def _build(spec: str, device: str) -> Codec:
     for pair in pairs:
         option, equals, value = pair.partition("=")
         if not equals:
-            raise UsageError(f"--codecs takes names with options as name:option=value, got {spec}")
+            raise UsageError(f"{opt('codecs')} takes names with options as name:option=value, got {spec}")
         options[option] = int(value) if value.isdecimal() else value
     return make_codec(name, device=pick_device(device), **options)

@@ -15,14 +15,15 @@ from .console import ProgressFactory, silent, size
 from .decoding import open_decoder
 from .drawing import BLUE, INK, drawn
 from .errors import CheckpointError, system_fault
+from .facts import DatasetInfo, info
 from .format.commit import write_atomic
 from .format.dataset import LatentDataset, open_dataset
 from .format.manifest import INVALID_LABEL
-from .info import DatasetInfo, info
+from .format.places import path_of
 from .previewer import sample_columns
 from .samples import Decoder, Picked, decode_all, pick
 from .sheet import Column
-from .sources import Source
+from .sources import Source, open_own_source
 
 if TYPE_CHECKING:
     from latenttrain.diagnosis import Diagnosis
@@ -56,7 +57,8 @@ def report(
     runs: Sequence[str | Path] = (),
     samples: int = SAMPLES,
     decoder: str = "codec",
-    source: Source | None = None,
+    source: str | Path | Source | None = None,
+    data: str | Path | None = None,
     weights: str | None = None,
     device: str = "auto",
     progress: ProgressFactory = silent,
@@ -67,13 +69,14 @@ def report(
     evaluated on it, with a confusion matrix and their worst mistakes as decoded pictures; of all the curves are drawn.
     Raises as `preview` does, and `CheckpointError` for a folder that is no run.
     """
-    opened = dataset if isinstance(dataset, LatentDataset) else open_dataset(dataset)
+    opened = open_dataset(dataset)
     found = info(opened)
     maker = open_decoder(opened, decoder, weights, device)
     picked = pick(opened, limit=samples)
     counts, shards = channel_counts(opened)
     entropies = tuple(map(entropy, counts))
-    columns = sample_columns(opened, picked, maker, source=source, progress=progress) if len(picked) else []
+    given = open_own_source(source, data=data)
+    columns = sample_columns(opened, picked, maker, source=given, progress=progress) if len(picked) else []
     sections = [
         page.section("What was encoded", page.facts(_facts(found)), _classes(found)),
         page.section("What the codes keep", *_samples(opened, picked, columns)),
@@ -85,7 +88,7 @@ def report(
     lead = f"A latent dataset: {found.source} through {found.codec['name']} at {_plural_bits(found.bits)}."
     document = page.page(f"Report on {name}", lead, sections)
     try:
-        write_atomic(Path(out), document)
+        write_atomic(path_of(out), document)
     except OSError as error:
         raise system_fault(error) from error
     return ReportResult(

@@ -13,13 +13,13 @@ from . import __version__
 from .console import ProgressFactory, silent
 from .derived import derive, every_row, opened
 from .encoder import CALIBRATION, EncodeResult, check_joint, joint_by_default
-from .errors import UsageError
+from .errors import UsageError, opt
 from .format.dataset import Codes, LatentDataset
 from .format.manifest import INVALID_LABEL, Manifest, train_split
 from .format.quantizer import Quantizer, check_bits
 from .format.zarr_store import choose_compression
 from .pipeline import calibration_rows
-from .quantize import dequantize, fit_quantizer, quantize, quantize_counting
+from .quantize import code_statistics, dequantize, fit_quantizer, quantize, quantize_counting
 
 Recoder = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 _SEARCHED = 64  # samples whose codes are searched for at once
@@ -47,7 +47,9 @@ def requantize(
     if bits >= source.quantizer.bits:
         raise UsageError(
             f"{source.root} has {source.quantizer.bits} bits a code; requantizing to {bits} would gain nothing",
-            f"use --bits 1 to {source.quantizer.bits - 1}" if source.quantizer.bits > 1 else "encode with more bits",
+            f"use {opt('bits')} 1 to {source.quantizer.bits - 1}"
+            if source.quantizer.bits > 1
+            else "encode with more bits",
         )
     manifest = requantized_manifest(source, bits, joint)
     recoded = recoder(source.quantizer, manifest.quantizer)
@@ -78,10 +80,12 @@ def requantized_manifest(source: LatentDataset, bits: int, joint: bool | None = 
         drawn.append(shard.codes[[place for place in here if shard.labels[place] != INVALID_LABEL], 0])
     latents = dequantize(torch.from_numpy(np.concatenate(drawn)), manifest.quantizer)
     quantizer = fit_quantizer(latents, bits, joint)
-    compression = choose_compression(quantize(latents, quantizer).numpy()[:, None])
+    codes = quantize(latents, quantizer)
+    compression = choose_compression(codes.numpy()[:, None])
     return replace(
         manifest,
         quantizer=quantizer,
+        statistics=code_statistics(codes, quantizer),
         flip=None if joint else manifest.flip,
         compression=compression,
         written_by=f"latentprep {__version__}",

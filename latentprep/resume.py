@@ -8,13 +8,15 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from .errors import DatasetError, system_fault
+from .errors import DatasetError, opt, system_fault
 from .format.commit import commit_shard, create_dataset, locked, make_folder, remove_dataset
 from .format.dataset import LatentDataset, open_dataset
-from .format.lease import LOCK
-from .format.manifest import MANIFEST, Manifest, Plan, ShardRecord
+from .format.locks import LOCK
+from .format.manifest import MANIFEST, STORED, Manifest, Plan, ShardRecord
 from .format.places import Place
 from .format.shard import EncodedShard
+from .source_files import added_and_removed
+from .sources import Source
 
 _UNCOMMITTED = 2  # made shards that wait to be written
 
@@ -46,40 +48,51 @@ def committed(dataset: LatentDataset, shards: Iterable[EncodedShard]) -> Iterato
         for shard in shards:
             waiting.append(writer.submit(commit_shard, dataset.root, shard))
             while waiting and (waiting[0].done() or len(waiting) > _UNCOMMITTED):
-                yield waiting.popleft().result()
+                yield dataset.remember(waiting.popleft().result())
         while waiting:
-            yield waiting.popleft().result()
+            yield dataset.remember(waiting.popleft().result())
 
 
-def stored_manifest(root: Place, asked: Plan, overwrite: bool) -> Manifest | None:
+def stored_manifest(root: Place, asked: Plan, overwrite: bool, source: Source | None = None) -> Manifest | None:
     """The manifest of the dataset to resume; None for an empty folder, or one that `overwrite` emptied.
 
-    asked: what is to be made there, a `Manifest` where quantizer and compression are decided, too. Raises
-    `DatasetError` for a folder that holds anything else, naming the first setting in which it differs.
+    asked: what is to be made there, a `Manifest` where quantizer and compression are decided, too. source: what is to
+    be encoded, to say which images were added or removed. Raises `DatasetError` for a folder that holds anything else,
+    naming the first setting in which it differs.
     """
     if (root / MANIFEST).is_file():
         if overwrite:
             remove_dataset(root)
             return None
         stored = open_dataset(root).manifest
-        _check_same(root, stored, asked)
+        _check_same(root, stored, asked, source)
         return stored
     others = sorted(entry.name for entry in root.iterdir() if entry.name not in (MANIFEST + ".tmp", LOCK))
     if others:
         raise DatasetError(
-            f"{root} is not empty and holds no latent dataset (it has {others[0]})", "choose another --out"
+            f"{root} is not empty and holds no latent dataset (it has {others[0]})", f"choose another {opt('out')}"
         )
     return None
 
 
-def _check_same(root: Place, stored: Manifest, asked: Plan) -> None:
+def _check_same(root: Place, stored: Manifest, asked: Plan, source: Source | None) -> None:
     fitted = isinstance(asked, Manifest)
     for name, there, here in differences(_decided(stored, fitted), _decided(asked, fitted)):
+        share = opt("val_fraction")
+        of_source = name.partition(".")[0] in ("splits", "classes", "source")
+        if source is not None and of_source and (changes := added_and_removed(open_dataset(root), source)):
+            raise DatasetError(
+                f"{root} was made otherwise: the source has changed: {changes}",
+                f"undo that, and give the same {opt('limit')}, {share} and {opt('seed')}, to resume; choose another "
+                f"{opt('out')}, or {opt('overwrite')} to encode all anew",
+            )
         hints = {
-            "source.sha256": "its files, labels, or --limit, --val-fraction or --seed changed; ",
-            "joint": f"pass {'--joint' if there else '--no-joint'}; ",
-            "codec.dtype": f"pass --dtype {there}; ",
-            **dict.fromkeys((f"splits.{n}" for n in stored.splits), "--limit or --val-fraction may have changed; "),
+            "source.sha256": f"its files, labels, or {opt('limit')}, {share} or {opt('seed')} changed; ",
+            "joint": f"pass {opt('joint', bool(there))}; ",
+            "codec.dtype": f"pass {opt('dtype', there)}; ",
+            "codec.revision": f"an earlier version began it; verify with {opt('repair')} completes it; ",
+            "transform.colour": f"from Python, colour={there!r} goes on with it; ",
+            **dict.fromkeys((f"splits.{n}" for n in stored.splits), f"{opt('limit')} or {share} may have changed; "),
         }
         if name == "source.sha256":
             what = "the source has changed"
@@ -89,21 +102,24 @@ def _check_same(root: Place, stored: Manifest, asked: Plan) -> None:
             what = f"{name} is {there}, this command asks for {here}"
         raise DatasetError(
             f"{root} was made otherwise: {what}",
-            hints.get(name, "") + "give the same options to resume, another --out, or --overwrite to start anew",
+            hints.get(name, "")
+            + f"give the same options to resume, another {opt('out')}, or {opt('overwrite')} to start anew",
         )
 
 
 def with_quantizer_of(dataset: LatentDataset, asked: Plan) -> Manifest:
-    """The plan finished with the dataset's quantizer and compression, so that the two can be merged.
+    """The plan finished with the dataset's quantizer, what was counted with it, and compression, so that the two can be
+    merged.
 
     Raises `DatasetError` naming the first field in which codes of the two cannot mean the same.
     """
     for name, there, here in differences(_meaning(dataset.manifest), _meaning(asked)):
         raise DatasetError(
             f"the quantizer of {dataset.root} is for other latents: {name} is {there}, this command asks for {here}",
-            "give the same options as for that dataset, or leave out --quantizer",
+            f"give the same options as for that dataset, or leave out {opt('quantizer')}",
         )
-    return asked.manifest(dataset.manifest.quantizer, dataset.manifest.compression)
+    given = dataset.manifest
+    return asked.manifest(given.quantizer, given.statistics, given.compression)
 
 
 def _meaning(plan: Plan) -> dict:
@@ -112,14 +128,14 @@ def _meaning(plan: Plan) -> dict:
         "codec": {key: value for key, value in plan.codec.items() if key != "weights"},
         "bits": plan.bits,
         "joint": plan.joint,
-        "transform": {key: plan.transform.get(key) for key in ("size", "resize")},
+        "transform": {key: plan.transform.get(key) for key in ("size", "resize", "colour")},
     }
 
 
 def _decided(plan: Plan, fitted: bool) -> dict:
     """What the user decided; where the manifest is `fitted`, also what calibration did."""
     decided = _meaning(plan) | {
-        "transform": plan.transform,
+        "transform": {"colour": STORED, **plan.transform},  # older datasets took colours as they are stored
         "splits": plan.splits,
         "classes": list(plan.classes),
         "source": {"sha256": plan.source["sha256"]},

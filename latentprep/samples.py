@@ -12,11 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import LatentError, SourceError, UsageError, nearest
+from .device import on_device
+from .errors import LatentError, SourceError, UsageError, nearest, opt
+from .fitting import NOT_ON_DEVICE, Fitting
 from .format.dataset import LatentDataset
 from .format.manifest import INVALID_LABEL
 from .format.quantizer import Quantizer
-from .images import BadImage, load_views
+from .images import BadImage, canonical_view
 from .quantize import dequantize
 from .sources import Source, open_source
 
@@ -108,10 +110,14 @@ def decoded(
     decoder: Decoder, codes: np.ndarray, quantizer: Quantizer, batch_size: int = _BATCH
 ) -> Iterator[tuple[slice, Tensor]]:
     """u8 [n,C,h,w] -> batches of places and pictures on the host, u8 [b,3,H,W]."""
+    decode = Fitting(decoder.decode, NOT_ON_DEVICE)
+    device = torch.device(getattr(decoder, "device", "cpu"))
     for start in range(0, len(codes), batch_size):
         places = slice(start, min(start + batch_size, len(codes)))
         latents = dequantize(torch.from_numpy(codes[places]), quantizer)
-        yield places, decoder.decode(latents).cpu()
+        with on_device(device):
+            pictures = decode(latents).cpu()
+        yield places, pictures
 
 
 def decode_all(decoder: Decoder, codes: np.ndarray, quantizer: Quantizer) -> Tensor:
@@ -128,19 +134,20 @@ class Originals:
     """
 
     def __init__(self, dataset: LatentDataset, source: Source) -> None:
-        self.source, self.classes, self.size = source, dataset.classes, dataset.manifest.transform["size"]
+        self.source, self.classes, self.transform = source, dataset.classes, dataset.manifest.transform
         self._places: dict[str, dict[str, int]] = {}
         self._labels = {split: source.labels(split) for split in source.splits}
 
     def load(self, picked: Picked) -> Tensor:
         """The canonical views of the picked samples, u8 [n,3,S,S]."""
-        images = np.empty((len(picked), self.size, self.size, 3), np.uint8)
+        size = self.transform["size"]
+        images = np.empty((len(picked), size, size, 3), np.uint8)
 
         def place(at: int) -> None:
             split, row = self._find(picked.split, picked.keys[at], self.classes[picked.labels[at]])
             sample = self.source.read(split, row)
             try:
-                images[at] = load_views(sample.data, self.size)[0]
+                images[at] = canonical_view(sample.data, self.transform)
             except BadImage as error:
                 raise SourceError(f"{sample.key}: {error}", "it has changed since it was encoded") from error
 
@@ -185,7 +192,7 @@ def _class_index(dataset: LatentDataset, name: str) -> int:
 def _spread(rows: np.ndarray, labels: np.ndarray, limit: int) -> np.ndarray:
     """At most `limit` of the rows, as many of each class as there are, evenly spaced: i64 [N], i32 [N] -> i64 [n]."""
     if limit < 1:
-        raise UsageError(f"--limit must be 1 or more, got {limit}", "leave it out for all samples")
+        raise UsageError(f"{opt('limit')} must be 1 or more, got {limit}", "leave it out for all samples")
     if limit >= len(rows):
         return rows
     counts = np.bincount(labels)

@@ -12,7 +12,7 @@ import numpy as np
 from .console import ProgressFactory, silent
 from .derived import Rows, derive, every_row, opened
 from .encoder import EncodeResult
-from .errors import DatasetError, UsageError, nearest
+from .errors import DatasetError, UsageError, nearest, opt
 from .format.dataset import Codes, LatentDataset
 from .format.manifest import INVALID_LABEL, Manifest
 from .resume import differences
@@ -38,7 +38,7 @@ def subset(
     Raises `UsageError` for an unknown class or a fraction out of range, `DatasetError` if the dataset is damaged.
     """
     if not 0 < fraction <= 1:
-        raise UsageError(f"--fraction must be above 0 and at most 1, got {fraction:g}")
+        raise UsageError(f"{opt('fraction')} must be above 0 and at most 1, got {fraction:g}")
     source = opened(dataset)
     for name in classes or ():
         if name not in source.classes:
@@ -86,7 +86,7 @@ def merge(
         for name, there, here in differences(
             _configuration(first, part.manifest), _configuration(part.manifest, first)
         ):
-            hint = f"encode it again with --quantizer {parts[0].root}" if name.startswith("quantizer") else ""
+            hint = f"encode it again with {opt('quantizer')} {parts[0].root}" if name.startswith("quantizer") else ""
             raise DatasetError(
                 f"{part.root} and {parts[0].root} are no parts of one dataset: "
                 f"{name} is {here} in the one and {there} in the other",
@@ -114,7 +114,9 @@ def _configuration(manifest: Manifest, other: Manifest) -> dict[str, Any]:
         "quantizer": manifest.quantizer.to_json(),
         "classes": list(manifest.classes),
         "flip": None if manifest.flip is None else list(manifest.flip),
-        "transform": {name: manifest.transform.get(name) for name in ("size", "resize", "seed", *sorted(crops))},
+        "transform": {
+            name: manifest.transform.get(name) for name in ("size", "resize", "colour", "seed", *sorted(crops))
+        },
         "views": {split: manifest.views(split) for split in shared},
     }
 

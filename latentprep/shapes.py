@@ -36,7 +36,7 @@ def find() -> Tree:
     for split, size in SIZES.items():
         names = [CLASSES[i % len(CLASSES)] for i in range(size)]
         found[split] = [Found(f"{split}/{name}/{i:04d}.jpg", name, (split, i)) for i, name in enumerate(names)]
-    return Tree(found, {})
+    return Tree(found)
 
 
 def read(at: tuple[str, int]) -> bytes:

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from .text import shown
+
 TILE, WIDTH = 112, 1660  # pixels: a picture's side, and the sheet's width at most
 _GAP, _MARGIN, _LINE, _TEXT = 3, 16, 18, 12
 INK, MUTED = "#24292f", "#59636e"
@@ -29,6 +31,7 @@ def draw_sheet(
     columns: list[Column], names: list[str], title: str = "", tile: int = TILE, width: int = WIDTH
 ) -> Image.Image:
     """The contact sheet: as many samples side by side as its width holds, each under its name."""
+    title = shown(title)
     group = len(columns) * (tile + _GAP) - _GAP
     across = max(1, min(len(names), (width - _MARGIN) // (group + _MARGIN)))
     down = -(-len(names) // across)
@@ -89,7 +92,8 @@ def font(size: int) -> ImageFont.FreeTypeFont:
 
 
 def fitted(text: str, width: int) -> str:
-    """The text, cut with an ellipsis where it is wider than `width` pixels."""
+    """The text, cut with an ellipsis where it is wider than `width` pixels, and safe to draw."""
+    text = shown(text)
     if font(_TEXT).getlength(text) <= width:
         return text
     while text and font(_TEXT).getlength(text + "…") > width:

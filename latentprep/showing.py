@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import sys
+from typing import TYPE_CHECKING, Any, overload
 
 from . import console
 
 if TYPE_CHECKING:
     from .encoder import EncodeResult
+    from .sources import Source
     from .verifier import VerifyResult
 
 _MOST_SHOWN = 50  # shards, of those that verify finds wrong
+
+
+@overload
+def open_shown(spec: str, **options: Any) -> Source: ...
+@overload
+def open_shown(spec: str | None, **options: Any) -> Source | None: ...
+def open_shown(spec: str | None, **options: Any) -> Source | None:
+    """`sources.open_own_source` with a bar, and what the source leaves out said on stderr."""
+    from .listing import left_out_line
+    from .sources import open_own_source
+
+    with console.byte_progress() as reading:
+        source = open_own_source(spec, progress=reading, **options)
+    if source is not None:
+        for note in source.notes:
+            print(f"note: {note}", file=sys.stderr)
+        if source.left_out:
+            print(f"left out: {left_out_line(source.left_out)}", file=sys.stderr)
+    return source
 
 
 def show_result(result: EncodeResult, as_json: bool) -> None:

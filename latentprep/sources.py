@@ -6,41 +6,32 @@ holds the class folders (``n01440764/x.JPEG``); for WebDataset tars it is the sa
 (``imagenette2-224/train/…``) do not count, so a folder, its tar and its .tgz give the same rows and fingerprint.
 
 What is an image: a file with an image's name (.jpg, .png, …), or any other that begins like an image. A damaged file
-with an image's name keeps its row, for the encoder to report. Hidden files, ``__MACOSX`` and all others are left out.
+with an image's name keeps its row, for the encoder to report. Every image that is in no row is counted in `left_out`.
 
 Classes are the folders below ``train`` in sorted order, or the distinct texts of WebDataset's ``.cls`` members; where
 all are numbers, in numeric order. A class that is empty in ``train`` is an error; one that has no images in ``val`` or
-``test`` only is not. A ``test`` folder of images without class folders is left out.
+``test`` only is not.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from latentprep.archives import archive_kind, list_archive, read_member
-from latentprep.errors import SourceError, UsageError, nearest
-from latentprep.layouts import (
-    LAYOUTS,
-    Found,
-    Progress,
-    Tree,
-    by_folders,
-    by_labels,
-    has_image_name,
-    is_hidden,
-    list_folder,
-    read_file,
-)
+from latentprep.errors import SourceError, UsageError, opt
+from latentprep.finding import Load, find
+from latentprep.format.places import path_of
+from latentprep.layouts import LAYOUTS, Found, Tree
+from latentprep.listing import HIDDEN, Progress, left_out_line
 
-MAX_TARS = 100_000  # that one brace pattern may stand for
+_STATTERS = 8  # threads that ask for files' sizes and times: on a network each answer takes its time
 VAL_FRACTION = 0.1  # of each class, taken from train where a source has no val split
 
 
@@ -60,16 +51,29 @@ class Row(NamedTuple):
 
 
 class Source:
-    """An index of labelled images and a way to read one. Can be pickled, and read from many threads at once."""
+    """An index of labelled images and a way to read one. Can be pickled, and read from many threads at once.
+
+    left_out: what there is besides the rows, and how many: "images in docs/ (not a known split)", "links in a circle".
+    With the rows, all that begin with "images" make up the image files there are; `take` takes nothing from it.
+    notes: what else a user should know about how the source is read.
+    """
 
     def __init__(
-        self, spec: str, classes: tuple[str, ...], rows: dict[str, list[Row]], load: Callable[[Any], bytes]
+        self,
+        spec: str,
+        classes: tuple[str, ...],
+        rows: dict[str, list[Row]],
+        load: Callable[[Any], bytes],
+        left_out: Mapping[str, int] | None = None,
+        notes: tuple[str, ...] = (),
     ) -> None:
         self.spec = spec
         self.classes = classes
         self.splits = tuple(rows)
         self._rows = rows
         self._load = load
+        self.left_out = dict(left_out or {})
+        self.notes = notes
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{split} {self.size(split)}" for split in self.splits)
@@ -98,7 +102,14 @@ class Source:
         try:
             return Sample(row.key, self._load(row.at), row.label)
         except SourceError as error:
-            raise SourceError(f"{row.key}: {error.message}", error.hint) from error
+            raise SourceError(f"{row.key}: {error.texts[0]}", error.texts[1]) from error
+
+    def stat(self, split: str) -> list[tuple[int, int]] | None:
+        """Each sample's bytes, and when its file last changed (that of its archive, in one), in ns since 1970; None
+        where samples are not in files. (-1, -1) for a file that has gone, which reading it says."""
+        with ThreadPoolExecutor(_STATTERS) as pool:
+            found = list(pool.map(_stat, [row.at for row in self._split(split)], chunksize=1024))
+        return None if any(one is None for one in found) else [one for one in found if one is not None]
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) over classes, splits, keys and labels: what a resumed run must find unchanged."""
@@ -110,8 +121,22 @@ class Source:
         Raises UsageError below 1.
         """
         if limit < 1:
-            raise UsageError(f"limit must be 1 or more, got {limit}", "leave --limit out for all samples")
-        return Source(self.spec, self.classes, {s: _spread(rows, limit) for s, rows in self._rows.items()}, self._load)
+            raise UsageError(f"limit must be 1 or more, got {limit}", f"leave {opt('limit')} out for all samples")
+        rows = {split: _spread(rows, limit) for split, rows in self._rows.items()}
+        return Source(self.spec, self.classes, rows, self._load, self.left_out, self.notes)
+
+
+def _stat(at: Any) -> tuple[int, int] | None:
+    """Bytes and time of change of what lies at a path, or at (archive, offset, size)."""
+    try:
+        if isinstance(at, str | Path):
+            found = Path(at).stat()
+            return found.st_size, found.st_mtime_ns
+        if isinstance(at, tuple) and len(at) == 3 and hasattr(at[0], "path"):
+            return int(at[2]), Path(at[0].path).stat().st_mtime_ns
+    except OSError:
+        return -1, -1
+    return None
 
 
 def fingerprint(classes: Sequence[str], splits: Mapping[str, Iterable[tuple[str, int]]]) -> str:
@@ -130,23 +155,25 @@ def _spread(rows: list[Row], limit: int) -> list[Row]:
 
 
 def open_source(
-    spec: str | Path,
+    spec: str | Path | Source,
     *,
     data: str | Path | None = None,
     val_fraction: float | None = None,
     seed: int = 0,
     cache: Path | None = None,
+    out: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Source:
-    """Open a source of labelled images.
+    """Open a source of labelled images. One that is open already comes back as it is.
 
     ``spec`` is a named dataset (``shapes``, ``imagenette-160``, …), a folder, a .tar or .tar.gz of such a folder, or
-    WebDataset tars: one, a folder of them, or a brace pattern ``train-{000000..000012}.tar``. A name goes before a
-    folder of the same name; write ``./shapes`` for the folder.
+    several tars: WebDataset shards, or a tar for each split or class; in a folder, in a tar, or as a brace pattern
+    ``train-{000000..000012}.tar``. A name goes before a folder of the same name; write ``./shapes`` for the folder.
 
     ``data``: a copy of the named dataset that is already here (folder or archive), in place of a download to ``cache``.
     ``val_fraction``: the share of each class, in [0, 1), moved from train to val where there is no val split (0.1 if
     None; 0 for none). Which samples is decided by ``seed`` and their keys alone.
+    ``out``: a folder that is written to; where it lies in the source, it is left out.
     ``progress(description, done_bytes, total_bytes)`` is called during downloads and long scans.
 
     Raises SourceError for anything wrong with the images, their folders, archives or download; UsageError for an
@@ -154,96 +181,62 @@ def open_source(
     """
     from latentprep import datasets
 
+    if isinstance(spec, Source):
+        if data is not None or val_fraction is not None:
+            raise UsageError("data and val fraction are for a source that is still to be opened", "leave them out")
+        return spec
     if val_fraction is not None and not 0 <= val_fraction < 1:  # NaN fails it too
-        raise UsageError(f"val fraction must be from 0 to below 1, got {val_fraction}", "use --val-fraction 0.1")
+        raise UsageError(
+            f"val fraction must be from 0 to below 1, got {val_fraction}", f"use {opt('val_fraction', 0.1)}"
+        )
     name = spec if isinstance(spec, str) and spec in datasets.NAMES else None
     if data is not None and name in (None, "shapes"):
         downloads = ", ".join(known for known in datasets.NAMES if known != "shapes")
-        raise UsageError(f"--data is for a dataset that is downloaded, which {spec} is not", f"use it with {downloads}")
+        raise UsageError(
+            f"{opt('data')} is for a dataset that is downloaded, which {spec} is not", f"use it with {downloads}"
+        )
     if name == "shapes":
         from latentprep import shapes
 
         return _build(name, shapes.find(), shapes.read, val_fraction, seed)
     if name is None:
-        return _build(str(spec), *_find(str(spec), progress), val_fraction, seed)
-    path = Path(data).expanduser() if data is not None else datasets.fetch(name, cache, progress)
+        folder = None if out is None or "://" in str(out) else path_of(out)
+        return _build(str(spec), *find(str(spec), folder, progress), val_fraction, seed)
+    path = path_of(data) if data is not None else datasets.fetch(name, cache, progress)
     if not path.exists():
-        raise SourceError(f"no such file or folder: {path}", f"give a copy of {name} with --data, or leave it out")
-    source = _build(name, *_find(str(path), progress), val_fraction, seed)
+        raise SourceError(
+            f"no such file or folder: {path}", f"give a copy of {name} with {opt('data')}, or leave it out"
+        )
+    source = _build(name, *find(str(path), progress=progress), val_fraction, seed)
     source.classes = datasets.class_names(name, source.classes, path)
     return source
 
 
-def _find(spec: str, progress: Progress | None) -> tuple[Tree, Callable[[Any], bytes]]:
-    """The images that ``spec`` names, by split, and the function that reads one."""
-    try:
-        return _find_path(spec, Path(spec).expanduser(), progress)
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise SourceError(f"cannot read {error.filename or spec}: {reason}", "check its permissions") from error
+def open_own_source(
+    source: str | Path | Source | None,
+    *,
+    data: str | Path | None = None,
+    val_fraction: float | None = None,
+    seed: int = 0,
+    limit: int | None = None,
+    out: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Source | None:
+    """The source that a dataset was made of, opened with what it was encoded with; None where there is none.
+
+    Raises UsageError for ``data`` without a source, and as `open_source` and `Source.take` do.
+    """
+    if source is None:
+        if data is not None:
+            raise UsageError("data is a copy of what source names, and no source is given", "name the source too")
+        return None
+    opened = open_source(source, data=data, val_fraction=val_fraction, seed=seed, out=out, progress=progress)
+    return opened if limit is None else opened.take(limit)
 
 
-def _find_path(spec: str, path: Path, progress: Progress | None) -> tuple[Tree, Callable[[Any], bytes]]:
-    if path.is_dir():
-        listing = list_folder(path)
-        tars = [] if listing.images else [p for p in sorted(path.iterdir()) if _is_tar(p)]
-        if not tars:
-            return by_folders(spec, listing), read_file
-    elif path.is_file():
-        if has_image_name(spec):
-            raise SourceError(f"{spec} is a single image", LAYOUTS)
-        tars = [path]
-    elif path.exists():
-        raise SourceError(f"{spec} is neither a file nor a folder", LAYOUTS)
-    else:
-        tars = [Path(name).expanduser() for name in _expand_braces(spec)]
-        _check_exists(spec, tars)
-    listings = {tar: list_archive(tar, progress) for tar in tars}
-    if len(tars) == 1 and not listings[tars[0]].labels:
-        return by_folders(spec, listings[tars[0]]), read_member
-    return by_labels(spec, listings), read_member
-
-
-def _check_exists(spec: str, paths: list[Path]) -> None:
-    from latentprep import datasets
-
-    missing = [path for path in paths if not path.is_file()]
-    if not missing:
-        return
-    if len(paths) > 1:
-        raise SourceError(f"{spec}: {len(missing)} of {len(paths)} files are not there, the first {missing[0]}")
-    if "/" in spec or "." in spec:
-        raise SourceError(f"no such file or folder: {spec}", LAYOUTS)
-    raise SourceError(f"{spec} is neither a path nor a named dataset", nearest(spec, datasets.NAMES))
-
-
-def _expand_braces(spec: str) -> list[str]:
-    """``train-{000..002}.tar`` -> its three names, ``{train,val}-0.tar`` -> both, as shells and webdataset do."""
-    match = re.search(r"\{([^{}]*)\}", spec)
-    if not match:
-        return [spec]
-    bounds = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", match[1])
-    if bounds:
-        if int(bounds[1]) > int(bounds[2]):
-            raise SourceError(f"{spec} ends before it begins", "write a range as train-{000000..000012}.tar")
-        width = len(bounds[1]) if bounds[1].startswith("0") else 0
-        parts: Iterable[str] = (str(n).zfill(width) for n in range(int(bounds[1]), int(bounds[2]) + 1))
-    else:
-        parts = match[1].split(",")
-    names: list[str] = []
-    for part in parts:
-        names += _expand_braces(spec[: match.start()] + part + spec[match.end() :])
-        if len(names) > MAX_TARS:
-            raise SourceError(f"{spec} stands for more than {MAX_TARS} files", "name fewer")
-    return names
-
-
-def _is_tar(path: Path) -> bool:
-    return path.is_file() and not is_hidden(path.name) and archive_kind(path) in ("tar", "gzip")
-
-
-def _build(spec: str, tree: Tree, load: Callable[[Any], bytes], val_fraction: float | None, seed: int) -> Source:
+def _build(spec: str, tree: Tree, load: Load, val_fraction: float | None, seed: int) -> Source:
     """Number the classes, check them, split off val where there is none, and sort."""
+    _check_left_out(spec, tree)
     found = {split: sorted(rows, key=lambda row: row.key) for split, rows in tree.found.items()}
     base = "train" if "train" in found else next(iter(found))
     counts = Counter(row.name for row in found[base])
@@ -263,7 +256,10 @@ def _build(spec: str, tree: Tree, load: Callable[[Any], bytes], val_fraction: fl
             if one.key == two.key:
                 raise SourceError(f"{spec}: key {one.key} occurs twice in {split}", "rename or remove one of them")
 
+    notes = tree.notes
     if "val" not in found:
+        if "test" in found and "train" in found and val_fraction is None:
+            notes += (f"no val split beside train and test: {VAL_FRACTION:.0%} of train is held out as val",)
         found = _split_off_val(found, VAL_FRACTION if val_fraction is None else val_fraction, seed)
     elif val_fraction:
         raise UsageError(f"{spec} has its own val split, so val fraction {val_fraction} has no use", "leave it out")
@@ -272,7 +268,16 @@ def _build(spec: str, tree: Tree, load: Callable[[Any], bytes], val_fraction: fl
     index = {name: label for label, name in enumerate(classes)}
     order = sorted((split for split in found if found[split]), key=["train", "val", "test"].index)
     numbered = {split: [Row(row.key, index[row.name], row.at) for row in found[split]] for split in order}
-    return Source(spec, tuple(classes), numbered, load)
+    return Source(spec, tuple(classes), numbered, load, tree.left_out, notes)
+
+
+def _check_left_out(spec: str, tree: Tree) -> None:
+    """Raise SourceError where more than half of the images would be left out, of those that are not hidden."""
+    lost = {what: n for what, n in tree.left_out.items() if what.startswith("images") and what != HIDDEN}
+    total = sum(lost.values()) + sum(map(len, tree.found.values()))
+    if sum(lost.values()) > total / 2:
+        way_out = f"{LAYOUTS}; or give the folder that holds the class folders itself"
+        raise SourceError(f"{spec}: most of its {total} images would be left out: {left_out_line(lost)}", way_out)
 
 
 def _split_off_val(found: dict[str, list[Found]], fraction: float, seed: int) -> dict[str, list[Found]]:

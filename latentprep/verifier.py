@@ -16,17 +16,18 @@ import numpy as np
 
 from .comparison import SAMPLES, Comparison, compare, own_stages
 from .console import ProgressFactory, silent
-from .errors import DatasetError, UsageError, system_fault
+from .errors import DatasetError, UsageError, opt, system_fault
 from .format.commit import create_dataset, error_lines, write_errors
 from .format.dataset import ForeignRecord, LatentDataset, open_dataset
 from .format.manifest import ERRORS, INVALID_LABEL, MANIFEST, ShardId, ShardRecord
 from .format.places import Place
 from .format.stores import store_of
 from .resume import committed, writing
+from .source_files import read_stats
+from .sources import Source, open_own_source
 
 if TYPE_CHECKING:
     from .pipeline import Stages
-    from .sources import Source
 
 _SHALLOW = 4  # shards of each split whose codes are decoded without ``deep``
 _READERS = 4  # threads; reading, hashing and decompressing release the interpreter lock
@@ -70,11 +71,14 @@ class VerifyResult:
 
 
 def verify(
-    path: str | Path,
+    dataset: str | Path | LatentDataset,
     *,
     deep: bool = False,
-    source: Source | None = None,
+    source: str | Path | Source | None = None,
     samples: int = SAMPLES,
+    data: str | Path | None = None,
+    val_fraction: float | None = None,
+    limit: int | None = None,
     seed: int = 0,
     repair: bool = False,
     weights: str | None = None,
@@ -83,20 +87,26 @@ def verify(
     workers: int | None = None,
     progress: ProgressFactory = silent,
 ) -> VerifyResult:
-    """Check the dataset at `path`: counts, sizes and checksums of every file, labels, keys, codes, derived files.
+    """Check a dataset: counts, sizes and checksums of every file, labels, keys, codes, derived files.
 
     deep: decode every shard, not only some of each split. source: the images that the dataset was made of: keys and
-    labels are compared with it, and `samples` images drawn by `seed` are encoded again. repair: encode the damaged and
-    missing shards again, and no others. weights, device, batch_size, workers: for the codec, as in `encode`.
+    labels are compared with it, and `samples` images drawn by `seed` are encoded again. data, val_fraction, limit:
+    as they were for the encode, and seed too. repair: encode the damaged and missing shards again, and no others.
+    weights, device, batch_size, workers: for the codec, as in `encode`.
 
     Raises `DatasetError` if there is no dataset, or its manifest is damaged (nothing can be checked or repaired then),
     `SourceError` if the source is not the dataset's, `UsageError` for `repair` without a source.
     """
     if repair and source is None:
-        raise UsageError("--repair encodes damaged shards again, so it needs their images", "name them with --source")
+        raise UsageError(
+            f"{opt('repair')} encodes damaged shards again, so it needs their images",
+            f"name them with {opt('source')}",
+        )
     if samples < 0:
-        raise UsageError(f"samples must be 0 or more, got {samples}", f"use --samples {SAMPLES}")
-    dataset = open_dataset(path)
+        raise UsageError(f"samples must be 0 or more, got {samples}", f"use {opt('samples', SAMPLES)}")
+    root = dataset.root if isinstance(dataset, LatentDataset) else dataset  # what is there now, not what was read once
+    dataset = open_dataset(root)
+    source = open_own_source(source, data=data, val_fraction=val_fraction, seed=seed, limit=limit)
     stages = None if source is None else own_stages(dataset, source, weights, device, batch_size, workers)
     compared, repaired = None, {}
     try:
@@ -107,12 +117,12 @@ def verify(
                 found.damaged(shard, found.good.pop(shard), what)
         if stages is not None and repair and found.problems:
             repaired = _repair(dataset, stages, found.bad, progress)
-            found = _Check(open_dataset(path), deep, source, progress)
+            found = _Check(open_dataset(root), deep, source, progress)
     except OSError as error:
         raise system_fault(error) from error
     records = found.good.values()
     return VerifyResult(
-        path=str(path),
+        path=str(dataset.root),
         shards=len(found.good) + len(found.bad),
         checked=len(found.good),
         decoded=found.decoded,
@@ -224,6 +234,10 @@ class _Check:
     def _check_derived(self) -> None:
         """The files that follow from manifest and records."""
         root, manifest = self.dataset.root, self.dataset.manifest
+        try:
+            read_stats(root)
+        except DatasetError as error:
+            self.problems.append(Problem(None, None, error.message))
         for path, expected in store_of(manifest).metadata_files(manifest).items():
             if not _same_json(root / path, expected):
                 what = f"{path} is not what the manifest implies (other Zarr readers use it, this one never does)"

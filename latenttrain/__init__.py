@@ -1,7 +1,7 @@
 """Train small networks on the codes of a latent dataset.
 
-`fit`, `evaluate` and `predict` are what the command line runs; all are imported on first use, so that importing
-this package stays cheap.
+`__all__` holds what the command line runs; all of it is imported on first use, so that importing this package stays
+cheap.
 """
 
 from __future__ import annotations
@@ -9,11 +9,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Augment", "FitResult", "evaluate", "fit", "predict"]
+__all__ = ["Augment", "FitResult", "evaluate", "fit", "predict", "report", "scale_table", "sweep"]
 
 if TYPE_CHECKING:
     from .augment import Augment
+    from .comparison import report
     from .evaluation import evaluate, predict
+    from .scaling import scale_table
+    from .sweeping import sweep
     from .train import FitResult, fit
 
 _HOMES = {
@@ -22,6 +25,9 @@ _HOMES = {
     "evaluate": "evaluation",
     "fit": "train",
     "predict": "evaluation",
+    "report": "comparison",
+    "scale_table": "scaling",
+    "sweep": "sweeping",
 }
 
 

@@ -24,8 +24,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from latentprep.errors import CheckpointError, DatasetError, LatentError, UsageError
-from latentprep.format.commit import locked, write_atomic
+from latentprep.device import to_host
+from latentprep.errors import CheckpointError, LatentError, UsageError, opt
+from latentprep.format.commit import write_atomic
+from latentprep.format.locks import LOCK, Held, held
+from latentprep.format.places import path_of
 
 from .config import FORMAT, VERSION, RunConfig, difference, short
 from .nets import Net, build_net
@@ -34,6 +37,7 @@ from .optimizers import Adam
 CONFIG, METRICS, BEST, LAST, CURVE = "config.json", "metrics.jsonl", "best.safetensors", "last.safetensors", "curve.png"
 RUN_FILES = (CONFIG, METRICS, BEST, LAST, CURVE)
 _TEMPORARIES = tuple(name + ".tmp" for name in RUN_FILES)  # what a killed `write_atomic` leaves
+_LEFTOVERS = (*_TEMPORARIES, LOCK)
 _NOTES = "latenttrain"  # the one metadata key we write: safetensors does not keep the order of several
 
 
@@ -55,23 +59,33 @@ class State:
         """The metrics of the epoch with the highest val top-1, the first of equals."""
         return max(self.metrics, key=lambda epoch: epoch["top1"])
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a resumed run needs, by name, each where it is."""
+        tensors = {f"net.{name}": tensor for name, tensor in self.net.state_dict().items()}
+        tensors |= {f"average.{name}": tensor for name, tensor in self.average.state_dict().items()}
+        for index, entry in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in entry.items()}
+        return tensors
+
 
 def check_run_folder(root: Path, config: RunConfig, resume: bool, overwrite: bool) -> None:
     """Raises before anything is written: `CheckpointError` if a run is there already and may not be continued or
     replaced, `UsageError` if both were asked."""
     if resume and overwrite:
         raise UsageError(
-            "--resume and --overwrite exclude each other", "--resume keeps the run, --overwrite deletes it"
+            f"{opt('resume')} and {opt('overwrite')} exclude each other",
+            f"{opt('resume')} keeps the run, {opt('overwrite')} deletes it",
         )
-    if not root.exists() or (root.is_dir() and not any(path.name not in _TEMPORARIES for path in root.iterdir())):
+    if not root.exists() or (root.is_dir() and not any(path.name not in _LEFTOVERS for path in root.iterdir())):
         return
     if not _is_run(root):
-        raise CheckpointError(f"{root} exists and is no run folder", "choose another folder with --out")
+        raise CheckpointError(f"{root} exists and is no run folder", f"choose another folder with {opt('out')}")
     if overwrite:
         return
     if not resume:
         raise CheckpointError(
-            f"{root} holds a run already", "go on with --resume, replace it with --overwrite, or choose another --out"
+            f"{root} holds a run already",
+            f"go on with {opt('resume')}, replace it with {opt('overwrite')}, or choose another {opt('out')}",
         )
     earlier, now = read_config(root).to_json(), config.to_json()
     for field in ("net", "recipe", "augment", "dataset"):
@@ -81,7 +95,7 @@ def check_run_folder(root: Path, config: RunConfig, resume: bool, overwrite: boo
             name = name.removeprefix("recipe.").removeprefix("net.")
             raise CheckpointError(
                 f"{root} was trained with {name} = {short(there)}, asked is {short(here)}",
-                "resume with the same settings, or start another run with --out",
+                f"resume with the same settings, or start another run with {opt('out')}",
             )
 
 
@@ -99,11 +113,10 @@ def run_folder(root: Path, config: RunConfig, resume: bool) -> Iterator[None]:
     root.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(locked(root))
-        except DatasetError as error:
-            raise CheckpointError(
-                f"{root} is being written by another latenttrain fit", "choose another --out"
-            ) from error
+            stack.enter_context(held(root))
+        except Held as error:
+            hint = f"choose another {opt('out')}, or {error}"
+            raise CheckpointError(f"{root} is being written by another latenttrain fit", hint) from error
         for name in _TEMPORARIES:
             (root / name).unlink(missing_ok=True)
         if not (resume and (root / CONFIG).is_file()):
@@ -141,8 +154,8 @@ def read_config(root: Path) -> RunConfig:
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], notes: dict) -> None:
-    """Tensors of any device and layout, and JSON notes, to one file. Equal contents give equal bytes."""
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    """Tensors of any layout on one device, and JSON notes, to one file. Equal contents give equal bytes."""
+    plain = dict(zip(tensors, to_host(list(tensors.values())), strict=True))
     text = json.dumps(notes, allow_nan=False)
     write_atomic(path, safetensors.torch.save(plain, {_NOTES: text}))
 
@@ -151,7 +164,9 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
     """Inverse of `save_tensors`, on the CPU. Raises `CheckpointError` if the file is absent, damaged or not ours."""
     if not path.is_file():
         other = path.with_name(LAST if path.name == BEST else BEST)
-        way_out = f"use --checkpoint {other.stem}" if other.is_file() else "no epoch of the run has ended; train again"
+        way_out = (
+            f"use {opt('checkpoint', other.stem)}" if other.is_file() else "no epoch of the run has ended; train again"
+        )
         raise CheckpointError(f"{path} is missing", way_out)
     try:
         with safetensors.safe_open(path, "pt") as file:
@@ -171,7 +186,7 @@ def load_net(run: str | Path, checkpoint: str = "best") -> tuple[Net, RunConfig,
 
     checkpoint: ``best`` (highest val top-1) or ``last``. Raises `CheckpointError` for a damaged run.
     """
-    root = Path(run)
+    root = path_of(run)
     if checkpoint not in ("best", "last"):
         raise UsageError(f"unknown checkpoint '{checkpoint}'", "use best or last")
     config = read_config(root)
@@ -198,15 +213,11 @@ def fill(net: Net, tensors: dict[str, Tensor], path: Path) -> None:
         raise CheckpointError(f"{path} is not of this network: {reason}", "restore it, or train again") from error
 
 
-def save_epoch(root: Path, state: State) -> None:
-    """Commit the epoch that just ended."""
+def save_epoch(root: Path, state: State, tensors: dict[str, Tensor]) -> None:
+    """Commit the epoch that just ended. tensors: the state's, on the host."""
     if state.best is state.metrics[-1]:
         notes = {name: value for name, value in state.best.items() if name != "seconds"}  # same run, same bytes
-        save_tensors(root / BEST, state.average.state_dict(), notes)
-    tensors = {f"net.{name}": tensor for name, tensor in state.net.state_dict().items()}
-    tensors |= {f"average.{name}": tensor for name, tensor in state.average.state_dict().items()}
-    for index, entry in state.optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in entry.items()}
+        save_tensors(root / BEST, part(tensors, "average."), notes)
     save_tensors(root / LAST, tensors, {"metrics": state.metrics})
     write_metrics(root, state.metrics)
 
@@ -230,7 +241,7 @@ def restore(root: Path, state: State) -> None:
         restore_optimizer(state.optimizer, part(tensors, "optimizer."))
         state.metrics[:] = notes["metrics"]
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is not of this run: {error}", "train again with --overwrite") from error
+        raise CheckpointError(f"{path} is not of this run: {error}", f"train again with {opt('overwrite')}") from error
     write_metrics(root, state.metrics)
 
 

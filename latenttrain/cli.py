@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -161,7 +160,7 @@ def fit(
     """
     from latentprep.format import open_dataset
 
-    from .report import fit_table
+    from .tables import fit_table
     from .train import fit as train
 
     try:
@@ -278,7 +277,7 @@ def sweep(
       latenttrain sweep shards8 --bits 2,4 --stem affine,embedding --holdout 0.15
     """
     from .scaling import numbers
-    from .sweep import sweep as run
+    from .sweeping import sweep as run
 
     try:
         result = run(
@@ -329,7 +328,7 @@ def evaluate(
     from latentprep.format import open_dataset
 
     from .evaluation import evaluate as measure
-    from .report import eval_table
+    from .tables import eval_table
 
     opened = open_dataset(dataset, cache_dir=cache_dir, cache_bytes=int(cache_size * 2**30))
     result = measure(run, opened, split=split, checkpoint=checkpoint, device=device)
@@ -405,7 +404,7 @@ def predict(
             console.print_table("", ["image", "class", "probability"], rows)
     unread = [prediction for prediction in predictions if prediction.error]
     for prediction in unread:
-        print(f"error: {prediction.image}: {prediction.error}", file=sys.stderr)
+        console.print_error(f"{prediction.image}: {prediction.error}")
     if unread:
         raise typer.Exit(3)
 

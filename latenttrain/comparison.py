@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 from latentprep.drawing import COLOURS, INK, drawn
 from latentprep.errors import CheckpointError, UsageError, system_fault
 from latentprep.format.commit import write_atomic
+from latentprep.format.places import path_of
 
 from .checkpoint import METRICS, read_config
 from .nets import build_net
-from .report import count
 from .scaling import count_flops, count_parameters
+from .tables import count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,7 +61,7 @@ class RunSummary:
 
 def read_run(run: str | Path) -> RunSummary:
     """A run folder's configuration and metrics. Raises `CheckpointError` if it is none or no epoch has ended."""
-    root = Path(run)
+    root = path_of(run)
     config = read_config(root)
     path = root / METRICS
     try:
@@ -110,7 +111,7 @@ def report(runs: Sequence[str | Path], *, out: str | Path = "runs.html") -> list
         "Runs compared", f"{len(read)} run folders of latenttrain fit.", [page.section("Runs", *comparison(read))]
     )
     try:
-        write_atomic(Path(out), document)
+        write_atomic(path_of(out), document)
     except OSError as error:
         raise system_fault(error) from error
     return read

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from latentprep.errors import DatasetError, UsageError
-from latentprep.format import LatentDataset, open_dataset
+from latentprep.errors import DatasetError, UsageError, opt
+from latentprep.format import LatentDataset
 from latentprep.format.latents import read_latents
 
+_COUNTED = 256  # samples whose float latents are counted, at most
 CANONICAL = 0.5  # how often a sample that has several views shows view 0, as all are judged by: docs/results.md
 
 
@@ -104,18 +105,13 @@ def canonical_excess(views: int) -> float:
     return (CANONICAL - 1 / views) / (1 - 1 / views)
 
 
-def opened(dataset: str | Path | LatentDataset) -> LatentDataset:
-    """The dataset itself, or the one in that folder. Raises `DatasetError` if there is none."""
-    return dataset if isinstance(dataset, LatentDataset) else open_dataset(dataset)
-
-
 def check_trainable(dataset: LatentDataset, splits: tuple[str, ...] = ("train", "val")) -> None:
     """Raises `DatasetError` if `fit` has no use for the dataset: a split absent or incomplete, or one class only."""
     for split in splits:
         if split not in dataset.splits:
             raise DatasetError(
                 f"{dataset.root} has no split '{split}'; it has {', '.join(dataset.splits) or 'none'}",
-                "encode it with both splits: --splits train,val, or --val-fraction 0.1 where the source has none",
+                f"encode both: {opt('splits')} train,val, or {opt('val_fraction', 0.1)} where the source has none",
             )
         dataset.check_complete(split)
     if len(dataset.classes) < 2:
@@ -153,7 +149,10 @@ def load_trained(
     Raises as `load_split` does, and `UsageError` for a holdout out of range.
     """
     if not 0 <= holdout <= 0.9:
-        raise UsageError(f"--holdout must be 0 to 0.9, got {holdout}", "use --holdout 0.15 to choose, 0 to report")
+        raise UsageError(
+            f"{opt('holdout')} must be 0 to 0.9, got {holdout}",
+            f"use {opt('holdout', 0.15)} to choose, 0 to report",
+        )
     train = load_split(dataset, "train", device, limit)
     if latents is not None:
         train = replace(train, codes=float_codes(dataset, "train", latents, limit).to(device))
@@ -177,15 +176,34 @@ def float_codes(dataset: LatentDataset, split: str, latents: Path, limit: int | 
 
     Raises `DatasetError` if the folder does not hold this dataset's.
     """
-    values = read_latents(latents, dataset, split)[dataset.valid_rows(split, limit)]
+    rows = dataset.valid_rows(split, limit)
+    return torch.from_numpy(_in_codes(dataset, read_latents(latents, dataset, split)[rows]))[:, None]
+
+
+def float_statistics(dataset: LatentDataset, latents: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel of train's float latents, in units of codes.
+
+    Of samples spread evenly, as many as `encode` calibrates on.
+
+    Raises `DatasetError` if the folder does not hold this dataset's, or no sample is valid.
+    """
+    rows = dataset.valid_rows("train", _COUNTED)
+    check_samples(dataset, "train", len(rows))
+    values = _in_codes(dataset, read_latents(latents, dataset, "train")[rows]).astype(np.float64)
+    mean, std = values.mean((0, 2, 3)), values.std((0, 2, 3))
+    return tuple(mean.astype(np.float32).tolist()), tuple(std.astype(np.float32).tolist())
+
+
+def _in_codes(dataset: LatentDataset, values: np.ndarray) -> np.ndarray:
+    """Float latents in units of codes, f16 [n,C,h,w] -> f32 [n,C,h,w]"""
     lo, step = (np.array(v, np.float32)[:, None, None] for v in (dataset.quantizer.lo, dataset.quantizer.step))
-    return torch.from_numpy((values.astype(np.float32) - lo) / step - 0.5)[:, None]
+    return (values.astype(np.float32) - lo) / step - 0.5
 
 
 def check_limit(limit: int | None) -> None:
     """Raises `UsageError` for a limit that leaves nothing to learn from."""
     if limit is not None and limit < 2:
-        raise UsageError(f"limit must be 2 or more, got {limit}", "leave --limit out to use every sample")
+        raise UsageError(f"limit must be 2 or more, got {limit}", f"leave {opt('limit')} out to use every sample")
 
 
 def check_samples(dataset: LatentDataset, split: str, samples: int) -> None:
@@ -200,7 +218,7 @@ def check_classes(dataset: LatentDataset, train: Samples) -> None:
     if len(found) < 2:
         raise DatasetError(
             f"{dataset.root}: all {len(train)} training samples are of one class, '{dataset.classes[found[0]]}'",
-            "there is nothing to tell apart; encode two classes or more, or raise --limit",
+            f"there is nothing to tell apart; encode two classes or more, or raise {opt('limit')}",
         )
 
 

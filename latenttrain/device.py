@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from latentprep.device import has_fast_bfloat16
-from latentprep.errors import SystemFault
+from latentprep.device import has_fast_bfloat16, on_device
+from latentprep.errors import SystemFault, opt
 
 
 def in_bfloat16(net: nn.Module, device: torch.device) -> bool:
@@ -58,7 +59,7 @@ def compiled(
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise SystemFault(
                 f"the training step cannot be compiled here: {reason}",
-                "leave out --compile; on CPUs it needs a C++ compiler",
+                f"leave out {opt('compile')}; on CPUs it needs a C++ compiler",
             ) from error
 
     return call
@@ -66,11 +67,53 @@ def compiled(
 
 @contextlib.contextmanager
 def reproducible(device: torch.device, seed: int) -> Iterator[None]:
-    """The same seed gives the same bits on the same machine inside; torch's global state is as before outside."""
-    cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(cuda), torch.backends.cudnn.flags(deterministic=True, benchmark=False):
-        torch.manual_seed(seed)
-        yield
+    """The same seed gives the same bits on the same machine inside; torch's global state is as before outside.
+
+    cuDNN runs its deterministic kernels, chosen without a trial; whether it may run at all, and in TF32, is the user's.
+    A CUDA device is the current one inside.
+    """
+    cudnn, cuda = torch.backends.cudnn, [device] if device.type == "cuda" else []
+    before = cudnn.deterministic, cudnn.benchmark
+    mps = torch.mps.get_rng_state() if device.type == "mps" else None  # which `fork_rng` passes over
+    with torch.random.fork_rng(cuda), on_device(device):
+        try:
+            # One by one: `cudnn.flags` sets all, those that it is not given to defaults, and so takes cuDNN out of use.
+            cudnn.deterministic, cudnn.benchmark = True, False
+            torch.manual_seed(seed)
+            yield
+        finally:
+            cudnn.deterministic, cudnn.benchmark = before
+            if mps is not None:
+                torch.mps.set_rng_state(mps)
+
+
+class Stopwatch:
+    """Seconds between its making and `stop` as the device counts them, so that the host need not wait for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._start: Any = self._now()
+        self._end: Any = None
+
+    def stop(self) -> None:
+        self._end = self._now()
+
+    def seconds(self) -> float:
+        """Once the host has waited for what came after `stop`, as for a result of it."""
+        if self._device.type in ("cuda", "mps"):
+            return self._start.elapsed_time(self._end) / 1000
+        return self._end - self._start
+
+    def _now(self) -> Any:
+        if self._device.type not in ("cuda", "mps"):
+            return time.perf_counter()
+        if self._device.type == "mps":
+            mark = torch.mps.Event(enable_timing=True)
+            mark.record()
+            return mark
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
 
 
 def synchronize(device: torch.device) -> None:

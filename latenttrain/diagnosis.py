@@ -10,11 +10,10 @@ import numpy as np
 import torch
 
 from latentprep.device import pick_device
-from latentprep.format import LatentDataset
+from latentprep.format import LatentDataset, open_dataset
 
 from .checkpoint import load_net
 from .config import check_dataset
-from .data import opened
 from .evaluation import split_logits
 from .streaming import judged_split
 
@@ -110,7 +109,7 @@ def diagnose(
     """
     target = pick_device(device)
     net, config, _ = load_net(run, checkpoint)
-    dataset = opened(dataset)
+    dataset = open_dataset(dataset)
     check_dataset(config, dataset)
     data = judged_split(dataset, split, target)
     logits = split_logits(net.to(target), data).float()

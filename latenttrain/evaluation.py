@@ -7,18 +7,21 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from latentprep.device import pick_device
-from latentprep.errors import UsageError
-from latentprep.format import LatentDataset
+from latentprep.device import full_float32, on_device, pick_device, to_host
+from latentprep.errors import UsageError, opt
+from latentprep.fitting import NOT_ON_DEVICE, Fitting, enough_memory
+from latentprep.format import LatentDataset, open_dataset
+from latentprep.format.places import path_of
 
 from .checkpoint import load_net
 from .config import check_dataset
-from .data import Samples, opened
+from .data import Samples
 from .device import autocast, in_bfloat16
 from .nets import Net
 from .streaming import judged_split
@@ -79,11 +82,14 @@ def evaluate(
     """
     target = pick_device(device)
     net, config, epoch = load_net(run, checkpoint)
-    dataset = opened(dataset)
+    dataset = open_dataset(dataset)
     check_dataset(config, dataset)
-    data = judged_split(dataset, split, target)
-    logits = split_logits(net.to(target), data)
-    labels, hits = data.labels.cpu().numpy(), (logits.argmax(1) == data.labels).cpu().numpy()
+    with enough_memory(target, NOT_ON_DEVICE):
+        data = judged_split(dataset, split, target)
+    with on_device(target):
+        logits = split_logits(net.to(target), data)
+        right_ones = logits.argmax(1) == data.labels
+        labels, hits = (tensor.numpy() for tensor in to_host([data.labels, right_ones]))
     total = np.bincount(labels, minlength=len(config.classes)).tolist()
     right = np.bincount(labels, weights=hits, minlength=len(config.classes)).tolist()
     return EvalResult(
@@ -101,18 +107,35 @@ def split_logits(net: Net, split: Samples) -> Tensor:
     """f32 [n,classes] of view 0 of every sample, the network in evaluation mode and at the precision it trains in."""
     net.eval()
     size = max(1, _CELLS // math.prod(net.config.latent[1:]))
-    with torch.inference_mode(), autocast(in_bfloat16(net, split.device), split.device):
-        return torch.cat([net(codes) for codes, _ in split.batches(size)])
+    bfloat16 = in_bfloat16(net, split.device)
+
+    def logits_of(codes: Tensor) -> Tensor:
+        with full_float32():
+            planes = net.planes(codes)  # as in training: in float32, whatever the network computes in
+        with autocast(bfloat16, split.device):
+            return net.logits(planes)
+
+    fitting = Fitting(logits_of, NOT_ON_DEVICE)
+    with torch.inference_mode():
+        return torch.cat([fitting(codes) for codes, _ in split.batches(size)])
 
 
 def scores(logits: Tensor, labels: Tensor) -> dict[str, float]:
     """f32 [n,classes], i64 [n] -> ``top1``, ``top5`` (fractions) and ``loss`` (mean cross-entropy in nats)."""
+    return read_scores(to_host(counted(logits, labels)), len(labels))
+
+
+def counted(logits: Tensor, labels: Tensor) -> list[Tensor]:
+    """What `read_scores` reads, still on the device: samples right at once and among five, i64 [], and the mean
+    cross-entropy, f32 []."""
     ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-    return {
-        "top1": int(ranked[:, 0].sum()) / len(labels),
-        "top5": int(ranked.any(1).sum()) / len(labels),
-        "loss": float(torch.nn.functional.cross_entropy(logits.float(), labels)),
-    }
+    return [ranked[:, 0].sum(), ranked.any(1).sum(), torch.nn.functional.cross_entropy(logits.float(), labels)]
+
+
+def read_scores(found: Sequence[Tensor], samples: int) -> dict[str, float]:
+    """`scores` from what `counted` found of so many samples, on the host."""
+    first, among_five, loss = found
+    return {"top1": int(first) / samples, "top5": int(among_five) / samples, "loss": float(loss)}
 
 
 def predict(
@@ -131,7 +154,7 @@ def predict(
     Raises `CheckpointError` for a damaged run, `CodecError` if the codec cannot be had, `UsageError` for a bad `top`.
     """
     if top < 1:
-        raise UsageError(f"top must be 1 or more, got {top}", "use --top 5")
+        raise UsageError(f"top must be 1 or more, got {top}", f"use {opt('top', 5)}")
     target = pick_device(device)
     net, config, _ = load_net(run, checkpoint)
     net = net.to(target)
@@ -140,33 +163,43 @@ def predict(
     from latentprep.quantize import quantize
 
     codec = codec_from_config(config.dataset["codec"], device=target, weights=str(weights) if weights else None)
-    size = config.dataset["transform"]["size"]
+    transform = config.dataset["transform"]
+
+    def probabilities_of(pixels: Tensor) -> Tensor:
+        codes = quantize(codec.encode(pixels), config.quantizer).to(target)
+        with full_float32():
+            planes = net.planes(codes)
+        return net.logits(planes).softmax(1)
+
+    fitting = Fitting(probabilities_of, NOT_ON_DEVICE)
     predictions: list[Prediction] = []
     for start in range(0, len(images), _IMAGES):
-        views = [(str(path), _read(Path(path), size)) for path in images[start : start + _IMAGES]]
+        views = [(str(path), _read(path, transform)) for path in images[start : start + _IMAGES]]
         pixels = [view for _, view in views if isinstance(view, Tensor)]
         answers: Iterator[tuple[list[int], list[float]]] = iter(())
         if pixels:
-            with torch.inference_mode():
-                codes = quantize(codec.encode(torch.stack(pixels)), config.quantizer).to(target)
-                likeliest = net(codes).softmax(1).topk(min(top, config.net.classes))
-            answers = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
+            with torch.inference_mode(), on_device(target):
+                likeliest = fitting(torch.stack(pixels)).topk(min(top, config.net.classes))
+                indices, values = to_host([likeliest.indices, likeliest.values])
+            answers = zip(indices.tolist(), values.tolist(), strict=True)
         for path, view in views:
             if isinstance(view, str):
                 predictions.append(Prediction(path, error=view))
             else:
-                indices, probabilities = next(answers)
-                names = [config.classes[index] for index in indices]
+                likely, probabilities = next(answers)
+                names = [config.classes[index] for index in likely]
                 predictions.append(Prediction(path, tuple(zip(names, probabilities, strict=True))))
     return predictions
 
 
-def _read(path: Path, size: int) -> Tensor | str:
-    """The canonical view of an image file, u8 [3,size,size], or the reason why there is none."""
-    from latentprep.images import BadImage, load_views
+def _read(path: str | Path, transform: dict[str, Any]) -> Tensor | str:
+    """The canonical view of an image file as the dataset's were made, u8 [3,S,S]; or the reason why there is none."""
+    from latentprep.images import BadImage, canonical_view
 
     try:
-        return torch.from_numpy(load_views(path.read_bytes(), size)[0]).permute(2, 0, 1)
+        return torch.from_numpy(canonical_view(path_of(path).read_bytes(), transform)).permute(2, 0, 1)
+    except UsageError as error:
+        return error.message
     except BadImage as error:
         return f"not an image that can be read ({error})"
     except OSError as error:

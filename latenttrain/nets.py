@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latentprep.errors import UsageError, nearest
+from latentprep.errors import UsageError, nearest, opt
 from latenttrain.scaling import round_depth, round_width
 from latenttrain.stems import STEMS, AffineStem
 
@@ -31,20 +31,24 @@ class NetConfig:
     full_grid: int = 1  # 3 x 3 convolutions of latentnet before it halves the grid
     activation: str = "hardswish"  # of latentnet; mobilenetv2 has its own
     filter: tuple[float, ...] = ()  # the quantizer's, [C,C,3,3] in a row, if its codes were chosen jointly
+    mean: tuple[float, ...] = ()  # of each channel's codes, as the stem takes it; without it, the rule of `AffineStem`
+    std: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, kind in (("latent", int), ("lo", float), ("step", float), ("filter", float)):
+        for name, kind in (
+            ("latent", int), ("lo", float), ("step", float), ("filter", float), ("mean", float), ("std", float)
+        ):  # fmt: skip
             object.__setattr__(self, name, tuple(kind(value) for value in getattr(self, name)))
         if len(self.latent) != 3 or self.latent[0] < 1 or min(self.latent[1:]) < 8:
             raise UsageError(
                 f"a latent must be channels x height x width with 8 x 8 cells or more, got {self.latent}",
-                "encode at a larger --size",
+                f"encode at a larger {opt('size')}",
             )
         if self.classes < 2:
             raise UsageError(f"a network needs 2 classes or more, got {self.classes}", "add a second class")
         if self.bits not in range(1, 9):
-            raise UsageError(f"bits must be 1 to 8, got {self.bits}", "encode with --bits 1 to 8")
-        for name in ("lo", "step"):
+            raise UsageError(f"bits must be 1 to 8, got {self.bits}", f"encode with {opt('bits')} 1 to 8")
+        for name in ("lo", "step", *(("mean", "std") if self.mean or self.std else ())):
             values = getattr(self, name)
             if len(values) != self.latent[0] or not all(map(math.isfinite, values)):
                 raise UsageError(
@@ -58,13 +62,15 @@ class NetConfig:
             )
         if min(self.step) <= 0:
             raise UsageError(f"step must be above 0, got {self.step}", "take it from the dataset's manifest")
+        if min(self.std, default=0) < 0:
+            raise UsageError(f"std must be 0 or more, got {self.std}", "take it from the dataset's manifest")
         for name, allowed in (("arch", ARCHITECTURES), ("stem", STEMS), ("activation", ACTIVATIONS)):
             if getattr(self, name) not in allowed:
                 raise UsageError(
                     f"unknown {name} {getattr(self, name)!r}", nearest(str(getattr(self, name)), list(allowed))
                 )
         if self.full_grid not in range(1, 9):
-            raise UsageError(f"--full-grid must be 1 to 8, got {self.full_grid}", "leave it out for 1")
+            raise UsageError(f"{opt('full_grid')} must be 1 to 8, got {self.full_grid}", "leave it out for 1")
         for name in ("width", "depth"):
             if not 0.05 <= getattr(self, name) <= 20:
                 raise UsageError(f"{name} must be 0.05 to 20, got {getattr(self, name)}", f"--{name} 1 is the default")
@@ -90,7 +96,7 @@ class Net(nn.Module):
     def __init__(self, config: NetConfig) -> None:
         super().__init__()
         self.config = config
-        self.stem = STEMS[config.stem](config.latent[0], config.bits)
+        self.stem = STEMS[config.stem](config.latent[0], config.bits, config.mean, config.std)
         if isinstance(self.stem, AffineStem) and config.filter:
             self.stem.set_filter(config.filter, config.step)
         self.body = ARCHITECTURES[config.arch](int(self.stem.planes), config)  # type: ignore[arg-type]

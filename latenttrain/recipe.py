@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from latentprep.errors import UsageError, nearest
+from latentprep.errors import UsageError, nearest, opt
 
 BASE_LR, BASE_BATCH, BASE_EPOCHS = 0.045, 64, 15  # a peak learning rate, and the run that it was chosen for
 LR_BY_EPOCHS = 0.8  # it falls with the number of epochs to this power: docs/results.md
@@ -129,8 +129,9 @@ def default_lr(batch_size: int, epochs: int) -> float:
 
 
 def out_of_range(name: str, value: object, allowed: str) -> UsageError:
-    hints = {"lr": f"leave --lr out: {BASE_LR:g} at {BASE_BATCH} samples a batch and {BASE_EPOCHS} epochs, else scaled"}
-    hints["compile"] = "leave --compile out for false"
+    hints = {
+        "lr": f"leave {opt('lr')} out: {BASE_LR:g} at {BASE_BATCH} samples a batch, {BASE_EPOCHS} epochs, else scaled"
+    }
+    hints["compile"] = f"leave {opt('compile')} out for false"
     default = getattr(Recipe, name, None)
-    option = "--" + name.replace("_", "-")
-    return UsageError(f"{option} must be {allowed}, got {value}", hints.get(name, f"use {option} {default}"))
+    return UsageError(f"{opt(name)} must be {allowed}, got {value}", hints.get(name, f"use {opt(name, default)}"))

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from latentprep.errors import UsageError
+from latentprep.errors import UsageError, opt
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from latentprep.format import LatentDataset
     from latenttrain.nets import Net
 
 DEPTH_BASE, WIDTH_BASE, RESOLUTION_BASE = 1.2, 1.1, 1.15  # alpha, beta and gamma of the paper
@@ -29,7 +30,9 @@ class Compound(NamedTuple):
 def compound(phi: float) -> Compound:
     """The factors at compound coefficient ``phi``; ``phi=0`` is the network as it stands."""
     if not (math.isfinite(phi) and -10 <= phi <= 10):
-        raise UsageError(f"phi must be a number from -10 to 10, got {phi}", "use --phi 0 for the network as it stands")
+        raise UsageError(
+            f"phi must be a number from -10 to 10, got {phi}", f"use {opt('phi', 0)} for the network as it stands"
+        )
     return Compound(WIDTH_BASE**phi, DEPTH_BASE**phi, RESOLUTION_BASE**phi)
 
 
@@ -46,7 +49,11 @@ def numbers(option: str, text: str) -> list[float]:
         raise UsageError(f"{option} must be like 0..3 or 0,1,3, got {text!r}", f"use {option} 1..3") from None
 
 
-def scale_table(dataset: str | Path | None, phis: Sequence[float], arch: str = "latentnet") -> list[dict]:
+def scale_table(
+    dataset: str | Path | LatentDataset | None = None,
+    phi: Sequence[float] = (0, 1, 2, 3),
+    arch: str = "latentnet",
+) -> list[dict]:
     """What the network becomes at each compound coefficient, for a dataset's latents or else 28 x 28 x 4 ones.
 
     Each entry: phi, width, depth, resolution, latent, parameters, flops; growth: of the FLOPs since phi 0, and
@@ -74,7 +81,7 @@ def scale_table(dataset: str | Path | None, phis: Sequence[float], arch: str = "
         }  # fmt: skip
 
     base = row(0)["flops"]
-    return [{**entry, "growth": entry["flops"] / base} for entry in map(row, phis)]
+    return [{**entry, "growth": entry["flops"] / base} for entry in map(row, phi)]
 
 
 def round_width(channels: int, width: float, divisor: int = 8) -> int:

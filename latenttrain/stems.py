@@ -1,64 +1,86 @@
 """Stems: how a network reads codes.
 
 A stem turns codes ``u8 [B,C,h,w]`` into planes ``f32 [B,P,h,w]`` of about unit scale, on which the network's first
-convolution works. All stems carry the same information. Codes may also be fractional, ``f32 [B,C,h,w]`` from
+convolution works. ``affine`` and ``embedding`` scale by each channel's own mean and deviation, where the dataset has
+them; the planes of ``bitplane`` and ``ordinal`` are -1 and 1, or between the two, whatever the distribution. All stems
+carry the same information. Codes may also be fractional, ``f32 [B,C,h,w]`` from
 -0.5 to ``levels - 0.5``: that is how augmentation adds noise within a quantizer step. ``affine`` and ``ordinal``
 keep the fraction; ``embedding`` and ``bitplane`` round to the nearest code, where such noise vanishes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+LEAST_STD = 0.1  # codes; a channel that deviates less carries nothing, and to enlarge it would enlarge chance
+
 
 class AffineStem(nn.Module):
-    """The dequantized latents, normalized: ``(lo + (codes + 0.5) * step - mean) / std``; ``P = C``.
+    """The dequantized latents, normalized, in units of codes: ``(codes - mean) / std``; ``P = C``.
 
-    ``mean`` is the centre of the channel's range, and ``std`` the deviation of the normal distribution for which that
-    range is the best one at this many bits: (1.25 + 0.34 * bits) standard deviations to each side (Max 1960, within
-    4%). ``lo`` and ``step`` cancel out, so the planes are a fixed scaling of the codes, alike for every channel. Codes
-    that were chosen jointly (`latentprep.joint`) are filtered, too.
+    mean, std: a value a channel, as counted when the dataset was made (`latentprep.format.quantizer.Statistics`); a
+    channel whose codes hardly vary has the scale of the rule below. Where nothing was counted, ``mean`` is the centre
+    of the range, and ``std`` the deviation of the normal distribution for which that range is the best one at this
+    many bits: (1.25 + 0.34 * bits) standard deviations to each side (Max 1960, within 4%). ``lo`` and ``step`` cancel
+    out. Codes that were chosen jointly (`latentprep.joint`) are filtered, too.
     """
 
+    centre: Tensor
+    scale: Tensor
     kernel: Tensor | None
+    shift: Tensor | None
 
-    def __init__(self, channels: int, bits: int) -> None:
+    def __init__(self, channels: int, bits: int, mean: Sequence[float] = (), std: Sequence[float] = ()) -> None:
         super().__init__()
         self.planes = channels
-        self.centre = (2**bits - 1) / 2
-        self.scale = 2 * (1.25 + 0.34 * bits) / 2**bits
-        self.register_buffer("kernel", None, persistent=False)  # the configuration has it
+        self.middle = (2**bits - 1) / 2
+        usual = 2 * (1.25 + 0.34 * bits) / 2**bits
+        scales = [1 / deviation if deviation >= LEAST_STD else usual for deviation in std or [0.0] * channels]
+        # Buffers that no file holds: the configuration has what they follow from.
+        self.register_buffer("centre", torch.tensor(mean or [self.middle] * channels)[:, None, None], persistent=False)
+        self.register_buffer("scale", torch.tensor(scales)[:, None, None], persistent=False)
+        self.register_buffer("kernel", None, persistent=False)
+        self.register_buffer("shift", None, persistent=False)
 
     def set_filter(self, weights: tuple[float, ...], step: tuple[float, ...]) -> None:
-        """The quantizer's filter, [C,C,3,3] in a row, and its steps."""
+        """The quantizer's filter, [C,C,3,3] in a row, and its steps. It works about the middle of the range, which is
+        also what lies outside of the grid, so that the mean is taken off after it."""
         steps = torch.tensor(step)
         kernel = torch.tensor(weights).view(self.planes, self.planes, 3, 3)
-        self.kernel = kernel * steps.view(1, -1, 1, 1) / steps.view(-1, 1, 1, 1)
+        kernel = kernel * steps.view(1, -1, 1, 1) / steps.view(-1, 1, 1, 1)
+        self.kernel = kernel * (self.scale[..., None] / self.scale.view(1, -1, 1, 1))
+        self.shift = (self.centre - self.middle) * self.scale
+        self.centre = torch.full_like(self.centre, self.middle)
 
     def forward(self, codes: Tensor) -> Tensor:
         """u8 or f32 [B,C,h,w] -> f32 [B,C,h,w]"""
         planes = (codes.float() - self.centre) * self.scale
-        return planes if self.kernel is None else F.conv2d(planes, self.kernel, padding=1)
+        if self.kernel is None or self.shift is None:
+            return planes
+        return F.conv2d(planes, self.kernel, padding=1) - self.shift
 
 
 class EmbeddingStem(nn.Module):
     """A learned vector for each channel and level, summed over the channels; ``P = 16``.
 
-    The only stem with parameters. Its vectors start on random lines through the dequantized values, so that
+    The only stem with parameters. Its vectors start on random lines through the normalized values, so that
     neighbouring levels start as neighbours; from random vectors, 8-bit codes would have to learn their own order.
+    Each plane's share of the channels is of length one, so that the planes start at unit scale.
     """
 
     first: Tensor
 
-    def __init__(self, channels: int, bits: int) -> None:
+    def __init__(self, channels: int, bits: int, mean: Sequence[float] = (), std: Sequence[float] = ()) -> None:
         super().__init__()
         self.planes = 16
         self.levels = 2**bits
-        values = AffineStem(channels, bits)(torch.arange(self.levels))
-        directions = torch.randn(channels, 1, self.planes) / channels**0.5
-        self.vectors = nn.Parameter((values[:, None] * directions).flatten(0, 1))  # [C * levels, P]
+        values = AffineStem(channels, bits, mean, std)(torch.arange(self.levels)).view(channels, self.levels, 1)
+        directions = F.normalize(torch.randn(channels, 1, self.planes), dim=0)
+        self.vectors = nn.Parameter((values * directions).flatten(0, 1))  # [C * levels, P]
         self.register_buffer("first", self.levels * torch.arange(channels), persistent=False)
 
     def forward(self, codes: Tensor) -> Tensor:
@@ -74,7 +96,7 @@ class BitplaneStem(nn.Module):
 
     shifts: Tensor
 
-    def __init__(self, channels: int, bits: int) -> None:
+    def __init__(self, channels: int, bits: int, mean: Sequence[float] = (), std: Sequence[float] = ()) -> None:
         super().__init__()
         self.planes = channels * bits
         self.levels = 2**bits
@@ -94,7 +116,7 @@ class OrdinalStem(nn.Module):
     ``P = C * 15``, each plane rising linearly from one threshold to the next, so that nothing is lost.
     """
 
-    def __init__(self, channels: int, bits: int) -> None:
+    def __init__(self, channels: int, bits: int, mean: Sequence[float] = (), std: Sequence[float] = ()) -> None:
         super().__init__()
         thresholds = min(2**bits, 16) - 1
         self.planes = channels * thresholds

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentprep.errors import DatasetError, UsageError
+from latentprep.device import sent
+from latentprep.errors import DatasetError, UsageError, opt
 from latentprep.format import INVALID_LABEL, LatentDataset, Manifest
 from latentprep.format.packing import packed_bytes
 
@@ -96,10 +97,12 @@ class StreamedSplit:
         """One epoch in random order, of each sample a view drawn as `Split` does: codes u8 [B,C,h,w], labels i64 [B].
 
         Shards come in random order into a buffer, each batch is drawn uniformly from what the buffer holds, and the
-        next shard comes in as soon as there is room. The order depends on the generator (on the split's device), `held`
-        and the batch size.
+        next shard comes in as soon as there is room. The order depends on the generator, `held` and the batch size; of
+        one that is not on the CPU, on its seed alone.
         """
-        seed = int(torch.randint(1 << 62, (), generator=generator, device=self.device))
+        # On the host: a draw on the device would wait for all that is queued, and MPS draws 32 bits only.
+        host = generator if generator.device.type == "cpu" else torch.Generator().manual_seed(generator.initial_seed())
+        seed = int(torch.randint(1 << 62, (), generator=host))
         random = np.random.default_rng(seed)
         order = random.permutation(len(self._valid)).tolist()
         size, rows = min(batch_size, len(self)), self.dataset.manifest.shard_rows
@@ -212,10 +215,9 @@ class StreamedSplit:
     def _moved(self, values: np.ndarray, index: np.ndarray) -> Tensor:
         """``values[index]`` on the device. From pinned memory a copy to CUDA waits for nothing."""
         given = torch.from_numpy(values)
-        cuda = self.device.type == "cuda"
-        out = torch.empty((len(index), *given.shape[1:]), dtype=given.dtype, pin_memory=cuda)
+        out = torch.empty((len(index), *given.shape[1:]), dtype=given.dtype, pin_memory=self.device.type == "cuda")
         torch.index_select(given, 0, torch.from_numpy(index), out=out)
-        return out.to(self.device, non_blocking=cuda)
+        return sent(out, self.device)
 
 
 def default_buffer(manifest: Manifest, split: str) -> int:
@@ -225,7 +227,10 @@ def default_buffer(manifest: Manifest, split: str) -> int:
 
 def check_buffer(held: int) -> int:
     if held < 1:
-        raise UsageError(f"--buffer must be 1 or more shards, got {held}", "leave --buffer out to get the default")
+        raise UsageError(
+            f"{opt('buffer')} must be 1 or more shards, got {held}",
+            f"leave {opt('buffer')} out to get the default",
+        )
     return held
 
 
@@ -248,11 +253,17 @@ def shards_to_hold(
     what else was asked needs all codes in memory. Raises `UsageError` where the two exclude each other.
     """
     if stream and resident_only:
-        raise UsageError("--stream does not go with --holdout or --latents", "they need all codes in memory")
+        raise UsageError(
+            f"{opt('stream')} does not go with {opt('holdout')} or {opt('latents')}",
+            "they need all codes in memory",
+        )
     if buffer is not None:
         check_buffer(buffer)
         if stream is False or resident_only:
-            raise UsageError("--buffer is of --stream, and this run is not streamed", "leave --buffer out")
+            raise UsageError(
+                f"{opt('buffer')} is of {opt('stream')}, and this run is not streamed",
+                f"leave {opt('buffer')} out",
+            )
     if stream is None:
         stream = not (resident_only or fits(dataset, "train", device) or fits(dataset, "train", device, packed=True))
     if not stream:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from latentprep.errors import SystemFault
+from latentprep.errors import SystemFault, opt
 
 FOLDER = "tensorboard"
 MetricsLog = Callable[[list[dict]], None]
@@ -24,7 +24,7 @@ def open_log(root: Path) -> MetricsLog:
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
     except ImportError as error:
         raise SystemFault(
-            "--tensorboard needs the tensorboard package", "pip install 'latentprep[tensorboard]'"
+            f"{opt('tensorboard')} needs the tensorboard package", "pip install 'latentprep[tensorboard]'"
         ) from error
     writer: EventFileWriter | None = None
     written = 0

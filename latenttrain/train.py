@@ -7,7 +7,6 @@ import copy
 import dataclasses
 import math
 import statistics
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,23 +16,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from latentprep.console import Progress, ProgressFactory, silent
-from latentprep.device import pick_device
-from latentprep.errors import CheckpointError, SystemFault, UsageError
-from latentprep.format import LatentDataset
-from latentprep.format.places import Place
+from latentprep.device import full_float32, pick_device, to_host
+from latentprep.errors import CheckpointError, UsageError, opt
+from latentprep.fitting import enough_memory
+from latentprep.format import LatentDataset, open_dataset
+from latentprep.format.places import Place, path_of
 
 from .augment import Augment, augmented, draw
 from .checkpoint import CURVE, State, check_run_folder, read_config, restore, run_folder, save_epoch
 from .config import RunConfig, describe_dataset, versions
-from .data import Samples, batches_per_epoch, check_trainable, load_trained, opened
-from .device import autocast, compiled, in_bfloat16, reproducible, synchronize
-from .evaluation import scores, split_logits
+from .data import Samples, batches_per_epoch, check_trainable, float_statistics, load_trained
+from .device import Stopwatch, autocast, compiled, in_bfloat16, reproducible
+from .evaluation import counted, read_scores, split_logits
 from .nets import Net, NetConfig, build_net
 from .optimizers import make_optimizer
 from .recipe import Recipe, make_recipe, preset_settings
-from .report import draw_curve
 from .scaling import compound, count_flops, count_parameters
 from .streaming import shards_to_hold, training_data
+from .tables import draw_curve
 from .tensorboard import MetricsLog, open_log
 
 
@@ -137,16 +137,16 @@ def fit(
     if augment is None and recipe == "talk":
         augment = Augment.none()
     target = pick_device(device)
-    dataset = opened(dataset)
-    check_trainable(dataset)
-    factors, floats = compound(phi), None if latents is None else Path(latents)
+    dataset = open_dataset(dataset)
+    check_trainable(dataset, ("train",) if holdout else ("train", "val"))
+    factors, floats = compound(phi), None if latents is None else path_of(latents)
     full_grid = chosen["full_grid"] if full_grid is None else full_grid
     config = plan_run(dataset, asked, width * factors.width, depth * factors.depth, arch, stem, augment, full_grid)
-    if floats is not None:  # they need no filter to be the latents
-        config = dataclasses.replace(config, net=dataclasses.replace(config.net, filter=()))
+    if floats is not None:
+        config = dataclasses.replace(config, net=float_net(config.net, dataset, floats))
     for name, value in (("limit", limit), ("holdout", holdout or None), ("latents", floats and str(floats))):
         config.dataset[name] = value
-    root = Path(out) if out is not None else default_out(dataset.root, config)
+    root = path_of(out) if out is not None else default_out(dataset.root, config)
     in_memory = bool(holdout) or floats is not None
     held = shards_to_hold(dataset, target, stream, buffer, in_memory)
     if resume and stream is None and buffer is None:  # as the run began, whatever memory is free today
@@ -156,14 +156,12 @@ def fit(
     config.dataset["stream"] = held
     check_run_folder(root, config, resume, overwrite)
     log = open_log(root) if tensorboard else None
-    try:
+    with enough_memory(target, f"lower {opt('limit')}, or use {opt('stream')}"):
         train, val = (
             load_trained(dataset, target, limit, holdout, floats)
             if in_memory
             else training_data(dataset, target, held, limit)
         )
-    except torch.OutOfMemoryError as error:
-        raise SystemFault(f"{target} has too little memory", "lower --limit, or use --stream") from error
     return run_fit(config, train, val, root, resume, progress, log)
 
 
@@ -178,14 +176,15 @@ def run_fit(
 ) -> FitResult:
     """The run itself, once its folder was checked and its splits are on their device."""
     recipe, target = config.recipe, train.device
-    try:
-        with run_folder(root, config, resume), reproducible(target, recipe.seed):
-            state = start_state(config, target)
-            if resume:
-                restore(root, state)
-            train_epochs(state, config, root, train, val, progress, log)
-    except torch.OutOfMemoryError as error:
-        raise SystemFault(f"{target} has too little memory", "lower --batch-size, --width or --limit") from error
+    with (
+        enough_memory(target, f"lower {opt('batch_size')}, {opt('width')} or {opt('limit')}"),
+        run_folder(root, config, resume),
+        reproducible(target, recipe.seed),
+    ):
+        state = start_state(config, target)
+        if resume:
+            restore(root, state)
+        train_epochs(state, config, root, train, val, progress, log)
     best, last = state.best, state.metrics[-1]
     seconds = statistics.median(epoch["seconds"] for epoch in state.metrics)
     samples = batches_per_epoch(len(train), recipe.batch_size) * min(recipe.batch_size, len(train))
@@ -218,7 +217,7 @@ def plan_run(
 ) -> RunConfig:
     """The run's whole configuration, from what was asked and what the dataset is."""
     manifest = dataset.manifest
-    quantizer = manifest.quantizer
+    quantizer, statistics = manifest.quantizer, manifest.statistics
     if augment is None:
         augment = Augment(mirror=manifest.flip is not None)
         if manifest.views("train") > 1:  # true crops of many sizes: more zoom than theirs costs accuracy
@@ -237,8 +236,22 @@ def plan_run(
         width=width,
         depth=depth,
         full_grid=full_grid,
+        mean=statistics.mean if statistics else (),
+        std=statistics.std if statistics else (),
     )
     return RunConfig(net, recipe, augment, describe_dataset(dataset), versions())
+
+
+def float_net(net: NetConfig, dataset: LatentDataset, latents: Path) -> NetConfig:
+    """The network for float latents: they need no filter to be the latents, and are scaled by their own statistics.
+
+    Where the dataset's codes were not counted, they are not, either.
+    """
+    net = dataclasses.replace(net, filter=())
+    if not net.std:
+        return net
+    mean, std = float_statistics(dataset, latents)
+    return dataclasses.replace(net, mean=mean, std=std)
 
 
 def default_out(dataset: Place, config: RunConfig) -> Path:
@@ -269,16 +282,20 @@ def train_epochs(
     batches = batches_per_epoch(len(train), recipe.batch_size)
     with progress("train", recipe.epochs * batches, "batches", done * batches) as bar:
         for epoch in range(done, recipe.epochs):
-            synchronize(train.device)
-            start = time.perf_counter()
-            loss = train_epoch(state, config, train, epoch, bar).item()
-            seconds = time.perf_counter() - start
-            found = scores(split_logits(state.average, val), val.labels)
+            watch = Stopwatch(train.device)
+            total = train_epoch(state, config, train, epoch, bar)
+            watch.stop()
+            tensors = state.tensors()
+            # All that the host reads of an epoch, in one transfer: the only time that it waits for the device.
+            numbers = [total, *counted(split_logits(state.average, val), val.labels)]
+            host = to_host([*numbers, *tensors.values()])
+            loss, found = float(host[0]), read_scores(host[1 : len(numbers)], len(val))
+            tensors, seconds = dict(zip(tensors, host[len(numbers) :], strict=True)), watch.seconds()
             if not math.isfinite(loss) or not math.isfinite(found["loss"]):
                 raise UsageError(
                     f"the loss of epoch {epoch + 1} is no number at lr {recipe.lr:g}; "
                     f"epochs before it are kept in {root}",
-                    "lower --lr, with --overwrite or another --out",
+                    f"lower {opt('lr')}, with {opt('overwrite')} or another {opt('out')}",
                 )
             state.metrics.append(
                 {
@@ -291,7 +308,7 @@ def train_epochs(
                     "seconds": round(seconds, 6),
                 }
             )
-            save_epoch(root, state)
+            save_epoch(root, state, tensors)
             if log is not None:
                 log(state.metrics)
             bar.note(
@@ -318,7 +335,8 @@ def train_epoch(state: State, config: RunConfig, train: Samples, epoch: int, bar
     for rows, labels in train.training_rows(recipe.batch_size, generator):
         state.optimizer.set_lr(recipe.lr_at(step, batches))
         random = draw(net, len(labels), config.augment, device, generator)
-        loss = loss_of(net, train, rows, labels, random, config, bfloat16)
+        with full_float32():  # for the planes: what else is float32 here, the stem's filter decides
+            loss = loss_of(net, train, rows, labels, random, config, bfloat16)
         loss.backward()
         state.optimizer.step()
         decay = min(recipe.ema, (1 + step) / (10 + step))  # the average forgets the start quickly

@@ -175,8 +175,8 @@ def read_only() -> Iterator[None]:
 
 
 def digest(root: Path) -> dict[str, str]:
-    """path -> SHA-256 of every file of a dataset but the temporaries that a crash leaves."""
-    files = (path for path in root.rglob("*") if path.is_file() and path.suffix != ".tmp")
+    """path -> SHA-256 of every file of a dataset but the temporaries that a crash leaves, and the source's times."""
+    files = (p for p in root.rglob("*") if p.is_file() and p.suffix != ".tmp" and p.name != "source-files.safetensors")
     return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..device import has_fast_bfloat16
-from ..errors import CodecError, SystemFault, UsageError
+from ..device import full_float32, has_fast_bfloat16
+from ..errors import CodecError, SystemFault, UsageError, opt
+from ..format.places import path_of
 from .base import check_multiple, to_pixels
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+REVISION = 2  # of how pixels become the model's input; see `AutoencoderCodec`
 _WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 
 
@@ -26,6 +28,8 @@ class AutoencoderCodec:
     weights: folder or hub id. posterior: ``mean``, or ``sample`` for one draw from the encoder's posterior,
     whose noise depends on `seed` and the image alone. dtype: ``bfloat16`` where the device computes in it,
     else ``float32``; never float16, in which SDXL's VAE overflows to NaN.
+    revision: 2 scales pixels in float32 and then rounds them to `dtype`; 1 scales them in it, half a grey level less
+    exact in bfloat16. Datasets whose codec names none have 1; in float32 the two are one, and none is recorded.
     Latents are ``(z - shift_factor) * scaling_factor`` by the model's own configuration.
     """
 
@@ -39,13 +43,21 @@ class AutoencoderCodec:
         posterior: str = "mean",
         seed: int = 0,
         dtype: str | None = None,
+        revision: int = REVISION,
         device: torch.device | str = "cpu",
     ) -> None:
         if posterior not in ("mean", "sample"):
-            raise UsageError(f"--posterior must be mean or sample, got {posterior}")
+            raise UsageError(f"{opt('posterior')} must be mean or sample, got {posterior}")
         if dtype is not None and dtype not in _DTYPES:
-            raise UsageError(f"--dtype must be {' or '.join(_DTYPES)}, got {dtype}", "float16 overflows in some VAEs")
-        self.device = torch.device(device)
+            raise UsageError(
+                f"{opt('dtype')} must be {' or '.join(_DTYPES)}, got {dtype}", "float16 overflows in some VAEs"
+            )
+        if revision not in range(1, REVISION + 1):
+            raise CodecError(
+                f"codec '{self.name}' has revision {revision}, this version knows 1 to {REVISION}",
+                "upgrade with pip install --upgrade latentprep",
+            )
+        self.device, self.revision = torch.device(device), revision
         self.weights = weights or self.default_weights
         self.posterior, self.seed = posterior, seed
         self.dtype_name = dtype or ("bfloat16" if has_fast_bfloat16(self.device) else "float32")
@@ -61,6 +73,8 @@ class AutoencoderCodec:
         config: dict[str, Any] = {"name": self.name, "weights": self.weights, "weights_sha256": self._sha256}
         config["model"] = type(self._model).__name__
         config |= {"posterior": self.posterior, "dtype": self.dtype_name}
+        if self.dtype_name != "float32" and self.revision > 1:
+            config["revision"] = self.revision
         return config | ({"seed": self.seed} if self.posterior == "sample" else {})
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
@@ -68,22 +82,25 @@ class AutoencoderCodec:
         return (channels, *check_multiple(self.name, factor, height, width))
 
     @torch.inference_mode()
+    @full_float32()
     def encode(self, images: Tensor) -> Tensor:
         """u8 [B,3,H,W] -> f32 [B,C,H/f,W/f]."""
-        pixels = images.to(self.device, non_blocking=True).to(_DTYPES[self.dtype_name])
-        pixels = (pixels / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+        dtype = _DTYPES[self.dtype_name]
+        pixels = images.to(self.device).to(torch.float32 if self.revision > 1 else dtype)
+        pixels = (pixels / 127.5 - 1).to(dtype).contiguous(memory_format=torch.channels_last)
         output = self._model.encode(pixels)
         if hasattr(output, "latent_dist"):
             z = output.latent_dist.mean.float()
             if self.posterior == "sample":
                 z = z + output.latent_dist.std.float() * self._noise(images, z.shape[1:])
         elif self.posterior == "sample":
-            raise UsageError(f"{self.weights} has no posterior to sample from", "leave out --posterior")
+            raise UsageError(f"{self.weights} has no posterior to sample from", f"leave out {opt('posterior')}")
         else:
             z = (output.latents if hasattr(output, "latents") else output.latent).float()
         return ((z - self._shift) * self._scale).contiguous()
 
     @torch.inference_mode()
+    @full_float32()
     def decode(self, latents: Tensor) -> Tensor:
         """f32 [B,C,h,w] -> u8 [B,3,fh,fw]."""
         z = latents.to(self.device) / self._scale + self._shift
@@ -150,14 +167,19 @@ class Taef1(AutoencoderCodec):
 
 
 def find_weights(weights: str, name: str, *, download: bool = True) -> Path:
-    """The local folder of a model: `weights` itself, or its snapshot in the hub's cache, downloaded if allowed.
+    """The local folder of a model: `weights` itself, the ``vae`` in a pipeline's folder, or a snapshot of the hub's.
+
+    The snapshot is in the hub's cache, or downloaded if allowed.
 
     Raises `CodecError` if it is neither, `SystemFault` if the packages that read it are not installed.
     """
-    folder = Path(weights).expanduser()
+    folder = path_of(weights)
     if folder.is_dir():
-        return folder
-    way_out = f"name a local folder with --weights, or use --codec dct, which needs none (codec '{name}')"
+        inner = folder / "vae"  # of a whole pipeline
+        return inner if (inner / "config.json").is_file() and not (folder / "config.json").is_file() else folder
+    way_out = (
+        f"name a local folder with {opt('weights')}, or use {opt('codec', 'dct')}, which needs none (codec '{name}')"
+    )
     if folder.exists() or weights.startswith((".", "/", "~")) or weights.count("/") != 1:
         raise CodecError(f"no model folder at {weights}", way_out)
     try:

@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ..errors import CodecError, UsageError, nearest
+from ..errors import CodecError, UsageError, nearest, opt
 
 GROUP = "latentprep.codecs"
 
@@ -79,11 +79,12 @@ def make_codec(name: str, *, device: str | torch.device = "cpu", **options: Any)
     """
     kind = codec_class(name)
     given = {key: value for key, value in options.items() if value is not None}
-    allowed = [p for p in inspect.signature(kind).parameters if p != "device"]
+    taken = inspect.signature(kind).parameters
+    allowed = [p for p in taken if p not in ("device", "revision")]
     for key in given:
-        if key not in allowed:
-            own = " and ".join(f"--{option.replace('_', '-')}" for option in allowed) or "no options"
-            raise UsageError(f"codec '{name}' has no option --{key.replace('_', '-')}", f"it takes {own}")
+        if key not in taken:
+            own = " and ".join(map(opt, allowed)) or "no options"
+            raise UsageError(f"codec '{name}' has no option {opt(key)}", f"it takes {own}")
     return kind(device=torch.device(device), **given)
 
 
@@ -95,13 +96,15 @@ def codec_from_config(config: dict, *, device: str | torch.device = "cpu", weigh
     options = {key: value for key, value in config.items() if key not in ("name", "model", "weights_sha256")}
     if weights is not None:
         options["weights"] = weights
+    if "revision" in inspect.signature(codec_class(config["name"])).parameters:
+        options.setdefault("revision", 1)  # what a dataset's codes mean does not change with our version
     codec = make_codec(config["name"], device=device, **options)
     want, have = config.get("weights_sha256"), codec.config().get("weights_sha256")
     if want != have:
         raise CodecError(
             f"the weights at {options.get('weights')} are not those this dataset was made with "
             f"(SHA-256 {str(have)[:12]}…, recorded {str(want)[:12]}…)",
-            "name the right ones with --weights",
+            f"name the right ones with {opt('weights')}",
         )
     return codec
 
@@ -129,7 +132,7 @@ def check_multiple(name: str, factor: int, height: int, width: int) -> tuple[int
             low = max(factor, side // factor * factor)
             raise UsageError(
                 f"codec '{name}' takes sizes that are multiples of {factor}, got {side}",
-                f"use --size {low} or --size {low + factor}",
+                f"use {opt('size', low)} or {opt('size', low + factor)}",
             )
     return height // factor, width // factor
 

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import UsageError
+from ..device import full_float32
+from ..errors import UsageError, opt
 from .base import check_multiple, to_pixels
 
 BLOCK = 8
@@ -36,7 +37,7 @@ class DctCodec:
     def __init__(self, *, luma: int = 10, chroma: int = 3, device: torch.device | str = "cpu") -> None:
         for option, value, least in (("luma", luma, 1), ("chroma", chroma, 0)):
             if not least <= value <= BLOCK * BLOCK:
-                raise UsageError(f"--{option} must be {least} to {BLOCK * BLOCK}, got {value}")
+                raise UsageError(f"{opt(option)} must be {least} to {BLOCK * BLOCK}, got {value}")
         self.luma, self.chroma, self.device = luma, chroma, torch.device(device)
         zigzag = _zigzag()
         kept = [(plane, u, v) for plane, count in enumerate((luma, chroma, chroma)) for u, v in zigzag[:count]]
@@ -57,6 +58,7 @@ class DctCodec:
         return (self.luma + 2 * self.chroma, *check_multiple(self.name, BLOCK, height, width))
 
     @torch.inference_mode()
+    @full_float32()
     def encode(self, images: Tensor) -> Tensor:
         """u8 [B,3,H,W] -> f32 [B, luma + 2 chroma, H/8, W/8]."""
         images = images.to(self.device)
@@ -65,6 +67,7 @@ class DctCodec:
         return torch.cat([F.conv2d(_centred(part), self._analysis, stride=BLOCK) for part in parts])
 
     @torch.inference_mode()
+    @full_float32()
     def decode(self, latents: Tensor) -> Tensor:
         """f32 [B,C,h,w] -> u8 [B,3,8h,8w]: exact where all 64 coefficients of each plane are kept."""
         return to_pixels(F.conv_transpose2d(latents.to(self.device), self._synthesis, stride=BLOCK) + 128)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import UsageError
+from ..errors import UsageError, opt
 from .base import check_multiple, to_pixels
 
 
@@ -21,7 +21,7 @@ class ResampleCodec:
 
     def __init__(self, *, factor: int = 4, device: torch.device | str = "cpu") -> None:
         if not 1 <= factor <= 64:
-            raise UsageError(f"--factor must be 1 to 64, got {factor}")
+            raise UsageError(f"{opt('factor')} must be 1 to 64, got {factor}")
         self.factor, self.device = factor, torch.device(device)
 
     def config(self) -> dict:

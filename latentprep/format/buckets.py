@@ -7,7 +7,6 @@ breaks off in its middle among others, is asked for from the start.
 
 from __future__ import annotations
 
-import os
 import random
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from ..errors import SystemFault, UsageError
+from .aws import KEYS, asked_anew, refusal, s3_settings
 
 MOST = 1 << 34  # bytes of an object that are read
 ATTEMPTS = 4  # of a request that fails in a way that may pass
@@ -78,18 +78,22 @@ class ObjectStore:
             ) from error
         self._obstore, self._exceptions = obstore, exceptions
         scheme, _, rest = url.partition("://")
-        plain = scheme == "http" or os.environ.get("AWS_ENDPOINT_URL", "").startswith("http:")
+        settings = s3_settings() if scheme == "s3" else {}
+        self._anonymous = settings.get("skip_signature", False)
+        self._endpoint, self._bucket = settings.get("endpoint", ""), rest
+        self._region = settings.get("region", "us-east-1")
+        plain = scheme == "http" or self._endpoint.startswith("http:")
         options: dict[str, Any] = {"client_options": {**_CLIENT, "allow_http": plain}, "retry_config": _RETRIES}
         self._store: Any
         if scheme == "s3":
-            self._store = S3Store(rest, checksum_algorithm="SHA256", **options)
+            self._store = S3Store(rest, checksum_algorithm="SHA256", **settings, **options)
         elif scheme == "gs":
             self._store = GCSStore(rest, **options)
         else:
             self._store = HTTPStore.from_url(url, **options)
         self._writable = scheme in ("s3", "gs")
         self._way_in = {
-            "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true for a public bucket",
+            "s3": f"{KEYS}; AWS_SKIP_SIGNATURE=true for a public bucket",
             "gs": "set GOOGLE_APPLICATION_CREDENTIALS to the file of a service account's key",
         }.get(scheme, "the server asks for credentials; only public files can be read")
 
@@ -136,8 +140,18 @@ class ObjectStore:
         return sorted(path.rstrip("/").rpartition("/")[2] for path in paths)
 
     def _head(self, key: str) -> dict | None:
+        def head() -> Any:
+            try:
+                return self._obstore.head(self._store, key)
+            except FileNotFoundError:
+                raise
+            except self._exceptions.BaseError:
+                if not self.url.startswith("s3:"):
+                    raise
+                return self._obstore.get(self._store, key).meta  # an answer to HEAD has no body to say why in
+
         try:
-            return self._tried("look for", key, lambda: self._obstore.head(self._store, key))
+            return self._tried("look for", key, head)
         except FileNotFoundError:
             return None
 
@@ -146,19 +160,35 @@ class ObjectStore:
             raise UsageError(f"{self.url} can only be read", "write to a folder, s3:// or gs://")
 
     def _tried(self, verb: str, key: str, call: Callable[[], T]) -> T:
-        kinds, where = self._exceptions, f"{self.url}/{key}"
+        where = f"{self.url}/{key}"
 
         def translated() -> T:
             try:
                 return call()
-            except (FileNotFoundError, kinds.NotFoundError) as error:
-                raise FileNotFoundError(where) from error
-            except (kinds.AlreadyExistsError, kinds.PreconditionError) as error:
-                raise Changed(where) from error
-            except (PermissionError, kinds.PermissionDeniedError, kinds.UnauthenticatedError) as error:
-                raise SystemFault(f"no permission to {verb} {where}", self._way_in) from error
+            except (self._exceptions.BaseError, OSError) as error:
+                meant = self._meaning(error, verb, where)
+                if meant is None:
+                    raise
+                raise meant from error
 
-        return _tried(f"{verb} {where}", translated, (kinds.BaseError, OSError))
+        return _tried(f"{verb} {where}", translated, (self._exceptions.BaseError, OSError))
+
+    def _meaning(self, error: Exception, verb: str, where: str) -> Exception | None:
+        """What an error of obstore's means; None for one that may pass."""
+        kinds, answer = self._exceptions, str(error)
+        if isinstance(error, (kinds.AlreadyExistsError, kinds.PreconditionError)):
+            return Changed(where)
+        if self.url.startswith("s3:"):
+            if "redirect without LOCATION" in answer:
+                server = self._endpoint or f"https://s3.{self._region}.amazonaws.com"
+                answer = asked_anew(f"{server}/{self._bucket}")
+            if refused := refusal(answer, f"cannot {verb} {where}", self._anonymous):
+                return refused
+        if isinstance(error, (FileNotFoundError, kinds.NotFoundError)):
+            return FileNotFoundError(where)
+        if isinstance(error, (PermissionError, kinds.PermissionDeniedError, kinds.UnauthenticatedError)):
+            return SystemFault(f"no permission to {verb} {where}", self._way_in)
+        return None
 
 
 class HubRepository:
@@ -236,7 +266,7 @@ def _tried(what: str, call: Callable[[], T], passing: tuple[type[Exception], ...
         except passing as error:
             last = error
     raise SystemFault(
-        f"cannot {what}: {str(last).partition(chr(10))[0][:300]}",
+        f"cannot {what}: {str(last).partition(chr(10) + chr(10) + 'Debug source:')[0]}",
         "check the address, the network and the credentials, then run the same command again",
     ) from last
 

@@ -8,16 +8,23 @@ import sys
 import threading
 from pathlib import Path
 
+from ..errors import SystemFault
+from .places import path_of
+
 LIMIT = 10 << 30  # bytes that the cache holds by default
 
 
 def cache_folder() -> Path:
-    """``LATENTPREP_CACHE``, or ``latentprep`` in the user's cache folder."""
+    """``LATENTPREP_CACHE``, or ``latentprep`` in the user's cache folder. Raises `SystemFault` where there is none."""
     if folder := os.environ.get("LATENTPREP_CACHE"):
-        return Path(folder).expanduser()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "latentprep"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "latentprep"
+        return path_of(folder)
+    if folder := os.environ.get("XDG_CACHE_HOME"):
+        return Path(folder) / "latentprep"
+    try:
+        return Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "latentprep"
+    except (RuntimeError, KeyError) as error:
+        hint = "set HOME, or LATENTPREP_CACHE to the folder for downloads"
+        raise SystemFault("this user has no home folder to keep downloads in", hint) from error
 
 
 class ShardCache:

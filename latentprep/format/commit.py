@@ -10,7 +10,17 @@ from pathlib import PurePosixPath
 
 from ..errors import DatasetError
 from .lease import leased
-from .manifest import ERRORS, LINEAR_DECODER, MANIFEST, Manifest, ShardRecord, read_manifest, record_path
+from .locks import Held, held
+from .manifest import (
+    ERRORS,
+    LINEAR_DECODER,
+    MANIFEST,
+    SOURCE_FILES,
+    Manifest,
+    ShardRecord,
+    read_manifest,
+    record_path,
+)
 from .places import Place, RemotePath
 from .shard import EncodedShard
 from .stores import store_of
@@ -96,7 +106,7 @@ def remove_dataset(root: Place) -> None:
     """Delete what an encode wrote at `root` (for ``--overwrite``), file by file, and nothing else. Manifest first."""
     manifest = read_manifest(root)
     store = store_of(manifest)
-    files = [MANIFEST, ERRORS, LINEAR_DECODER, *store.metadata_files(manifest)]
+    files = [MANIFEST, ERRORS, LINEAR_DECODER, SOURCE_FILES, *store.metadata_files(manifest)]
     for split in manifest.splits:
         for index in range(manifest.shard_count(split)):
             files += [record_path(split, index), *store.shard_files(split, index).values()]
@@ -114,8 +124,7 @@ def remove_dataset(root: Place) -> None:
 
 @contextlib.contextmanager
 def locked(root: Place) -> Iterator[None]:
-    """Hold the folder `root` for one writer. The lock is the operating system's, so it ends with the process; what is
-    remote is `leased`.
+    """Hold the folder `root` for one writer: `locks.held`; what is remote is `leased`.
 
     Raises `DatasetError` if another process holds it.
     """
@@ -123,21 +132,12 @@ def locked(root: Place) -> Iterator[None]:
         with leased(root):
             yield
         return
-    try:
-        import fcntl
-    except ImportError:  # Windows: no advisory lock on folders; two writers would commit equal bytes
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(held(root))
+        except Held as error:
+            raise DatasetError(f"{root} is being written by another latentprep encode", str(error)) from error
         yield
-        return
-    folder = os.open(root, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(folder)
-        raise DatasetError(f"{root} is being written by another latentprep encode", "wait for it to end") from error
-    try:
-        yield
-    finally:
-        os.close(folder)
 
 
 def _sync_folder(folder: Place) -> None:

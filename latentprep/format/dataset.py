@@ -9,7 +9,7 @@ from functools import partial
 
 import numpy as np
 
-from ..errors import DatasetError, UsageError
+from ..errors import DatasetError, UsageError, opt
 from .cache import LIMIT, ShardCache
 from .manifest import INVALID_LABEL, FileRecord, ShardId, ShardRecord, read_manifest, read_record
 from .places import Place, RemotePath, local, place
@@ -38,7 +38,7 @@ class LatentDataset:
         self.manifest = read_manifest(root)
         self._store = store_of(self.manifest)
         self._verified: set[str] = set()
-        self._fetched: dict[tuple[str, int], ShardRecord] = {}  # remote records that were read
+        self._records: dict[tuple[str, int], ShardRecord] = {}  # those that were read
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -58,21 +58,26 @@ class LatentDataset:
         return f"<LatentDataset {self.root} {self.manifest.codec['name']} {shape} {self.quantizer.bits} bits: {rows}>"
 
     def records(self, split: str) -> list[ShardRecord]:
-        """The records of the split's committed shards, in order; shards not committed yet are left out."""
+        """The records of the split's committed shards, in order; shards not committed yet are left out.
+
+        Each is read once: a shard that somebody makes again later is to be opened anew.
+        """
         shards = range(self.manifest.shard_count(self._known(split)))
         with ThreadPoolExecutor(_READERS) as pool:
-            found = [record for record in pool.map(partial(self.record, split), shards) if record is not None]
-        return [self._kept_record(record) for record in found]
+            return [record for record in pool.map(partial(self._known_record, split), shards) if record is not None]
 
     def record(self, split: str, index: int) -> ShardRecord | None:
-        """One shard's record, None where it is not committed. `DatasetError` if it does not belong to this dataset."""
+        """One shard's record as it is now, None where it is not committed.
+
+        Raises `DatasetError` if it does not belong to this dataset.
+        """
         record = read_record(self.root, self._known(split), index)
         if record is None:
             return None
         if record.manifest != self.manifest.sha256:
             raise ForeignRecord(
                 f"{self.root / record.path} belongs to another encode than {self.root / 'manifest.json'}",
-                "one of them was altered or copied in; restore it, or encode again with --overwrite",
+                f"one of them was altered or copied in; restore it, or encode again with {opt('overwrite')}",
             )
         start = index * self.manifest.shard_rows
         if (
@@ -83,6 +88,11 @@ class LatentDataset:
             raise DatasetError(
                 f"{self.root / record.path} does not describe shard {split} {index}", "delete it and encode again"
             )
+        return self.remember(record)
+
+    def remember(self, record: ShardRecord) -> ShardRecord:
+        """The record, which then need not be read again: of a shard that was just read, or just committed."""
+        self._records[record.split, record.index] = record
         return record
 
     def is_whole(self, record: ShardRecord) -> bool:
@@ -99,10 +109,10 @@ class LatentDataset:
 
     def committed(self, split: str, index: int) -> ShardRecord:
         """One shard's record; `DatasetError` where it is not committed."""
-        record = self._fetched.get((split, index)) or self.record(split, index)
+        record = self._known_record(split, index)
         if record is None:
             raise DatasetError(f"{self.root}: shard {split} {index} is not committed", "run latentprep encode again")
-        return self._kept_record(record)
+        return record
 
     def check_complete(self, split: str) -> None:
         """`DatasetError` if a shard of the split is not committed."""
@@ -186,11 +196,8 @@ class LatentDataset:
             raise UsageError(f"{self.root} has no split '{split}'", f"use one of {', '.join(self.splits)}")
         return split
 
-    def _kept_record(self, record: ShardRecord) -> ShardRecord:
-        """The record, which readers then need not fetch again."""
-        if isinstance(self.root, RemotePath):
-            self._fetched[record.split, record.index] = record
-        return record
+    def _known_record(self, split: str, index: int) -> ShardRecord | None:
+        return self._records.get((split, index)) or self.record(split, index)
 
     def _read(self, record: ShardRecord, path: str) -> bytes:
         """One file of a shard, checked against its record unless that was done before or is switched off."""
@@ -246,12 +253,12 @@ def _damage(path: str, data: bytes, expected: FileRecord) -> str:
 
 
 def open_dataset(
-    path: str | os.PathLike[str] | RemotePath,
+    path: str | os.PathLike[str] | RemotePath | LatentDataset,
     verify: bool = True,
     cache_dir: str | os.PathLike[str] | None = None,
     cache_bytes: int = LIMIT,
 ) -> LatentDataset:
-    """Open the latent dataset in the folder, or at the URL, `path`.
+    """Open the latent dataset in the folder, or at the URL, `path`. One that is open already comes back as it is.
 
     verify: compare each file with its checksum when it is first read. cache_dir: where copies of remote shards are kept
     (by default in the user's cache folder), at most `cache_bytes` of them; 0 keeps none.
@@ -259,7 +266,11 @@ def open_dataset(
     Raises `DatasetError` if there is none, or one that this version cannot read; `UsageError` for a URL of no kind that
     is known, `SystemFault` for one that cannot be reached.
     """
+    if isinstance(path, LatentDataset):
+        return path
     if cache_bytes < 0:
         raise UsageError(f"the cache's size must be 0 or more, got {cache_bytes}")
     folder = None if cache_dir is None else local(cache_dir, "the cache")
-    return LatentDataset(place(path), verify, ShardCache(folder, cache_bytes) if cache_bytes else None)
+    root = place(path)
+    cached = bool(cache_bytes) and isinstance(root, RemotePath)  # else nothing is copied
+    return LatentDataset(root, verify, ShardCache(folder, cache_bytes) if cached else None)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import DatasetError
+from ..errors import DatasetError, opt
 from .dataset import LatentDataset
 
 LATENTS = "latents.json"
@@ -23,7 +23,7 @@ def described(dataset: LatentDataset) -> dict[str, Any]:
     manifest = dataset.manifest
     return {
         "codec": {key: value for key, value in manifest.codec.items() if key != "weights"},
-        "transform": {key: manifest.transform[key] for key in ("size", "resize")},
+        "transform": {k: v for k, v in manifest.transform.items() if k in ("size", "resize", "colour")},
         "source": manifest.source["sha256"],
         "splits": manifest.splits,
     }
@@ -38,7 +38,9 @@ def check_latents(folder: Path, dataset: LatentDataset) -> None:
     except (ValueError, RecursionError):
         found = None
     if found != described(dataset):
-        raise DatasetError(f"{folder} holds the latents of another dataset than {dataset.root}", "choose another --out")
+        raise DatasetError(
+            f"{folder} holds the latents of another dataset than {dataset.root}", f"choose another {opt('out')}"
+        )
 
 
 def read_latents(folder: Path, dataset: LatentDataset, split: str) -> np.ndarray:

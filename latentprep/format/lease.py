@@ -13,9 +13,9 @@ from collections.abc import Iterator
 
 from ..errors import DatasetError, SystemFault
 from .buckets import Changed
+from .locks import LOCK
 from .places import RemotePath
 
-LOCK = ".lock"
 LEASE = 20.0  # seconds after which a lock that nobody renewed is a dead process's
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from ..errors import DatasetError
 from .fields import Fields, dump_json, parse_json, read_json
 from .places import Place
-from .quantizer import Quantizer
+from .quantizer import Quantizer, Statistics
 
 FORMAT = "latentprep"
 VERSION = 1
@@ -24,6 +24,8 @@ MANIFEST = "manifest.json"
 RECORDS = "records"
 ERRORS = "errors.jsonl"
 LINEAR_DECODER = "linear-decoder.safetensors"  # derived from the dataset and its source; may be absent
+SOURCE_FILES = "source-files.safetensors"  # sizes and times of the images' files; may be absent
+SRGB, STORED = COLOURS = ("srgb", "stored")  # what is done with embedded colour profiles
 INVALID_LABEL = -1  # the label of a row whose sample could not be read
 
 _MAX_ROWS = 1 << 40
@@ -49,7 +51,8 @@ class Plan:
 
     codec: JSON configuration; ``latentprep.codecs.codec_from_config`` rebuilds the codec from it.
     bits: per code. joint: whether the codes of a sample are chosen together, see `latentprep.joint`.
-    transform: how pixels are made of a sample: ``size`` (pixels), ``views``, ``seed``, ``resize``.
+    transform: how pixels are made from a sample: ``size`` (pixels), ``views``, ``seed``, ``resize``,
+    ``colour`` (`SRGB`: embedded profiles were converted from; `STORED`, or absent: they were ignored).
     source: ``spec`` as the user gave it, ``sha256`` over its splits, keys, labels and classes.
     classes: names; a label is an index into them.
     latent: (C, h, w) of one view's codes.
@@ -97,11 +100,11 @@ class Plan:
         """Every shard, in order."""
         return (ShardId(split, index) for split in self.splits for index in range(self.shard_count(split)))
 
-    def manifest(self, quantizer: Quantizer, compression: list[dict]) -> Manifest:
+    def manifest(self, quantizer: Quantizer, statistics: Statistics | None, compression: list[dict]) -> Manifest:
         """The finished plan. Inverse of `Manifest.plan`."""
         assert (quantizer.bits, bool(quantizer.filter)) == (self.bits, self.joint), "a quantizer of another plan"
         asked: dict[str, Any] = {name: getattr(self, name) for name in _PLANNED if name not in ("bits", "joint")}
-        return Manifest(**asked, quantizer=quantizer, compression=compression)
+        return Manifest(**asked, quantizer=quantizer, statistics=statistics, compression=compression)
 
 
 _PLANNED = tuple(f.name for f in fields(Plan))
@@ -112,6 +115,7 @@ class Manifest(Plan):
     """A finished plan: everything that a reader needs, and all it takes to encode more like it.
 
     quantizer: what codes mean; `bits` and `joint` follow from it.
+    statistics: of the codes of the calibration samples; None in datasets made before they were counted.
     compression: the Zarr codec chain of the codes array, chosen by measurement; other stores keep it for a conversion.
     """
 
@@ -119,6 +123,7 @@ class Manifest(Plan):
     joint: bool = field(init=False)
     quantizer: Quantizer
     compression: list[dict]
+    statistics: Statistics | None = None
     _file_sha256: str = field(init=False, default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -143,6 +148,7 @@ class Manifest(Plan):
                 "store": self.store,
                 "codec": self.codec,
                 "quantizer": self.quantizer.to_json(),
+                **({} if self.statistics is None else {"statistics": self.statistics.to_json()}),
                 "transform": self.transform,
                 "source": self.source,
                 "classes": list(self.classes),
@@ -175,11 +181,19 @@ class Manifest(Plan):
         latent = tuple(top.list("latent", int))
         if len(latent) != 3 or not all(1 <= n <= _MAX_SIDE for n in latent) or latent[0] != len(quantizer.lo):
             raise top.error(f"has latent = {latent}; it must be channels (as many as the quantizer's), height, width")
+        statistics = None
+        if "statistics" in top.document:
+            counted = top.object("statistics")
+            statistics = Statistics(counted.numbers("mean"), counted.numbers("std"))
+            if len(statistics.mean) != latent[0]:
+                raise top.error(f"has statistics of {len(statistics.mean)} channels; its latents have {latent[0]}")
         flip = None if top.get("flip") is None else tuple(top.list("flip", int))
         if flip is not None and (len(flip) != latent[0] or set(flip) - {-1, 1}):
             raise top.error("has a field 'flip' that is not one sign a channel")
         transform = top.object("transform")
         transform.whole("size", 1, _MAX_SIDE)
+        if "colour" in transform.document:
+            transform.text("colour", COLOURS)
         source = top.object("source")
         source.text("spec")
         source.sha256("sha256")
@@ -205,6 +219,7 @@ class Manifest(Plan):
             splits={_split_name(name, top): splits.whole(name, 0, _MAX_ROWS) for name in splits.document},
             store=top.text("store", STORES),
             written_by=top.text("written_by"),
+            statistics=statistics,
         )
         manifest._check_sizes(top)
         object.__setattr__(manifest, "_file_sha256", hashlib.sha256(data).hexdigest())

@@ -84,6 +84,25 @@ class RemotePath:
 Place = Path | RemotePath
 
 
+def path_of(where: str | os.PathLike[str]) -> Path:
+    """The path of a user's, ``~`` and ``~name`` made the home folder they stand for.
+
+    Raises `UsageError` where there is no such home and no file of that very name, or for a path that none can have.
+    """
+    path = Path(where)
+    if "\0" in str(path):
+        raise UsageError(f"{path} is no path: it has a zero byte")
+    try:
+        return path.expanduser()
+    except (RuntimeError, KeyError) as error:
+        if os.path.lexists(path):
+            return path
+        user = path.parts[0][1:]
+        hint = "give the whole path" if user else "set HOME, or give the whole path"
+        whose = f"there is no user {user}" if user else "it is not known which folder ~ is: HOME is not set"
+        raise UsageError(f"{path}: {whose}", hint) from error
+
+
 def place(where: str | os.PathLike[str] | RemotePath) -> Place:
     """A folder's path, or ``s3://bucket/…``, ``gs://bucket/…``, ``http(s)://server/…``, ``hf://datasets/owner/name/…``.
 
@@ -94,7 +113,7 @@ def place(where: str | os.PathLike[str] | RemotePath) -> Place:
     text = os.fspath(where)
     found = _URL.fullmatch(text)
     if found is None:
-        return Path(text)
+        return path_of(text)
     scheme, rest = found[1].lower(), found[2].rstrip("/")
     parts = rest.split("/")
     deep = 3 if scheme == "hf" else 1  # parts that name the bucket

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import DatasetError, UsageError
+from ..errors import DatasetError, UsageError, opt
 
 FILTER_SIDE = 3  # cells
 
@@ -18,8 +18,33 @@ FILTER_SIDE = 3  # cells
 def check_bits(bits: int) -> int:
     """`bits` itself if it is 1 to 8, else a `UsageError`."""
     if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
-        raise UsageError(f"bits must be 1 to 8, got {bits}", "4 keeps nearly all of the accuracy; use --bits 4")
+        raise UsageError(
+            f"bits must be 1 to 8, got {bits}", f"4 keeps nearly all of the accuracy; use {opt('bits', 4)}"
+        )
     return bits
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Mean and standard deviation of each channel's codes, by which networks scale them.
+
+    In units of codes: of ``(latent - lo) / step - 0.5``, with latents as codes give them back. Without a filter these
+    are the codes themselves. A channel whose codes are all the same has the deviation 0.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != len(self.std) or not self.mean:
+            raise DatasetError(
+                f"the statistics have {len(self.mean)} means and {len(self.std)} deviations; one of each a channel"
+            )
+        if not all(map(math.isfinite, self.mean + self.std)) or not all(s >= 0 for s in self.std):
+            raise DatasetError("the statistics' means must be finite, and their deviations finite and not below zero")
+
+    def to_json(self) -> dict:
+        return {"mean": list(self.mean), "std": list(self.std)}
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from urllib.parse import unquote
 
 import numpy as np
 
-from ..errors import DatasetError
+from ..errors import DatasetError, opt
 from .manifest import INVALID_LABEL, Manifest
 from .packing import pack, packed_bytes, unpack
 
@@ -63,7 +63,7 @@ def encode_shard_files(
         if key in seen:
             raise DatasetError(
                 f"{path}: two samples have the key {key!r}" if key else f"{path}: a sample has an empty key",
-                "rename the image, or use --store zarr, which takes any keys",
+                f"rename the image, or use {opt('store', 'zarr')}, which takes any keys",
             )
         seen.add(key)
         name = quote_key(key)

@@ -119,12 +119,12 @@ def test_resample_shrinks_without_aliasing() -> None:
 def test_unknown_names_and_options_say_the_way_out() -> None:
     with pytest.raises(CodecError, match="did you mean taesd"):
         make_codec("taesdd")
-    with pytest.raises(UsageError, match="no option --factor; it takes --luma and --chroma"):
+    with pytest.raises(UsageError, match="no option factor; it takes luma and chroma"):
         make_codec("dct", factor=3)
     for options in ({"luma": 0}, {"luma": 65}, {"chroma": -1}):
         with pytest.raises(UsageError, match="must be"):
             make_codec("dct", **options)
-    with pytest.raises(UsageError, match="--size 24 or --size 32"):
+    with pytest.raises(UsageError, match="size=24 or size=32"):
         make_codec("dct").latent_shape(30, 30)
 
 
@@ -239,7 +239,7 @@ def test_bad_weights_are_one_clear_error(small_vae: Path, tmp_path: Path) -> Non
     (tmp_path / "diffusion_pytorch_model.bin").write_bytes(b"a pickle")
     with pytest.raises(CodecError, match="does not load"):
         make_codec("taesd", weights=str(tmp_path))
-    with pytest.raises(UsageError, match="--dtype must be bfloat16 or float32, got float16"):
+    with pytest.raises(UsageError, match="dtype must be bfloat16 or float32, got float16"):
         make_codec("sdxl-vae", weights=str(small_vae), dtype="float16")
 
 

@@ -131,7 +131,7 @@ def test_a_wrong_checksum_keeps_nothing(server, tmp_path):
 def test_a_refusal_names_the_way_out(server, tmp_path, monkeypatch, codes, message):
     server.codes = list(codes)
     monkeypatch.setattr(datasets, "_URL", server.url + "?{}")
-    with pytest.raises(SourceError, match=rf"imagenette-160: cannot download .*{message}.*--data PATH"):
+    with pytest.raises(SourceError, match=rf"imagenette-160: cannot download .*{message}.*with data"):
         open_source("imagenette-160", cache=tmp_path)
     assert not (tmp_path / "imagenette2-160.tgz").exists()
     assert len(server.requests) == min(len(codes), 5)
@@ -140,7 +140,7 @@ def test_a_refusal_names_the_way_out(server, tmp_path, monkeypatch, codes, messa
 def test_no_network(server, tmp_path, monkeypatch):
     server.server_close()
     monkeypatch.setattr(datasets, "_URL", server.url + "?{}")
-    with pytest.raises(SourceError, match=r"refused; check the network and run again, or .*--data PATH") as caught:
+    with pytest.raises(SourceError, match=r"refused; check the network and run again, or .*with data") as caught:
         open_source("imagewoof", cache=tmp_path)
     assert " at 0x" not in str(caught.value)
 

@@ -79,7 +79,7 @@ def test_an_encode_to_tars_resumes_and_is_replaced(root: Path, tmp_path: Path) -
         encode(root / "images", out, views=3)
     encode(root / "images", out, views=3, overwrite=True)
     assert digest(out) == digest(root / "zarr")
-    with pytest.raises(UsageError, match="--store must be zarr or wds, got tar"):
+    with pytest.raises(UsageError, match="store must be zarr or wds, got tar"):
         encode(root / "images", out, store="tar")
 
 
@@ -95,7 +95,7 @@ def test_a_conversion_resumes(root: Path, tmp_path: Path) -> None:
         latentprep.convert(tmp_path / "other", out=out, store="wds")
     with pytest.raises(UsageError, match="is the dataset itself"):
         latentprep.convert(out, out=out, store="zarr")
-    with pytest.raises(UsageError, match="--store must be zarr or wds"):
+    with pytest.raises(UsageError, match="store must be zarr or wds"):
         latentprep.convert(out, out=tmp_path / "x", store="webdataset")
 
 
@@ -165,7 +165,7 @@ def test_a_subset_of_classes_numbers_them_anew(root: Path, tmp_path: Path) -> No
     assert not one.records("train")[0].invalid
     with pytest.raises(UsageError, match="no class 'class_7'.*did you mean class_"):
         latentprep.subset(root / "zarr", out=tmp_path / "x", classes=["class_7"])
-    with pytest.raises(UsageError, match="--fraction must be above 0"):
+    with pytest.raises(UsageError, match="fraction must be above 0"):
         latentprep.subset(root / "zarr", out=tmp_path / "x", fraction=0)
 
 

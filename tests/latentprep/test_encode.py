@@ -11,19 +11,22 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import latentprep
+import profiles
 from latentprep import encoder
 from latentprep.codecs import make_codec
 from latentprep.encoder import EncodeResult
 from latentprep.errors import CodecError, DatasetError, Interrupted, SourceError, SystemFault, UsageError
-from latentprep.images import load_views
-from latentprep.pipeline import encode_shard
+from latentprep.images import MAX_PIXELS, load_views
+from latentprep.pipeline import Stages, code_rows, encode_shard
 from latentprep.quantize import quantize
 from latentprep.sources import open_source
 from latenttrain import scaling
@@ -131,10 +134,48 @@ def test_damaged_samples_keep_their_rows(images: Path, tmp_path: Path) -> None:
     assert (again.encoded, again.invalid) == (0, 2)
 
 
+def test_colours_are_converted_and_that_is_recorded(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "images", train=3, val=1)
+    wide = Image.new("RGB", (64, 72), (200, 100, 50))
+    wide.save(root / "train" / "class_0" / "000.jpg", icc_profile=profiles.P3_GAMMA, quality=100)
+    exact = {"codec": "resample", "factor": 8, "bits": 8, "size": 64}
+    codes = {}
+    for colour in ("srgb", "stored"):
+        out = tmp_path / colour
+        encode(root, out, colour=colour, **exact)
+        dataset = latentprep.open(out)
+        assert dataset.manifest.transform["colour"] == colour
+        codes[colour] = dataset.load("train").codes
+        assert latentprep.verify(out, source=open_source(root)).problems == ()
+    assert (codes["srgb"][0] != codes["stored"][0]).any()
+    with pytest.raises(DatasetError, match="transform.colour is stored, this command asks for srgb"):
+        encode(root, tmp_path / "stored", **exact)
+    with pytest.raises(UsageError, match="colour must be srgb or stored, got sRGB"):
+        encode(root, tmp_path / "other", colour="sRGB")
+
+
+def test_a_dataset_of_before_colours_were_recorded_is_verified_as_it_was_made(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "images", train=3, val=1)
+    for path in root.rglob("*.jpg"):
+        with Image.open(path) as image:
+            image.save(path, icc_profile=profiles.PROPHOTO, quality=100)
+    source = open_source(root)
+    encode(root, tmp_path / "out", colour="stored")
+    old = latentprep.open(tmp_path / "out").manifest
+    transform = {name: value for name, value in old.transform.items() if name != "colour"}
+    manifest = replace(old, transform=transform)
+    stored = latentprep.open(tmp_path / "out").load("train").codes
+    stages = Stages(source, make_codec("dct"), None, 1, MAX_PIXELS)
+    for has, same in ((manifest, True), (replace(old, transform=transform | {"colour": "srgb"}), False)):
+        ((_, codes, invalid),) = code_rows(stages, has, "train", list(range(6)))
+        assert not invalid
+        assert np.array_equal(codes, stored.reshape(codes.shape)) == same
+
+
 def test_too_many_damaged_samples_fail_the_run_but_keep_what_was_made(images: Path, tmp_path: Path) -> None:
     for i in (0, 1, 2):
         (images / "train" / "class_0" / f"{i:03}.jpg").write_bytes(b"junk")
-    with pytest.raises(SourceError, match=r"3 of 12 samples of split 'train'.*--max-error-fraction"):
+    with pytest.raises(SourceError, match=r"3 of 12 samples of split 'train'.*max_error_fraction"):
         encode(images, tmp_path / "out")
     assert (tmp_path / "out" / "errors.jsonl").is_file()
     assert encode(images, tmp_path / "out", max_error_fraction=0.5).invalid == 3
@@ -142,7 +183,7 @@ def test_too_many_damaged_samples_fail_the_run_but_keep_what_was_made(images: Pa
 
 def test_strict_stops_at_the_first(images: Path, tmp_path: Path) -> None:
     (images / "train" / "class_0" / "001.jpg").write_bytes(b"junk")
-    with pytest.raises(SourceError, match=r"train/class_0/001\.jpg.*leave out --strict"):
+    with pytest.raises(SourceError, match=r"train/class_0/001\.jpg.*leave out strict"):
         encode(images, tmp_path / "out", strict=True, max_error_fraction=1)
     assert not list((tmp_path / "out").rglob("codes"))  # before anything was committed
 
@@ -217,7 +258,7 @@ def test_folders_that_hold_other_things_are_left_alone(images: Path, tmp_path: P
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
     with pytest.raises(DatasetError, match=r"not empty and holds no latent dataset \(it has thesis.tex\)"):
         encode(images, tmp_path / "out")
-    with pytest.raises(DatasetError, match="choose another --out"):
+    with pytest.raises(DatasetError, match="choose another out"):
         encode(images, tmp_path / "out", overwrite=True)
     with pytest.raises(DatasetError, match="not empty"):
         encode(images, images, overwrite=True)
@@ -350,7 +391,7 @@ def test_bad_options_are_refused_before_anything_is_written(images: Path, tmp_pa
         encode(images, tmp_path / "out", **options)
     with pytest.raises(UsageError, match="seed must be"):
         encode(images, tmp_path / "out", seed=-1)
-    with pytest.raises(UsageError, match="max-error-fraction"):
+    with pytest.raises(UsageError, match="max_error_fraction"):
         encode(images, tmp_path / "out", max_error_fraction=float("nan"))
     assert not (tmp_path / "out").exists()
 

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 import latentprep
 from latentprep.cli import app
 from latentprep.errors import DatasetError, UsageError
+from latentprep.facts import info
 from latentprep.format import Quantizer
-from latentprep.info import info
 from latentprep.joint import search
 from latentprep.quantize import dequantize, fit_quantizer, quantize, quantize_counting
 from latentprep.sources import open_source
@@ -132,7 +132,7 @@ def test_encode_resume_and_refusals(images: Path, tmp_path: Path) -> None:
     assert {path: path.read_bytes() for path in (tmp_path / "joint").rglob("*") if path.is_file()} == whole
     with pytest.raises(DatasetError, match="joint is True, this command asks for False") as refused:
         encode(images, tmp_path / "joint")
-    assert "--joint" in (refused.value.hint or "")
+    assert "joint=True" in (refused.value.hint or "")
     taken = encode(images, tmp_path / "taken", quantizer=tmp_path / "joint")
     assert taken.quantizer == joint.quantizer
     assert np.array_equal(taken.load("val").codes, joint.load("val").codes)

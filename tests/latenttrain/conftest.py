@@ -17,8 +17,9 @@ SHARD_ROWS = 64
 
 
 def make_manifest(
-    classes=CLASSES, rows=None, latent=(3, 8, 8), views=1, bits=4, flip=None, codec=None, size=64, store="zarr"
-):
+    classes=CLASSES, rows=None, latent=(3, 8, 8), views=1, bits=4, flip=None, codec=None, size=64, store="zarr",
+    statistics=None,
+):  # fmt: skip
     return Manifest(
         codec=codec or {"name": "fake", "levels": 7},
         quantizer=Quantizer(bits, (-2.0,) * latent[0], (0.25,) * latent[0]),
@@ -33,6 +34,7 @@ def make_manifest(
         splits=rows or {"train": 200, "val": 70},
         store=store,
         written_by="a test",
+        statistics=statistics,
     )
 
 

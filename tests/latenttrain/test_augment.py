@@ -103,7 +103,7 @@ def test_mirror_flips_half_and_negates_as_told():
     """Exactly so on latents, though the code at which an uneven range changes sign is not whole."""
     plain, planes, _ = run(dataclasses.replace(NONE, mirror=True, mirror_signs=(1, -1)), lo=(-2.0, -1.03))
     wanted = plain.flip(-1)
-    scale = make_net().stem.scale / 0.125  # planes a unit of latent; the centre of the range is at plane 0
+    scale = make_net().stem.scale[1] / 0.125  # planes a unit of latent; the centre of the range is at plane 0
     centre = -1.03 + 8 * 0.125
     wanted[:, 1] = -wanted[:, 1] - 2 * centre * scale
     flipped = [torch.allclose(planes[i], wanted[i], atol=1e-5) for i in range(64)]

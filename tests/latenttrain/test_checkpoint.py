@@ -8,6 +8,7 @@ import torch
 import latenttrain
 from latentprep.errors import CheckpointError, UsageError
 from latentprep.format import Quantizer, open_dataset
+from latentprep.format.quantizer import Statistics
 from latenttrain.checkpoint import load_net, load_tensors, read_config, save_tensors
 from latenttrain.config import RunConfig, check_dataset
 
@@ -48,6 +49,25 @@ def test_a_run_from_before_activations_were_recorded_has_relu(trained):
     document = json.loads(json.dumps(read_config(trained).to_json()))
     assert document["net"].pop("activation") == "hardswish"
     assert RunConfig.from_json(document).net.activation == "relu"
+
+
+def test_a_run_from_before_codes_were_counted_keeps_the_rule_for_normal_distributions(
+    run, make_dataset, tmp_path, small
+):
+    counted = Statistics((7.0, 8.0, 6.5), (2.0, 3.0, 4.0))
+    latenttrain.fit(make_dataset(statistics=counted), **{**small, "epochs": 1}, out=tmp_path / "counted")
+    net, config, _ = load_net(tmp_path / "counted")
+    assert (config.net.mean, config.net.std) == (counted.mean, counted.std)
+    codes = torch.arange(16, dtype=torch.uint8).view(1, 1, 4, 4).expand(1, 3, 4, 4)
+    mean, std = (torch.tensor(v)[:, None, None] for v in (counted.mean, counted.std))
+    assert torch.allclose(net.planes(codes), (codes - mean) / std)
+    for folder in (run, tmp_path / "counted"):
+        document = json.loads((folder / "config.json").read_text())
+        del document["net"]["mean"], document["net"]["std"]
+        (folder / "config.json").write_text(json.dumps(document))
+        net, config, _ = load_net(folder)
+        assert config.net.mean == config.net.std == ()
+        assert torch.equal(net.planes(codes), (codes.float() - 7.5) * (2 * (1.25 + 0.34 * 4) / 16))
 
 
 def test_best_and_last_are_the_epochs_they_say(trained):

@@ -99,4 +99,4 @@ def test_a_machine_that_cannot_compile_says_so(codes, small, tmp_path, monkeypat
     monkeypatch.setattr(torch, "compile", lambda function, **_: fail)
     with pytest.raises(SystemFault, match="cannot be compiled") as error:
         latenttrain.fit(codes, **small, out=tmp_path / "run", compile=True)
-    assert "--compile" in error.value.hint
+    assert "compile" in error.value.hint

@@ -9,7 +9,6 @@ from latenttrain.data import (
     check_classes,
     check_trainable,
     load_split,
-    opened,
 )
 
 CPU = torch.device("cpu")
@@ -101,8 +100,8 @@ def test_evaluation_sees_view_0_of_every_sample_in_order():
 
 def test_an_open_dataset_is_taken_as_it_is(codes):
     dataset = open_dataset(codes)
-    assert opened(dataset) is dataset
-    assert opened(str(codes)).root == codes
+    assert open_dataset(dataset) is dataset
+    assert open_dataset(str(codes)).root == codes
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
+import gzip
 import io
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import torch
 from PIL import Image
 
 import latenttrain
+import profiles
 from latentprep.errors import CheckpointError, CodecError, UsageError
 from latentprep.format import open_dataset
 from latentprep.quantize import quantize
@@ -150,6 +153,43 @@ def test_top_and_weights_are_passed_on(run, images, fake_codec):
     assert fake_codec[0].weights == "/somewhere"
     with pytest.raises(UsageError, match="top must be 1 or more, got 0"):
         latenttrain.predict(run, images, top=0)
+
+
+def test_images_are_made_into_pixels_as_encode_does(run, fake_codec, tmp_path):
+    """Turned once, and in the colours that the network's dataset was made in."""
+    image = Image.fromarray(np.arange(64 * 64 * 3, dtype=np.uint32).astype(np.uint8).reshape(64, 64, 3))
+    image.save(tmp_path / "turned.tif", tiffinfo={0x0112: 6})
+    Image.open(tmp_path / "turned.tif").save(tmp_path / "upright.png", icc_profile=None)
+    Image.new("RGB", (64, 64), (200, 100, 50)).save(tmp_path / "wide.png", icc_profile=profiles.P3_GAMMA)
+    for name, colour in (("stored", (200, 100, 50)), ("srgb", (216, 93, 24))):
+        Image.new("RGB", (64, 64), colour).save(tmp_path / f"{name}.png")
+    paths = [tmp_path / f"{name}" for name in ("turned.tif", "upright.png", "wide.png", "stored.png", "srgb.png")]
+    for field, like in ((None, 3), ("stored", 3), ("srgb", 4)):
+        copy = shutil.copytree(run, tmp_path / f"run-{field}")
+        document = json.loads((copy / "config.json").read_text())
+        document["dataset"]["transform"] |= {} if field is None else {"colour": field}
+        (copy / "config.json").write_text(json.dumps(document))
+        found = [prediction.classes for prediction in latenttrain.predict(copy, paths)]
+        assert found[0] == found[1]
+        assert dict(found[2]) == pytest.approx(dict(found[like]), abs=2e-2)
+        assert dict(found[3]) != dict(found[4])
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "an empty file"),
+        (b"<!doctype html><html>", "an HTML page"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
+        (gzip.compress(b"picture", mtime=0), "packed by gzip"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "pip install pillow-heif"),
+    ],
+)
+def test_the_reason_names_the_cause(run, fake_codec, tmp_path, monkeypatch, data, reason):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    (tmp_path / "a.jpg").write_bytes(data)
+    (prediction,) = latenttrain.predict(run, [tmp_path / "a.jpg"])
+    assert reason in prediction.error
 
 
 def test_images_that_cannot_be_read_are_named_and_the_others_go_on(run, images, fake_codec, tmp_path):

@@ -100,7 +100,7 @@ def test_further_convolutions_on_the_full_grid_keep_within_the_parameters():
     nets = [build_net(config(full_grid=count)).eval() for count in (1, 2)]
     assert [count_parameters(net) for net in nets] == [240_010, 249_290]
     assert nets[1](random_codes(nets[1].config)).shape == (2, 10)
-    with pytest.raises(UsageError, match="--full-grid must be 1 to 8"):
+    with pytest.raises(UsageError, match="full_grid must be 1 to 8"):
         config(full_grid=0)
 
 

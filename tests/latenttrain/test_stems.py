@@ -1,9 +1,12 @@
+import dataclasses
+
+import numpy as np
 import pytest
 import torch
 
 from latentprep.errors import UsageError
 from latentprep.format import Quantizer
-from latentprep.quantize import dequantize
+from latentprep.quantize import code_statistics, dequantize, fit_quantizer, quantize
 from latenttrain.nets import NetConfig, build_net
 from latenttrain.stems import STEMS
 
@@ -88,3 +91,63 @@ def test_noise_within_a_step_stays_near_its_code(name):
         assert torch.equal(noisy, stem(codes))
     else:
         assert 0 < (noisy - stem(codes)).abs().mean() < 0.2
+
+
+def distributed(name, n=100_000):
+    """f32 [1,1,n/100,100] of a distribution of unit scale, off centre."""
+    random = np.random.default_rng(0)
+    draws = {
+        "normal": random.normal(size=n),
+        "laplace": random.laplace(size=n),
+        "student t3": random.standard_t(3, size=n),
+        "uniform": random.uniform(-1, 1, size=n),
+        "1% outliers": random.normal(size=n) * np.where(random.random(n) < 0.01, 30, 1),
+    }
+    return torch.from_numpy(draws[name] * 3 + 5).float().view(1, 1, -1, 100)
+
+
+DISTRIBUTIONS = ["normal", "laplace", "student t3", "uniform", "1% outliers"]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("name", STEMS)
+def test_planes_are_of_unit_scale_whatever_the_distribution(name, bits):
+    """Of an own distribution in each channel: the planes' deviation, or, of -1 and 1, their root mean square."""
+    torch.manual_seed(0)
+    latents = torch.cat([distributed(kind) for kind in DISTRIBUTIONS], 1)
+    quantizer = fit_quantizer(latents, bits)
+    codes = quantize(latents, quantizer)
+    counted = code_statistics(codes, quantizer)
+    planes = STEMS[name](5, bits, counted.mean, counted.std)(codes).transpose(0, 1).flatten(1)
+    scale = planes.square().mean(1).sqrt() if name in ("bitplane", "ordinal") else planes.std(1)
+    scale = scale if name == "embedding" else scale.view(5, -1).mean(1)
+    assert scale.min() > 0.8 and scale.max() < 1.25, scale
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_affine_planes_of_joint_codes_have_unit_scale_too(bits):
+    torch.manual_seed(0)
+    latents = torch.randn(60, 2, 12, 12).cumsum(-1) * torch.tensor([1.0, 9])[:, None, None]
+    quantizer = fit_quantizer(latents, bits, joint=True)
+    codes = quantize(latents, quantizer)
+    counted = code_statistics(codes, quantizer)
+    config = NetConfig((2, 12, 12), 10, bits, quantizer.lo, quantizer.step, filter=quantizer.filter)
+    planes = build_net(dataclasses.replace(config, mean=counted.mean, std=counted.std)).planes(codes)
+    assert torch.allclose(planes.mean((0, 2, 3)), torch.zeros(2), atol=1e-3)
+    assert torch.allclose(planes.std((0, 2, 3)), torch.ones(2), atol=1e-3)
+    steps, lo = (torch.tensor(v)[:, None, None] for v in (quantizer.step, quantizer.lo))
+    mean, std = (torch.tensor(v)[:, None, None] for v in (counted.mean, counted.std))
+    expected = ((dequantize(codes, quantizer) - lo) / steps - 0.5 - mean) / std
+    assert torch.allclose(planes, expected, atol=1e-3)
+
+
+def test_a_channel_that_hardly_varies_is_not_enlarged():
+    planes = STEMS["affine"](2, 4, (8.0, 8.0), (0.0, 2.0))(torch.tensor([[[[9]], [[9]]]], dtype=torch.uint8))
+    assert planes.flatten().tolist() == pytest.approx([2 * (1.25 + 0.34 * 4) / 16, 0.5])
+
+
+def test_statistics_that_do_not_fit_are_refused():
+    config = NetConfig((2, 8, 8), 10, 4, (0.0,) * 2, (1.0,) * 2)
+    for wrong in ({"mean": (1.0,), "std": (1.0,)}, {"mean": (1.0, 1.0)}, {"mean": (1.0, 1.0), "std": (1.0, -1.0)}):
+        with pytest.raises(UsageError, match="mean|std"):
+            dataclasses.replace(config, **wrong)

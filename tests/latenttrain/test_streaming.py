@@ -36,7 +36,7 @@ class Numbered(LatentDataset):
             source={}, classes=("a", "b", "c", "d"), latent=(3, 2, 2), flip=None, shard_rows=shard_rows,
             chunk_rows=shard_rows, compression=[], splits={"train": rows},
         )  # fmt: skip
-        self.invalid, self.labels_read, self._fetched = set(invalid), [], {}
+        self.invalid, self.labels_read, self._records = set(invalid), [], {}
 
     def record(self, split, index):
         bad = tuple({"row": row} for row in self._rows(index) if row in self.invalid)
@@ -210,7 +210,7 @@ def test_classes_are_found_without_reading_every_shard():
 
 def test_what_cannot_be_streamed_is_said(make_dataset):
     dataset = Numbered(10)
-    with pytest.raises(UsageError, match="--buffer must be 1 or more shards, got 0"):
+    with pytest.raises(UsageError, match="buffer must be 1 or more shards, got 0"):
         StreamedSplit(dataset, "train", CPU, 0)
     with pytest.raises(UsageError, match="limit must be 2 or more"):
         StreamedSplit(dataset, "train", CPU, limit=1)

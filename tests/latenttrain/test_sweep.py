@@ -16,7 +16,7 @@ from latenttrain.checkpoint import load_net, read_config
 from latenttrain.data import float_codes, load_trained
 from latenttrain.recipe import default_lr, preset_settings
 from latenttrain.scaling import numbers, scale_table
-from latenttrain.sweep import FLOAT, Group, recommended, sweep
+from latenttrain.sweeping import FLOAT, Group, recommended, sweep
 
 CPU = torch.device("cpu")
 
@@ -43,6 +43,22 @@ def test_float_latents_are_what_was_quantized(shapes):
     assert np.allclose(
         dataset.quantizer.dequantize(fractional[:, None])[:, 0], values.astype(np.float32), rtol=1e-3, atol=1e-2
     )
+
+
+def test_float_latents_are_scaled_by_their_own_statistics(shapes, tmp_path):
+    dataset = latentprep.open(shapes / "x8")
+    latenttrain.fit(dataset, latents=shapes / "floats", out=tmp_path / "run", epochs=1, device="cpu")
+    net, config, _ = load_net(tmp_path / "run")
+    assert config.net.std != dataset.manifest.statistics.std
+    planes = net.planes(load_trained(dataset, CPU, latents=shapes / "floats")[0].codes[:, 0])
+    assert torch.allclose(planes.mean((0, 2, 3)), torch.zeros(16), atol=1e-3)
+    assert torch.allclose(planes.std((0, 2, 3)), torch.ones(16), atol=1e-3)
+
+
+def test_held_out_train_needs_no_val(tmp_path):
+    latentprep.encode("shapes", codec="dct", size=64, limit=40, splits=["train"], out=tmp_path / "train")
+    result = latenttrain.fit(tmp_path / "train", holdout=0.2, out=tmp_path / "run", epochs=1, device="cpu")
+    assert 0 <= result.top1 <= 1
 
 
 def test_float_latents_of_another_dataset_are_refused(shapes, tmp_path, codes):
@@ -95,7 +111,7 @@ def test_a_sweep_measures_every_bit_stem_and_seed_and_goes_on_where_it_stopped(s
 
 
 def test_more_bits_than_there_are_are_refused(codes, tmp_path):
-    with pytest.raises(UsageError, match="--bits must be 1 to 4, .* got 5"):
+    with pytest.raises(UsageError, match="bits must be 1 to 4, .* got 5"):
         sweep(codes, bits=[2, 5], out=tmp_path / "sweep")
 
 
@@ -118,7 +134,7 @@ def test_a_held_out_part_of_train_takes_the_place_of_val(codes, tmp_path, small)
     assert torch.equal(again.codes, judged.codes)
     latenttrain.fit(codes, holdout=0.25, out=tmp_path / "run", **small)
     assert read_config(tmp_path / "run").dataset["holdout"] == 0.25
-    with pytest.raises(UsageError, match="--holdout must be 0 to 0.9"):
+    with pytest.raises(UsageError, match="holdout must be 0 to 0.9"):
         latenttrain.fit(codes, holdout=1, out=tmp_path / "other", **small)
 
 

@@ -161,7 +161,7 @@ def test_a_run_in_the_way_is_kept_unless_asked(codes, tmp_path, small):
     latenttrain.fit(codes, **{**small, "epochs": 2}, out=out)
     with pytest.raises(CheckpointError, match="holds a run already") as caught:
         latenttrain.fit(codes, **{**small, "epochs": 1}, out=out)
-    assert "--resume" in caught.value.hint
+    assert "resume" in caught.value.hint
     assert len(metrics(out)) == 2
     latenttrain.fit(codes, **{**small, "epochs": 1}, out=out, overwrite=True)
     assert len(metrics(out)) == 1
@@ -217,7 +217,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_what_it_had(codes, tmp
     monkeypatch.setattr("torch.nn.functional.cross_entropy", failing)
     with pytest.raises(UsageError, match=r"epoch 2 is no number at lr [\d.]+; epochs before it are kept") as caught:
         latenttrain.fit(codes, **small, out=out)
-    assert "lower --lr" in caught.value.hint
+    assert "lower lr" in caught.value.hint
     assert len(metrics(out)) == 1
     assert load_tensors(out / "best.safetensors")[1]["epoch"] == 1
 

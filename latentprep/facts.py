@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from .format.dataset import LatentDataset, open_dataset
-from .format.manifest import INVALID_LABEL, ShardRecord
+from .format.manifest import INVALID_LABEL, ShardRecord, train_split
 from .format.stores import code_bytes, store_of
+
+POOR = 0.3  # bits a code: a channel with less adds next to nothing
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,15 @@ class SplitInfo:
 
 
 @dataclass(frozen=True)
+class PoorChannel:
+    """A channel whose codes carry less than `POOR` bits each. entropy: in bits, of order 0; cause: why, in words."""
+
+    channel: int
+    entropy: float
+    cause: str
+
+
+@dataclass(frozen=True)
 class DatasetInfo:
     """Facts of a dataset.
 
@@ -32,7 +43,7 @@ class DatasetInfo:
     code_bytes: on disk, all committed codes (of a WebDataset store, the tars); dataset_bytes: labels and keys too.
     bits_per_value: ``8 * code_bytes`` over the number of codes. bytes_per_image: code bytes a sample.
     source_bytes: the encoded images read (JPEGs, as a rule). saturation: share of latents a channel that lay
-    outside the quantizer's range.
+    outside the quantizer's range. poor: channels that carry next to nothing, by the first committed shard of train.
     """
 
     path: str
@@ -57,17 +68,18 @@ class DatasetInfo:
     smaller_than_source: float
     smaller_than_pixels: float
     saturation: tuple[float, ...]
+    poor: tuple[PoorChannel, ...]
 
     def to_json(self) -> dict:
         return asdict(self)
 
 
-def info(path: str | Path | LatentDataset) -> DatasetInfo:
-    """Facts of the dataset in the folder `path`, from its manifest, records and labels.
+def info(dataset: str | Path | LatentDataset) -> DatasetInfo:
+    """Facts of a dataset, from its manifest, records, labels and one shard's codes.
 
     Raises `DatasetError` if there is none or a shard is damaged.
     """
-    dataset = path if isinstance(path, LatentDataset) else open_dataset(path)
+    dataset = open_dataset(dataset)
     manifest = dataset.manifest
     records = {split: dataset.records(split) for split in dataset.splits}
     everything = [record for shards in records.values() for record in shards]
@@ -103,7 +115,28 @@ def info(path: str | Path | LatentDataset) -> DatasetInfo:
         smaller_than_source=source_bytes / max(1, codes),
         smaller_than_pixels=pixel_bytes / max(1, codes),
         saturation=tuple((saturated * manifest.latent[0] / max(1, values)).tolist()),
+        poor=_poor_channels(dataset, records),
     )
+
+
+def _poor_channels(dataset: LatentDataset, records: dict[str, list[ShardRecord]]) -> tuple[PoorChannel, ...]:
+    """Those of the first committed shard of the split that is learned from, view 0 of its valid samples."""
+    split = train_split(records)
+    if not records[split]:
+        return ()
+    shard = dataset.read_shard(split, records[split][0].index, keys=False)
+    codes = shard.codes[shard.labels != INVALID_LABEL, 0]
+    if not codes.size:
+        return ()
+    found = []
+    for channel in range(codes.shape[1]):
+        counts = np.unique(codes[:, channel], return_counts=True)[1]
+        used = counts / counts.sum()
+        entropy = abs(float(used @ np.log2(used)))
+        if entropy < POOR:
+            few = f"few values, outliers, set its range; {used.max():.1%} of its codes are the same"
+            found.append(PoorChannel(channel, entropy, "it is constant" if len(used) == 1 else few))
+    return tuple(found)
 
 
 def _split_info(dataset: LatentDataset, split: str, records: list[ShardRecord]) -> SplitInfo:

@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 from latentprep.console import ProgressFactory, silent
 from latentprep.drawing import COLOURS, GREY, GRID, INK, draw
-from latentprep.errors import UsageError, nearest
-from latentprep.format import LatentDataset
+from latentprep.errors import UsageError, nearest, opt
+from latentprep.format import LatentDataset, open_dataset
 from latentprep.format.commit import write_atomic
+from latentprep.format.places import path_of
 
-from .data import opened
 from .stems import STEMS
 from .train import fit
 
@@ -76,8 +76,8 @@ class SweepResult:
 def sweep(
     dataset: str | Path | LatentDataset,
     *,
-    bits: Sequence[float],
-    stems: list[str] | None = None,
+    bits: Sequence[float] = range(1, 9),
+    stems: Sequence[str] = ("affine",),
     seeds: int = 3,
     epochs: int | None = None,
     latents: str | Path | None = None,
@@ -97,16 +97,15 @@ def sweep(
     Raises as `fit` and `requantize` do, and `UsageError` for more bits than the dataset has or more views than latents.
     """
     from latentprep import requantize
-    from latentprep.info import info
+    from latentprep.facts import info
 
-    source = opened(dataset)
-    stems = stems or ["affine"]
+    source = open_dataset(dataset)
     most = source.quantizer.bits
     wrong = [b for b in bits if b not in range(1, most + 1)]
     if wrong or not bits:
         raise UsageError(
-            f"--bits must be 1 to {most}, what {source.root} has, got {format(wrong[0], 'g') if wrong else 'none'}",
-            f"use --bits 1..{most}, or encode with --bits 8",
+            f"{opt('bits')} must be 1 to {most}, as {source.root} has, got {f'{wrong[0]:g}' if wrong else 'none'}",
+            f"use {opt('bits')} 1..{most}, or encode with {opt('bits', 8)}",
         )
     for stem in stems:
         if stem not in STEMS:
@@ -114,11 +113,11 @@ def sweep(
     if latents is not None and source.manifest.views("train") > 1:
         raise UsageError(
             f"{source.root} has {source.manifest.views('train')} views, float latents are of view 0 only",
-            "compare on a dataset of one view, or leave --latents out",
+            f"compare on a dataset of one view, or leave {opt('latents')} out",
         )
     if not 1 <= seeds <= 1000:
-        raise UsageError(f"--seeds must be 1 to 1000, got {seeds}", "use --seeds 3")
-    root = Path(out) if out is not None else Path("sweeps", source.root.resolve().name)
+        raise UsageError(f"{opt('seeds')} must be 1 to 1000, got {seeds}", f"use {opt('seeds', 3)}")
+    root = path_of(out) if out is not None else Path("sweeps", source.root.resolve().name)
     sizes: dict[int, float] = {}
     points = []
     grid = [(b, stem) for b in sorted(set(map(int, bits)), reverse=True) for stem in stems]

@@ -1,0 +1,154 @@
+"""Which kinds of image there are: the one list that sources look for, and that `images` decodes.
+
+A `Kind` is known by the ends of file names and by the first bytes; `other_kind` names what is none of them. Nothing
+here opens an image.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+HEAD_BYTES = 32  # what `kind_of` and `is_image` look at
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of image that is read.
+
+    format: Pillow's name for it. endings: of file names. magic: how its files begin. sure: the same, stricter, where
+    `magic` also begins texts: what it takes for a file whose name is not an image's. modules: the first that can be
+    imported is the reader. package: what to install where none can.
+    """
+
+    format: str
+    endings: tuple[str, ...]
+    magic: bytes
+    modules: tuple[str, ...]
+    package: str = "pillow"
+    sure: bytes | None = None
+
+    @property
+    def name(self) -> str:
+        """As people call it: "HEIC" and "JPEG 2000"."""
+        return {"HEIF": "HEIC", "JPEG2000": "JPEG 2000", "WEBP": "WebP", "JXL": "JPEG XL"}.get(self.format, self.format)
+
+
+# Left out: formats that run a program (EPS starts Ghostscript) and those in which nobody keeps a data set.
+KINDS = (
+    Kind("JPEG", (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"), rb"\xff\xd8\xff", ("PIL.JpegImagePlugin",)),
+    Kind("PNG", (".png", ".apng"), rb"\x89PNG\r\n\x1a\n", ("PIL.PngImagePlugin",)),
+    Kind("WEBP", (".webp",), rb"RIFF....WEBP", ("PIL.WebPImagePlugin",)),
+    Kind("GIF", (".gif",), rb"GIF8[79]a", ("PIL.GifImagePlugin",)),
+    Kind("TIFF", (".tif", ".tiff"), rb"II[*+]\0(?!.{4}CR)|MM\0[*+]", ("PIL.TiffImagePlugin",)),
+    Kind(  # the reserved field is zero, and the header's length one of the few defined
+        "BMP", (".bmp",), rb"BM", ("PIL.BmpImagePlugin",),
+        sure=rb"BM.{4}\0{4}.{4}[\x0c\x10\x28\x34\x38\x40\x6c\x7c]\0{3}"
+    ),
+    Kind(  # a BMP without its first header
+        "DIB", (".dib",), rb"[\x28\x34\x38\x6c\x7c]\0{3}.{8}\x01\0[\x01\x04\x08\x10\x18\x20]\0",
+        ("PIL.BmpImagePlugin",),
+    ),
+    Kind(
+        "PPM", (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"), rb"P[1-6f]\s", ("PIL.PpmImagePlugin",),
+        sure=rb"P[1-6f]\s+(?:#|\d+\s+\d+\s)",
+    ),
+    Kind(
+        "JPEG2000", (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"), rb"\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51",
+        ("PIL.Jpeg2KImagePlugin",),
+    ),
+    Kind(  # `mif1` says only that there is some image: the brands after it say of which kind
+        "AVIF", (".avif",), rb".{4}ftyp(?:avi[fs]|(?:mi[af]f|mif1|msf1).{4}(?:.{4})*?avi[fs])",
+        ("PIL.AvifImagePlugin", "pillow_avif"), "pillow-avif-plugin",
+    ),
+    Kind(
+        "HEIF", (".heic", ".heif", ".hif"), rb".{4}ftyp(?:hei[cxms]|hev[cxms]|mif[12]|msf1)", ("pillow_heif",),
+        "pillow-heif",
+    ),
+    Kind("JXL", (".jxl",), rb"\xff\x0a|\0\0\0\x0cJXL \r\n\x87\n", ("pillow_jxl",), "pillow-jxl-plugin"),
+)  # fmt: skip
+
+IMAGE_EXTENSIONS = frozenset(ending for kind in KINDS for ending in kind.endings)
+
+# Files that hold pictures, too, of kinds that are not read: a source leaves them out, and says so.
+UNSUPPORTED_EXTENSIONS = frozenset(
+    (
+        *(".svg", ".svgz", ".eps", ".ps", ".ai", ".wmf", ".emf", ".cdr"),  # drawings
+        *(".psd", ".psb", ".xcf", ".kra"),  # layers
+        *(".ico", ".cur", ".icns", ".xbm", ".xpm"),  # icons
+        *(".tga", ".dds", ".ktx", ".ktx2", ".exr", ".hdr", ".qoi"),  # textures
+        *(".pcx", ".sgi", ".ras", ".pam", ".jxr", ".wdp", ".bpg", ".flif", ".djvu", ".fits", ".fit", ".dcm"),
+        *(".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".srf", ".sr2", ".dng", ".orf", ".rw2"),  # raw camera files
+        *(".raf", ".pef", ".srw", ".x3f", ".3fr", ".iiq", ".erf", ".kdc", ".dcr", ".mrw", ".mos", ".rwl"),
+    )
+)
+
+
+def kind_of(head: bytes) -> Kind | None:
+    """The kind of a file that begins with ``head`` (`HEAD_BYTES` of it), by its contents alone."""
+    return next((kind for kind in KINDS if re.match(kind.magic, head[:HEAD_BYTES], re.DOTALL)), None)
+
+
+def is_image(head: bytes) -> bool:
+    """Whether a file that begins with ``head`` (`HEAD_BYTES` of it) is surely an image of one of the `KINDS`.
+
+    Raw camera files begin as TIFFs do: ask `has_unsupported_name` first.
+    """
+    kind = kind_of(head)
+    return kind is not None and (kind.sure is None or re.match(kind.sure, head, re.DOTALL) is not None)
+
+
+def has_image_name(path: str) -> bool:
+    """Whether the name ends as those of the `KINDS` do, in any case."""
+    return _ending(path) in IMAGE_EXTENSIONS
+
+
+def has_unsupported_name(path: str) -> bool:
+    """Whether the name says that it is a picture of a kind that is not read, such as ``.svg`` or ``.cr2``."""
+    return _ending(path) in UNSUPPORTED_EXTENSIONS
+
+
+def _ending(path: str) -> str:
+    dot = path.rfind(".")
+    return path[dot:].lower() if dot >= 0 else ""
+
+
+# What files that should be images turn out to be: how they begin, in any case, and what is said of them.
+_OTHERS = tuple(
+    (re.compile(start, re.DOTALL | re.IGNORECASE), what)
+    for start, what in (
+        (rb"\Z", "an empty file"),
+        (rb"\0+\Z", "nothing but zeros"),
+        (rb"version https://git-lfs", "a Git LFS pointer in place of the file; fetch it with git lfs pull"),
+        (rb"\x1f\x8b", "packed by gzip; unpack it"),
+        (rb"PK\x03\x04|PK\x05\x06|7z\xbc\xaf|Rar!|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd", "a packed archive; unpack it"),
+        (rb"(?:<!--[^>]*>|\s)*<(?:!doctype\s+html|html|head|body)\b", "an HTML page, as servers send with errors"),
+        (rb"(?:<[?!][^>]*>|\s)*<svg\b", "an SVG drawing; draw it to PNG"),
+        (rb"\s*<\?xml|\s*<[a-z]+[ >]", "XML"),
+        (rb"%PDF-", "a PDF; draw its pages to PNG"),
+        (rb"%!PS|\xc5\xd0\xd3\xc6", "PostScript, which is a program and never run"),
+        (rb"8BPS", "a Photoshop file; save it as PNG or TIFF"),
+        (rb"II\*\0.{4}CR|II[RU][SO\0]|FUJIFILMCCD|.{4}ftypcrx ", "a raw camera file; develop it to JPEG or TIFF"),
+        (rb"v/1\x01|#\?R(?:ADIANCE|GBE)", "a picture of a high dynamic range; map its tones to 8 or 16 bits"),
+        (rb"\0\0[\x01\x02]\0.\0", "an icon"),
+        (rb"DDS |qoif|P7\n", "a picture of a kind that is not read; save it as PNG"),
+        (rb".{4}ftyp|\x1aE\xdf\xa3|RIFF....AVI", "a video"),
+        (rb"RIFF....WAVE|ID3|OggS|fLaC", "sound"),
+        (rb"\s*[\[{]\s*[\[{\"\d\]}]", "JSON"),
+    )
+)  # fmt: skip
+
+
+def other_kind(data: bytes) -> str:
+    """What bytes are that are of none of the `KINDS`, and what to do about it, for the reason why they are not read."""
+    head = data[:1024]
+    for start, what in _OTHERS:
+        if start.match(data if what == "nothing but zeros" else head):
+            return f"not an image but {what}"
+    try:
+        text = head.decode("utf-8-sig" if len(data) <= len(head) else "latin-1")
+    except UnicodeDecodeError:
+        text = "\0"
+    if all(c.isprintable() or c.isspace() for c in text):
+        return f"not an image but text, {' '.join(text.split())[:40]!r}"
+    return f"no image of a kind that is read: it begins with the bytes {data[:8].hex(' ')}"

@@ -1,0 +1,147 @@
+"""What a run does on a device that is not here."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from devices import meta
+
+import latenttrain
+from latentprep.errors import SystemFault
+from latenttrain import evaluation, train
+from latenttrain.data import Split
+from latenttrain.device import in_bfloat16, reproducible
+from latenttrain.nets import NetConfig, build_net
+
+CPU = torch.device("cpu")
+QUANTIZER = {"bits": 2, "lo": (-2.0,) * 3, "step": (1.0,) * 3, "filter": tuple(0.1 + 0.01 * i for i in range(81))}
+
+
+@pytest.mark.parametrize("options", [{}, {"stream": True, "buffer": 2}, {"stem": "embedding"}, {"recipe": "talk"}])
+def test_the_host_waits_for_the_device_once_an_epoch(codes, small, tmp_path, monkeypatch, options):
+    monkeypatch.setattr(train, "pick_device", lambda _: torch.device("meta"))
+    waits = {}
+    for epochs in (1, 4):
+        with meta() as watched:
+            latenttrain.fit(codes, out=tmp_path / str(epochs), **{**small, **options, "epochs": epochs})
+        waits[epochs] = len(watched.waits)
+    batches = 200 // small["batch_size"]
+    copies = 2 * batches if options.get("stream") else 0  # of codes and labels; to CUDA from pinned memory, in passing
+    assert waits[4] - waits[1] == 3 * (1 + copies)
+
+
+def test_cudnn_is_on_and_deterministic_in_a_run_and_as_before_after_it(codes, small, tmp_path, monkeypatch):
+    cudnn, seen = torch.backends.cudnn, set()
+    real = F.conv2d
+
+    def convolution(*arguments, **options):
+        seen.add((cudnn.enabled, cudnn.deterministic, cudnn.benchmark))
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(F, "conv2d", convolution)
+    monkeypatch.setattr(cudnn, "benchmark", True)
+    with reproducible(CPU, 0):
+        build_net(NetConfig((3, 8, 8), 4, **QUANTIZER, width=0.25))(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
+    assert seen == {(True, True, False)}
+    assert (cudnn.enabled, cudnn.deterministic, cudnn.benchmark) == (True, False, True)
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_a_run_keeps_the_users_tf32(allowed):
+    cudnn = torch.backends.cudnn
+    before, cudnn.allow_tf32 = cudnn.allow_tf32, allowed
+    try:
+        with reproducible(CPU, 0):
+            assert cudnn.allow_tf32 == allowed
+        assert cudnn.allow_tf32 == allowed
+    finally:
+        cudnn.allow_tf32 = before
+
+
+def test_the_random_state_of_mps_is_as_before(monkeypatch):
+    states = [torch.tensor([7])]
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: states[-1])
+    monkeypatch.setattr(torch.mps, "set_rng_state", states.append)
+    with reproducible(torch.device("mps"), 0):
+        states.append(torch.tensor([8]))
+    assert int(states[-1]) == 7
+
+
+def test_bfloat16_is_asked_of_the_device_that_is_used(monkeypatch):
+    capability = {"cuda:0": (9, 0), "cuda:1": (7, 5)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[str(device)])
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    net = torch.nn.Linear(2, 2)
+    assert in_bfloat16(net, torch.device("cuda:0"))
+    assert not in_bfloat16(net, torch.device("cuda:1"))
+
+
+@pytest.mark.parametrize("bfloat16", [True, False])
+def test_planes_are_float32_where_a_network_is_judged_as_where_it_learns(monkeypatch, bfloat16):
+    monkeypatch.setattr(evaluation, "in_bfloat16", lambda *_: bfloat16)
+    net = build_net(NetConfig((3, 8, 8), 4, **QUANTIZER, width=0.25))
+    codes = torch.randint(0, 4, (6, 1, 3, 8, 8), dtype=torch.uint8)
+    planes, before = [], torch.get_float32_matmul_precision()
+    tf32 = []
+    net.stem.register_forward_hook(lambda _, __, made: (planes.append(made), tf32.append(tf32_allowed()))[0])
+    torch.set_float32_matmul_precision("high")
+    try:
+        evaluation.split_logits(net, Split(codes, torch.zeros(6, dtype=torch.int64)))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert tf32 == [False]
+    assert planes[0].dtype == torch.float32
+    assert torch.equal(planes[0], net.planes(codes[:, 0]))
+
+
+def tf32_allowed():
+    return torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32
+
+
+def test_evaluation_halves_batches_that_do_not_fit(codes, small, tmp_path, monkeypatch):
+    latenttrain.fit(codes, out=tmp_path / "run", **{**small, "epochs": 1})
+    whole = latenttrain.evaluate(tmp_path / "run", codes, device="cpu")
+    monkeypatch.setattr(latenttrain.nets.Net, "logits", at_most(9, latenttrain.nets.Net.logits))
+    found = latenttrain.evaluate(tmp_path / "run", codes, device="cpu")
+    assert (found.top1, found.samples) == (whole.top1, whole.samples)
+    assert found.loss == pytest.approx(whole.loss, rel=1e-5)
+    monkeypatch.setattr(latenttrain.nets.Net, "logits", at_most(0, latenttrain.nets.Net.logits))
+    with pytest.raises(SystemFault, match=r"a single sample does not fit.*--device cpu"):
+        latenttrain.evaluate(tmp_path / "run", codes, device="cpu")
+
+
+def at_most(samples, work):
+    """The method, on a device whose memory holds so many samples."""
+
+    def fitting(net, planes):
+        if len(planes) > samples:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB")
+        return work(net, planes)
+
+    return fitting
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("MPS backend out of memory")]
+)
+def test_a_device_too_small_for_training_names_the_way_out(codes, small, tmp_path, monkeypatch, error):
+    def too_small(*_):
+        raise error
+
+    monkeypatch.setattr(train, "train_epoch", too_small)
+    with pytest.raises(SystemFault, match=r"cpu has too little memory; lower --batch-size"):
+        latenttrain.fit(codes, out=tmp_path / "run", **small)
+
+
+def test_a_generator_elsewhere_stands_for_its_seed(codes):
+    """The order of shards is drawn on the host: MPS draws 32 bits, and CUDA would make the host wait."""
+    from latentprep.format import open_dataset
+    from latenttrain.streaming import StreamedSplit
+
+    def order(generator):
+        split = StreamedSplit(open_dataset(codes), "train", CPU, held=1)
+        return torch.cat([labels for _, labels in split.training_batches(10, generator)])
+
+    elsewhere = SimpleNamespace(device=torch.device("mps"), initial_seed=lambda: 5)
+    assert torch.equal(order(elsewhere), order(torch.Generator().manual_seed(5)))
