@@ -34,7 +34,7 @@ from .format.zarr_store import choose_compression, encode_shard_files, metadata_
 from .images import BadImage, load_views
 from .metrics import mean, psnr, ssim
 from .pipeline import calibration_rows
-from .quantize import dequantize, fit_quantizer, quantize
+from .quantize import code_statistics, dequantize, fit_quantizer, quantize
 from .samples import shown_split
 from .sheet import Column, draw_sheet, png
 from .sources import Source, open_source
@@ -261,6 +261,7 @@ def _stored_bytes(
         source={"spec": source.spec, "sha256": source.fingerprint()}, classes=source.classes,
         latent=(latent[0], latent[1], latent[2]), flip=None, shard_rows=rows, chunk_rows=rows,
         compression=compression, splits={split: rows}, written_by=f"latentprep {__version__}",
+        statistics=code_statistics(torch.from_numpy(codes[:, 0]), quantizer),
     )  # fmt: skip
     files = encode_shard_files(manifest, split, 0, codes, labels, keys)
     record = ShardRecord(split, 0, rows, {}, 0, (0,) * latent[0], "0" * 64)
