@@ -100,6 +100,11 @@ def print_error(text: str) -> None:
     _line(f"error: {text}")
 
 
+def note(text: str) -> None:
+    """One line on stderr that the user may want to know."""
+    _line(text)
+
+
 def warn(text: str) -> None:
     """One line on stderr about something the user should look at."""
     _line(f"warning: {text}")

@@ -27,10 +27,11 @@ from .encoder import CALIBRATION, default_size, joint_by_default
 from .errors import SourceError, UsageError, opt, system_fault
 from .fitting import NOT_ON_DEVICE, Fitting
 from .format.commit import write_atomic
-from .format.manifest import Manifest, ShardRecord, train_split
+from .format.manifest import Manifest, ShardId, train_split
 from .format.places import path_of
 from .format.quantizer import Quantizer, check_bits
-from .format.zarr_store import choose_compression, encode_shard_files, metadata_files
+from .format.shard import Codes, encoded_shard
+from .format.zarr_store import choose_compression, metadata_files
 from .images import BadImage, load_views
 from .metrics import mean, psnr, ssim
 from .pipeline import calibration_rows
@@ -263,10 +264,10 @@ def _stored_bytes(
         compression=compression, splits={split: rows}, written_by=f"latentprep {__version__}",
         statistics=code_statistics(torch.from_numpy(codes[:, 0]), quantizer),
     )  # fmt: skip
-    files = encode_shard_files(manifest, split, 0, codes, labels, keys)
-    record = ShardRecord(split, 0, rows, {}, 0, (0,) * latent[0], "0" * 64)
-    rest = [record.to_bytes(), manifest.to_bytes(), *metadata_files(manifest).values()]
-    return sum(map(len, files.values())) + sum(map(len, rest))
+    facts = {"source_bytes": 0, "saturated": (0,) * latent[0]}
+    shard = encoded_shard(manifest, ShardId(split, 0), Codes(codes, labels, keys), **facts)
+    rest = [shard.record.to_bytes(), manifest.to_bytes(), *metadata_files(manifest).values()]
+    return sum(map(len, shard.files.values())) + sum(map(len, rest))
 
 
 def _encoded(codec: Codec, pixels: Tensor, bar: Progress) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any, overload
 
 from . import console
@@ -28,9 +27,9 @@ def open_shown(spec: str | None, **options: Any) -> Source | None:
         source = open_own_source(spec, progress=reading, **options)
     if source is not None:
         for note in source.notes:
-            print(f"note: {note}", file=sys.stderr)
+            console.note(f"note: {note}")
         if source.left_out:
-            print(f"left out: {left_out_line(source.left_out)}", file=sys.stderr)
+            console.note(f"left out: {left_out_line(source.left_out)}")
     return source
 
 

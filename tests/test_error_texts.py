@@ -31,7 +31,7 @@ LIBRARY = [
     if not path.name.startswith("cli") and path.name not in ("options.py", "showing.py", "console.py", "page.py")
 ]
 # Whole command lines to type, which stay so from Python too.
-COMMAND = re.compile(r"pip install |tar --|latentprep \S+ .*--|latenttrain \S+ .*--")
+COMMAND = re.compile(r"pip install |tar --|aws configure |latentprep \S+ .*--|latenttrain \S+ .*--")
 
 
 def texts(path: Path) -> Iterator[str]:

@@ -14,10 +14,10 @@ import torch
 import latentprep
 from latentprep.codecs import make_codec
 from latentprep.errors import DatasetError
+from latentprep.facts import info
 from latentprep.format import Quantizer
 from latentprep.format.manifest import Manifest
 from latentprep.format.quantizer import Statistics
-from latentprep.info import info
 from latentprep.quantize import code_statistics, dequantize, fit_quantizer, quantize
 from pictures import jpeg, make_folder, picture
 

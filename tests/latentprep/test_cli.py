@@ -158,7 +158,7 @@ def test_latenttrain_imports_only_the_format_and_the_shared_faces() -> None:
     code = (
         "import sys, latenttrain, latenttrain.train, latenttrain.evaluation\n"
         "ours = {name for name in sys.modules if name.startswith('latentprep.')}\n"
-        "shared = ('format', 'errors', 'console', 'device', 'drawing', 'terminal', 'text')\n"
+        "shared = ('format', 'errors', 'console', 'device', 'drawing', 'fitting', 'terminal', 'text')\n"
         "allowed = tuple('latentprep.' + name for name in shared)\n"
         "assert all(name.startswith(allowed) for name in ours), ours\n"
         "assert 'diffusers' not in sys.modules\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -207,7 +208,7 @@ def test_rows_of_one_split_follow_each_other(root: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("options", "what"),
     [
-        ({"splits": ["val"]}, r"quantizer.lo is .* --quantizer"),
+        ({"splits": ["val"]}, r"quantizer.lo is .* quantizer"),
         ({"bits": 3}, "quantizer.bits is 3 in the one and 4 in the other"),
         ({"codec": "resample", "factor": 4}, "codec.name is resample in the one and dct"),
         ({"size": 48}, "latent is"),
@@ -237,16 +238,19 @@ def test_merge_takes_two_or_more(root: Path, tmp_path: Path) -> None:
 
 
 def test_the_command_line_converts_selects_and_merges(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     from latentprep.cli import main
+
+    for stream in ("stdout", "stderr"):  # which a program changes for good
+        monkeypatch.setattr(sys, stream, getattr(sys, stream))
 
     def run(*arguments: object) -> dict:
         monkeypatch.setattr("sys.argv", ["latentprep", *map(str, arguments), "--json"])
         with pytest.raises(SystemExit) as stop:
             main()
         assert stop.value.code in (None, 0, 3)  # 3: one of the images cannot be read
-        return json.loads(capsys.readouterr().out)
+        return json.loads(capfd.readouterr().out)
 
     assert run("convert", root / "zarr", tmp_path / "wds", "--store", "wds")["rows"] == {"train": 24, "val": 8}
     assert digest(tmp_path / "wds") == digest(root / "wds")

@@ -13,7 +13,7 @@ from devices import meta, queued
 from torch import Tensor
 
 import latentprep
-from latentprep import encoder
+from latentprep import encoder, resume
 from latentprep.codecs import codec_from_config, make_codec
 from latentprep.codecs.dct import DctCodec
 from latentprep.device import full_float32, has_fast_bfloat16, sent, to_host
@@ -40,14 +40,14 @@ def test_no_batch_makes_the_host_wait(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, joint: bool
 ) -> None:
     """Batches go to the device and come back in passing, and the codec's own stream says when they are there."""
-    create = encoder.create_dataset
+    create = resume.create_dataset
 
     def calibrated(*arguments) -> None:
         watched.waits.clear()
         watched.passing = 0
         create(*arguments)
 
-    monkeypatch.setattr(encoder, "create_dataset", calibrated)
+    monkeypatch.setattr(resume, "create_dataset", calibrated)
     batches = {}
     for batch_size in (8, 1):
         constants.cache_clear()
@@ -117,7 +117,7 @@ def test_one_image_that_does_not_fit_says_the_way_out(
         raise error
 
     monkeypatch.setattr(DctCodec, "encode", too_small)
-    with pytest.raises(SystemFault, match=r"a single sample does not fit in memory: .*smaller --size.*--device cpu"):
+    with pytest.raises(SystemFault, match=r"a single sample does not fit in memory: .*smaller size.*device='cpu'"):
         encode(images, codec="dct", size=64, out=tmp_path / "out", device="cpu")
 
 

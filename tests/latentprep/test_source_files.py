@@ -48,7 +48,7 @@ def test_a_replaced_picture_is_named(images: Path, tmp_path: Path, kind: str) ->
     key = replaced(images)
     if kind != "folder":
         packed(images, source)
-    with pytest.raises(DatasetError, match=f"1 of 24 images .* since .*out was made of them: {key}; .*--overwrite"):
+    with pytest.raises(DatasetError, match=f"1 of 24 images .* since .*out was made of them: {key}; .*overwrite"):
         latentprep.encode(source, **OPTIONS, out=tmp_path / "out")
     result = latentprep.encode(source, **OPTIONS, out=tmp_path / "out", overwrite=True)
     assert result.encoded == 24

@@ -107,7 +107,7 @@ def test_evaluation_halves_batches_that_do_not_fit(codes, small, tmp_path, monke
     assert (found.top1, found.samples) == (whole.top1, whole.samples)
     assert found.loss == pytest.approx(whole.loss, rel=1e-5)
     monkeypatch.setattr(latenttrain.nets.Net, "logits", at_most(0, latenttrain.nets.Net.logits))
-    with pytest.raises(SystemFault, match=r"a single sample does not fit.*--device cpu"):
+    with pytest.raises(SystemFault, match=r"a single sample does not fit.*device='cpu'"):
         latenttrain.evaluate(tmp_path / "run", codes, device="cpu")
 
 
@@ -130,7 +130,7 @@ def test_a_device_too_small_for_training_names_the_way_out(codes, small, tmp_pat
         raise error
 
     monkeypatch.setattr(train, "train_epoch", too_small)
-    with pytest.raises(SystemFault, match=r"cpu has too little memory; lower --batch-size"):
+    with pytest.raises(SystemFault, match=r"cpu has too little memory; lower batch_size"):
         latenttrain.fit(codes, out=tmp_path / "run", **small)
 
 
