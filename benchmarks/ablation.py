@@ -20,8 +20,9 @@ import torch
 import latentprep
 import latenttrain
 from common import record
-from latentprep.console import progress_bar, silent, tune_process
+from latentprep.console import progress_bar, tune_process
 from latentprep.format.stores import code_bytes
+from latentprep.progress import silent
 from latenttrain.augment import Augment, augment
 from latenttrain.checkpoint import load_net, read_config
 from latenttrain.data import Split, load_trained

@@ -21,10 +21,10 @@ from PIL import Image
 from common import assets, record, spread
 from latentprep import console
 from latentprep.codecs import make_codec
-from latentprep.console import silent
 from latentprep.encoder import make_plan
 from latentprep.images import MAX_PIXELS, centre_box, load_views
 from latentprep.pipeline import LocalEngine, Stages, calibrate
+from latentprep.progress import silent
 from latentprep.resume import committed, start
 from latentprep.sources import Row, Source, open_source
 

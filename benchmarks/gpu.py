@@ -27,11 +27,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import latenttrain
 from common import machine, record, spread
 from latentprep.codecs import Codec, make_codec
-from latentprep.console import silent, tune_process
+from latentprep.console import tune_process
 from latentprep.device import on_device, pick_device
 from latentprep.encoder import encode
 from latentprep.images import MAX_PIXELS
 from latentprep.pipeline import Stages
+from latentprep.progress import silent
 from latentprep.quantize import fit_quantizer, quantize
 from latentprep.sources import Row, Source
 from latenttrain.augment import Augment

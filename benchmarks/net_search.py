@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 import latentprep
 from common import record
-from latentprep.console import progress_bar, silent, tune_process
+from latentprep.console import progress_bar, tune_process
+from latentprep.progress import silent
 from latenttrain import nets
 from latenttrain.config import RunConfig
 from latenttrain.data import load_trained

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import posixpath
 import tarfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,46 +15,10 @@ from typing import Any, BinaryIO
 from latentprep.errors import SourceError
 from latentprep.kinds import has_image_name
 from latentprep.listing import HIDDEN, Entry, Listing, Progress, is_hidden, text_path
-from latentprep.offsets import AGAIN, CHUNK, GzipFile, PlainFile
+from latentprep.offsets import AGAIN, GzipFile, PlainFile, archive_kind
 
 _HEADER_BYTES = 1 << 20  # of one member, long names and all
 _MAX_LINKED = 1 << 20  # images that links to folders may add to an archive
-
-
-def archive_kind(path: Path, head: bytes | None = None) -> str | None:
-    """``tar``, ``gzip`` (of a tar), a type that is not read in place (``zip``, …) or None; by content, not by name.
-
-    ``head``: the file's first 512 bytes, where they are known.
-    """
-    if head is None or head.startswith(b"\x1f\x8b"):
-        with path.open("rb") as file:
-            head = file.read(CHUNK)
-    if head.startswith(b"\x1f\x8b"):
-        try:
-            inner = zlib.decompressobj(wbits=31).decompress(head, 512)
-        except zlib.error:
-            return "gzip"  # a damaged one; reading it says so
-        return "gzip" if len(inner) < 512 or _begins_tar(inner) else None
-    others = {
-        b"PK\3\4": "zip",
-        b"BZh": "bzip2",
-        b"\xfd7zXZ\0": "xz",
-        b"\x28\xb5\x2f\xfd": "zstd",
-        b"7z\xbc\xaf": "7z",
-        b"PAR1": "Parquet",
-    }
-    for magic, name in others.items():
-        if head.startswith(magic):
-            return name
-    return "tar" if _begins_tar(head[:512]) else None
-
-
-def _begins_tar(head: bytes) -> bool:
-    try:
-        tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")
-    except tarfile.HeaderError:
-        return head == bytes(512)  # a tar of nothing is blocks of zeros
-    return True
 
 
 def list_archive(path: Path, progress: Progress | None = None) -> Listing:

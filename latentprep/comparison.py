@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .console import ProgressFactory
 from .errors import SourceError, opt
 from .format.dataset import LatentDataset
 from .format.manifest import INVALID_LABEL, ShardId
+from .progress import ProgressFactory
 
 if TYPE_CHECKING:
     from .pipeline import Stages

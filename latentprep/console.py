@@ -9,9 +9,9 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from .errors import Interrupted, LatentError, LatentWarning, SystemFault, system_fault
 from .terminal import guard_streams, orderly_signals
@@ -191,32 +191,6 @@ def show_picture(path: Path) -> None:
     else:
         return
     sys.stdout.write("\n")
-
-
-class Progress(Protocol):
-    """What long work reports to: ``advance(n, **facts)`` after n more items, facts shown beside the bar."""
-
-    def advance(self, n: int, **facts: str) -> None: ...
-
-    def note(self, text: str) -> None: ...
-
-
-ProgressFactory = Callable[[str, int, str, int], AbstractContextManager[Progress]]
-"""(description, total, unit, already done) -> the `Progress` of one piece of long work."""
-
-
-class Silent:
-    def advance(self, n: int, **facts: str) -> None:
-        pass
-
-    def note(self, text: str) -> None:
-        pass
-
-
-@contextmanager
-def silent(description: str, total: int, unit: str, done: int = 0) -> Iterator[Progress]:
-    """A `ProgressFactory` that shows nothing: the default of the Python calls."""
-    yield Silent()
 
 
 @contextmanager

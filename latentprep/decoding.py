@@ -14,13 +14,14 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from .console import ProgressFactory, silent
+from latentprep.storage_atomic import write_atomic
+
 from .errors import UsageError, nearest, opt, system_fault
-from .format.commit import write_atomic
 from .format.dataset import LatentDataset, open_dataset
 from .format.places import path_of
 from .linear_decoder import load_linear_decoder
 from .metrics import mean, psnr, ssim
+from .progress import ProgressFactory, silent
 from .samples import Decoder, Originals, decoded, pick
 from .sources import Source, open_own_source
 

@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .console import ProgressFactory, silent
 from .encoder import EncodeResult, encode_result
 from .errors import DatasetError, UsageError, nearest, opt
 from .format.commit import write_errors
@@ -24,6 +23,7 @@ from .format.manifest import INVALID_LABEL, STORES, Manifest, ShardId
 from .format.places import place
 from .format.shard import Codes, EncodedShard, encoded_shard
 from .format.stores import store_of
+from .progress import ProgressFactory, silent
 from .resume import committed, start, stored_manifest, writing
 from .source_files import read_stats, write_stats
 

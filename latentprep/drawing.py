@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .format.commit import write_atomic
+from latentprep.storage_atomic import write_atomic
+
 from .text import shown
 
 if TYPE_CHECKING:

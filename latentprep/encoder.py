@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import __version__
-from .console import ProgressFactory, silent
 from .errors import Interrupted, SourceError, UsageError, nearest, opt
 from .format.commit import write_errors
 from .format.dataset import LatentDataset, open_dataset
@@ -38,6 +37,7 @@ from .format.quantizer import check_bits
 from .format.stores import code_bytes
 from .format.zarr_store import chunk_rows
 from .profile import Profile
+from .progress import ProgressFactory, silent
 from .resume import committed, start, stored_manifest, with_quantizer_of, writing
 from .source_files import check_unchanged, source_stats
 from .sources import Source, open_source

@@ -6,7 +6,6 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .console import ProgressFactory, silent
 from .derived import opened
 from .errors import SystemFault, UsageError
 from .format.buckets import hub_errors
@@ -14,6 +13,7 @@ from .format.dataset import LatentDataset
 from .format.manifest import ERRORS, MANIFEST
 from .format.places import RemotePath, local
 from .format.stores import store_of
+from .progress import ProgressFactory, silent
 
 CARD = "README.md"
 

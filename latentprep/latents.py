@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from .console import ProgressFactory, silent
+from latentprep.storage_atomic import locked, write_atomic
+
 from .errors import SourceError, UsageError, opt, system_fault
-from .format.commit import locked, write_atomic
 from .format.dataset import LatentDataset, open_dataset
 from .format.fields import dump_json
 from .format.latents import LATENTS, check_latents, described
 from .format.places import local
+from .progress import ProgressFactory, silent
 from .sources import Source, open_source
 
 

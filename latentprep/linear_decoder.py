@@ -20,13 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from latentprep.storage_atomic import write_atomic
+
 from .codecs.base import to_pixels
-from .console import Progress, ProgressFactory, silent
 from .errors import DatasetError, UsageError, system_fault
-from .format.commit import write_atomic
 from .format.dataset import LatentDataset, open_dataset
 from .format.manifest import LINEAR_DECODER, train_split
 from .metrics import mean, psnr
+from .progress import Progress, ProgressFactory, silent
 from .quantize import dequantize
 from .samples import Originals, Picked, pick, shown_split
 from .sources import Source, open_source

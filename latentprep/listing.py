@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from latentprep.errors import SourceError
 from latentprep.kinds import has_image_name, has_unsupported_name, is_image
+from latentprep.offsets import archive_kind
 
 Progress = Callable[[str, int, "int | None"], None]
 
@@ -146,8 +147,6 @@ def list_folder(root: Path, out: Path | None = None) -> Listing:
 
     ``out``, a folder that is being written, is left out. Raises SourceError for a folder that cannot be listed.
     """
-    from latentprep.archives import archive_kind
-
     listing = Listing()
     real_out = str(out.resolve()) if out else None
     todo: list[tuple[str, str, tuple[str, ...], int]] = [(str(root), "", (str(root.resolve()),), 0)]

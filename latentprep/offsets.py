@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import bisect
 import os
+import tarfile
 import zlib
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,42 @@ AGAIN = "copy or download the archive again"
 _GZIP_SPACING = 128 * 1024  # plain bytes between two kept decompressors, at least
 _GZIP_POINTS = 2048  # how many are kept, at most (140 MB)
 CHUNK = 64 * 1024
+
+
+def archive_kind(path: Path, head: bytes | None = None) -> str | None:
+    """``tar``, ``gzip`` (of a tar), a type that is not read in place (``zip``, …) or None; by content, not by name.
+
+    ``head``: the file's first 512 bytes, where they are known.
+    """
+    if head is None or head.startswith(b"\x1f\x8b"):
+        with path.open("rb") as file:
+            head = file.read(CHUNK)
+    if head.startswith(b"\x1f\x8b"):
+        try:
+            inner = zlib.decompressobj(wbits=31).decompress(head, 512)
+        except zlib.error:
+            return "gzip"  # a damaged one; reading it says so
+        return "gzip" if len(inner) < 512 or _begins_tar(inner) else None
+    others = {
+        b"PK\3\4": "zip",
+        b"BZh": "bzip2",
+        b"\xfd7zXZ\0": "xz",
+        b"\x28\xb5\x2f\xfd": "zstd",
+        b"7z\xbc\xaf": "7z",
+        b"PAR1": "Parquet",
+    }
+    for magic, name in others.items():
+        if head.startswith(magic):
+            return name
+    return "tar" if _begins_tar(head[:512]) else None
+
+
+def _begins_tar(head: bytes) -> bool:
+    try:
+        tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return head == bytes(512)  # a tar of nothing is blocks of zeros
+    return True
 
 
 class PlainFile:

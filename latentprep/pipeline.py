@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from .codecs import Codec
-from .console import Progress, ProgressFactory, Silent
 from .device import on_device, queues, sent
 from .errors import CodecError, SourceError, opt
 from .fitting import NOT_ON_DEVICE, Fitting
@@ -32,6 +31,7 @@ from .format.shard import Codes, EncodedShard, encoded_shard
 from .format.zarr_store import choose_compression
 from .images import MAX_PIXELS, BadImage, colour_of, load_views
 from .profile import CODEC, DECODE, QUANTIZE, WAIT_DECODE, WAIT_WRITE, WRITE, Profile
+from .progress import Progress, ProgressFactory, Silent
 from .quantize import code_statistics, fit_quantizer, quantize, quantize_counting
 from .sources import Source
 

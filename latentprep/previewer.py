@@ -10,15 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .console import ProgressFactory, plural, silent
+from latentprep.storage_atomic import write_atomic
+
+from .console import plural
 from .decoding import open_decoder
 from .errors import SourceError, UsageError, opt, system_fault
 from .fitting import NOT_ON_DEVICE, Fitting
-from .format.commit import write_atomic
 from .format.dataset import LatentDataset, open_dataset
 from .format.places import path_of
 from .format.quantizer import check_bits
 from .linear_decoder import LinearDecoder, load_linear_decoder, shrink
+from .progress import ProgressFactory, silent
 from .requantizer import recoder, requantized_manifest
 from .samples import Decoder, Picked, decode_all, load_originals, pick
 from .sheet import Column, channel_pictures, colour_pictures, draw_sheet, png

@@ -18,15 +18,15 @@ import torch
 from PIL import Image, features
 from torch import Tensor
 
+from latentprep.storage_atomic import write_atomic
+
 from . import __version__
 from .codecs import Codec, flip_signs, make_codec
-from .console import Progress, ProgressFactory, silent
 from .device import pick_device
 from .drawing import COLOURS, GREY, INK, draw
 from .encoder import CALIBRATION, default_size, joint_by_default
 from .errors import SourceError, UsageError, opt, system_fault
 from .fitting import NOT_ON_DEVICE, Fitting
-from .format.commit import write_atomic
 from .format.manifest import Manifest, ShardId, train_split
 from .format.places import path_of
 from .format.quantizer import Quantizer, check_bits
@@ -35,6 +35,7 @@ from .format.zarr_store import choose_compression, metadata_files
 from .images import BadImage, load_views
 from .metrics import mean, psnr, ssim
 from .pipeline import calibration_rows
+from .progress import Progress, ProgressFactory, silent
 from .quantize import code_statistics, dequantize, fit_quantizer, quantize
 from .samples import shown_split
 from .sheet import Column, draw_sheet, png

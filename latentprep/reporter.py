@@ -10,17 +10,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from latentprep.storage_atomic import write_atomic
+
 from . import page
-from .console import ProgressFactory, silent, size
+from .console import size
 from .decoding import open_decoder
 from .drawing import BLUE, INK, drawn
 from .errors import CheckpointError, system_fault
 from .facts import DatasetInfo, info
-from .format.commit import write_atomic
 from .format.dataset import LatentDataset, open_dataset
 from .format.manifest import INVALID_LABEL
 from .format.places import path_of
 from .previewer import sample_columns
+from .progress import ProgressFactory, silent
 from .samples import Decoder, Picked, decode_all, pick
 from .sheet import Column
 from .sources import Source, open_own_source

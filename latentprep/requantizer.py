@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from . import __version__
-from .console import ProgressFactory, silent
 from .derived import derive, every_row, opened
 from .encoder import CALIBRATION, EncodeResult, check_joint, joint_by_default
 from .errors import UsageError, opt
@@ -19,6 +18,7 @@ from .format.manifest import INVALID_LABEL, Manifest, train_split
 from .format.quantizer import Quantizer, check_bits
 from .format.zarr_store import choose_compression
 from .pipeline import calibration_rows
+from .progress import ProgressFactory, silent
 from .quantize import code_statistics, dequantize, fit_quantizer, quantize, quantize_counting
 
 Recoder = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]

@@ -8,8 +8,10 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+from latentprep.storage_atomic import locked, make_folder
+
 from .errors import DatasetError, opt, system_fault
-from .format.commit import commit_shard, create_dataset, locked, make_folder, remove_dataset
+from .format.commit import commit_shard, create_dataset, remove_dataset
 from .format.dataset import LatentDataset, open_dataset
 from .format.locks import LOCK
 from .format.manifest import MANIFEST, STORED, Manifest, Plan, ShardRecord

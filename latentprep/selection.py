@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from .console import ProgressFactory, silent
 from .derived import Rows, derive, every_row, opened
 from .encoder import EncodeResult
 from .errors import DatasetError, UsageError, nearest, opt
 from .format.dataset import Codes, LatentDataset
 from .format.manifest import INVALID_LABEL, Manifest
+from .progress import ProgressFactory, silent
 from .resume import differences
 from .sources import fingerprint
 

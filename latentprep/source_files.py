@@ -11,8 +11,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from latentprep.storage_atomic import write_atomic
+
 from .errors import DatasetError, opt
-from .format.commit import write_atomic
 from .format.dataset import LatentDataset
 from .format.manifest import SOURCE_FILES, ShardId, ShardRecord
 from .format.places import Place

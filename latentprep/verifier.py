@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .comparison import SAMPLES, Comparison, compare, own_stages
-from .console import ProgressFactory, silent
 from .errors import DatasetError, UsageError, opt, system_fault
 from .format.commit import create_dataset, error_lines, write_errors
 from .format.dataset import ForeignRecord, LatentDataset, open_dataset
 from .format.manifest import ERRORS, INVALID_LABEL, MANIFEST, ShardId, ShardRecord
 from .format.places import Place
 from .format.stores import store_of
+from .progress import ProgressFactory, silent
 from .resume import committed, writing
 from .source_files import read_stats
 from .sources import Source, open_own_source

@@ -26,9 +26,9 @@ from torch import Tensor
 
 from latentprep.device import to_host
 from latentprep.errors import CheckpointError, LatentError, UsageError, opt
-from latentprep.format.commit import write_atomic
 from latentprep.format.locks import LOCK, Held, held
 from latentprep.format.places import path_of
+from latentprep.storage_atomic import write_atomic
 
 from .config import FORMAT, VERSION, RunConfig, difference, short
 from .nets import Net, build_net

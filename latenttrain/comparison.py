@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from latentprep.drawing import COLOURS, INK, drawn
 from latentprep.errors import CheckpointError, UsageError, system_fault
-from latentprep.format.commit import write_atomic
 from latentprep.format.places import path_of
+from latentprep.storage_atomic import write_atomic
 
 from .checkpoint import METRICS, read_config
 from .nets import build_net

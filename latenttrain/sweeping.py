@@ -10,12 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from latentprep.console import ProgressFactory, silent
 from latentprep.drawing import COLOURS, GREY, GRID, INK, draw
 from latentprep.errors import UsageError, nearest, opt
 from latentprep.format import LatentDataset, open_dataset
-from latentprep.format.commit import write_atomic
 from latentprep.format.places import path_of
+from latentprep.progress import ProgressFactory, silent
+from latentprep.storage_atomic import write_atomic
 
 from .stems import STEMS
 from .train import fit

@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from latentprep.console import Progress, ProgressFactory, silent
 from latentprep.device import full_float32, pick_device, to_host
 from latentprep.errors import CheckpointError, UsageError, opt
 from latentprep.fitting import enough_memory
 from latentprep.format import LatentDataset, open_dataset
 from latentprep.format.places import Place, path_of
+from latentprep.progress import Progress, ProgressFactory, silent
 
 from .augment import Augment, augmented, draw
 from .checkpoint import CURVE, State, check_run_folder, read_config, restore, run_folder, save_epoch

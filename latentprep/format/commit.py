@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-from collections.abc import Iterator
 from pathlib import PurePosixPath
 
-from ..errors import DatasetError
-from .lease import leased
-from .locks import Held, held
+from latentprep.storage_atomic import sync_folder, write_atomic
+
 from .manifest import (
     ERRORS,
     LINEAR_DECODER,
@@ -24,39 +21,6 @@ from .manifest import (
 from .places import Place, RemotePath
 from .shard import EncodedShard
 from .stores import store_of
-
-
-def write_atomic(path: Place, data: bytes) -> None:
-    """Write `data` under a temporary name, flush it to the disk, rename. Whoever opens `path` sees all of it.
-
-    An object store does that by itself.
-    """
-    if isinstance(path, RemotePath):
-        path.write_bytes(data)
-        return
-    make_folder(path.parent)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)
-        raise
-    _sync_folder(path.parent)
-
-
-def make_folder(folder: Place) -> None:
-    """Make a folder, and those above it, so that it survives a power cut: its name is flushed to the disk too."""
-    if isinstance(folder, RemotePath) or folder.is_dir():
-        return
-    make_folder(folder.parent)
-    folder.mkdir(exist_ok=True)
-    _sync_folder(folder.parent)
 
 
 def create_dataset(root: Place, manifest: Manifest) -> None:
@@ -78,7 +42,7 @@ def commit_shard(root: Place, shard: EncodedShard) -> ShardRecord:
     record = shard.record
     if (root / record.path).is_file():
         (root / record.path).unlink()
-        _sync_folder((root / record.path).parent)
+        sync_folder((root / record.path).parent)
     for path, data in shard.files.items():
         write_atomic(root / path, data)
     write_atomic(root / record.path, record.to_bytes())
@@ -120,33 +84,3 @@ def remove_dataset(root: Place) -> None:
     for folder in sorted(folders, key=lambda path: len(path.parts), reverse=True):
         with contextlib.suppress(OSError):  # not empty: somebody else's files are in it
             (root / folder).rmdir()
-
-
-@contextlib.contextmanager
-def locked(root: Place) -> Iterator[None]:
-    """Hold the folder `root` for one writer: `locks.held`; what is remote is `leased`.
-
-    Raises `DatasetError` if another process holds it.
-    """
-    if isinstance(root, RemotePath):
-        with leased(root):
-            yield
-        return
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(held(root))
-        except Held as error:
-            raise DatasetError(f"{root} is being written by another latentprep encode", str(error)) from error
-        yield
-
-
-def _sync_folder(folder: Place) -> None:
-    """Make a rename in `folder` survive a power cut, where the platform can."""
-    if isinstance(folder, RemotePath):
-        return
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from latentprep.errors import DatasetError, LatentError, UsageError
 from latentprep.format import Codes, LatentDataset, Manifest, Quantizer, ShardId, ShardRecord, open_dataset, zarr_store
-from latentprep.format.commit import commit_shard, create_dataset, locked, remove_dataset, write_atomic
+from latentprep.format.commit import commit_shard, create_dataset, remove_dataset
 from latentprep.format.shard import encoded_shard
 from latentprep.format.zarr_store import (
     CANDIDATES,
@@ -24,6 +24,7 @@ from latentprep.format.zarr_store import (
     encode_shard_files,
     shard_files,
 )
+from latentprep.storage_atomic import locked, write_atomic
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 

@@ -19,8 +19,8 @@ import pytest
 
 from latentprep.errors import DatasetError, LatentWarning
 from latentprep.format import locks
-from latentprep.format.commit import locked
 from latentprep.format.locks import LOCK, Held, held
+from latentprep.storage_atomic import locked
 
 
 @contextmanager

@@ -20,8 +20,8 @@ import latenttrain
 from latentprep.errors import DatasetError, Interrupted, SystemFault, UsageError
 from latentprep.format import buckets, lease
 from latentprep.format.cache import ShardCache
-from latentprep.format.commit import locked
 from latentprep.format.places import RemotePath, place
+from latentprep.storage_atomic import locked
 from pictures import make_folder
 
 pytest.importorskip("obstore", reason="obstore is not installed")

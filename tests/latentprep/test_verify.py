@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 import latentprep
-from latentprep.console import silent
 from latentprep.errors import DatasetError, SourceError, UsageError
 from latentprep.format import LatentDataset, ShardRecord, open_dataset
 from latentprep.format.commit import commit_shard, write_errors
 from latentprep.format.shard import encoded_shard
 from latentprep.format.zarr_store import encode_shard_files, metadata_files, shard_files
+from latentprep.progress import silent
 from latentprep.sources import Source, open_source
 from latentprep.verifier import VerifyResult
 from pictures import make_folder
