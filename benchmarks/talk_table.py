@@ -26,7 +26,6 @@ from torch.utils.data import DataLoader, Dataset
 import latentprep
 import latenttrain
 from common import machine, spread
-from latentprep import console
 from latentprep.codecs import Codec, make_codec
 from latentprep.console import progress_bar, tune_process
 from latentprep.device import pick_device
@@ -35,6 +34,7 @@ from latentprep.encoder import default_size
 from latentprep.facts import info
 from latentprep.format import Quantizer
 from latentprep.images import load_views
+from latentprep.progress import silent
 from latentprep.sources import Source, open_source
 from latenttrain.augment import Augment
 from latenttrain.checkpoint import check_run_folder, read_config
@@ -179,7 +179,7 @@ def clocked(work: list[tuple[RunConfig, Split | JpegSplit]], device: torch.devic
         torch.manual_seed(0)
         states.append(start_state(config, device))
     seconds: list[list[float]] = [[] for _ in work]
-    with console.silent("", 0, "") as bar:
+    with silent("", 0, "") as bar:
         for turn in range(rounds + 1):
             for (config, split), state, own in zip(work, states, seconds, strict=True):
                 batch = min(config.recipe.batch_size, len(split))

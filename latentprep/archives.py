@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 from latentprep.errors import SourceError
 from latentprep.kinds import has_image_name
 from latentprep.listing import HIDDEN, Entry, Listing, Progress, is_hidden, text_path
-from latentprep.offsets import AGAIN, GzipFile, PlainFile, archive_kind
+from latentprep.offsets import AGAIN, GzipFile, PlainFile, archive_kind, begins_tar
 
 _HEADER_BYTES = 1 << 20  # of one member, long names and all
 _MAX_LINKED = 1 << 20  # images that links to folders may add to an archive
@@ -103,7 +103,7 @@ class _Lister:
         before = len(listing.images)
         head = listing.add(name, (self.file, offset, size), read)
         inner = Listing()
-        if len(head) == 512 and _begins_tar(head) and head.strip(b"\0"):
+        if len(head) == 512 and begins_tar(head) and head.strip(b"\0"):
             if nested:
                 way_out = "unpack the outermost archive"
                 raise SourceError(f"{self.path}: {name} is a tar in a tar in a tar", way_out)
@@ -200,7 +200,7 @@ class _Headers:
             self.left = _HEADER_BYTES
             block = self.read(512)
             if block.strip(b"\0"):
-                if not _begins_tar(block):
+                if not begins_tar(block):
                     raise EOFError("after the end mark there are other bytes, which are no tar")
                 self._ahead = block + self._ahead
                 return True

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import Interrupted, LatentError, LatentWarning, SystemFault, system_fault
+from .progress import Progress
 from .terminal import guard_streams, orderly_signals
 from .text import shown
 

@@ -37,7 +37,7 @@ def archive_kind(path: Path, head: bytes | None = None) -> str | None:
             inner = zlib.decompressobj(wbits=31).decompress(head, 512)
         except zlib.error:
             return "gzip"  # a damaged one; reading it says so
-        return "gzip" if len(inner) < 512 or _begins_tar(inner) else None
+        return "gzip" if len(inner) < 512 or begins_tar(inner) else None
     others = {
         b"PK\3\4": "zip",
         b"BZh": "bzip2",
@@ -49,10 +49,10 @@ def archive_kind(path: Path, head: bytes | None = None) -> str | None:
     for magic, name in others.items():
         if head.startswith(magic):
             return name
-    return "tar" if _begins_tar(head[:512]) else None
+    return "tar" if begins_tar(head[:512]) else None
 
 
-def _begins_tar(head: bytes) -> bool:
+def begins_tar(head: bytes) -> bool:
     try:
         tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")
     except tarfile.HeaderError:
