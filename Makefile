@@ -12,7 +12,7 @@ BENCHMARKS := startup encode_ratio requantize epoch_ratio talk_table time_to_acc
 help:
 	@echo "make demo   encode the built-in shapes with the block DCT, train on the codes, print the table"
 	@echo "make test   run the tests"
-	@echo "make lint   ruff and mypy"
+	@echo "make lint   ruff, mypy and import-linter"
 	@echo "make docs   write docs/cli.md from the commands"
 	@echo "make bench  run the benchmarks under benchmarks/; make bench-gpu what is to be measured on a GPU"
 	@echo "make chaos  kill, cut off, fill up and rob an encode hundreds of times: nothing may be lost"
@@ -41,6 +41,7 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 docs: $(VENV)/run.stamp
 	$(BIN)/python docs/cli.py

@@ -20,7 +20,7 @@ import torch
 import latentprep
 import latenttrain
 from common import record
-from latentprep.console import progress_bar, tune_process
+from latentprep.cli.console import progress_bar, tune_process
 from latentprep.format.stores import code_bytes
 from latentprep.progress import silent
 from latenttrain.augment import Augment, augment

@@ -15,7 +15,7 @@ from pathlib import Path
 import latentprep
 from common import assets, record
 from latentprep.errors import DatasetError
-from latentprep.sources import open_source
+from latentprep.sources.source import open_source
 
 SHARDS = {"zarr": ("codes", "labels", "keys", "record"), "wds": ("tar", "record")}  # kinds that belong to one shard
 DERIVED = {"zarr": ("errors.jsonl", "zarr.json"), "wds": ("errors.jsonl",)}

@@ -21,10 +21,11 @@ from pathlib import Path
 
 import latentprep
 from common import assets, record
-from latentprep import pipeline, resume
+from latentprep.encoding import driver as resume
+from latentprep.encoding import pipeline
 from latentprep.errors import DatasetError, SystemFault
 from latentprep.format import EncodedShard, ShardRecord
-from latentprep.sources import Source, open_source
+from latentprep.sources.source import Source, open_source
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from faults import Disk, committed, digest, full_after, read_only

@@ -27,8 +27,8 @@ from PIL import Image
 
 import latentprep
 from common import assets, record
-from latentprep.images import BadImage, load_views
-from latentprep.sources import open_source
+from latentprep.sources.images import BadImage, load_views
+from latentprep.sources.source import open_source
 
 SIZE = 64
 KINDS = ("bit flips", "cut", "spliced", "zeroed range", "header")

@@ -39,8 +39,8 @@ FORMATS = ("webdataset", "litdata_bytes", "mosaicml-streaming", "npy_files", "me
 def shapes_latents() -> np.ndarray:
     """f32 [n,3,16,16]: the block DCT of the built-in pictures."""
     from latentprep.codecs import make_codec
-    from latentprep.images import load_views
-    from latentprep.sources import open_source
+    from latentprep.sources.images import load_views
+    from latentprep.sources.source import open_source
 
     source, codec = open_source("shapes").take(1000), make_codec("dct")
     views = (load_views(source.read("train", row).data, 128) for row in range(source.size("train")))
@@ -78,10 +78,10 @@ def snr(latents: Tensor, restored: Tensor) -> float:
 
 def ours(latents: Tensor, bits: int, joint: bool) -> tuple[dict, np.ndarray]:
     """Bytes a sample and quality of what an encode would write, its quantizer fitted on as few images; the codes."""
-    from latentprep.encoder import CALIBRATION, SHARD_ROWS
+    from latentprep.encoding.encode import CALIBRATION, SHARD_ROWS
     from latentprep.format import Manifest
     from latentprep.format.zarr_store import choose_compression, chunk_rows, encode_shard_files, shard_files
-    from latentprep.quantize import dequantize, fit_quantizer, quantize
+    from latentprep.quantizing.scalar import dequantize, fit_quantizer, quantize
 
     rows, few = len(latents), np.arange(CALIBRATION) * len(latents) // CALIBRATION
     quantizer = fit_quantizer(latents[few], bits, joint)

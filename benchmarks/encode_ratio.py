@@ -19,14 +19,14 @@ import torch
 from PIL import Image
 
 from common import assets, record, spread
-from latentprep import console
+from latentprep.cli import console
 from latentprep.codecs import make_codec
-from latentprep.encoder import make_plan
-from latentprep.images import MAX_PIXELS, centre_box, load_views
-from latentprep.pipeline import LocalEngine, Stages, calibrate
+from latentprep.encoding.driver import committed, start
+from latentprep.encoding.encode import make_plan
+from latentprep.encoding.pipeline import LocalEngine, Stages, calibrate
 from latentprep.progress import silent
-from latentprep.resume import committed, start
-from latentprep.sources import Row, Source, open_source
+from latentprep.sources.images import MAX_PIXELS, centre_box, load_views
+from latentprep.sources.source import Row, Source, open_source
 
 
 def main() -> None:

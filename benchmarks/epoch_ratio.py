@@ -15,9 +15,9 @@ from pathlib import Path
 
 import latentprep
 from common import record, spread
-from latentprep.console import tune_process
+from latentprep.cli.console import tune_process
 from latentprep.device import pick_device
-from latentprep.sources import open_source
+from latentprep.sources.source import open_source
 from latenttrain.config import RunConfig
 from latenttrain.data import Split, load_trained
 from latenttrain.nets import build_net

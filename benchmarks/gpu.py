@@ -26,21 +26,21 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import latenttrain
 from common import machine, record, spread
+from latentprep.cli.console import tune_process
 from latentprep.codecs import Codec, make_codec
-from latentprep.console import tune_process
 from latentprep.device import on_device, pick_device
-from latentprep.encoder import encode
-from latentprep.images import MAX_PIXELS
-from latentprep.pipeline import Stages
+from latentprep.encoding.encode import encode
+from latentprep.encoding.pipeline import Stages
 from latentprep.progress import silent
-from latentprep.quantize import fit_quantizer, quantize
-from latentprep.sources import Row, Source
+from latentprep.quantizing.scalar import fit_quantizer, quantize
+from latentprep.sources.images import MAX_PIXELS
+from latentprep.sources.source import Row, Source
 from latenttrain.augment import Augment
 from latenttrain.config import RunConfig, versions
 from latenttrain.data import Split
-from latenttrain.device import reproducible, synchronize
 from latenttrain.nets import NetConfig
 from latenttrain.recipe import make_recipe
+from latenttrain.runtime import reproducible, synchronize
 from latenttrain.scaling import count_flops
 from latenttrain.train import start_state, train_epoch
 

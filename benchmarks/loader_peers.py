@@ -28,7 +28,7 @@ import torch
 from common import record, spread
 from peers import BATCH, CLASSES, FEW, LATENT, PEERS, Peer, source
 
-# What `latentprep.console.tune_process` does, for all peers alike: a batch's memory is used again.
+# What `latentprep.cli.console.tune_process` does, for all peers alike: a batch's memory is used again.
 TUNED = {
     "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
     "MALLOC_TRIM_THRESHOLD_": str((1 << 31) - 1),

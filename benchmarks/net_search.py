@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import latentprep
 from common import record
-from latentprep.console import progress_bar, tune_process
+from latentprep.cli.console import progress_bar, tune_process
 from latentprep.progress import silent
 from latenttrain import nets
 from latenttrain.config import RunConfig

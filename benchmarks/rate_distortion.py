@@ -16,7 +16,7 @@ from pathlib import Path
 
 import latentprep
 from common import assets, record
-from latentprep.console import progress_bar, tune_process
+from latentprep.cli.console import progress_bar, tune_process
 
 
 def main() -> None:

@@ -16,9 +16,9 @@ import numpy as np
 
 import latentprep
 from common import record, spread
+from latentprep.cli.console import progress_bar, tune_process
 from latentprep.codecs import make_codec
-from latentprep.console import progress_bar, tune_process
-from latentprep.sources import open_source
+from latentprep.sources.source import open_source
 
 
 def decibels(latents: np.ndarray, found: np.ndarray) -> float:

@@ -70,7 +70,7 @@ def write(root: Path, rows: int) -> dict:
 
 def read(root: Path, epochs: int) -> dict:
     """Stream it, as `latenttrain fit --stream` does: seconds, rates, and this process's peak memory in MiB."""
-    from latentprep.console import tune_process
+    from latentprep.cli.console import tune_process
 
     tune_process()
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import latentprep
 import latenttrain
 from common import record
-from latentprep.console import progress_bar, tune_process
-from latentprep.derived import derive, every_row
+from latentprep.cli.console import progress_bar, tune_process
+from latentprep.derived.derive import derive, every_row
 from latentprep.format import LatentDataset
 from latenttrain.checkpoint import METRICS, read_config
 

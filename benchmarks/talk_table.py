@@ -26,23 +26,23 @@ from torch.utils.data import DataLoader, Dataset
 import latentprep
 import latenttrain
 from common import machine, spread
+from latentprep.audit.info import info
+from latentprep.cli.console import progress_bar, tune_process
 from latentprep.codecs import Codec, make_codec
-from latentprep.console import progress_bar, tune_process
 from latentprep.device import pick_device
-from latentprep.drawing import BLUE, GREY, INK, draw
-from latentprep.encoder import default_size
-from latentprep.facts import info
+from latentprep.encoding.encode import default_size
 from latentprep.format import Quantizer
-from latentprep.images import load_views
+from latentprep.pictures.plots import BLUE, GREY, INK, draw
 from latentprep.progress import silent
-from latentprep.sources import Source, open_source
+from latentprep.sources.images import load_views
+from latentprep.sources.source import Source, open_source
 from latenttrain.augment import Augment
 from latenttrain.checkpoint import check_run_folder, read_config
 from latenttrain.config import RunConfig, versions
 from latenttrain.data import Split, batches_per_epoch, load_trained
-from latenttrain.device import synchronize
 from latenttrain.nets import NetConfig
 from latenttrain.recipe import make_recipe
+from latenttrain.runtime import synchronize
 from latenttrain.train import run_fit, start_state, train_epoch
 
 NARROW = 0.6  # of the default width

@@ -14,9 +14,9 @@ import torch
 
 import latentprep
 from latentprep.codecs import codec_from_config
-from latentprep.images import load_views
-from latentprep.quantize import dequantize
-from latentprep.sources import open_source
+from latentprep.quantizing.scalar import dequantize
+from latentprep.sources.images import load_views
+from latentprep.sources.source import open_source
 
 COUNT, SIZE = 8, 128
 

@@ -30,22 +30,22 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .codecs.listing import list_codecs
-    from .decoding import decode
-    from .derived import convert
-    from .encoder import encode
-    from .facts import info
-    from .format import open_dataset as open
-    from .hub import push
-    from .latents import write_latents
-    from .linear_decoder import fit_linear_decoder
-    from .previewer import linear_preview, preview
-    from .rate_distortion import rd
-    from .reporter import report
-    from .requantizer import requantize
-    from .selection import merge, subset
-    from .sources import open_source
-    from .verifier import verify
+    from latentprep.audit.hub import push
+    from latentprep.audit.info import info
+    from latentprep.audit.latents import write_latents
+    from latentprep.audit.verify import verify
+    from latentprep.codecs.listing import list_codecs
+    from latentprep.derived.derive import convert
+    from latentprep.derived.requantize import requantize
+    from latentprep.derived.selection import merge, subset
+    from latentprep.encoding.encode import encode
+    from latentprep.format import open_dataset as open
+    from latentprep.pictures.decode import decode
+    from latentprep.pictures.linear_decoder import fit_linear_decoder
+    from latentprep.pictures.preview import linear_preview, preview
+    from latentprep.pictures.rd import rd
+    from latentprep.pictures.report import report
+    from latentprep.sources.source import open_source
 
 _HOMES = {
     "convert": ".derived",

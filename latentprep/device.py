@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import SystemFault, UsageError, opt
+from latentprep.errors import SystemFault, UsageError, opt
 
 
 def pick_device(name: str | torch.device = "auto") -> torch.device:

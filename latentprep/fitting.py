@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .errors import SystemFault, opt
+from latentprep.errors import SystemFault, opt
 
 NOT_ON_DEVICE = f"use {opt('device', 'cpu')}"  # what always helps, slowly
 

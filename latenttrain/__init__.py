@@ -12,12 +12,12 @@ __version__ = "0.1.0"
 __all__ = ["Augment", "FitResult", "evaluate", "fit", "predict", "report", "scale_table", "sweep"]
 
 if TYPE_CHECKING:
-    from .augment import Augment
-    from .comparison import report
-    from .evaluation import evaluate, predict
-    from .scaling import scale_table
-    from .sweeping import sweep
-    from .train import FitResult, fit
+    from latenttrain.augment import Augment
+    from latenttrain.comparison import report
+    from latenttrain.evaluation import evaluate, predict
+    from latenttrain.scaling import scale_table
+    from latenttrain.sweeping import sweep
+    from latenttrain.train import FitResult, fit
 
 _HOMES = {
     "Augment": "augment",

@@ -26,13 +26,12 @@ from torch import Tensor
 
 from latentprep.device import to_host
 from latentprep.errors import CheckpointError, LatentError, UsageError, opt
-from latentprep.format.locks import LOCK, Held, held
-from latentprep.format.places import path_of
-from latentprep.storage_atomic import write_atomic
-
-from .config import FORMAT, VERSION, RunConfig, difference, short
-from .nets import Net, build_net
-from .optimizers import Adam
+from latentprep.storage.atomic import write_atomic
+from latentprep.storage.locks import LOCK, Held, held
+from latentprep.storage.places import path_of
+from latenttrain.config import FORMAT, VERSION, RunConfig, difference, short
+from latenttrain.nets import Net, build_net
+from latenttrain.optimizers import Adam
 
 CONFIG, METRICS, BEST, LAST, CURVE = "config.json", "metrics.jsonl", "best.safetensors", "last.safetensors", "curve.png"
 RUN_FILES = (CONFIG, METRICS, BEST, LAST, CURVE)

@@ -7,11 +7,10 @@ from typing import Annotated
 
 import typer
 
-from latentprep import console
+from latentprep.cli import console
 from latentprep.errors import Interrupted
-
-from . import __version__
-from .recipe import BASE_BATCH, BASE_EPOCHS, BASE_LR, LR_BY_EPOCHS, Recipe
+from latenttrain import __version__
+from latenttrain.recipe import BASE_BATCH, BASE_EPOCHS, BASE_LR, LR_BY_EPOCHS, Recipe
 
 app = typer.Typer(
     name="latenttrain",
@@ -159,9 +158,8 @@ def fit(
       latenttrain fit shards --width 1.1 --depth 1.2 --epochs 40 --out runs/larger
     """
     from latentprep.format import open_dataset
-
-    from .tables import fit_table
-    from .train import fit as train
+    from latenttrain.tables import fit_table
+    from latenttrain.train import fit as train
 
     try:
         result = train(
@@ -219,7 +217,7 @@ def scale(
 
       latenttrain scale --phi 0..3
     """
-    from .scaling import numbers, scale_table
+    from latenttrain.scaling import numbers, scale_table
 
     rows = scale_table(dataset, numbers("--phi", phi), arch)
     if as_json:
@@ -276,8 +274,8 @@ def sweep(
 
       latenttrain sweep shards8 --bits 2,4 --stem affine,embedding --holdout 0.15
     """
-    from .scaling import numbers
-    from .sweeping import sweep as run
+    from latenttrain.scaling import numbers
+    from latenttrain.sweeping import sweep as run
 
     try:
         result = run(
@@ -326,9 +324,8 @@ def evaluate(
       latenttrain eval runs/shards-w1-d1-s0 shards
     """
     from latentprep.format import open_dataset
-
-    from .evaluation import evaluate as measure
-    from .tables import eval_table
+    from latenttrain.evaluation import evaluate as measure
+    from latenttrain.tables import eval_table
 
     opened = open_dataset(dataset, cache_dir=cache_dir, cache_bytes=int(cache_size * 2**30))
     result = measure(run, opened, split=split, checkpoint=checkpoint, device=device)
@@ -355,8 +352,8 @@ def report(
 
       latenttrain report runs/first runs/second --out runs.html
     """
-    from .comparison import BRIEF, runs_table
-    from .comparison import report as compare
+    from latenttrain.comparison import BRIEF, runs_table
+    from latenttrain.comparison import report as compare
 
     found = compare(runs, out=out)
     if as_json:
@@ -389,7 +386,7 @@ def predict(
 
       latenttrain predict runs/shards-w1-d1-s0 photo.jpg --top 3
     """
-    from .evaluation import predict as classify
+    from latenttrain.evaluation import predict as classify
 
     predictions = classify(run, images, top=top, weights=weights, checkpoint=checkpoint, device=device)
     if as_json:

@@ -10,15 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from latentprep.drawing import COLOURS, INK, drawn
 from latentprep.errors import CheckpointError, UsageError, system_fault
-from latentprep.format.places import path_of
-from latentprep.storage_atomic import write_atomic
-
-from .checkpoint import METRICS, read_config
-from .nets import build_net
-from .scaling import count_flops, count_parameters
-from .tables import count
+from latentprep.pictures.plots import COLOURS, INK, drawn
+from latentprep.storage.atomic import write_atomic
+from latentprep.storage.places import path_of
+from latenttrain.checkpoint import METRICS, read_config
+from latenttrain.nets import build_net
+from latenttrain.scaling import count_flops, count_parameters
+from latenttrain.tables import count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -102,7 +101,7 @@ def report(runs: Sequence[str | Path], *, out: str | Path = "runs.html") -> list
 
     Raises `UsageError` for no run, `CheckpointError` for a folder that is none.
     """
-    from latentprep import page
+    from latentprep.pictures import page
 
     if not runs:
         raise UsageError("there is no run to report on", "name folders that latenttrain fit made")
@@ -142,7 +141,7 @@ def runs_table(runs: Sequence[RunSummary]) -> tuple[list[str], list[list[str]]]:
 
 def comparison(runs: Sequence[RunSummary]) -> list[str]:
     """The table, the curves, and accuracy against bits, in HTML."""
-    from latentprep import page
+    from latentprep.pictures import page
 
     figures = [_curves(runs, "val_loss", "val loss (nats)"), _curves(runs, "top1", "val top-1")]
     if len({run.bits for run in runs}) > 1:
@@ -153,7 +152,7 @@ def comparison(runs: Sequence[RunSummary]) -> list[str]:
 def _curves(runs: Sequence[RunSummary], what: str, title: str) -> str:
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-    from latentprep import page
+    from latentprep.pictures import page
 
     with drawn(1, 4.5, 3.2) as ((axes,), picture):
         for number, run in enumerate(runs):
@@ -175,7 +174,7 @@ def _curves(runs: Sequence[RunSummary], what: str, title: str) -> str:
 def _against_bits(runs: Sequence[RunSummary]) -> str:
     from matplotlib.ticker import PercentFormatter
 
-    from latentprep import page
+    from latentprep.pictures import page
 
     places = sorted({run.bits for run in runs})
     with drawn(1, 4.5, 3.2) as ((axes,), picture):

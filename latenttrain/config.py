@@ -11,11 +11,10 @@ import torch
 
 from latentprep.errors import CheckpointError
 from latentprep.format import LatentDataset, Quantizer
-
-from . import __version__
-from .augment import Augment
-from .nets import NetConfig
-from .recipe import Recipe
+from latenttrain import __version__
+from latenttrain.augment import Augment
+from latenttrain.nets import NetConfig
+from latenttrain.recipe import Recipe
 
 FORMAT, VERSION = "latenttrain run", 1
 

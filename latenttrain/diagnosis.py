@@ -11,11 +11,10 @@ import torch
 
 from latentprep.device import pick_device
 from latentprep.format import LatentDataset, open_dataset
-
-from .checkpoint import load_net
-from .config import check_dataset
-from .evaluation import split_logits
-from .streaming import judged_split
+from latenttrain.checkpoint import load_net
+from latenttrain.config import check_dataset
+from latenttrain.evaluation import split_logits
+from latenttrain.streaming import judged_split
 
 _CLASSES = 20  # in a confusion matrix for people, at most
 
@@ -73,7 +72,7 @@ class Diagnosis:
 
     def summary(self) -> list[str]:
         """The confusion matrix in HTML; of many classes, those that are in the most mistakes."""
-        from latentprep import page
+        from latentprep.pictures import page
 
         wrong = self.confusion - np.diag(np.diag(self.confusion))
         involved = np.argsort(-(wrong.sum(0) + wrong.sum(1)), kind="stable")[:_CLASSES]

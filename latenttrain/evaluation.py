@@ -17,14 +17,13 @@ from latentprep.device import full_float32, on_device, pick_device, to_host
 from latentprep.errors import UsageError, opt
 from latentprep.fitting import NOT_ON_DEVICE, Fitting, enough_memory
 from latentprep.format import LatentDataset, open_dataset
-from latentprep.format.places import path_of
-
-from .checkpoint import load_net
-from .config import check_dataset
-from .data import Samples
-from .device import autocast, in_bfloat16
-from .nets import Net
-from .streaming import judged_split
+from latentprep.storage.places import path_of
+from latenttrain.checkpoint import load_net
+from latenttrain.config import check_dataset
+from latenttrain.data import Samples
+from latenttrain.nets import Net
+from latenttrain.runtime import autocast, in_bfloat16
+from latenttrain.streaming import judged_split
 
 _CELLS = 1 << 18  # of the latent grid, in a batch for evaluation: 334 samples of 28 x 28
 _IMAGES = 16  # in a batch for the codec
@@ -160,7 +159,7 @@ def predict(
     net = net.to(target)
 
     from latentprep.codecs import codec_from_config
-    from latentprep.quantize import quantize
+    from latentprep.quantizing.scalar import quantize
 
     codec = codec_from_config(config.dataset["codec"], device=target, weights=str(weights) if weights else None)
     transform = config.dataset["transform"]
@@ -194,7 +193,7 @@ def predict(
 
 def _read(path: str | Path, transform: dict[str, Any]) -> Tensor | str:
     """The canonical view of an image file as the dataset's were made, u8 [3,S,S]; or the reason why there is none."""
-    from latentprep.images import BadImage, canonical_view
+    from latentprep.sources.images import BadImage, canonical_view
 
     try:
         return torch.from_numpy(canonical_view(path_of(path).read_bytes(), transform)).permute(2, 0, 1)

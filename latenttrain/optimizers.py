@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .recipe import Recipe
+from latenttrain.recipe import Recipe
 
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan's quintic: singular values from 0.01 to 1 land in 0.7 to 1.2
 _ITERATIONS = 5

@@ -60,8 +60,7 @@ def scale_table(
     expected: what ``depth * width**2 * resolution**2`` says, which whole blocks, channels and cells only come near.
     """
     from latentprep.format import open_dataset
-
-    from .nets import NetConfig, build_net
+    from latenttrain.nets import NetConfig, build_net
 
     latent, classes = (4, 28, 28), 10
     if dataset is not None:

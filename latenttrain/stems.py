@@ -26,7 +26,7 @@ class AffineStem(nn.Module):
     channel whose codes hardly vary has the scale of the rule below. Where nothing was counted, ``mean`` is the centre
     of the range, and ``std`` the deviation of the normal distribution for which that range is the best one at this
     many bits: (1.25 + 0.34 * bits) standard deviations to each side (Max 1960, within 4%). ``lo`` and ``step`` cancel
-    out. Codes that were chosen jointly (`latentprep.joint`) are filtered, too.
+    out. Codes that were chosen jointly (`latentprep.quantizing.joint`) are filtered, too.
     """
 
     centre: Tensor

@@ -21,8 +21,7 @@ from latentprep.device import sent
 from latentprep.errors import DatasetError, UsageError, opt
 from latentprep.format import INVALID_LABEL, LatentDataset, Manifest
 from latentprep.format.packing import packed_bytes
-
-from .data import (
+from latenttrain.data import (
     Samples,
     batches_per_epoch,
     canonical_excess,
@@ -31,8 +30,8 @@ from .data import (
     check_samples,
     load_split,
 )
-from .memory import free_memory
-from .packing import PackedSplit, pack
+from latenttrain.memory import free_memory
+from latenttrain.packed import PackedSplit, pack
 
 BUFFER_BYTES = 256 << 20  # of codes that the buffer holds if nobody says otherwise: 64 shards of 1,024 x 4 x 32 x 32
 THREADS = min(4, os.cpu_count() or 1)  # that read, verify and decompress; most of it without the interpreter lock

@@ -10,15 +10,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from latentprep.drawing import COLOURS, GREY, GRID, INK, draw
 from latentprep.errors import UsageError, nearest, opt
 from latentprep.format import LatentDataset, open_dataset
-from latentprep.format.places import path_of
+from latentprep.pictures.plots import COLOURS, GREY, GRID, INK, draw
 from latentprep.progress import ProgressFactory, silent
-from latentprep.storage_atomic import write_atomic
-
-from .stems import STEMS
-from .train import fit
+from latentprep.storage.atomic import write_atomic
+from latentprep.storage.places import path_of
+from latenttrain.stems import STEMS
+from latenttrain.train import fit
 
 FLOAT = 32  # "bits" of the reference
 
@@ -97,7 +96,7 @@ def sweep(
     Raises as `fit` and `requantize` do, and `UsageError` for more bits than the dataset has or more views than latents.
     """
     from latentprep import requantize
-    from latentprep.facts import info
+    from latentprep.audit.info import info
 
     source = open_dataset(dataset)
     most = source.quantizer.bits

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from latentprep.drawing import BLUE, GREY, INK, draw
+from latentprep.pictures.plots import BLUE, GREY, INK, draw
 
 if TYPE_CHECKING:
-    from .evaluation import EvalResult
-    from .train import FitResult
+    from latenttrain.evaluation import EvalResult
+    from latenttrain.train import FitResult
 
 
 def draw_curve(metrics: list[dict], path: Path) -> None:

@@ -19,22 +19,21 @@ from latentprep.device import full_float32, pick_device, to_host
 from latentprep.errors import CheckpointError, UsageError, opt
 from latentprep.fitting import enough_memory
 from latentprep.format import LatentDataset, open_dataset
-from latentprep.format.places import Place, path_of
 from latentprep.progress import Progress, ProgressFactory, silent
-
-from .augment import Augment, augmented, draw
-from .checkpoint import CURVE, State, check_run_folder, read_config, restore, run_folder, save_epoch
-from .config import RunConfig, describe_dataset, versions
-from .data import Samples, batches_per_epoch, check_trainable, float_statistics, load_trained
-from .device import Stopwatch, autocast, compiled, in_bfloat16, reproducible
-from .evaluation import counted, read_scores, split_logits
-from .nets import Net, NetConfig, build_net
-from .optimizers import make_optimizer
-from .recipe import Recipe, make_recipe, preset_settings
-from .scaling import compound, count_flops, count_parameters
-from .streaming import shards_to_hold, training_data
-from .tables import draw_curve
-from .tensorboard import MetricsLog, open_log
+from latentprep.storage.places import Place, path_of
+from latenttrain.augment import Augment, augmented, draw
+from latenttrain.checkpoint import CURVE, State, check_run_folder, read_config, restore, run_folder, save_epoch
+from latenttrain.config import RunConfig, describe_dataset, versions
+from latenttrain.data import Samples, batches_per_epoch, check_trainable, float_statistics, load_trained
+from latenttrain.evaluation import counted, read_scores, split_logits
+from latenttrain.nets import Net, NetConfig, build_net
+from latenttrain.optimizers import make_optimizer
+from latenttrain.recipe import Recipe, make_recipe, preset_settings
+from latenttrain.runtime import Stopwatch, autocast, compiled, in_bfloat16, reproducible
+from latenttrain.scaling import compound, count_flops, count_parameters
+from latenttrain.streaming import shards_to_hold, training_data
+from latenttrain.tables import draw_curve
+from latenttrain.tensorboard import MetricsLog, open_log
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ def fit(
     compile: generate code for the training step first, gather and unpacking of codes to the loss: `device.compiled`.
     tensorboard: log the metrics for it too, under the run folder.
     out: the run folder, by default `default_out`. resume: go on after the last whole epoch, to the same weights
-    as without the break; overwrite: delete an earlier run there. progress: ``latentprep.console.progress_bar``.
+    as without the break; overwrite: delete an earlier run there. progress: ``latentprep.cli.console.progress_bar``.
 
     The same arguments on the same machine give the same weights, to the last bit.
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import latentprep.device
-import latentprep.pipeline
+import latentprep.encoding.pipeline
 
 aten = torch.ops.aten
 
@@ -127,7 +127,7 @@ def queued() -> Iterator[tuple[Watched, Streams]]:
 
     empty = torch.empty
     with pytest.MonkeyPatch.context() as patch:
-        for module in (latentprep.device, latentprep.pipeline):
+        for module in (latentprep.device, latentprep.encoding.pipeline):
             patch.setattr(module, "queues", lambda device: device.type == "meta")
         patch.setattr(torch.cuda, "Event", Event)
         patch.setattr(torch.cuda, "device", device)

@@ -33,8 +33,8 @@ from latentprep.format.zarr_store import (
     metadata_files,
     shard_files,
 )
-from latentprep.images import BadImage, decode
-from latentprep.sources import open_source
+from latentprep.sources.images import BadImage, decode
+from latentprep.sources.source import open_source
 from latenttrain.checkpoint import load_tensors, read_config, save_tensors
 from pictures import jpeg, make_folder, picture
 

@@ -17,11 +17,11 @@ import pytest
 import typer.main
 
 import latentprep
-import latentprep.cli
+import latentprep.cli.commands
 import latenttrain
 import latenttrain.cli
 from latentprep.errors import UsageError
-from latentprep.sources import Source
+from latentprep.sources.source import Source
 from pictures import make_folder
 
 RENDERED = {"as_json", "show"}  # how a command prints its result
@@ -74,7 +74,7 @@ def commands() -> dict[str, click.Command]:
         for word, one in (below or {}).items():
             add(f"{name} {word}", one)
 
-    add("latentprep", typer.main.get_command(latentprep.cli.app))
+    add("latentprep", typer.main.get_command(latentprep.cli.commands.app))
     add("latenttrain", typer.main.get_command(latenttrain.cli.app))
     return found
 

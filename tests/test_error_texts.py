@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 
 import latentprep
-import latentprep.encoder
-import latentprep.rate_distortion
-import latentprep.reporter
+import latentprep.encoding.encode
+import latentprep.pictures.rd
+import latentprep.pictures.report
 import latenttrain
-from latentprep import cli as latentprep_cli
-from latentprep import cli_datasets, cli_pictures
+from latentprep.cli import commands as latentprep_cli
+from latentprep.cli import datasets as cli_datasets
+from latentprep.cli import pictures as cli_pictures
 from latentprep.codecs.dct import DctCodec
 from latentprep.errors import UsageError, opt
 from latenttrain import cli as latenttrain_cli
@@ -63,9 +64,9 @@ def test_every_parameter_that_an_error_names_exists() -> None:
     functions += [
         DctCodec,
         Recipe,
-        latentprep.rate_distortion.rd,
-        latentprep.reporter.report,
-        latentprep.encoder.encode,
+        latentprep.pictures.rd.rd,
+        latentprep.pictures.report.report,
+        latentprep.encoding.encode.encode,
     ]
     for module in (latentprep_cli, cli_datasets, cli_pictures, latenttrain_cli):
         functions += [command.callback for command in module.app.registered_commands]

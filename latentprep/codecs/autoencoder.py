@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..device import full_float32, has_fast_bfloat16
-from ..errors import CodecError, SystemFault, UsageError, opt
-from ..format.places import path_of
-from .base import check_multiple, to_pixels
+from latentprep.codecs.base import check_multiple, to_pixels
+from latentprep.device import full_float32, has_fast_bfloat16
+from latentprep.errors import CodecError, SystemFault, UsageError, opt
+from latentprep.storage.places import path_of
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 REVISION = 2  # of how pixels become the model's input; see `AutoencoderCodec`

@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ..errors import CodecError, UsageError, nearest, opt
+from latentprep.errors import CodecError, UsageError, nearest, opt
 
 GROUP = "latentprep.codecs"
 

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..device import full_float32
-from ..errors import UsageError, opt
-from .base import check_multiple, to_pixels
+from latentprep.codecs.base import check_multiple, to_pixels
+from latentprep.device import full_float32
+from latentprep.errors import UsageError, opt
 
 BLOCK = 8
 _IN_CACHE = 8  # images

@@ -6,9 +6,9 @@ import importlib.util
 import inspect
 from dataclasses import asdict, dataclass
 
-from ..errors import LatentError
-from .autoencoder import AutoencoderCodec, find_weights
-from .base import check_multiple, codec_class, codec_names, make_codec
+from latentprep.codecs.autoencoder import AutoencoderCodec, find_weights
+from latentprep.codecs.base import check_multiple, codec_class, codec_names, make_codec
+from latentprep.errors import LatentError
 
 # Latent channels and factor of our autoencoders, so that listing them loads nothing (their model cards say so).
 _LATENTS = {

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import UsageError, opt
-from .base import check_multiple, to_pixels
+from latentprep.codecs.base import check_multiple, to_pixels
+from latentprep.errors import UsageError, opt
 
 
 class ResampleCodec:

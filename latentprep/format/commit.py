@@ -6,9 +6,7 @@ import contextlib
 import json
 from pathlib import PurePosixPath
 
-from latentprep.storage_atomic import sync_folder, write_atomic
-
-from .manifest import (
+from latentprep.format.manifest import (
     ERRORS,
     LINEAR_DECODER,
     MANIFEST,
@@ -18,9 +16,10 @@ from .manifest import (
     read_manifest,
     record_path,
 )
-from .places import Place, RemotePath
-from .shard import EncodedShard
-from .stores import store_of
+from latentprep.format.shard import EncodedShard
+from latentprep.format.stores import store_of
+from latentprep.storage.atomic import sync_folder, write_atomic
+from latentprep.storage.places import Place, RemotePath
 
 
 def create_dataset(root: Place, manifest: Manifest) -> None:

@@ -9,13 +9,13 @@ from functools import partial
 
 import numpy as np
 
-from ..errors import DatasetError, UsageError, opt
-from .cache import LIMIT, ShardCache
-from .manifest import INVALID_LABEL, FileRecord, ShardId, ShardRecord, read_manifest, read_record
-from .places import Place, RemotePath, local, place
-from .quantizer import Quantizer
-from .shard import Codes
-from .stores import store_of
+from latentprep.errors import DatasetError, UsageError, opt
+from latentprep.format.manifest import INVALID_LABEL, FileRecord, ShardId, ShardRecord, read_manifest, read_record
+from latentprep.format.quantizer import Quantizer
+from latentprep.format.shard import Codes
+from latentprep.format.stores import store_of
+from latentprep.storage.cache import LIMIT, ShardCache
+from latentprep.storage.places import Place, RemotePath, local, place
 
 _FETCHES = 3  # of a remote file that is not the recorded one, before that is an error
 _READERS = 4  # threads that read, verify and decompress shards; all three release the interpreter lock

@@ -7,8 +7,8 @@ import math
 import re
 from typing import Any
 
-from ..errors import DatasetError
-from .places import Place
+from latentprep.errors import DatasetError
+from latentprep.storage.places import Place
 
 MAX_JSON_BYTES = 64 << 20
 _SHA256 = re.compile(r"[0-9a-f]{64}")

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import DatasetError, opt
-from .dataset import LatentDataset
+from latentprep.errors import DatasetError, opt
+from latentprep.format.dataset import LatentDataset
 
 LATENTS = "latents.json"
 

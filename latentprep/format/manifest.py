@@ -12,10 +12,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ..errors import DatasetError
-from .fields import Fields, dump_json, parse_json, read_json
-from .places import Place
-from .quantizer import Quantizer, Statistics
+from latentprep.errors import DatasetError
+from latentprep.format.fields import Fields, dump_json, parse_json, read_json
+from latentprep.format.quantizer import Quantizer, Statistics
+from latentprep.storage.places import Place
 
 FORMAT = "latentprep"
 VERSION = 1
@@ -50,7 +50,7 @@ class Plan:
     """What was asked for, complete: everything that decides a dataset's bytes but the quantizer and the compression.
 
     codec: JSON configuration; ``latentprep.codecs.codec_from_config`` rebuilds the codec from it.
-    bits: per code. joint: whether the codes of a sample are chosen together, see `latentprep.joint`.
+    bits: per code. joint: whether the codes of a sample are chosen together, see `latentprep.quantizing.joint`.
     transform: how pixels are made from a sample: ``size`` (pixels), ``views``, ``seed``, ``resize``,
     ``colour`` (`SRGB`: embedded profiles were converted from; `STORED`, or absent: they were ignored).
     source: ``spec`` as the user gave it, ``sha256`` over its splits, keys, labels and classes.

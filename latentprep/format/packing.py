@@ -1,4 +1,4 @@
-"""Codes of few bits side by side in bytes: eight of b bits in b bytes. The torch side is `latenttrain.packing`."""
+"""Codes of few bits side by side in bytes: eight of b bits in b bytes. The torch side is `latenttrain.packed`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """What a code means: the quantizer as plain data, and in numpy from codes back to latents.
 
-The torch side (fitting, and quantizing on a device) is `latentprep.quantize`.
+The torch side (fitting, and quantizing on a device) is `latentprep.quantizing.scalar`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import DatasetError, UsageError, opt
+from latentprep.errors import DatasetError, UsageError, opt
 
 FILTER_SIDE = 3  # cells
 
@@ -53,8 +53,8 @@ class Quantizer:
 
     bits: 1 to 8; codes are u8, each below ``2**bits``.
     lo, step: one float32 value per latent channel, in latent units; ``step`` is positive.
-    filter: if there is one, float32 [C,C,3,3] in a row, codes were chosen jointly (`latentprep.joint`), and what the
-    formula gives, less the middle of each channel's range, is to be filtered by it (a convolution without flip, zeros
+    filter: if there is one, float32 [C,C,3,3] in a row, codes were chosen jointly (`latentprep.quantizing.joint`),
+    and what the formula gives, less the middle of each channel's range, is to be filtered by it (a convolution without flip, zeros
     outside of the grid) before the middle is added again.
     """
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .manifest import FileRecord, Manifest, ShardId, ShardRecord
-from .stores import store_of
+from latentprep.format.manifest import FileRecord, Manifest, ShardId, ShardRecord
+from latentprep.format.stores import store_of
 
 
 @dataclass(frozen=True)

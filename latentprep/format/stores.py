@@ -6,8 +6,8 @@ from typing import Protocol
 
 import numpy as np
 
-from . import wds_store, zarr_store
-from .manifest import Manifest, Plan, ShardRecord
+from latentprep.format import wds_store, zarr_store
+from latentprep.format.manifest import Manifest, Plan, ShardRecord
 
 
 class Store(Protocol):

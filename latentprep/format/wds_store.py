@@ -22,9 +22,9 @@ from urllib.parse import unquote
 
 import numpy as np
 
-from ..errors import DatasetError, opt
-from .manifest import INVALID_LABEL, Manifest
-from .packing import pack, packed_bytes, unpack
+from latentprep.errors import DatasetError, opt
+from latentprep.format.manifest import INVALID_LABEL, Manifest
+from latentprep.format.packing import pack, packed_bytes, unpack
 
 _BLOCK = 512
 _END = bytes(2 * _BLOCK)

@@ -23,8 +23,8 @@ import zarr
 from zarr.codecs import BloscCodec, TransposeCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
-from ..errors import DatasetError
-from .manifest import Manifest
+from latentprep.errors import DatasetError
+from latentprep.format.manifest import Manifest
 
 CHUNK_BYTES = 1 << 20  # codes a separately compressed chunk holds, about
 _ZSTD = {"name": "zstd", "configuration": {"level": 1, "checksum": False}}

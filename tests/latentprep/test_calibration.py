@@ -12,13 +12,13 @@ import pytest
 import torch
 
 import latentprep
+from latentprep.audit.info import info
 from latentprep.codecs import make_codec
 from latentprep.errors import DatasetError
-from latentprep.facts import info
 from latentprep.format import Quantizer
 from latentprep.format.manifest import Manifest
 from latentprep.format.quantizer import Statistics
-from latentprep.quantize import code_statistics, dequantize, fit_quantizer, quantize
+from latentprep.quantizing.scalar import code_statistics, dequantize, fit_quantizer, quantize
 from pictures import jpeg, make_folder, picture
 
 GOLDEN = Path(__file__).parent.parent / "golden"

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from latentprep.codecs import codec_from_config, codec_names, flip_signs, make_codec
 from latentprep.codecs.listing import list_codecs
 from latentprep.errors import CodecError, UsageError
-from latentprep.images import load_views
+from latentprep.sources.images import load_views
 from pictures import picture
 
 PLUGIN = Path(__file__).parent.parent / "plugin"

@@ -12,9 +12,9 @@ import pytest
 
 import latentprep
 from latentprep.errors import SystemFault
-from latentprep.format import aws, buckets
-from latentprep.format.aws import s3_settings
-from latentprep.format.places import place
+from latentprep.storage import aws, buckets
+from latentprep.storage.aws import s3_settings
+from latentprep.storage.places import place
 
 pytest.importorskip("obstore", reason="obstore is not installed")
 

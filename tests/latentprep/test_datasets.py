@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from latentprep import datasets
 from latentprep.errors import SourceError, SystemFault, UsageError
-from latentprep.sources import open_source
+from latentprep.sources import named as datasets
+from latentprep.sources.source import open_source
 
 PAYLOAD = bytes(range(256)) * 4000  # 1 MB
 

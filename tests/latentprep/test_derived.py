@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import latentprep
-from latentprep import derived, resume
+from latentprep.derived import derive as derived
+from latentprep.encoding import driver as resume
 from latentprep.errors import DatasetError, UsageError
 from latentprep.format import Codes, EncodedShard, LatentDataset, Manifest, ShardId
 from pictures import make_folder
@@ -240,7 +241,7 @@ def test_merge_takes_two_or_more(root: Path, tmp_path: Path) -> None:
 def test_the_command_line_converts_selects_and_merges(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from latentprep.cli import main
+    from latentprep.cli.commands import main
 
     for stream in ("stdout", "stderr"):  # which a program changes for good
         monkeypatch.setattr(sys, stream, getattr(sys, stream))

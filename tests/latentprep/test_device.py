@@ -13,17 +13,18 @@ from devices import meta, queued
 from torch import Tensor
 
 import latentprep
-from latentprep import encoder, resume
 from latentprep.codecs import codec_from_config, make_codec
 from latentprep.codecs.dct import DctCodec
 from latentprep.device import full_float32, has_fast_bfloat16, sent, to_host
-from latentprep.encoder import encode
+from latentprep.encoding import driver as resume
+from latentprep.encoding import encode as encoder
+from latentprep.encoding.encode import encode
+from latentprep.encoding.pipeline import Stages
 from latentprep.errors import DatasetError, SystemFault
 from latentprep.fitting import Fitting, out_of_memory
 from latentprep.format import Quantizer
-from latentprep.joint import constants, fit_filter
-from latentprep.pipeline import Stages
-from latentprep.quantize import dequantize, quantize, quantize_counting
+from latentprep.quantizing.joint import constants, fit_filter
+from latentprep.quantizing.scalar import dequantize, quantize, quantize_counting
 
 OOM = (
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB\nmore"),
@@ -122,7 +123,7 @@ def test_one_image_that_does_not_fit_says_the_way_out(
 
 
 def test_decoding_halves_too(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from latentprep.decoding import decode
+    from latentprep.pictures.decode import decode
 
     encode(images, codec="dct", size=64, out=tmp_path / "codes", device="cpu")
     real = DctCodec.decode

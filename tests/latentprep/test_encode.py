@@ -21,14 +21,14 @@ from PIL import Image
 
 import latentprep
 import profiles
-from latentprep import encoder
 from latentprep.codecs import make_codec
-from latentprep.encoder import EncodeResult
+from latentprep.encoding import encode as encoder
+from latentprep.encoding.encode import EncodeResult
+from latentprep.encoding.pipeline import Stages, code_rows, encode_shard
 from latentprep.errors import CodecError, DatasetError, Interrupted, SourceError, SystemFault, UsageError
-from latentprep.images import MAX_PIXELS, load_views
-from latentprep.pipeline import Stages, code_rows, encode_shard
-from latentprep.quantize import quantize
-from latentprep.sources import open_source
+from latentprep.quantizing.scalar import quantize
+from latentprep.sources.images import MAX_PIXELS, load_views
+from latentprep.sources.source import open_source
 from latenttrain import scaling
 from pictures import jpeg, make_folder, picture
 
@@ -473,7 +473,7 @@ def test_a_profile_says_where_the_time_went(images: Path, tmp_path: Path) -> Non
 
 
 def test_slow_decoding_is_named(tmp_path: Path) -> None:
-    from latentprep.profile import DECODE, WAIT_DECODE, Profile
+    from latentprep.encoding.profile import DECODE, WAIT_DECODE, Profile
 
     profile = Profile(decoders=2)
     profile.seconds, profile.wall = {DECODE: 10.0, WAIT_DECODE: 4.0}, 6.0

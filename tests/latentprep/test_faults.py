@@ -17,11 +17,12 @@ import pytest
 
 import latentprep
 from faults import Disk, committed, digest, full_after, read_only
-from latentprep import pipeline, resume
-from latentprep.encoder import EncodeResult
+from latentprep.encoding import driver as resume
+from latentprep.encoding import pipeline
+from latentprep.encoding.encode import EncodeResult
 from latentprep.errors import DatasetError, SourceError, SystemFault
 from latentprep.format import EncodedShard, ShardRecord, zarr_store
-from latentprep.sources import Sample, Source, open_source
+from latentprep.sources.source import Sample, Source, open_source
 from pictures import jpeg, make_folder, picture
 
 

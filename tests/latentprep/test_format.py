@@ -24,7 +24,7 @@ from latentprep.format.zarr_store import (
     encode_shard_files,
     shard_files,
 )
-from latentprep.storage_atomic import locked, write_atomic
+from latentprep.storage.atomic import locked, write_atomic
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 

@@ -22,14 +22,14 @@ from hypothesis import strategies as st
 
 import latentprep
 from fuzz_targets import Target, make_manifest, make_targets, mutate
-from latentprep import finding
 from latentprep.codecs import codec_from_config
 from latentprep.errors import CodecError, DatasetError, LatentError, SourceError
 from latentprep.format import Manifest, ShardRecord, open_dataset
 from latentprep.format.commit import create_dataset
 from latentprep.format.zarr_store import decode_codes, decode_keys, decode_labels
-from latentprep.images import BadImage, decode
-from latentprep.sources import open_source
+from latentprep.sources import finding
+from latentprep.sources.images import BadImage, decode
+from latentprep.sources.source import open_source
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageOps
 
-from latentprep.images import BadImage, decode, load_views, random_box
+from latentprep.sources.images import BadImage, decode, load_views, random_box
 from pictures import jpeg, picture
 
 

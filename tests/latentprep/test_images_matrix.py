@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageCms, ImageOps
 
 import profiles
-from latentprep.images import decode
+from latentprep.sources.images import decode
 
 WIDTH, HEIGHT = 16, 8
 SRGB = ImageCms.createProfile("sRGB")

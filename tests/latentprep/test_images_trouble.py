@@ -16,9 +16,9 @@ import pytest
 from PIL import Image, ImageFile, ImageOps
 
 import profiles
-from latentprep.images import BadImage, canonical_view, decode, load_views
-from latentprep.kinds import KINDS, has_image_name, has_unsupported_name, is_image, kind_of
-from latentprep.metadata import jpeg_info
+from latentprep.sources.images import BadImage, canonical_view, decode, load_views
+from latentprep.sources.kinds import KINDS, has_image_name, has_unsupported_name, is_image, kind_of
+from latentprep.sources.metadata import jpeg_info
 from pictures import jpeg, picture
 
 PIXELS = picture(3, 16, 32)

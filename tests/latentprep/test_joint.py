@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import latentprep
-from latentprep.cli import app
+from latentprep.audit.info import info
+from latentprep.cli.commands import app
 from latentprep.errors import DatasetError, UsageError
-from latentprep.facts import info
 from latentprep.format import Quantizer
-from latentprep.joint import search
-from latentprep.quantize import dequantize, fit_quantizer, quantize, quantize_counting
-from latentprep.sources import open_source
+from latentprep.quantizing.joint import search
+from latentprep.quantizing.scalar import dequantize, fit_quantizer, quantize, quantize_counting
+from latentprep.sources.source import open_source
 from pictures import make_folder
 
 

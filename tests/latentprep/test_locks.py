@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 
 from latentprep.errors import DatasetError, LatentWarning
-from latentprep.format import locks
-from latentprep.format.locks import LOCK, Held, held
-from latentprep.storage_atomic import locked
+from latentprep.storage import locks
+from latentprep.storage.atomic import locked
+from latentprep.storage.locks import LOCK, Held, held
 
 
 @contextmanager
@@ -111,7 +111,7 @@ def test_waiting_for_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_encode_fit_and_download_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import latentprep
     import latenttrain
-    from latentprep import datasets
+    from latentprep.sources import named as datasets
 
     with without_locks():
         latentprep.encode("shapes", limit=20, codec="dct", size=64, out=tmp_path / "shards")

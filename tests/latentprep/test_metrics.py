@@ -10,7 +10,7 @@ import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from latentprep.errors import UsageError
-from latentprep.metrics import mean, psnr, ssim
+from latentprep.pictures.metrics import mean, psnr, ssim
 from pictures import picture
 
 

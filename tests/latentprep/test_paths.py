@@ -13,11 +13,11 @@ import latentprep
 import latenttrain
 from latentprep.codecs.autoencoder import find_weights
 from latentprep.errors import CodecError, SourceError, SystemFault, UsageError
-from latentprep.format.cache import cache_folder
-from latentprep.format.places import path_of, place
-from latentprep.previewer import preview
-from latentprep.reporter import report
-from latentprep.sources import open_source
+from latentprep.pictures.preview import preview
+from latentprep.pictures.report import report
+from latentprep.sources.source import open_source
+from latentprep.storage.cache import cache_folder
+from latentprep.storage.places import path_of, place
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_no_home_at_all(homeless: None, tmp_path: Path) -> None:
 def test_commands_of_a_user_without_name_and_home(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_CACHE_HOME")}
     script = "import pwd\ndef unknown(number): raise KeyError(number)\npwd.getpwuid = unknown\n"
-    script += "from latentprep.cli import main\nmain()"
+    script += "from latentprep.cli.commands import main\nmain()"
 
     def run(*arguments: str) -> tuple[int, str]:
         command = [sys.executable, "-c", script, *arguments]

@@ -15,11 +15,11 @@ from PIL import Image
 import latentprep
 from latentprep.errors import DatasetError, SourceError, UsageError
 from latentprep.format.commit import remove_dataset
-from latentprep.linear_decoder import _least_squares, load_linear_decoder, shrink
-from latentprep.previewer import linear_preview, unit_latents
-from latentprep.samples import Originals, pick
-from latentprep.sheet import Column, channel_pictures, draw_sheet, fitted
-from latentprep.sources import open_source
+from latentprep.pictures.linear_decoder import _least_squares, load_linear_decoder, shrink
+from latentprep.pictures.preview import linear_preview, unit_latents
+from latentprep.pictures.samples import Originals, pick
+from latentprep.pictures.sheet import Column, channel_pictures, draw_sheet, fitted
+from latentprep.sources.source import open_source
 from pictures import make_folder
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -28,7 +28,7 @@ Cli = Callable[..., tuple[int, str, str]]
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Cli:
     """``cli("decode", …)`` -> (exit code, stdout, stderr), as the console script would."""
-    from latentprep.cli import main
+    from latentprep.cli.commands import main
 
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["latentprep", *map(str, arguments)])
@@ -141,7 +141,7 @@ def test_jpegs_and_no_source(dataset: Path, tmp_path: Path) -> None:
 
 
 def test_class_names_cannot_lead_out_of_the_folder() -> None:
-    from latentprep.decoding import safe_name
+    from latentprep.pictures.decode import safe_name
 
     assert safe_name("../../etc") == "_.._etc"
     assert safe_name("..") == "_"
@@ -170,8 +170,8 @@ def test_preview(dataset: Path, tmp_path: Path, cli: Cli) -> None:
 
 def test_fewer_bits_are_those_of_requantize(dataset: Path, tmp_path: Path) -> None:
     """The column of 2 bits shows what `latentprep requantize --bits 2` keeps."""
-    from latentprep.decoding import open_decoder
-    from latentprep.previewer import sample_columns
+    from latentprep.pictures.decode import open_decoder
+    from latentprep.pictures.preview import sample_columns
 
     latentprep.requantize(dataset, bits=2, out=tmp_path / "two")
     two, opened = latentprep.open(tmp_path / "two"), latentprep.open(dataset)
@@ -267,7 +267,7 @@ def test_sheets() -> None:
 def test_pictures_for_terminals(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from latentprep.console import show_picture
+    from latentprep.cli.console import show_picture
 
     path = tmp_path / "a.png"
     path.write_bytes(bytes(range(256)) * 40)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import latentprep
-from latentprep.hub import card
+from latentprep.audit.hub import card
 from pictures import make_folder
 
 pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from latentprep.errors import CodecError, UsageError
 from latentprep.format import Quantizer
-from latentprep.quantize import dequantize, fit_quantizer, quantize, quantize_counting
+from latentprep.quantizing.scalar import dequantize, fit_quantizer, quantize, quantize_counting
 
 finite = st.floats(-100, 100, width=32)
 

@@ -18,10 +18,10 @@ from s3 import FAULTS, Proxy, running
 import latentprep
 import latenttrain
 from latentprep.errors import DatasetError, Interrupted, SystemFault, UsageError
-from latentprep.format import buckets, lease
-from latentprep.format.cache import ShardCache
-from latentprep.format.places import RemotePath, place
-from latentprep.storage_atomic import locked
+from latentprep.storage import buckets, lease
+from latentprep.storage.atomic import locked
+from latentprep.storage.cache import ShardCache
+from latentprep.storage.places import RemotePath, place
 from pictures import make_folder
 
 pytest.importorskip("obstore", reason="obstore is not installed")
@@ -190,7 +190,7 @@ def test_a_cache_keeps_what_was_fetched(through: Callable[..., Proxy], images: P
 
 
 def test_what_is_damaged_in_the_bucket_is_named_and_repaired(through: Callable[..., Proxy], images: Path) -> None:
-    from latentprep.sources import open_source
+    from latentprep.sources.source import open_source
 
     through()
     root = place("s3://bucket/damaged")

@@ -15,12 +15,12 @@ from PIL import Image
 
 import latentprep
 import latenttrain
-from latentprep import page
-from latentprep.drawing import drawn
 from latentprep.errors import CheckpointError, CodecError, UsageError
 from latentprep.format.manifest import SOURCE_FILES
-from latentprep.rate_distortion import FORMATS, _file, _file_of_at_most, rd
-from latentprep.reporter import channel_counts, entropy
+from latentprep.pictures import page
+from latentprep.pictures.plots import drawn
+from latentprep.pictures.rd import FORMATS, _file, _file_of_at_most, rd
+from latentprep.pictures.report import channel_counts, entropy
 from latenttrain.diagnosis import diagnose
 from pictures import make_folder, picture
 

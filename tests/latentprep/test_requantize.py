@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import latentprep
+from latentprep.derived.requantize import code_table
 from latentprep.errors import DatasetError, UsageError
 from latentprep.format import Quantizer
-from latentprep.quantize import quantize
-from latentprep.requantizer import code_table
+from latentprep.quantizing.scalar import quantize
 from pictures import make_folder
 
 

@@ -6,8 +6,8 @@ import io
 import numpy as np
 from PIL import Image
 
-from latentprep import shapes
-from latentprep.sources import Source, open_source
+from latentprep.sources import shapes
+from latentprep.sources.source import Source, open_source
 
 
 def test_rows_are_balanced_and_sorted():

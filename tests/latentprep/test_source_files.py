@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import latentprep
+from latentprep.encoding.source_files import from_bytes, read_stats, to_bytes
 from latentprep.errors import DatasetError
 from latentprep.format.manifest import SOURCE_FILES
-from latentprep.source_files import from_bytes, read_stats, to_bytes
 from pictures import make_folder
 
 OPTIONS = {"codec": "dct", "size": 64, "shard_rows": 4}

@@ -12,11 +12,11 @@ import pytest
 from typer.testing import CliRunner
 
 import latentprep
-from latentprep.cli import app
+from latentprep.cli.commands import app
 from latentprep.codecs.autoencoder import find_weights
 from latentprep.errors import SourceError
-from latentprep.listing import left_out_line
-from latentprep.sources import Source, open_source
+from latentprep.sources.listing import left_out_line
+from latentprep.sources.source import Source, open_source
 from pictures import jpeg, picture
 
 JPEG = b"\xff\xd8\xff\xe0"

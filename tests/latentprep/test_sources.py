@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latentprep import offsets
 from latentprep.errors import SourceError, UsageError
-from latentprep.sources import Source, open_source
+from latentprep.sources import offsets
+from latentprep.sources.source import Source, open_source
 
 JPEG = b"\xff\xd8\xff\xe0"
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -18,10 +18,11 @@ from PIL import Image
 import latentprep
 import latenttrain
 from faults import digest
-from latentprep import console, page
-from latentprep.drawing import drawn
-from latentprep.sheet import Column, draw_sheet
-from latentprep.terminal import orderly_signals
+from latentprep.cli import console
+from latentprep.cli.terminal import orderly_signals
+from latentprep.pictures import page
+from latentprep.pictures.plots import drawn
+from latentprep.pictures.sheet import Column, draw_sheet
 from latentprep.text import shown
 
 ROOT = Path(__file__).parent.parent.parent

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 
 import latentprep
+from latentprep.audit.verify import VerifyResult
 from latentprep.errors import DatasetError, SourceError, UsageError
 from latentprep.format import LatentDataset, ShardRecord, open_dataset
 from latentprep.format.commit import commit_shard, write_errors
 from latentprep.format.shard import encoded_shard
 from latentprep.format.zarr_store import encode_shard_files, metadata_files, shard_files
 from latentprep.progress import silent
-from latentprep.sources import Source, open_source
-from latentprep.verifier import VerifyResult
+from latentprep.sources.source import Source, open_source
 from pictures import make_folder
 
 GOLDEN = Path(__file__).parent.parent / "golden"

@@ -12,7 +12,7 @@ from latenttrain.checkpoint import read_config
 from latenttrain.config import RunConfig, versions
 from latenttrain.data import Split
 from latenttrain.nets import NetConfig, build_net
-from latenttrain.packing import PackedSplit, pack
+from latenttrain.packed import PackedSplit, pack
 from latenttrain.recipe import make_recipe
 from latenttrain.stems import STEMS
 from latenttrain.train import batch_loss

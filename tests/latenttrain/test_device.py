@@ -11,8 +11,8 @@ import latenttrain
 from latentprep.errors import SystemFault
 from latenttrain import evaluation, train
 from latenttrain.data import Split
-from latenttrain.device import in_bfloat16, reproducible
 from latenttrain.nets import NetConfig, build_net
+from latenttrain.runtime import in_bfloat16, reproducible
 
 CPU = torch.device("cpu")
 QUANTIZER = {"bits": 2, "lo": (-2.0,) * 3, "step": (1.0,) * 3, "filter": tuple(0.1 + 0.01 * i for i in range(81))}

@@ -13,7 +13,7 @@ import latenttrain
 import profiles
 from latentprep.errors import CheckpointError, CodecError, UsageError
 from latentprep.format import open_dataset
-from latentprep.quantize import quantize
+from latentprep.quantizing.scalar import quantize
 from latenttrain.checkpoint import load_net
 from latenttrain.evaluation import scores
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from latentprep.format import open_dataset
 from latentprep.format.packing import packed_bytes
 from latenttrain.data import load_split
-from latenttrain.packing import pack, unpack
+from latenttrain.packed import pack, unpack
 from latenttrain.streaming import StreamedSplit
 
 CPU = torch.device("cpu")

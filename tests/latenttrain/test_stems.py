@@ -6,7 +6,7 @@ import torch
 
 from latentprep.errors import UsageError
 from latentprep.format import Quantizer
-from latentprep.quantize import code_statistics, dequantize, fit_quantizer, quantize
+from latentprep.quantizing.scalar import code_statistics, dequantize, fit_quantizer, quantize
 from latenttrain.nets import NetConfig, build_net
 from latenttrain.stems import STEMS
 

@@ -10,8 +10,8 @@ import torch
 import latentprep
 import latenttrain
 from latentprep.errors import DatasetError, SourceError, UsageError
-from latentprep.quantize import quantize
-from latentprep.sources import open_source
+from latentprep.quantizing.scalar import quantize
+from latentprep.sources.source import open_source
 from latenttrain.checkpoint import load_net, read_config
 from latenttrain.data import float_codes, load_trained
 from latenttrain.recipe import default_lr, preset_settings

@@ -196,7 +196,7 @@ def test_a_mistake_leaves_the_run_it_would_overwrite(codes, tmp_path, make_datas
 
 
 def test_two_runs_cannot_share_a_folder(codes, tmp_path, small):
-    from latentprep.storage_atomic import locked
+    from latentprep.storage.atomic import locked
 
     latenttrain.fit(codes, **{**small, "epochs": 1}, out=tmp_path / "run")
     with locked(tmp_path / "run"), pytest.raises(CheckpointError, match="being written by another latenttrain fit"):

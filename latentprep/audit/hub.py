@@ -1,0 +1,151 @@
+"""`push`: a dataset to a repository of the Hugging Face hub, with a card made from its manifest."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from latentprep.derived.derive import opened
+from latentprep.errors import SystemFault, UsageError
+from latentprep.format.dataset import LatentDataset
+from latentprep.format.manifest import ERRORS, MANIFEST
+from latentprep.format.stores import store_of
+from latentprep.progress import ProgressFactory, silent
+from latentprep.storage.buckets import hub_errors
+from latentprep.storage.places import RemotePath, local
+
+CARD = "README.md"
+
+
+@dataclass(frozen=True)
+class PushResult:
+    """What `push` did. url: of the commit; place: what `latentprep.open` takes."""
+
+    repository: str
+    place: str
+    url: str
+    files: int
+    bytes: int
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+
+def push(
+    dataset: str | Path | LatentDataset,
+    repository: str,
+    *,
+    private: bool = False,
+    progress: ProgressFactory = silent,
+) -> PushResult:
+    """Put the dataset in a local folder into the hub's dataset repository `repository`, in one commit, with a card.
+
+    The repository is made if there is none. Every file is compared with its checksum first. huggingface_hub finds the
+    token: ``HF_TOKEN``, or that of ``hf auth login``.
+
+    Raises `UsageError` for a name that is no ``owner/name``, `DatasetError` if the dataset is damaged or not complete,
+    `SystemFault` if the hub refuses or cannot be reached.
+    """
+    if len(repository.split("/")) != 2 or not all(repository.split("/")):
+        raise UsageError(f"the repository must be owner/name, got {repository}")
+    source = opened(dataset)
+    if isinstance(source.root, RemotePath):
+        raise UsageError(f"{source.root} is not on this machine", "push takes a folder; use latentprep convert first")
+    root, manifest = local(source.root, "what is pushed"), source.manifest
+    paths = [MANIFEST, *store_of(manifest).metadata_files(manifest)]
+    paths += [ERRORS] if (root / ERRORS).is_file() else []
+    records = [record for split in source.splits for record in source.records(split)]
+    with progress("checking", len(records), "shards", 0) as bar:
+        for record in records:
+            source.check_files(record)
+            paths += [*record.files, record.path]
+            bar.advance(1)
+    try:
+        from huggingface_hub import CommitOperationAdd, HfApi
+    except ImportError as error:
+        raise SystemFault(
+            "latentprep push needs huggingface_hub, which is not installed", "pip install 'latentprep[hub]'"
+        ) from error
+    added = [CommitOperationAdd(path, str(root / path)) for path in paths]
+    added.append(CommitOperationAdd(CARD, card(source, repository).encode()))
+    try:
+        api = HfApi()
+        api.create_repo(repository, repo_type="dataset", private=private, exist_ok=True)
+        message = f"{manifest.codec['name']} latents at {manifest.quantizer.bits} bits"
+        commit = api.create_commit(repository, added, commit_message=message, repo_type="dataset")
+    except hub_errors() as error:
+        raise SystemFault(
+            f"cannot push to {repository}: {str(error).partition(chr(10))[0][:300]}",
+            "check the name, the network and your token (hf auth login), then run the same command again",
+        ) from error
+    size = sum((root / path).stat().st_size for path in paths)
+    return PushResult(repository, f"hf://datasets/{repository}", str(commit.commit_url), len(added), size)
+
+
+def card(dataset: LatentDataset, repository: str) -> str:
+    """The repository's README: what the dataset is, from its manifest and records, and how to read it."""
+    manifest, where = dataset.manifest, f"hf://datasets/{repository}"
+    records = [record for split in dataset.splits for record in dataset.records(split)]
+    channels, height, width = manifest.latent
+    rows = sum(manifest.splits.values())
+    facts = {
+        "codec": manifest.codec,
+        "bits a code": manifest.quantizer.bits,
+        "latents": f"{channels} channels of {height} x {width}",
+        "images": f"{manifest.transform['size']} px a side",
+        "views": {split: manifest.views(split) for split in manifest.splits},
+        "rows": manifest.splits,
+        "rows that could not be read": sum(len(record.invalid) for record in records),
+        "bytes": sum(file.bytes for record in records for file in record.files.values()),
+        "store": manifest.store,
+        "source": manifest.source["spec"],
+        "made by": manifest.written_by,
+        "SHA-256 of the manifest": dataset.manifest.sha256,
+        "classes": list(manifest.classes),
+    }
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in facts.items()}
+    table = "\n".join(f"{name}: {text}" for name, text in texts.items())
+    size = next(name for most, name in _SIZES if rows < most)
+    return f"""---
+pretty_name: {json.dumps(repository.partition("/")[2])}
+task_categories:
+- image-classification
+size_categories:
+- {size}
+tags:
+- latentprep
+- latents
+---
+
+# {repository.partition("/")[2]}
+
+Images as low-bit codes of the latents of a lossy codec, with their labels: for training small networks on the codes.
+The images themselves are not in it; their licence applies to what is.
+
+````text
+{table.replace("````", "")}
+````
+
+Read it, or train on it, with latentprep:
+
+````bash
+pip install 'latentprep[hub]'
+latentprep info {where}
+latenttrain fit {where}
+````
+
+Latents are `lo + (code + 0.5) * step`, with `lo` and `step` of each channel from `manifest.json`. Every file but this
+one is covered by a checksum; `latentprep verify` compares them.
+"""
+
+
+_SIZES = (
+    (1_000, "n<1K"),
+    (10_000, "1K<n<10K"),
+    (100_000, "10K<n<100K"),
+    (1_000_000, "100K<n<1M"),
+    (10_000_000, "1M<n<10M"),
+    (100_000_000, "10M<n<100M"),
+    (1 << 62, "100M<n<1B"),
+)

@@ -1,0 +1,151 @@
+"""What a latent dataset is: `latentprep info`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from latentprep.format.dataset import LatentDataset, open_dataset
+from latentprep.format.manifest import INVALID_LABEL, ShardRecord, train_split
+from latentprep.format.stores import code_bytes, store_of
+
+POOR = 0.3  # bits a code: a channel with less adds next to nothing
+
+
+@dataclass(frozen=True)
+class SplitInfo:
+    """One split: planned rows, rows committed so far, invalid ones among them, and valid samples a class."""
+
+    rows: int
+    committed: int
+    invalid: int
+    samples: dict[str, int]
+
+
+@dataclass(frozen=True)
+class PoorChannel:
+    """A channel whose codes carry less than `POOR` bits each. entropy: in bits, of order 0; cause: why, in words."""
+
+    channel: int
+    entropy: float
+    cause: str
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """Facts of a dataset.
+
+    joint: codes were chosen together, see `latentprep.quantizing.joint`. latent: (C, h, w); views: of a train sample.
+    size: pixels a side of the images that were encoded.
+    code_bytes: on disk, all committed codes (of a WebDataset store, the tars); dataset_bytes: labels and keys too.
+    bits_per_value: ``8 * code_bytes`` over the number of codes. bytes_per_image: code bytes a sample.
+    source_bytes: the encoded images read (JPEGs, as a rule). saturation: share of latents a channel that lay
+    outside the quantizer's range. poor: channels that carry next to nothing, by the first committed shard of train.
+    """
+
+    path: str
+    codec: dict
+    bits: int
+    joint: bool
+    size: int
+    views: int
+    latent: tuple[int, int, int]
+    store: str
+    compression: str
+    source: str
+    mirror: bool
+    complete: bool
+    classes: int
+    splits: dict[str, SplitInfo]
+    code_bytes: int
+    dataset_bytes: int
+    source_bytes: int
+    bits_per_value: float
+    bytes_per_image: float
+    smaller_than_source: float
+    smaller_than_pixels: float
+    saturation: tuple[float, ...]
+    poor: tuple[PoorChannel, ...]
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+
+def info(dataset: str | Path | LatentDataset) -> DatasetInfo:
+    """Facts of a dataset, from its manifest, records, labels and one shard's codes.
+
+    Raises `DatasetError` if there is none or a shard is damaged.
+    """
+    dataset = open_dataset(dataset)
+    manifest = dataset.manifest
+    records = {split: dataset.records(split) for split in dataset.splits}
+    everything = [record for shards in records.values() for record in shards]
+    rows = sum(record.rows for record in everything)
+    valid = rows - sum(len(record.invalid) for record in everything)
+    values = sum(record.rows * int(np.prod(manifest.row_shape(record.split))) for record in everything)
+    codes = sum(code_bytes(manifest, record) for record in everything)
+    source_bytes = sum(record.source_bytes for record in everything)
+    saturated = (
+        np.sum([record.saturated for record in everything], axis=0) if everything else np.zeros(manifest.latent[0])
+    )
+    pixel_bytes = valid * 3 * manifest.transform["size"] ** 2
+    return DatasetInfo(
+        path=str(dataset.root),
+        codec=manifest.codec,
+        bits=manifest.quantizer.bits,
+        joint=bool(manifest.quantizer.filter),
+        size=manifest.transform["size"],
+        views=manifest.most_views,
+        latent=manifest.latent,
+        store=manifest.store,
+        compression=store_of(manifest).described(manifest),
+        source=manifest.source["spec"],
+        mirror=manifest.flip is not None,
+        complete=all(len(shards) == manifest.shard_count(split) for split, shards in records.items()),
+        classes=len(manifest.classes),
+        splits={split: _split_info(dataset, split, shards) for split, shards in records.items()},
+        code_bytes=codes,
+        dataset_bytes=sum(file.bytes for record in everything for file in record.files.values()),
+        source_bytes=source_bytes,
+        bits_per_value=8 * codes / max(1, values),
+        bytes_per_image=codes / max(1, rows),
+        smaller_than_source=source_bytes / max(1, codes),
+        smaller_than_pixels=pixel_bytes / max(1, codes),
+        saturation=tuple((saturated * manifest.latent[0] / max(1, values)).tolist()),
+        poor=_poor_channels(dataset, records),
+    )
+
+
+def _poor_channels(dataset: LatentDataset, records: dict[str, list[ShardRecord]]) -> tuple[PoorChannel, ...]:
+    """Those of the first committed shard of the split that is learned from, view 0 of its valid samples."""
+    split = train_split(records)
+    if not records[split]:
+        return ()
+    shard = dataset.read_shard(split, records[split][0].index, keys=False)
+    codes = shard.codes[shard.labels != INVALID_LABEL, 0]
+    if not codes.size:
+        return ()
+    found = []
+    for channel in range(codes.shape[1]):
+        counts = np.unique(codes[:, channel], return_counts=True)[1]
+        used = counts / counts.sum()
+        entropy = abs(float(used @ np.log2(used)))
+        if entropy < POOR:
+            few = f"few values, outliers, set its range; {used.max():.1%} of its codes are the same"
+            found.append(PoorChannel(channel, entropy, "it is constant" if len(used) == 1 else few))
+    return tuple(found)
+
+
+def _split_info(dataset: LatentDataset, split: str, records: list[ShardRecord]) -> SplitInfo:
+    counts: Counter[int] = Counter()
+    for record in records:
+        counts.update(dataset.read_labels(split, record.index).tolist())
+    return SplitInfo(
+        rows=dataset.manifest.splits[split],
+        committed=sum(record.rows for record in records),
+        invalid=counts.pop(INVALID_LABEL, 0),
+        samples={name: counts[label] for label, name in enumerate(dataset.classes)},
+    )

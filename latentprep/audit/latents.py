@@ -1,0 +1,82 @@
+"""`write_latents`: a dataset's latents as the codec makes them, in float16, beside the dataset."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from latentprep.errors import SourceError, UsageError, opt, system_fault
+from latentprep.format.dataset import LatentDataset, open_dataset
+from latentprep.format.fields import dump_json
+from latentprep.format.latents import LATENTS, check_latents, described
+from latentprep.progress import ProgressFactory, silent
+from latentprep.sources.source import Source, open_source
+from latentprep.storage.atomic import locked, write_atomic
+from latentprep.storage.places import local
+
+
+def write_latents(
+    dataset: str | Path | LatentDataset,
+    source: str | Path | Source,
+    *,
+    out: str | Path,
+    data: str | Path | None = None,
+    val_fraction: float | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    weights: str | None = None,
+    device: str = "auto",
+    batch_size: int | None = None,
+    workers: int | None = None,
+    progress: ProgressFactory = silent,
+) -> Path:
+    """Write the float16 latents of view 0 of every sample of `dataset` to the folder `out`, and return it.
+
+    source: the images that the dataset was made of; data, val_fraction, limit and seed: as they were for the encode.
+    Splits that are there already are left alone. For what it is good for see `latenttrain.sweep`; training reads codes,
+    which are a tenth of the size.
+
+    Raises `UsageError` if `out` is the dataset, `DatasetError` if it holds another's latents, `SourceError` if the
+    source is not the dataset's, `CodecError` if the codec cannot be had, `SystemFault` if the disk is full.
+    """
+    from latentprep.codecs import codec_from_config
+    from latentprep.device import pick_device
+    from latentprep.encoding.pipeline import Stages, encoded_rows
+    from latentprep.sources.images import MAX_PIXELS
+
+    opened, root = open_dataset(dataset), local(out, opt("out"))
+    if root.resolve() == opened.root.resolve():
+        raise UsageError(f"{opt('out')} is the dataset itself, {root}", "name another folder")
+    manifest = opened.manifest
+    source = open_source(source, data=data, val_fraction=val_fraction, seed=seed)
+    source = source if limit is None else source.take(limit)
+    if source.fingerprint() != manifest.source["sha256"]:
+        raise SourceError(
+            f"{source.spec} is not the source that {opened.root} was made of: its files or labels differ",
+            f"give the same source, with the {opt('limit')}, {opt('val_fraction')} and {opt('seed')} of the encode",
+        )
+    codec = codec_from_config(manifest.codec, device=pick_device(device), weights=weights)
+    stages = Stages(source, codec, batch_size, workers, MAX_PIXELS)
+    canonical = replace(manifest, transform={**manifest.transform, "views": 1})
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with locked(root), progress("latents", sum(manifest.splits.values()), "images", 0) as bar:
+            check_latents(root, opened)
+            write_atomic(root / LATENTS, dump_json(described(opened)))  # first: what is beside it is of this dataset
+            for split, rows in manifest.splits.items():
+                final, part = root / f"{split}.npy", root / f"{split}.npy.tmp"
+                if final.exists():
+                    bar.advance(rows)
+                    continue
+                shape = (rows, *manifest.latent)
+                values = np.lib.format.open_memmap(part, mode="w+", dtype=np.float16, shape=shape)
+                for numbers, found in encoded_rows(stages, canonical, split, rows):
+                    values[numbers] = found.numpy()
+                    bar.advance(len(numbers))
+                values.flush()
+                part.replace(final)
+    except OSError as error:
+        raise system_fault(error) from error
+    return root

@@ -1,0 +1,273 @@
+"""`verify`: whether a latent dataset is what its manifest and records say, and, given its source, what that encodes to.
+
+Everything in a dataset's folder is either covered by a checksum (shards' files by their record, the manifest by every
+record, a record by itself) or follows from what is (`zarr.json`, `errors.jsonl`): one bit altered anywhere shows.
+"""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from latentprep.audit.reencode import SAMPLES, Comparison, compare, own_stages
+from latentprep.encoding.driver import committed, writing
+from latentprep.encoding.source_files import read_stats
+from latentprep.errors import DatasetError, UsageError, opt, system_fault
+from latentprep.format.commit import create_dataset, error_lines, write_errors
+from latentprep.format.dataset import ForeignRecord, LatentDataset, open_dataset
+from latentprep.format.manifest import ERRORS, INVALID_LABEL, MANIFEST, ShardId, ShardRecord
+from latentprep.format.stores import store_of
+from latentprep.progress import ProgressFactory, silent
+from latentprep.sources.source import Source, open_own_source
+from latentprep.storage.places import Place
+
+if TYPE_CHECKING:
+    from latentprep.encoding.pipeline import Stages
+
+_SHALLOW = 4  # shards of each split whose codes are decoded without ``deep``
+_READERS = 4  # threads; reading, hashing and decompressing release the interpreter lock
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that is not as it should be. split, index: the shard, None where it is none's."""
+
+    split: str | None
+    index: int | None
+    what: str
+
+
+@dataclass(frozen=True)
+class VerifyResult:
+    """What `verify` found.
+
+    shards: as planned; checked: committed, and found whole; decoded: how many had their codes looked at.
+    rows, invalid, bytes: of the checked shards. problems: what is wrong (with `repair`: what still is).
+    repaired: shard -> whether its bytes are those that its record had named; None where no record was readable.
+    """
+
+    path: str
+    shards: int
+    checked: int
+    decoded: int
+    rows: int
+    invalid: int
+    bytes: int
+    problems: tuple[Problem, ...]
+    compared: Comparison | None = None
+    repaired: dict[str, bool | None] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def to_json(self) -> dict:
+        return {"ok": self.ok, **asdict(self)}
+
+
+def verify(
+    dataset: str | Path | LatentDataset,
+    *,
+    deep: bool = False,
+    source: str | Path | Source | None = None,
+    samples: int = SAMPLES,
+    data: str | Path | None = None,
+    val_fraction: float | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    repair: bool = False,
+    weights: str | None = None,
+    device: str = "auto",
+    batch_size: int | None = None,
+    workers: int | None = None,
+    progress: ProgressFactory = silent,
+) -> VerifyResult:
+    """Check a dataset: counts, sizes and checksums of every file, labels, keys, codes, derived files.
+
+    deep: decode every shard, not only some of each split. source: the images that the dataset was made of: keys and
+    labels are compared with it, and `samples` images drawn by `seed` are encoded again. data, val_fraction, limit:
+    as they were for the encode, and seed too. repair: encode the damaged and missing shards again, and no others.
+    weights, device, batch_size, workers: for the codec, as in `encode`.
+
+    Raises `DatasetError` if there is no dataset, or its manifest is damaged (nothing can be checked or repaired then),
+    `SourceError` if the source is not the dataset's, `UsageError` for `repair` without a source.
+    """
+    if repair and source is None:
+        raise UsageError(
+            f"{opt('repair')} encodes damaged shards again, so it needs their images",
+            f"name them with {opt('source')}",
+        )
+    if samples < 0:
+        raise UsageError(f"samples must be 0 or more, got {samples}", f"use {opt('samples', SAMPLES)}")
+    root = dataset.root if isinstance(dataset, LatentDataset) else dataset  # what is there now, not what was read once
+    dataset = open_dataset(root)
+    source = open_own_source(source, data=data, val_fraction=val_fraction, seed=seed, limit=limit)
+    stages = None if source is None else own_stages(dataset, source, weights, device, batch_size, workers)
+    compared, repaired = None, {}
+    try:
+        found = _Check(dataset, deep, source, progress)
+        if stages is not None and samples:
+            compared, wrong = compare(dataset, stages, found.good, samples, seed, progress)
+            for shard, what in wrong.items():
+                found.damaged(shard, found.good.pop(shard), what)
+        if stages is not None and repair and found.problems:
+            repaired = _repair(dataset, stages, found.bad, progress)
+            found = _Check(open_dataset(root), deep, source, progress)
+    except OSError as error:
+        raise system_fault(error) from error
+    records = found.good.values()
+    return VerifyResult(
+        path=str(dataset.root),
+        shards=len(found.good) + len(found.bad),
+        checked=len(found.good),
+        decoded=found.decoded,
+        rows=sum(record.rows for record in records),
+        invalid=sum(len(record.invalid) for record in records),
+        bytes=sum(file.bytes for record in records for file in record.files.values()),
+        problems=tuple(sorted(found.problems, key=lambda p: (p.split is None, p.split or "", p.index or 0))),
+        compared=compared,
+        repaired=repaired,
+    )
+
+
+class _Check:
+    """One pass over a dataset. good: shards found whole, with their records; bad: all others, with theirs if readable.
+
+    Raises `DatasetError` if the manifest is not the one that the shards were made under.
+    """
+
+    def __init__(self, dataset: LatentDataset, deep: bool, source: Source | None, progress: ProgressFactory) -> None:
+        self.dataset, self.deep, self.source = dataset, deep, source
+        self.problems: list[Problem] = []
+        self.good: dict[ShardId, ShardRecord] = {}
+        self.bad: dict[ShardId, ShardRecord | None] = {}
+        self.decoded = 0
+        self._check_shards(self._records(), progress)
+        self._check_derived()
+
+    def damaged(self, shard: ShardId, record: ShardRecord | None, what: str) -> None:
+        self.bad[shard] = record
+        self.problems.append(Problem(shard.split, shard.index, what))
+
+    def _records(self) -> list[ShardRecord]:
+        """The records that can be read and belong to the manifest."""
+        records, foreign = [], 0
+        for shard in self.dataset.manifest.shards():
+            try:
+                record = self.dataset.record(shard.split, shard.index)
+            except DatasetError as error:
+                foreign += isinstance(error, ForeignRecord)
+                self.damaged(shard, None, error.message)
+                continue
+            if record is None:
+                self.damaged(shard, None, "is not committed")
+            else:
+                records.append(record)
+        if foreign and not records:
+            raise DatasetError(
+                f"no record of {self.dataset.root} names the manifest that is there: {MANIFEST} was altered",
+                f"restore it, or encode to another folder with the same options and copy its {MANIFEST}",
+            )
+        return records
+
+    def _check_shards(self, records: list[ShardRecord], progress: ProgressFactory) -> None:
+        seen: dict[str, dict[str, int]] = {split: {} for split in self.dataset.splits}  # key -> shard
+        with ThreadPoolExecutor(_READERS) as pool, progress("verifying", len(records), "shards", 0) as bar:
+            for record, (problem, keys) in zip(records, pool.map(self._read, records), strict=True):
+                shard = record.shard
+                if not problem:
+                    holders = [(key, seen[record.split].setdefault(key, record.index)) for key in keys]
+                    twice = [(key, holder) for key, holder in holders if holder != record.index]
+                    if len(set(keys)) < len(keys):
+                        problem = "holds a key twice"
+                    elif twice:
+                        problem = f"holds the key {twice[0][0]}, which shard {record.split} {twice[0][1]} has too"
+                if problem:
+                    self.damaged(shard, record, problem)
+                else:
+                    self.good[shard] = record
+                self.decoded += self._decodes(record)
+                bar.advance(1, shard=str(shard))
+
+    def _decodes(self, record: ShardRecord) -> bool:
+        """Whether the shard's codes are decoded, too."""
+        count = self.dataset.manifest.shard_count(record.split)
+        return self.deep or count <= _SHALLOW or record.index in {count * k // _SHALLOW for k in range(_SHALLOW)}
+
+    def _read(self, record: ShardRecord) -> tuple[str, list[str]]:
+        """Read one shard: what is wrong with it, empty if nothing is, and its keys."""
+        split, index, codes = record.split, record.index, None
+        try:
+            self.dataset.check_files(record)
+            if self._decodes(record):
+                shard = self.dataset.read_shard(split, index)
+                codes, labels, keys = shard.codes, shard.labels, shard.keys
+            else:
+                labels, keys = self.dataset.read_labels(split, index), self.dataset.read_keys(split, index)
+        except DatasetError as error:
+            return error.message, []
+        return self._rows_problem(record, codes, labels, keys), keys
+
+    def _rows_problem(self, record: ShardRecord, codes: np.ndarray | None, labels: np.ndarray, keys: list[str]) -> str:
+        classes, start = len(self.dataset.classes), record.index * self.dataset.manifest.shard_rows
+        invalid = {entry["row"] - start: entry["key"] for entry in record.invalid}
+        if not INVALID_LABEL <= labels.min() <= labels.max() < classes:
+            return f"holds a label outside the {classes} classes"
+        if set(np.flatnonzero(labels == INVALID_LABEL).tolist()) != set(invalid):
+            return "has other invalid rows than its record lists"
+        if any(keys[place] != key for place, key in invalid.items()):
+            return "has another key at an invalid row than its record lists"
+        if codes is not None and codes[sorted(invalid)].any():
+            return "holds codes in an invalid row"
+        if self.source is not None:
+            rows = slice(start, start + record.rows)
+            wanted = np.array(self.source.labels(record.split)[rows], np.int32)
+            if keys != self.source.keys(record.split)[rows] or (labels != wanted)[labels != INVALID_LABEL].any():
+                return "has other keys or labels than the source"
+        return ""
+
+    def _check_derived(self) -> None:
+        """The files that follow from manifest and records."""
+        root, manifest = self.dataset.root, self.dataset.manifest
+        try:
+            read_stats(root)
+        except DatasetError as error:
+            self.problems.append(Problem(None, None, error.message))
+        for path, expected in store_of(manifest).metadata_files(manifest).items():
+            if not _same_json(root / path, expected):
+                what = f"{path} is not what the manifest implies (other Zarr readers use it, this one never does)"
+                self.problems.append(Problem(None, None, what))
+        if not self.bad:
+            there = (root / ERRORS).read_bytes() if (root / ERRORS).is_file() else b""
+            if there != error_lines(list(self.good.values())):
+                self.problems.append(Problem(None, None, f"{ERRORS} is not what the records list"))
+
+
+def _repair(
+    dataset: LatentDataset, stages: Stages, bad: dict[ShardId, ShardRecord | None], progress: ProgressFactory
+) -> dict[str, bool | None]:
+    """Encode the bad shards again, and write the derived files anew."""
+    from latentprep.encoding.pipeline import LocalEngine
+
+    manifest, jobs, repaired = dataset.manifest, list(bad), {}
+    total = sum(manifest.rows_in_shard(shard.split, shard.index) for shard in jobs)
+    with writing(dataset.root), progress("repairing", total, "images", 0) as bar:
+        create_dataset(dataset.root, manifest)
+        for record in committed(dataset, LocalEngine(manifest, stages, bar).run(jobs)):
+            before = bad[record.shard]
+            repaired[str(record.shard)] = None if before is None else before.files == record.files
+        write_errors(dataset.root, [record for split in dataset.splits for record in dataset.records(split)])
+    return repaired
+
+
+def _same_json(path: Place, expected: bytes) -> bool:
+    try:
+        data = path.read_bytes()
+        return data == expected or json.loads(data) == json.loads(expected)
+    except (FileNotFoundError, ValueError, RecursionError):
+        return False

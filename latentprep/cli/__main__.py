@@ -1,0 +1,3 @@
+from latentprep.cli import main
+
+main()

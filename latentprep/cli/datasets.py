@@ -1,0 +1,263 @@
+"""The commands of `latentprep` about a dataset that is there: parse, one library call, render."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from latentprep import text
+from latentprep.cli import console
+from latentprep.cli.options import BatchSize, Data, Device, Joint, Json, Made, Out, Overwrite, Weights, Workers
+from latentprep.cli.showing import open_shown, shape, show_result, show_verified
+from latentprep.errors import DatasetError
+
+app = typer.Typer()
+
+
+@app.command()
+def requantize(
+    dataset: Annotated[str, typer.Argument(help="Folder or URL that latentprep encode wrote to, with more bits.")],
+    bits: Annotated[int, typer.Option(help="Bits a code, fewer than the dataset has.")],
+    out: Out,
+    joint: Joint = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Make a dataset of fewer bits from another one's codes, without the images and without the codec.
+
+    The quantizer's range is fitted anew.
+
+    Example:
+
+      latentprep requantize shards --bits 2 --out shards-2bit
+    """
+    from latentprep.derived.requantize import requantize as run
+
+    made = run(dataset, bits=bits, out=out, joint=joint, overwrite=overwrite, progress=console.progress_bar)
+    show_result(made, as_json)
+
+
+@app.command()
+def convert(
+    dataset: Made,
+    out: Annotated[
+        str, typer.Argument(help="Folder, s3://… or gs://… to write to; an unfinished one there is resumed.")
+    ],
+    store: Annotated[str, typer.Option(help="zarr, or wds: tars that any WebDataset reader reads.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the dataset in OUT and start anew.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Store a dataset otherwise. Nothing is lost: there and back gives the same bytes. What is written is read back.
+
+    Example:
+
+      latentprep convert shards shards-tars --store wds
+    """
+    from latentprep.derived.derive import convert as run
+
+    show_result(run(dataset, out=out, store=store, overwrite=overwrite, progress=console.progress_bar), as_json)
+
+
+@app.command()
+def subset(
+    dataset: Made,
+    out: Out,
+    classes: Annotated[str | None, typer.Option(help="Comma-separated classes to keep. Default: all.")] = None,
+    fraction: Annotated[float, typer.Option(help="Share of each class of each split to keep.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Draws which. A smaller share is part of a larger one.")] = 0,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Make a dataset of some of another one's samples. Those that could not be read are left out.
+
+    Example:
+
+      latentprep subset shards --classes circle,star --fraction 0.5 --out shards-small
+    """
+    from latentprep.derived.selection import subset as run
+
+    names = [name.strip() for name in classes.split(",")] if classes else None
+    result = run(
+        dataset, out=out, classes=names, fraction=fraction, seed=seed, overwrite=overwrite,
+        progress=console.progress_bar,
+    )  # fmt: skip
+    show_result(result, as_json)
+
+
+@app.command()
+def merge(
+    datasets: Annotated[list[str], typer.Argument(help="Two folders or URLs or more that latentprep encode wrote to.")],
+    out: Out,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Make one dataset of several that were encoded alike: other splits, or other samples of the same ones.
+
+    Encode the first part, and the others with --quantizer FIRST. Parts whose codes mean different things are refused.
+
+    Example:
+
+      latentprep encode more/ --codec dct --quantizer shards --out more-shards
+
+      latentprep merge shards more-shards --out all-shards
+    """
+    from latentprep.derived.selection import merge as run
+
+    show_result(run(datasets, out=out, overwrite=overwrite, progress=console.progress_bar), as_json)
+
+
+@app.command()
+def push(
+    dataset: Annotated[str, typer.Argument(help="Folder that latentprep encode wrote to.")],
+    repository: Annotated[str, typer.Argument(help="owner/name on the Hugging Face hub; made if there is none.")],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository a private one.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Put a dataset on the Hugging Face hub, in one commit, with a card made from its manifest.
+
+    Example:
+
+      latentprep push shards me/shapes-dct
+    """
+    from latentprep.audit.hub import push as run
+
+    result = run(dataset, repository, private=private, progress=console.progress_bar)
+    if as_json:
+        console.print_json(result.to_json())
+    else:
+        facts = {"files": f"{result.files}, {text.size(result.bytes)}", "next": f"latenttrain fit {result.place}"}
+        console.print_facts(f"wrote {result.url}", facts)
+
+
+@app.command()
+def latents(
+    dataset: Made,
+    source: Annotated[str, typer.Argument(help="The source that it was made of.")],
+    out: Annotated[Path, typer.Option(help="Folder to write to; splits that are there already are left alone.")],
+    data: Data = None,
+    val_fraction: Annotated[float | None, typer.Option(help="As it was for the encode.")] = None,
+    limit: Annotated[int | None, typer.Option(help="As it was for the encode.")] = None,
+    seed: Annotated[int, typer.Option(help="As it was for the encode.")] = 0,
+    weights: Weights = None,
+    batch_size: BatchSize = None,
+    workers: Workers = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Write a dataset's float16 latents as .npy files: what latenttrain sweep compares its codes with.
+
+    Example:
+
+      latentprep latents shards imagenette --out shards-float
+    """
+    from latentprep.audit.latents import write_latents as run
+
+    opened = open_shown(source, data=data, val_fraction=val_fraction, seed=seed)
+    folder = run(
+        dataset, opened, out=out, limit=limit, weights=weights, device=device, batch_size=batch_size, workers=workers,
+        progress=console.progress_bar,
+    )  # fmt: skip
+    if as_json:
+        console.print_json({"out": str(folder)})
+    else:
+        console.print_facts(f"wrote {folder}", {"next": f"latenttrain sweep {dataset} --latents {folder}"})
+
+
+@app.command()
+def verify(
+    dataset: Made,
+    deep: Annotated[bool, typer.Option("--deep", help="Decode every shard, not only some of each split.")] = False,
+    source: Annotated[
+        str | None, typer.Option(help="The source that it was made of: compare with it, and encode some images again.")
+    ] = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Encode damaged and missing shards again, from --source.")
+    ] = False,
+    samples: Annotated[int, typer.Option(rich_help_panel="Source", help="Images to encode again and compare.")] = 64,
+    data: Annotated[
+        Path | None, typer.Option(rich_help_panel="Source", help="A copy of the named dataset that you already have.")
+    ] = None,
+    val_fraction: Annotated[
+        float | None, typer.Option(rich_help_panel="Source", help="As it was for the encode.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(rich_help_panel="Source", help="As it was for the encode.")] = None,
+    seed: Annotated[
+        int, typer.Option(rich_help_panel="Source", help="As it was for the encode; it also draws the samples.")
+    ] = 0,
+    weights: Weights = None,
+    batch_size: BatchSize = None,
+    workers: Workers = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Check every file of a dataset against its checksums, and its rows against what they must be.
+
+    Exit code 0: all is well. 6: something is damaged or missing; each shard is named, and --repair makes it again.
+
+    Examples:
+
+      latentprep verify shards --deep
+
+      latentprep verify shards --source photos/ --repair
+    """
+    from latentprep.audit.verify import verify as run
+
+    opened = open_shown(source, data=data, val_fraction=val_fraction, seed=seed, limit=limit)
+    found = run(
+        dataset, deep=deep, source=opened, samples=samples, seed=seed, repair=repair, weights=weights, device=device,
+        batch_size=batch_size, workers=workers, progress=console.progress_bar,
+    )  # fmt: skip
+    if as_json:
+        console.print_json(found.to_json())
+    else:
+        show_verified(found)
+    if not found.ok:
+        raise typer.Exit(DatasetError.exit_code)
+
+
+@app.command()
+def info(
+    dataset: Made,
+    as_json: Json = False,
+) -> None:
+    """Say what a latent dataset is: codec, bits, samples a class, bytes an image, compression.
+
+    Example:
+
+      latentprep info shards
+    """
+    from latentprep.audit.info import info as run
+
+    found = run(dataset)
+    if as_json:
+        console.print_json(found.to_json())
+        return
+    options = ", ".join(f"{key} {value}" for key, value in found.codec.items() if key not in ("name", "weights_sha256"))
+    console.print_facts(
+        f"{found.path}" + ("" if found.complete else " (not complete: run the same encode again)"),
+        {
+            "source": found.source,
+            "codec": found.codec["name"] + (f" ({options})" if options else ""),
+            "latents": f"{shape(found.latent)} of {found.size}×{found.size} px at {text.plural(found.bits, 'bit')}"
+            + (", chosen jointly" if found.joint else "")
+            + (f", {found.views} views" if found.views > 1 else "")
+            + (", exact mirror" if found.mirror else ""),
+            "codes": f"{text.size(found.code_bytes)}, {found.bytes_per_image:.0f} bytes an image, "
+            f"{found.bits_per_value:.2f} bits a value ({found.store}, {found.compression})",
+            "smaller": f"{found.smaller_than_source:.1f} times than the images' files, "
+            f"{found.smaller_than_pixels:.0f} times than their pixels",
+            "saturated": " ".join(f"{share:.2%}" for share in found.saturation[:16])
+            + (" …" if len(found.saturation) > 16 else "")
+            + " of values, a channel",
+            **{f"channel {poor.channel}": f"{poor.entropy:.2f} bits a code: {poor.cause}" for poor in found.poor[:16]},
+        },
+    )
+    names = list(found.splits)
+    rows = [
+        [name, *(str(found.splits[split].samples[name]) for split in names)] for name in found.splits[names[0]].samples
+    ]
+    rows.append(["invalid", *(str(found.splits[split].invalid) for split in names)])
+    rows.append(["all", *(f"{found.splits[split].committed} of {found.splits[split].rows}" for split in names)])
+    console.print_table("", ["class", *names], rows)

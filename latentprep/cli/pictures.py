@@ -1,0 +1,328 @@
+"""The commands of `latentprep` that make pictures: parse, one library call, render."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from latentprep import text
+from latentprep.cli import console
+from latentprep.cli.options import (
+    Class,
+    Data,
+    Dataset,
+    DecoderOption,
+    Device,
+    Index,
+    Json,
+    SourceOption,
+    Split,
+    Weights,
+)
+from latentprep.cli.showing import open_shown
+from latentprep.errors import UsageError
+
+if TYPE_CHECKING:
+    from latentprep.sources.source import Source
+
+app = typer.Typer()
+linear = typer.Typer(
+    help="Decode latents by one matrix: fit it, look at what it makes.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+)
+app.add_typer(linear, name="linear-decoder")
+
+Limit = Annotated[int, typer.Option(help="At most so many samples, spread over the classes.")]
+Show = Annotated[bool, typer.Option("--show/--no-show", help="Show it in the terminal, where that can.")]
+
+
+@app.command()
+def decode(
+    dataset: Dataset,
+    out: Annotated[Path, typer.Option(help="Folder to write to: SPLIT/CLASS/ROW.png and decoded.jsonl.")],
+    split: Split = None,
+    index: Index = None,
+    class_: Class = None,
+    limit: Annotated[int | None, typer.Option(help="At most so many samples, spread over the classes.")] = None,
+    format: Annotated[str, typer.Option(help="png or jpeg.")] = "png",
+    source: SourceOption = None,
+    data: Data = None,
+    decoder: DecoderOption = "codec",
+    weights: Weights = None,
+    device: Device = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files of the same name in --out.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Decode codes back to image files, and with --source say how near they are to the originals.
+
+    The folder is one that latentprep encode takes for a source.
+
+    Examples:
+
+      latentprep decode shards --out decoded --limit 100 --source shapes
+
+      latentprep decode shards --out decoded --split train --class ring --format jpeg
+    """
+    from latentprep.pictures.decode import decode as run
+
+    result = run(
+        dataset, out=out, split=split, index=_rows(index), classes=class_, limit=limit, format=format, decoder=decoder,
+        source=_source(source, data), weights=weights, device=device, overwrite=overwrite,
+        progress=console.progress_bar,
+    )  # fmt: skip
+    if as_json:
+        console.print_json(result.to_json())
+        return
+    if source is not None:
+        every = {"all": result.all, **result.per_class}
+        rows = [[name, str(q.images), _number(q.psnr, 2), _number(q.ssim, 4)] for name, q in every.items()]
+        console.print_table(
+            f"{result.split}, decoded by {result.decoder}", ["class", "images", "PSNR dB", "SSIM"], rows
+        )
+    console.print_facts("", {"wrote": f"{text.plural(result.all.images, 'image')} to {result.out}"})
+
+
+@app.command()
+def preview(
+    dataset: Dataset,
+    out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("preview.png"),
+    split: Split = None,
+    index: Index = None,
+    class_: Class = None,
+    limit: Limit = 20,
+    bits: Annotated[
+        str | None, typer.Option(help="Bits to decode at, such as 4,2,1. Default: the stored ones, and 4, 2, 1.")
+    ] = None,
+    source: SourceOption = None,
+    data: Data = None,
+    decoder: DecoderOption = "codec",
+    weights: Weights = None,
+    device: Device = "auto",
+    show: Show = True,
+    as_json: Json = False,
+) -> None:
+    """Draw a contact sheet: originals, decoded at the stored bits and at fewer, and the latents themselves.
+
+    Fewer bits come from the codes: neither the images nor the codec's encoder is needed.
+
+    Examples:
+
+      latentprep preview shards
+
+      latentprep preview shards --decoder linear --limit 64 --out latents.png
+    """
+    from latentprep.pictures.preview import preview as run
+
+    result = run(
+        dataset, out=out, split=split, index=_rows(index), classes=class_, limit=limit,
+        bits=None if bits is None else _whole_numbers("--bits", bits), source=_source(source, data), decoder=decoder,
+        weights=weights, device=device, progress=console.progress_bar,
+    )  # fmt: skip
+    _show_sheet(result.out, result.samples, result.split, result.columns, show, as_json)
+
+
+@app.command()
+def rd(
+    source: Annotated[str, typer.Argument(help="Folder, tars or a named dataset, as for encode.", show_default=False)],
+    codecs: Annotated[
+        str, typer.Option(help="Codecs, comma-separated, with options as taesd:weights=FOLDER or dct:luma=20.")
+    ] = "dct",
+    bits: Annotated[str, typer.Option(help="Bits a code, such as 1-8 or 2,4.")] = "1-8",
+    qualities: Annotated[
+        str, typer.Option(help="Qualities of JPEG, WebP and AVIF.")
+    ] = "5,10,20,30,40,50,60,70,80,90,95",
+    images: Annotated[int, typer.Option(help="Images of val, or of the first split, drawn with the seed.")] = 200,
+    size: Annotated[int | None, typer.Option(help="Pixels a side. Default: suits the source and the codec.")] = None,
+    data: Data = None,
+    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
+    device: Device = "auto",
+    out: Annotated[Path, typer.Option(help="Folder to write to: rd.json, rd.png, rd.svg, side-by-side.png.")] = Path(
+        "rd"
+    ),
+    as_json: Json = False,
+) -> None:
+    """Measure rate against distortion: codecs at each number of bits beside JPEG, WebP and AVIF.
+
+    Bytes are those on disk, entropy-coded as encode does it, with labels, keys, metadata and manifest.
+
+    Examples:
+
+      latentprep rd shapes --images 100
+
+      latentprep rd imagenette --codecs dct,taesd,taesd3:weights=path/to/taesd3 --out rd-imagenette
+    """
+    from latentprep.pictures.rd import rd as run
+
+    opened = _source(source, data)
+    assert opened is not None
+    result = run(
+        opened, codecs=[name.strip() for name in codecs.split(",")], bits=_whole_numbers("--bits", bits),
+        qualities=_whole_numbers("--qualities", qualities), images=images, size=size, seed=seed, device=device,
+        out=out, progress=console.progress_bar,
+    )  # fmt: skip
+    if as_json:
+        console.print_json(result.to_json())
+        return
+    rows = [
+        [p.name, str(p.setting), f"{p.bytes:,.0f}", f"{p.bpp:.3f}", f"{result.size**2 * 3 / p.bytes:.1f}",
+         _number(p.psnr, 2), _number(p.ssim, 4)]
+        for p in result.points
+    ]  # fmt: skip
+    columns = ["codec", "setting", "bytes", "bits a pixel", "ratio", "PSNR dB", "SSIM"]
+    console.print_table(f"{result.images} images of {source} {result.split} at {result.size} px", columns, rows)
+    for name, reason in result.skipped.items():
+        console.warn(f"{name} is left out: {reason}")
+    console.print_facts("", {"wrote": f"rd.json, rd.png, rd.svg and side-by-side.png to {result.out}"})
+
+
+@app.command()
+def report(
+    dataset: Dataset,
+    run: Annotated[
+        list[Path] | None, typer.Option("--run", help="A run folder of latenttrain fit; may be repeated.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
+    samples: Annotated[int, typer.Option(help="Samples to show, spread over the classes.")] = 10,
+    source: SourceOption = None,
+    data: Data = None,
+    decoder: DecoderOption = "codec",
+    weights: Weights = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Write one HTML page: what was encoded and how, what the codes keep, and how runs on them do.
+
+    It needs no network and opens from disk, on a phone too.
+
+    Examples:
+
+      latentprep report shards
+
+      latentprep report shards --run runs/first --run runs/second --out report.html
+    """
+    from latentprep.pictures.report import report as write
+
+    result = write(
+        dataset, out=out, runs=run or [], samples=samples, decoder=decoder, source=_source(source, data),
+        weights=weights, device=device, progress=console.progress_bar,
+    )  # fmt: skip
+    if as_json:
+        console.print_json(result.to_json())
+        return
+    mean = sum(result.entropy) / len(result.entropy)
+    console.print_facts(
+        f"wrote {result.out}",
+        {
+            "page": f"{text.size(result.bytes)}, in one file",
+            "codes": f"{result.bits_per_value:.2f} bits a value, entropy {mean:.2f}",
+            "saturated": f"at most {max(result.saturation):.2%} of a channel's values",
+        },
+    )
+
+
+@linear.command("fit")
+def linear_fit(
+    dataset: Dataset,
+    source: Annotated[str, typer.Option(help="The source that it was made of.", show_default=False)],
+    data: Data = None,
+    samples: Annotated[int, typer.Option(help="Samples to fit to, and as many to judge by.")] = 1000,
+    as_json: Json = False,
+) -> None:
+    """Fit the matrices from latents to pixels by least squares, and keep them beside the manifest.
+
+    One takes a place's C latents to the colour of the image shrunk to the latent grid, the other to all pixels there.
+    Colours are -1 to 1.
+
+    Example:
+
+      latentprep linear-decoder fit shards --source shapes
+    """
+    from latentprep.pictures.linear_decoder import fit_linear_decoder
+
+    opened = _source(source, data)
+    assert opened is not None
+    result = fit_linear_decoder(dataset, opened, samples=samples, progress=console.progress_bar)
+    if as_json:
+        console.print_json(result.to_json())
+        return
+    rows = [[f"channel {c}", *(f"{v:+.3g}" for v in row)] for c, row in enumerate(result.small_matrix)]
+    rows.append(["bias", *(f"{v:+.3g}" for v in result.small_bias)])
+    rows.append(["R²", *(f"{v:.3f}" for v in result.small.r2)])
+    rows.append([f"R², {result.factor}×{result.factor} pixels", *(f"{v:.3f}" for v in result.full.r2)])
+    console.print_table(f"latents to colours, fitted to {result.fitted}", ["", "red", "green", "blue"], rows)
+    names = {"all": (result.small.psnr, result.full.psnr)}
+    names |= {n: (p, result.full.per_class[n]) for n, p in result.small.per_class.items() if p is not None}
+    console.print_table(
+        f"PSNR in dB, judged by {result.judged}",
+        ["class", "shrunk image", "all pixels"],
+        [[name, _number(small, 2), _number(full, 2)] for name, (small, full) in names.items()],
+    )
+    console.print_facts("", {"next": f"latentprep preview {dataset} --decoder linear"})
+
+
+@linear.command("show")
+def linear_show(
+    dataset: Dataset,
+    out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("linear-decoder.png"),
+    split: Split = None,
+    index: Index = None,
+    class_: Class = None,
+    limit: Limit = 20,
+    source: SourceOption = None,
+    data: Data = None,
+    weights: Weights = None,
+    device: Device = "auto",
+    show: Show = True,
+    as_json: Json = False,
+) -> None:
+    """Draw the linear decoder's pictures beside the codec's, and its pseudo-inverse's through the codec's decoder.
+
+    Example:
+
+      latentprep linear-decoder show shards --source shapes
+    """
+    from latentprep.pictures.preview import linear_preview
+
+    result = linear_preview(
+        dataset, out=out, split=split, index=_rows(index), classes=class_, limit=limit, source=_source(source, data),
+        weights=weights, device=device,
+    )  # fmt: skip
+    _show_sheet(result.out, result.samples, result.split, result.columns, show, as_json)
+
+
+def _show_sheet(out: str, samples: int, split: str, columns: tuple[str, ...], show: bool, as_json: bool) -> None:
+    if as_json:
+        console.print_json({"out": out, "split": split, "samples": samples, "columns": list(columns)})
+        return
+    if show:
+        console.show_picture(Path(out))
+    console.print_facts(f"wrote {out}", {"samples": f"{samples} of {split}", "columns": ", ".join(columns)})
+
+
+def _source(spec: str | None, data: Path | None) -> Source | None:
+    """The source that was named; its splits and limits do not matter, for samples are found by their keys."""
+    return open_shown(spec, data=data)
+
+
+def _rows(text: str | None) -> list[int] | None:
+    return None if text is None else _whole_numbers("--index", text)
+
+
+def _whole_numbers(option: str, text: str) -> list[int]:
+    """`1,2,5`, and `1-3` or `1..3` for a range."""
+    numbers: list[int] = []
+    for part in text.split(","):
+        low, dash, high = part.replace("..", "-").partition("-")
+        if not low.strip().isdecimal() or (dash and not high.strip().isdecimal()):
+            raise UsageError(f"{option} takes whole numbers such as 1,2,5 or 1-8, got {text}")
+        if dash and int(high) - int(low) > 1 << 20:
+            raise UsageError(f"{option}: the range {part} is too long")
+        numbers += range(int(low), int(high or low) + 1)
+    return numbers
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,98 @@
+"""What commands print of their results: as one JSON object, or as lines and tables for people."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, overload
+
+from latentprep import text
+from latentprep.cli import console
+
+if TYPE_CHECKING:
+    from latentprep.audit.verify import VerifyResult
+    from latentprep.encoding.encode import EncodeResult
+    from latentprep.sources.source import Source
+
+_MOST_SHOWN = 50  # shards, of those that verify finds wrong
+
+
+@overload
+def open_shown(spec: str, **options: Any) -> Source: ...
+@overload
+def open_shown(spec: str | None, **options: Any) -> Source | None: ...
+def open_shown(spec: str | None, **options: Any) -> Source | None:
+    """`sources.open_own_source` with a bar, and what the source leaves out said on stderr."""
+    from latentprep.sources.listing import left_out_line
+    from latentprep.sources.source import open_own_source
+
+    with console.byte_progress() as reading:
+        source = open_own_source(spec, progress=reading, **options)
+    if source is not None:
+        for note in source.notes:
+            console.note(f"note: {note}")
+        if source.left_out:
+            console.note(f"left out: {left_out_line(source.left_out)}")
+    return source
+
+
+def show_result(result: EncodeResult, as_json: bool) -> None:
+    """What an encode, or a command that makes a dataset of another, did."""
+    if as_json:
+        console.print_json(result.to_json())
+        return
+    samples = sum(result.rows.values())
+    verb = "would write" if result.dry_run else "wrote" if result.encoded else "already complete:"
+    most = "at most " if result.dry_run else ""
+    rows = ", ".join(f"{name} {count}" for name, count in result.rows.items())
+    facts = {
+        "rows": f"{rows} in {text.plural(result.shards, 'shard')}, {len(result.classes)} classes",
+        "codec": f"{result.codec['name']}, {text.plural(result.bits, 'bit')}{' (joint)' if result.joint else ''}, "
+        f"{result.size} px -> {shape(result.latent)}" + (f", {result.views} views" if result.views > 1 else ""),
+        "codes": f"{most}{text.size(result.code_bytes)}, {result.code_bytes / max(1, samples):.0f} bytes an image",
+    }
+    if result.encoded:
+        rate = result.encoded / max(1e-9, result.seconds)
+        facts["time"] = f"{text.duration(result.seconds)}, {rate:.0f} images/s"
+    if not result.dry_run and {"train", "val"} <= set(result.rows):
+        facts["next"] = f"latenttrain fit {result.out}"
+    console.print_facts(f"{verb} {result.out}", facts)
+    if result.profile and result.encoded:
+        show_profile(result.profile)
+
+
+def show_profile(profile: dict) -> None:
+    rows = [[s["stage"], str(s["threads"]), f"{s['seconds']:.1f}", f"{s['busy']:.0%}"] for s in profile["stages"]]
+    rows += [[name, "1", f"{spent:.1f}", f"{spent / profile['wall']:.0%}"] for name, spent in profile["waits"].items()]
+    console.print_table(f"{profile['wall']:.1f} s", ["stage", "threads", "busy s", "busy"], rows)
+    console.print_facts("", {"bottleneck": f"{profile['bottleneck']}: {profile['hint']}"})
+
+
+def show_verified(found: VerifyResult) -> None:
+    facts = {
+        "checked": f"{found.checked} of {text.plural(found.shards, 'shard')}, {found.rows} rows, "
+        f"{text.size(found.bytes)}; codes of {found.decoded} decoded"
+    }
+    if found.invalid:
+        facts["invalid"] = f"{found.invalid} samples could not be read when they were encoded"
+    if found.compared is not None:
+        facts["compared"] = (
+            f"{text.plural(found.compared.images, 'image')} encoded again: {found.compared.differing:.3%} of the "
+            f"codes differ, an image by {found.compared.farthest:.3%} of the range at most"
+        )
+        if found.compared.unreadable:
+            facts["unreadable"] = f"{len(found.compared.unreadable)} now, first {found.compared.unreadable[0]}"
+    if found.repaired:
+        same = sum(map(bool, found.repaired.values()))
+        facts["repaired"] = ", ".join(found.repaired) + (f"; {same} to the recorded bytes" if same else "")
+    if not found.ok:
+        facts["next"] = "run the same command with --source SOURCE --repair: it encodes just these shards again"
+    console.print_facts(f"{found.path} is " + ("whole" if found.ok else "not whole"), facts)
+    if found.problems:
+        rows = [["-" if p.split is None else f"{p.split} {p.index}", p.what] for p in found.problems[:_MOST_SHOWN]]
+        if len(found.problems) > _MOST_SHOWN:
+            rows.append(["…", f"and {len(found.problems) - _MOST_SHOWN} more; --json has them all"])
+        console.print_table("", ["shard", "what is wrong"], rows)
+
+
+def shape(latent: tuple[int, int, int]) -> str:
+    channels, height, width = latent
+    return f"{height}×{width}×{channels}"

@@ -1,0 +1,177 @@
+"""Datasets made from the codes of others, shard by shard: no image is read and no codec runs.
+
+`derive` is what `requantize`, `convert`, `subset` and `merge` share. They differ in the manifest that they ask for, in
+the rows that they take, and in what they do to codes and labels.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from latentprep.encoding.driver import committed, start, stored_manifest, writing
+from latentprep.encoding.encode import EncodeResult, encode_result
+from latentprep.encoding.source_files import read_stats, write_stats
+from latentprep.errors import DatasetError, UsageError, nearest, opt
+from latentprep.format.commit import write_errors
+from latentprep.format.dataset import LatentDataset, open_dataset
+from latentprep.format.manifest import INVALID_LABEL, STORES, Manifest, ShardId
+from latentprep.format.shard import Codes, EncodedShard, encoded_shard
+from latentprep.format.stores import store_of
+from latentprep.progress import ProgressFactory, silent
+from latentprep.storage.places import place
+
+Rows = dict[str, np.ndarray]
+"""Of each split the rows that it takes, i64 [n,2]: which of the parts, and the row in that part's split of the name."""
+
+Change = Callable[[Codes, tuple[int, ...]], tuple[Codes, tuple[int, ...]]]
+"""What happens to a shard: codes with labels, and how many of their latents saturate a channel."""
+
+
+class _Taken(NamedTuple):
+    """Samples for a new shard, and what of their old records holds for them."""
+
+    rows: Codes
+    source_bytes: int
+    saturated: tuple[int, ...]
+    invalid: list[dict]
+
+
+def convert(
+    dataset: str | Path | LatentDataset,
+    *,
+    out: str | Path,
+    store: str,
+    overwrite: bool = False,
+    progress: ProgressFactory = silent,
+) -> EncodeResult:
+    """Make `out`, the same dataset in another store. Run again, it resumes; there and back gives the same bytes.
+
+    Raises `UsageError` for an unknown store, `DatasetError` if the dataset is damaged or not complete.
+    """
+    if store not in STORES:
+        raise UsageError(f"{opt('store')} must be {' or '.join(STORES)}, got {store}", nearest(store, STORES))
+    source = opened(dataset)
+    manifest = replace(source.manifest, store=store)
+    return derive(
+        out, manifest, [source], every_row([source]), title="converting", overwrite=overwrite, progress=progress
+    )
+
+
+def opened(dataset: str | Path | LatentDataset) -> LatentDataset:
+    """The dataset, opened, if all its shards are committed; else `DatasetError`."""
+    found = open_dataset(dataset)
+    for split in found.splits:
+        found.check_complete(split)
+    return found
+
+
+def every_row(parts: Sequence[LatentDataset]) -> Rows:
+    """All rows of all splits of all parts, in this order."""
+    rows: Rows = {}
+    for number, part in enumerate(parts):
+        for split, count in part.manifest.splits.items():
+            taken = np.stack([np.full(count, number), np.arange(count)], axis=1)
+            rows[split] = np.concatenate([rows[split], taken]) if split in rows else taken
+    return rows
+
+
+def derive(
+    out: str | Path,
+    manifest: Manifest,
+    parts: Sequence[LatentDataset],
+    rows: Rows,
+    change: Change | None = None,
+    *,
+    title: str,
+    overwrite: bool,
+    progress: ProgressFactory,
+) -> EncodeResult:
+    """Write the dataset of `manifest` to the folder `out`, of the `rows` of `parts`. Run again, it resumes.
+
+    Every shard is decoded again before it is written, and its files are read back after. Raises `UsageError` if `out`
+    is one of the parts, `DatasetError` if it holds another dataset, `SystemFault` if the disk is full.
+    """
+    root, start_time, made = place(out), time.monotonic(), 0
+    for part in parts:
+        if root.resolve() == part.root.resolve():
+            raise UsageError(f"{opt('out')} is the dataset itself, {root}", "name another folder")
+    with writing(root):
+        manifest = stored_manifest(root, manifest, overwrite) or manifest
+        target, take = start(root, manifest), _taker(parts)
+        records = target.whole_records()
+
+        def encode(shard: ShardId) -> EncodedShard:
+            first = shard.index * manifest.shard_rows
+            taken = take(shard.split, rows[shard.split][first : first + manifest.shard_rows], first)
+            if change is not None:
+                codes, saturated = change(taken.rows, taken.saturated)
+                taken = taken._replace(rows=codes, saturated=saturated)
+            return _made(manifest, shard, taken)
+
+        jobs = [shard for shard in manifest.shards() if shard not in records]
+        done = sum(record.rows for record in records.values())
+        with progress(title, sum(manifest.splits.values()), "samples", done) as bar:
+            for record in committed(target, map(encode, jobs)):
+                target.check_files(record)
+                records[record.shard] = record
+                made += record.rows
+                bar.advance(record.rows)
+        if manifest.source == parts[0].manifest.source and (stats := read_stats(parts[0].root)) is not None:
+            write_stats(root, stats)  # of the same rows
+        write_errors(root, list(records.values()))
+    seconds = time.monotonic() - start_time
+    return encode_result(root, manifest, list(records.values()), encoded=made, seconds=seconds)
+
+
+def _taker(parts: Sequence[LatentDataset]) -> Callable[[str, np.ndarray, int], _Taken]:
+    """``take(split, rows [n,2], first)`` -> the samples in these rows of the parts, invalid ones included, for rows
+    from `first` on in the new split. Counts are shares of the old records' counts, by samples."""
+
+    @lru_cache(2)  # a shard that ends in the next one is read once
+    def read(part: int, split: str, index: int) -> Codes:
+        return parts[part].read_shard(split, index)
+
+    def take(split: str, rows: np.ndarray, first: int) -> _Taken:
+        taken: list[Codes] = []
+        invalid: list[dict] = []
+        source_bytes, saturated = 0, np.zeros(parts[0].manifest.latent[0], np.int64)
+        shard_rows = np.array([part.manifest.shard_rows for part in parts])
+        shards = np.stack([rows[:, 0], rows[:, 1] // shard_rows[rows[:, 0]]], axis=1)
+        for part, index in np.unique(shards, axis=0).tolist():
+            here = np.flatnonzero((shards == (part, index)).all(axis=1))
+            shard, record = read(part, split, index), parts[part].committed(split, index)
+            places = rows[here, 1] - index * shard_rows[part]
+            labels = shard.labels[places]
+            taken.append(Codes(shard.codes[places], labels, [shard.keys[place] for place in places]))
+            new_row = dict(zip(rows[here, 1].tolist(), (here + first).tolist(), strict=True))
+            invalid += [{**entry, "row": new_row[entry["row"]]} for entry in record.invalid if entry["row"] in new_row]
+            valid, all_valid = (int((found != INVALID_LABEL).sum()) for found in (labels, shard.labels))
+            source_bytes += record.source_bytes * valid // max(1, all_valid)
+            saturated += np.array(record.saturated) * valid // max(1, all_valid)
+        codes, labels = (np.concatenate([getattr(found, name) for found in taken]) for name in ("codes", "labels"))
+        found = Codes(codes, labels, [key for found in taken for key in found.keys])
+        return _Taken(found, source_bytes, tuple(saturated.tolist()), invalid)
+
+    return take
+
+
+def _made(manifest: Manifest, shard: ShardId, taken: _Taken) -> EncodedShard:
+    """The shard of these samples, if it decodes to them again."""
+    made = encoded_shard(
+        manifest, shard, taken.rows,
+        source_bytes=taken.source_bytes, saturated=taken.saturated, invalid=taken.invalid,
+    )  # fmt: skip
+    codes, labels, keys = store_of(manifest).decode_shard_files(manifest, shard.split, shard.index, made.files)
+    rows = taken.rows
+    if not (np.array_equal(codes, rows.codes) and np.array_equal(labels, rows.labels) and keys == rows.keys):
+        raise DatasetError(
+            f"shard {shard} decodes to other codes than were encoded", "the memory of this machine is at fault"
+        )
+    return made

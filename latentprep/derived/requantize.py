@@ -1,0 +1,129 @@
+"""Fewer bits from a dataset's own codes: no image is read and no codec runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from latentprep import __version__
+from latentprep.derived.derive import derive, every_row, opened
+from latentprep.encoding.encode import CALIBRATION, EncodeResult, check_joint, joint_by_default
+from latentprep.encoding.pipeline import calibration_rows
+from latentprep.errors import UsageError, opt
+from latentprep.format.dataset import Codes, LatentDataset
+from latentprep.format.manifest import INVALID_LABEL, Manifest, train_split
+from latentprep.format.quantizer import Quantizer, check_bits
+from latentprep.format.zarr_store import choose_compression
+from latentprep.progress import ProgressFactory, silent
+from latentprep.quantizing.scalar import code_statistics, dequantize, fit_quantizer, quantize, quantize_counting
+
+Recoder = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+_SEARCHED = 64  # samples whose codes are searched for at once
+
+
+def requantize(
+    dataset: str | Path | LatentDataset,
+    *,
+    bits: int,
+    out: str | Path,
+    joint: bool | None = None,
+    overwrite: bool = False,
+    progress: ProgressFactory = silent,
+) -> EncodeResult:
+    """Make `out`, the dataset with `bits` bits a code, from the codes of `dataset`. Run again, it resumes.
+
+    The range is fitted anew, on the samples that `encode` calibrates on, so that the outcome is that of encoding at
+    `bits` directly but for the first quantizer's error. joint: choose the codes of a sample together, by default where
+    `encode` does.
+
+    Raises `UsageError` if the dataset has no more than `bits` bits, `DatasetError` if it is damaged or not complete.
+    """
+    check_bits(bits)
+    source = opened(dataset)
+    if bits >= source.quantizer.bits:
+        raise UsageError(
+            f"{source.root} has {source.quantizer.bits} bits a code; requantizing to {bits} would gain nothing",
+            f"use {opt('bits')} 1 to {source.quantizer.bits - 1}"
+            if source.quantizer.bits > 1
+            else "encode with more bits",
+        )
+    manifest = requantized_manifest(source, bits, joint)
+    recoded = recoder(source.quantizer, manifest.quantizer)
+
+    def fewer_bits(shard: Codes, saturated: tuple[int, ...]) -> tuple[Codes, tuple[int, ...]]:
+        codes, valid = np.zeros_like(shard.codes), shard.labels != INVALID_LABEL
+        codes[valid], counts = recoded(shard.codes[valid])
+        return replace(shard, codes=codes), tuple(counts.tolist())
+
+    return derive(
+        out, manifest, [source], every_row([source]), fewer_bits,
+        title="requantizing", overwrite=overwrite, progress=progress,
+    )  # fmt: skip
+
+
+def requantized_manifest(source: LatentDataset, bits: int, joint: bool | None = None) -> Manifest:
+    """The source's manifest with a quantizer of `bits` bits fitted to its calibration samples' latents."""
+    manifest = source.manifest
+    if joint is None:
+        joint = joint_by_default(bits, manifest.latent[0], manifest.flip)
+    check_joint(joint, manifest.latent[0])
+    split = train_split(manifest.splits)
+    rows = calibration_rows(manifest.splits[split], CALIBRATION, manifest.transform["seed"])
+    drawn = []
+    for index in sorted({row // manifest.shard_rows for row in rows}):
+        shard = source.read_shard(split, index, keys=False)
+        here = [row - index * manifest.shard_rows for row in rows if row // manifest.shard_rows == index]
+        drawn.append(shard.codes[[place for place in here if shard.labels[place] != INVALID_LABEL], 0])
+    latents = dequantize(torch.from_numpy(np.concatenate(drawn)), manifest.quantizer)
+    quantizer = fit_quantizer(latents, bits, joint)
+    codes = quantize(latents, quantizer)
+    compression = choose_compression(codes.numpy()[:, None])
+    return replace(
+        manifest,
+        quantizer=quantizer,
+        statistics=code_statistics(codes, quantizer),
+        flip=None if joint else manifest.flip,
+        compression=compression,
+        written_by=f"latentprep {__version__}",
+    )
+
+
+def recoder(source: Quantizer, target: Quantizer) -> Recoder:
+    """What turns codes of `source`, u8 [n,V,C,h,w], into codes of `target`, and counts the latents a channel outside of
+    its range, i64 [C]: by a table, unless neighbours have a say."""
+    if not source.filter and not target.filter:
+        table, outside = code_table(source, target)
+
+        def looked_up(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            made, counts = np.empty_like(codes), np.zeros(len(table), np.int64)
+            for channel, (new, out) in enumerate(zip(table, outside, strict=True)):
+                plane = codes[:, :, channel]
+                made[:, :, channel] = new[plane]
+                counts[channel] = np.bincount(plane.ravel(), minlength=len(out))[out].sum()
+            return made, counts
+
+        return looked_up
+
+    def searched(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        made, counts = np.empty_like(codes), np.zeros(len(source.lo), np.int64)
+        for first in range(0, len(codes), _SEARCHED):
+            some = torch.from_numpy(codes[first : first + _SEARCHED])
+            found, outside, _ = quantize_counting(dequantize(some.flatten(0, 1), source), target)
+            made[first : first + _SEARCHED] = found.unflatten(0, some.shape[:2]).numpy()
+            counts += outside.numpy()
+        return made, counts
+
+    return searched
+
+
+def code_table(source: Quantizer, target: Quantizer) -> tuple[np.ndarray, np.ndarray]:
+    """For each channel and source code, the target's code, u8 [C,L], and whether its latent saturates, bool [C,L]."""
+    every = torch.arange(source.levels, dtype=torch.uint8).expand(len(source.lo), 1, -1)
+    latents = dequantize(every, source)
+    lo, step = (torch.tensor(v)[:, None, None] for v in (target.lo, target.step))
+    outside = (latents < lo) | (latents > lo + step * target.levels)
+    return quantize(latents, target)[:, 0].numpy(), outside[:, 0].numpy()

@@ -1,0 +1,396 @@
+"""The main job: plan the shards of a source, run those that are missing, and say what came of it.
+
+    source -> plan -> [read + decode] -> [codec + quantize] -> [compress + commit] -> records
+
+The three bracketed stages overlap (`latentprep.encoding.pipeline`). The manifest is decided here, once, before the
+first shard: the quantizer and the compression from a calibration draw, everything else from what was asked.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from latentprep import __version__
+from latentprep.encoding.driver import committed, start, stored_manifest, with_quantizer_of, writing
+from latentprep.encoding.profile import Profile
+from latentprep.encoding.source_files import check_unchanged, source_stats
+from latentprep.errors import Interrupted, SourceError, UsageError, nearest, opt
+from latentprep.format.commit import write_errors
+from latentprep.format.dataset import LatentDataset, open_dataset
+from latentprep.format.manifest import (
+    COLOURS,
+    MAX_SHARD_CODES,
+    MAX_SHARDS,
+    SRGB,
+    STORED,
+    STORES,
+    Manifest,
+    Plan,
+    ShardId,
+    ShardRecord,
+    train_split,
+)
+from latentprep.format.quantizer import check_bits
+from latentprep.format.stores import code_bytes
+from latentprep.format.zarr_store import chunk_rows
+from latentprep.progress import ProgressFactory, silent
+from latentprep.sources.source import Source, open_source
+from latentprep.storage.places import Place, place
+
+if TYPE_CHECKING:
+    from latentprep.codecs import Codec
+    from latentprep.encoding.pipeline import Stages
+
+CALIBRATION = 256  # images, spread evenly over the train split
+SHARD_ROWS = 1024
+MIN_DEFAULT_GRID = 8  # cells of the latents a side: what networks need; smaller images are enlarged for it
+MAX_JOINT_CHANNELS = 32  # the filter has 9 weights for each pair of channels, and the search takes as many steps
+RESOLUTION_BASE = 1.15  # gamma of compound scaling
+MAX_DEFAULT_SIZE = 224  # pixels; larger sources are shrunk to it unless --size says otherwise
+
+
+@dataclass(frozen=True)
+class EncodeResult:
+    """What `encode` did, or, with `dry_run`, would do.
+
+    rows: per split; invalid: samples that could not be read; encoded: samples encoded in this run.
+    joint: codes were chosen together, see `latentprep.quantizing.joint`. latent: (C, h, w) of a view.
+    code_bytes: bytes of codes on disk (with `dry_run`: the most there will be).
+    profile: where the time went, if asked for: `profile.Profile.to_json`.
+    note: what the user should know of the source; empty as a rule.
+    left_out: what there is in the source besides its rows, and how many: see `sources.Source`.
+    """
+
+    out: str
+    codec: dict
+    bits: int
+    joint: bool
+    size: int
+    views: int
+    latent: tuple[int, int, int]
+    classes: tuple[str, ...]
+    rows: dict[str, int]
+    shards: int
+    code_bytes: int
+    encoded: int = 0
+    invalid: int = 0
+    seconds: float = 0.0
+    dry_run: bool = False
+    splits_invalid: dict[str, int] = field(default_factory=dict)
+    profile: dict | None = None
+    note: str = ""
+    left_out: dict[str, int] = field(default_factory=dict)
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+
+def encode(
+    source: str | Path | Source,
+    *,
+    codec: str | Codec | None = None,
+    bits: int = 4,
+    size: int | None = None,
+    phi: float = 0.0,
+    out: str | Path = "shards",
+    store: str = "zarr",
+    quantizer: str | Path | LatentDataset | None = None,
+    joint: bool | None = None,
+    views: int = 1,
+    splits: list[str] | None = None,
+    limit: int | None = None,
+    data: str | Path | None = None,
+    val_fraction: float | None = None,
+    batch_size: int | None = None,
+    workers: int | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    shard_rows: int = SHARD_ROWS,
+    max_pixels: int | None = None,
+    colour: str = SRGB,
+    strict: bool = False,
+    max_error_fraction: float = 0.1,
+    dry_run: bool = False,
+    overwrite: bool = False,
+    profile: bool = False,
+    progress: ProgressFactory = silent,
+    **codec_options: Any,
+) -> EncodeResult:
+    """Encode `source` with `codec`, quantize to `bits`, store in `out`, a folder or URL. Run again, it resumes.
+
+    source: a folder, archive, tars or named dataset (see `latentprep.sources.source.open_source`), or an open one.
+    codec: a name (default: ``taesd`` if its weights are at hand, else ``dct``) with its options as further
+    keywords (``weights``, ``posterior``, ``luma``, ``chroma``, ``factor``, …), or a `Codec`.
+    progress: ``latentprep.cli.console.progress_bar`` shows what goes on.
+    size: pixels a side; default suits source and codec. phi: makes it 1.15**phi times as large, the resolution of
+    compound scaling (https://arxiv.org/abs/1905.11946), to the nearest that the codec takes.
+    store: ``zarr``, or ``wds`` for WebDataset tars. quantizer: a dataset whose quantizer is taken instead of a fitted
+    one, so that the two can be merged. joint: choose the codes of a sample together, for 1 to 3 dB more (see
+    `latentprep.quantizing.joint`); such codes have no exact mirror. Default: as `quantizer` has it, else
+    `joint_by_default`.
+    colour: "srgb" converts embedded colour profiles, "stored" takes an image's numbers as they are.
+    views: of a train sample, see `images.load_views`; other splits have view 0 alone.
+    limit: at most that many samples a split, spread over it. batch_size: images the codec takes at once.
+    profile: measure where the time goes.
+
+    Raises `UsageError`, `SourceError`, `CodecError`, `DatasetError`, `SystemFault` or `Interrupted`; whatever
+    was committed by then stays, and the same call goes on from there.
+    """
+    from latentprep.encoding.pipeline import Stages, calibrate, loads
+    from latentprep.sources.images import MAX_PIXELS
+
+    check_bits(bits)
+    _check_whole("views", views, 1, 256)
+    _check_whole("shard_rows", shard_rows, 1, 1 << 24)
+    _check_whole("batch_size", batch_size, 1, 1 << 16)
+    _check_whole("workers", workers, 1, 1024)
+    _check_whole("size", size, 1, 1 << 14)
+    _check_whole("max_pixels", max_pixels, 1, 1 << 40)
+    _check_whole("seed", seed, 0, (1 << 63) - 1)
+    if not 0 <= max_error_fraction <= 1:
+        raise UsageError(f"{opt('max_error_fraction')} must be 0 to 1, got {max_error_fraction}")
+    if colour not in COLOURS:
+        raise UsageError(f"colour must be {' or '.join(COLOURS)}, got {colour}", nearest(colour, COLOURS))
+    if store not in STORES:
+        raise UsageError(f"{opt('store')} must be {' or '.join(STORES)}, got {store}", nearest(store, STORES))
+    root = place(out)
+
+    source = open_source(source, data=data, val_fraction=val_fraction, seed=seed, out=out)
+    if limit is not None:
+        source = source.take(limit)
+    names = _split_names(source, splits)
+    if codec_options.get("posterior") == "sample":
+        codec_options.setdefault("seed", seed)
+    coder = _open_codec(codec, device, codec_options)
+    image_size = scaled_size(size or default_size(source, coder), phi, coder)
+    latent = coder.latent_shape(image_size, image_size)
+    taken = None if quantizer is None else open_dataset(quantizer)
+    if joint is None and taken is not None:
+        joint = taken.manifest.joint
+    asked = make_plan(source, names, coder, bits, joint, image_size, latent, views, seed, shard_rows, store, colour)
+    if taken is not None:
+        asked = with_quantizer_of(taken, asked)
+
+    if dry_run:
+        most = sum(n * int(np.prod(asked.row_shape(split))) for split, n in asked.splits.items()) * bits // 8
+        return encode_result(root, asked, [], code_bytes=most, dry_run=True, left_out=source.left_out)
+
+    if sum(map(asked.shard_count, names)) > MAX_SHARDS:
+        raise UsageError(f"{opt('shard_rows')} {shard_rows} makes more than {MAX_SHARDS} shards", "use larger shards")
+    if shard_rows * max(int(np.prod(asked.row_shape(split))) for split in names) > MAX_SHARD_CODES:
+        raise UsageError(
+            f"{opt('shard_rows')} {shard_rows} makes shards of more than {MAX_SHARD_CODES} codes", "use fewer"
+        )
+
+    began = time.monotonic()
+    stages = Stages(source, coder, batch_size, workers, max_pixels or MAX_PIXELS, strict)
+    with writing(root):
+        manifest = stored_manifest(root, asked, overwrite, source)
+        if manifest is None:
+            manifest = asked if isinstance(asked, Manifest) else calibrate(stages, asked, CALIBRATION, progress)
+        dataset = start(root, manifest)
+        records = {
+            shard: record
+            for shard, record in dataset.whole_records().items()
+            if not any(loads(stages, shard.split, entry["row"]) for entry in record.invalid)  # may be mended by now
+        }
+        note = check_unchanged(dataset, source, source_stats(source, names), records)
+        if profile:
+            stages = replace(stages, profile=Profile(stages.threads()))
+        encoded = _run(stages, dataset, records, max_error_fraction, progress)
+    found = stages.profile.to_json() if stages.profile else None
+    facts = {"seconds": time.monotonic() - began, "profile": found, "note": note, "left_out": source.left_out}
+    return encode_result(root, manifest, list(records.values()), encoded=encoded, **facts)
+
+
+def default_size(source: Source, codec: Codec) -> int:
+    """The usual shorter side of the source's images, at most `MAX_DEFAULT_SIZE`, as a size that the codec takes and
+    that leaves latents which networks take."""
+    from latentprep.sources.images import BadImage, decode
+
+    sides = []
+    for split in source.splits:
+        count = source.size(split)
+        for i in sorted({k * count // 8 for k in range(8)}) if count else ():
+            try:
+                sides.append(min(decode(source.read(split, i).data, colour=STORED).shape[:2]))
+            except (BadImage, SourceError, OSError):
+                continue  # reported when its row comes up
+    target = min(MAX_DEFAULT_SIZE, int(np.median(sides))) if sides else MAX_DEFAULT_SIZE
+    for size in (*range(target, 0, -1), *range(target + 1, 1025)):
+        try:
+            if min(codec.latent_shape(size, size)[1:]) >= MIN_DEFAULT_GRID:
+                return size
+        except UsageError:
+            continue
+    raise UsageError(f"codec '{codec.name}' takes no size up to 1024", f"give one with {opt('size')}")
+
+
+def scaled_size(size: int, phi: float, codec: Codec) -> int:
+    """``size * 1.15**phi`` to the nearest that the codec takes; `size` itself at phi 0."""
+    if not -10 <= phi <= 10:
+        raise UsageError(
+            f"{opt('phi')} must be -10 to 10, got {phi}", f"use {opt('phi', 1)} for 1.15 times the resolution"
+        )
+    target = size * RESOLUTION_BASE**phi
+    for candidate in sorted(range(1, 2 * round(target) + 2), key=lambda side: abs(side - target)) if phi else ():
+        try:
+            codec.latent_shape(candidate, candidate)
+            return candidate
+        except UsageError:
+            continue
+    return size
+
+
+def _run(
+    stages: Stages,
+    dataset: LatentDataset,
+    records: dict[ShardId, ShardRecord],
+    max_fraction: float,
+    progress: ProgressFactory,
+) -> int:
+    """Encode and commit the shards that `records` lacks, and add theirs; returns how many samples that were."""
+    from latentprep.encoding.pipeline import LocalEngine
+
+    manifest, encoded = dataset.manifest, 0
+    jobs = [shard for shard in manifest.shards() if shard not in records]
+    done = sum(record.rows for record in records.values())
+    try:
+        _check_errors(records, manifest, max_fraction)
+        with progress("encoding", sum(manifest.splits.values()), "images", done) as bar:
+            for record in committed(dataset, LocalEngine(manifest, stages, bar).run(jobs)):
+                encoded += record.rows
+                records[record.shard] = record
+                if record.invalid:
+                    write_errors(dataset.root, list(records.values()))
+                _check_errors(records, manifest, max_fraction)
+    except KeyboardInterrupt as error:
+        total = sum(map(manifest.shard_count, manifest.splits))
+        raise Interrupted(
+            f"interrupted: {len(records)} of {total} shards are committed",
+            "run the same command again to go on from there",
+        ) from error
+    write_errors(dataset.root, list(records.values()))
+    return encoded
+
+
+def _check_errors(records: dict[ShardId, ShardRecord], manifest: Manifest, max_fraction: float) -> None:
+    """`SourceError` if more than the allowed share of a split failed."""
+    for split, rows in manifest.splits.items():
+        invalid = [entry for record in records.values() if record.split == split for entry in record.invalid]
+        if len(invalid) > max_fraction * rows:
+            raise SourceError(
+                f"{len(invalid)} of {rows} samples of split '{split}' cannot be read, more than {max_fraction:g}; "
+                f"the first is {invalid[0]['key']}: {invalid[0]['reason']}",
+                f"mend the images and run the same command again, or raise {opt('max_error_fraction')}: errors.jsonl",
+            )
+
+
+def _split_names(source: Source, splits: list[str] | None) -> list[str]:
+    names = list(source.splits) if not splits else list(dict.fromkeys(splits))
+    for name in names:
+        if name not in source.splits:
+            raise UsageError(f"{source.spec} has no split '{name}'", f"use {opt('splits')} {','.join(source.splits)}")
+    return names
+
+
+def _open_codec(codec: str | Codec | None, device: str, options: dict) -> Codec:
+    from latentprep.codecs import make_codec
+    from latentprep.codecs.listing import weights_at_hand
+    from latentprep.device import pick_device
+
+    if codec is not None and not isinstance(codec, str):
+        return codec
+    if codec is None:
+        codec = "taesd" if options.get("weights") or weights_at_hand("taesd") == "yes" else "dct"
+    return make_codec(codec, device=pick_device(device), **options)
+
+
+def make_plan(
+    source: Source,
+    names: list[str],
+    codec: Codec,
+    bits: int,
+    joint: bool | None,
+    size: int,
+    latent: tuple[int, int, int],
+    views: int,
+    seed: int,
+    shard_rows: int,
+    store: str,
+    colour: str = SRGB,
+) -> Plan:
+    """What `encode` was asked for. names: of the splits. joint: None is `joint_by_default`."""
+    from latentprep.codecs import flip_signs
+    from latentprep.sources.images import CROP_AREA, CROP_RATIO, RESIZE
+
+    transform: dict[str, Any] = {"size": size, "views": views, "seed": seed, "resize": RESIZE, "colour": colour}
+    if views > 1:  # of the split that is learned from; the others are only looked at, in view 0
+        learned = train_split(names)
+        transform["views"] = {name: views if name == learned else 1 for name in names}
+        transform |= {"crop_area": list(CROP_AREA), "crop_ratio": list(CROP_RATIO)}
+    channels, height, width = latent
+    flip = flip_signs(codec, latent)
+    if joint is None:
+        joint = joint_by_default(bits, channels, flip)
+    return Plan(
+        codec=codec.config(),
+        bits=bits,
+        joint=check_joint(joint, channels),
+        transform=transform,
+        source={"spec": str(source.spec), "sha256": source.fingerprint()},
+        classes=source.classes,
+        latent=latent,
+        flip=None if joint else flip,
+        shard_rows=shard_rows,
+        chunk_rows=chunk_rows(shard_rows, views * channels * height * width),
+        splits={name: source.size(name) for name in names},
+        store=store,
+        written_by=f"latentprep {__version__}",
+    )
+
+
+def joint_by_default(bits: int, channels: int, flip: tuple[int, ...] | None) -> bool:
+    """Whether codes are chosen jointly unless asked otherwise: where it gains accuracy and loses no exact mirror."""
+    return bits == 1 and channels <= MAX_JOINT_CHANNELS and flip is None
+
+
+def check_joint(joint: bool, channels: int) -> bool:
+    """`joint` itself; `UsageError` if it is true and there are more channels than can be searched."""
+    if joint and channels > MAX_JOINT_CHANNELS:
+        raise UsageError(
+            f"{opt('joint')} takes up to {MAX_JOINT_CHANNELS} channels, these latents have {channels}",
+            f"use {opt('joint', False)}",
+        )
+    return joint
+
+
+def _check_whole(name: str, value: int | None, low: int, high: int) -> None:
+    if value is not None and not low <= value <= high:
+        raise UsageError(f"{opt(name)} must be {low} to {high}, got {value}")
+
+
+def encode_result(root: Place, plan: Plan, records: list[ShardRecord], **facts: Any) -> EncodeResult:
+    """The result of a run that left `records` in the dataset at `root`."""
+    invalid = {name: sum(len(r.invalid) for r in records if r.split == name) for name in plan.splits}
+    facts = {"code_bytes": sum(code_bytes(plan, record) for record in records), **facts}
+    return EncodeResult(
+        out=str(root),
+        codec=plan.codec,
+        bits=plan.bits,
+        joint=plan.joint,
+        size=plan.transform["size"],
+        views=plan.most_views,
+        latent=plan.latent,
+        classes=plan.classes,
+        rows=dict(plan.splits),
+        shards=sum(plan.shard_count(name) for name in plan.splits),
+        invalid=sum(invalid.values()),
+        splits_invalid=invalid,
+        **facts,
+    )

@@ -1,0 +1,406 @@
+"""The three stages of an encode, overlapped: threads decode, the caller's thread runs the codec, a thread writes.
+
+    decoded batches u8 [b,V,S,S,3] -> codec f32 [bV,C,h,w] -> codes u8 [b,V,C,h,w] -> bytes of shards
+
+Batches are cut inside a shard and never across two, so a resumed run makes the same bytes as an unbroken one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import islice
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentprep.codecs import Codec
+from latentprep.device import on_device, queues, sent
+from latentprep.encoding.profile import CODEC, DECODE, QUANTIZE, WAIT_DECODE, WAIT_WRITE, WRITE, Profile
+from latentprep.errors import CodecError, SourceError, opt
+from latentprep.fitting import NOT_ON_DEVICE, Fitting
+from latentprep.format.manifest import INVALID_LABEL, Manifest, Plan, ShardId, train_split
+from latentprep.format.quantizer import Quantizer
+from latentprep.format.shard import Codes, EncodedShard, encoded_shard
+from latentprep.format.zarr_store import choose_compression
+from latentprep.progress import Progress, ProgressFactory, Silent
+from latentprep.quantizing.scalar import code_statistics, fit_quantizer, quantize, quantize_counting
+from latentprep.sources.images import MAX_PIXELS, BadImage, colour_of, load_views
+from latentprep.sources.source import Source
+
+_AHEAD = 3  # decoded batches that wait for the codec
+_SHARDS_TO_COMPRESS = 2  # shards that wait for the compressor
+FEW_IMAGES = 32  # in calibration: with fewer, their ranges are guesses
+_IMAGES, _LIGHT_IMAGES, _CUDA_IMAGES = 32, 64, 512  # that a codec takes at once, at most
+_PIXELS, _CUDA_PIXELS = 32 * 512**2, 128 * 256**2  # the same in pixels: SD-VAE then takes about 15 GB on a card
+_IMAGES_A_TASK = 16  # decoded by one thread in one go, at most: fewer take longer to hand over
+
+
+@dataclass(frozen=True)
+class Stages:
+    """What the stages work with: a source, a codec, and how much at once."""
+
+    source: Source
+    codec: Codec
+    batch_size: int | None = None
+    workers: int | None = None
+    max_pixels: int = MAX_PIXELS
+    strict: bool = False  # stop at the first sample that cannot be read
+    profile: Profile | None = None
+
+    def timed(self, stage: str) -> AbstractContextManager[None]:
+        """Counts the time inside as the stage's, where a profile is asked for."""
+        return nullcontext() if self.profile is None else self.profile.timed(stage)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(getattr(self.codec, "device", "cpu"))
+
+    @cached_property
+    def encode(self) -> Fitting:
+        """The codec's `encode`, by as many images as fit in memory."""
+        return Fitting(self.codec.encode, f"encode at a smaller {opt('size')}, use a smaller codec, or {NOT_ON_DEVICE}")
+
+    def batch_samples(self, views: int, size: int) -> int:
+        """Samples of size×size pixels whose views together make about one batch of the codec."""
+        if self.device.type == "cuda":
+            images, pixels = _CUDA_IMAGES, _CUDA_PIXELS
+        else:
+            images, pixels = (_LIGHT_IMAGES if getattr(self.codec, "light", False) else _IMAGES), _PIXELS
+        return max(1, (self.batch_size or min(images, pixels // size**2)) // views)
+
+    @contextmanager
+    def cores_left_to_decoding(self) -> Iterator[None]:
+        """One thread for what the caller's thread computes inside, where a light codec shares the CPU with decoding."""
+        before = torch.get_num_threads()
+        if getattr(self.codec, "light", False) and self.device.type == "cpu":
+            torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+    def threads(self) -> int:
+        return self.workers or min(32, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 8)
+
+
+@dataclass
+class _Batch:
+    """Some consecutive samples of one shard. images: u8 [b,V,S,S,3], all 0 for those in `invalid`."""
+
+    shard: ShardId
+    rows: list[int]
+    images: np.ndarray
+    invalid: dict[int, str] = field(default_factory=dict)  # row -> reason
+    source_bytes: int = 0
+
+
+@dataclass
+class _Coded:
+    """A batch's results on their way back from the device; `wait` makes them readable.
+
+    codes: u8 [b,V,C,h,w]; finite: bool [b]; saturated: i64 [C].
+    """
+
+    batch: _Batch
+    codes: Tensor
+    finite: Tensor
+    saturated: Tensor
+    done: torch.cuda.Event | None
+
+    def wait(self) -> _Coded:
+        if self.done is not None:
+            self.done.synchronize()
+        return self
+
+
+def calibrate(stages: Stages, asked: Plan, count: int, progress: ProgressFactory) -> Manifest:
+    """Fit the quantizer and choose the compression on up to `count` samples spread evenly over the train split.
+
+    Which of them is drawn from each stretch of the split is decided by the manifest's seed. The codec takes one image
+    at a time: what it makes of an image may depend, in the last bits, on how many there are beside it. So the same
+    source gives the same manifest whatever the batch size.
+
+    Raises `SourceError` if none of them decodes, `CodecError` for latents that are not finite.
+    """
+    split = train_split(asked.splits)
+    rows = calibration_rows(asked.splits[split], count, asked.transform["seed"])
+    first = replace(asked, transform={**asked.transform, "views": 1})
+    latents, reasons = [], []
+    per_batch = stages.batch_samples(1, asked.transform["size"])
+    specs = [(ShardId(split, 0), rows[i : i + per_batch]) for i in range(0, len(rows), per_batch)]
+    with ThreadPoolExecutor(stages.threads()) as pool, progress("calibrating", len(rows), "images", 0) as bar:
+        for batch in _decoded(stages, first, specs, pool):
+            for place, row in enumerate(batch.rows):
+                if row not in batch.invalid:
+                    one = replace(batch, rows=[row], images=batch.images[place : place + 1])
+                    z = _encode(stages, one)
+                    _check_finite(one, torch.isfinite(z).all(dim=(1, 2, 3)).cpu(), stages.source.keys(split))
+                    latents.append(z.cpu())
+            reasons += [f"{stages.source.keys(split)[row]}: {why}" for row, why in batch.invalid.items()]
+            bar.advance(len(batch.rows))
+        if not latents:
+            raise SourceError(
+                f"none of {len(rows)} images drawn from split '{split}' decodes; the first is {reasons[0]}",
+                "check that the source holds images",
+            )
+        everything = torch.cat(latents)
+        if (doubt := doubtful(everything)) is not None:
+            bar.note(f"warning: {doubt}; ranges may not fit other images")
+    quantizer = fit_quantizer(everything, asked.bits, asked.joint)
+    codes = quantize(everything, quantizer)
+    return asked.manifest(quantizer, code_statistics(codes, quantizer), choose_compression(codes.numpy()[:, None]))
+
+
+def doubtful(latents: Tensor) -> str | None:
+    """Why ranges that are fitted to these latents, f32 [B,C,h,w], may not fit others; None if nothing speaks for it."""
+    if (latents == latents[:1]).all():
+        return f"all {len(latents)} calibration images are alike" if len(latents) > 1 else "calibrated on 1 image"
+    if len(latents) < FEW_IMAGES:
+        return f"calibrated on {len(latents)} images; {FEW_IMAGES} or more are better"
+    return None
+
+
+def encoded_rows(stages: Stages, manifest: Manifest, split: str, rows: int) -> Iterator[tuple[list[int], Tensor]]:
+    """Every row of a split in order, by batches: rows, and latents of view 0, f32 [b,C,h,w] on the
+    host, 0 where unreadable."""
+    step = stages.batch_samples(1, manifest.transform["size"])
+    specs = [(ShardId(split, 0), list(range(i, min(i + step, rows)))) for i in range(0, rows, step)]
+    with ThreadPoolExecutor(stages.threads()) as pool:
+        for batch in _decoded(stages, manifest, specs, pool):
+            found = _encode(stages, batch).cpu().clone()
+            found[[place for place, row in enumerate(batch.rows) if row in batch.invalid]] = 0
+            yield batch.rows, found
+
+
+def code_rows(
+    stages: Stages, manifest: Manifest, split: str, rows: list[int]
+) -> Iterator[tuple[list[int], np.ndarray, dict[int, str]]]:
+    """Given rows of a split by batches: rows, codes u8 [b,V,C,h,w], and why those that cannot be read cannot."""
+    step = stages.batch_samples(manifest.views(split), manifest.transform["size"])
+    specs = [(ShardId(split, 0), rows[i : i + step]) for i in range(0, len(rows), step)]
+    with ThreadPoolExecutor(stages.threads()) as pool:
+        for batch in _decoded(stages, manifest, specs, pool):
+            yield batch.rows, _code(stages, manifest.quantizer, batch).wait().codes.numpy(), batch.invalid
+
+
+def loads(stages: Stages, split: str, row: int) -> bool:
+    """Whether a sample can be read and decoded now."""
+    try:
+        load_views(stages.source.read(split, row).data, size=8, max_pixels=stages.max_pixels)
+    except (BadImage, SourceError, OSError):
+        return False
+    return True
+
+
+class Engine(Protocol):
+    """Where shards are made: this process, several, or other machines. The bytes are the same."""
+
+    def run(self, jobs: Iterable[ShardId]) -> Iterator[EncodedShard]:
+        """Make the shards, in any order."""
+        ...
+
+
+@dataclass(frozen=True)
+class LocalEngine:
+    """Makes shards in this process: threads decode, the caller's thread runs the codec, another thread compresses."""
+
+    manifest: Manifest
+    stages: Stages
+    progress: Progress
+
+    def run(self, jobs: Iterable[ShardId]) -> Iterator[EncodedShard]:
+        """Raises `CodecError` naming the sample whose latents are not finite, `SourceError` for one that cannot be read
+        if the stages are strict."""
+        jobs, manifest, stages = list(jobs), self.manifest, self.stages
+        splits = {shard.split for shard in jobs}
+        keys = {split: stages.source.keys(split) for split in splits}
+        labels = {split: np.array(stages.source.labels(split), np.int32) for split in splits}
+        with (
+            ThreadPoolExecutor(stages.threads()) as readers,
+            ThreadPoolExecutor(1) as compressor,
+            stages.cores_left_to_decoding(),
+        ):
+            waiting: deque[Future[EncodedShard]] = deque()
+            batches: list[_Coded] = []
+            failure: BaseException | None = None
+            try:
+                for coded in _coded(stages, manifest, jobs, readers):
+                    shard = coded.batch.shard
+                    _check_finite(coded.batch, coded.finite, keys[shard.split])
+                    self.progress.advance(len(coded.batch.rows), shard=str(shard), **_bytes_fact(waiting))
+                    batches.append(coded)
+                    if sum(len(c.batch.rows) for c in batches) == manifest.rows_in_shard(shard.split, shard.index):
+                        arguments = (stages, manifest, shard, batches, keys[shard.split], labels[shard.split])
+                        waiting.append(compressor.submit(_encoded, *arguments))
+                        batches = []
+                    while waiting and (waiting[0].done() or len(waiting) > _SHARDS_TO_COMPRESS):
+                        with stages.timed(WAIT_WRITE):
+                            made = waiting.popleft().result()
+                        yield made
+                assert not batches, "a shard's batches must be all its rows"
+            except GeneratorExit:
+                raise
+            except BaseException as error:  # also Ctrl-C: what is made by now is worth keeping
+                failure = error
+            finally:
+                readers.shutdown(wait=False, cancel_futures=True)
+            while waiting:
+                yield waiting.popleft().result()
+            if failure is not None:
+                raise failure
+
+
+def encode_shard(manifest: Manifest, source: Source, codec: Codec, shard: ShardId, **limits: Any) -> EncodedShard:
+    """Make one shard: a pure function, whose arguments and result can be pickled. limits: see `Stages`."""
+    (made,) = LocalEngine(manifest, Stages(source, codec, **limits), Silent()).run([shard])
+    return made
+
+
+def _bytes_fact(waiting: deque[Future[EncodedShard]]) -> dict[str, str]:
+    """Bytes per image, as the newest shard has it."""
+    done = [future for future in waiting if future.done() and not future.exception()]
+    if not done:
+        return {}
+    record = done[-1].result().record
+    return {"bytes_an_image": f"{sum(f.bytes for f in record.files.values()) / record.rows:.0f}"}
+
+
+def _coded(stages: Stages, manifest: Manifest, jobs: list[ShardId], pool: ThreadPoolExecutor) -> Iterator[_Coded]:
+    """Decoded batches through codec and quantizer, one kept in flight so that a GPU never waits for the host."""
+    specs = []
+    for shard in jobs:
+        step = stages.batch_samples(manifest.views(shard.split), manifest.transform["size"])
+        start = shard.index * manifest.shard_rows
+        stop = start + manifest.rows_in_shard(shard.split, shard.index)
+        specs += [(shard, list(range(i, min(i + step, stop)))) for i in range(start, stop, step)]
+    previous: _Coded | None = None
+    for batch in _decoded(stages, manifest, specs, pool):
+        current = _code(stages, manifest.quantizer, batch)
+        if previous is not None:
+            yield previous.wait()
+        previous = current
+    if previous is not None:
+        yield previous.wait()
+
+
+def _code(stages: Stages, quantizer: Quantizer, batch: _Batch) -> _Coded:
+    with on_device(stages.device):
+        with stages.timed(CODEC):
+            latents = _encode(stages, batch)
+            if stages.profile is not None and queues(latents.device):
+                torch.cuda.synchronize(latents.device)
+        views = batch.images.shape[1]
+        with stages.timed(QUANTIZE):
+            codes, outside, finite = quantize_counting(latents, quantizer)
+            codes, finite = codes.unflatten(0, (-1, views)), finite.view(-1, views).all(dim=1)
+        if not queues(latents.device):
+            return _Coded(batch, codes.cpu(), finite.cpu(), outside.cpu(), None)
+    with on_device(latents.device):  # a plug-in's may be another than it says
+        codes, finite, outside = (_in_passing(tensor) for tensor in (codes, finite, outside))
+        done = torch.cuda.Event()
+        done.record(torch.cuda.current_stream(latents.device))
+    return _Coded(batch, codes, finite, outside, done)
+
+
+def _in_passing(tensor: Tensor) -> Tensor:
+    """A copy on the host that is whole once the current stream has come this far."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+def _encode(stages: Stages, batch: _Batch) -> Tensor:
+    """f32 [bV,C,h,w] on the codec's device."""
+    with on_device(stages.device):
+        images = sent(torch.from_numpy(batch.images), stages.device)
+        return stages.encode(images.flatten(0, 1).permute(0, 3, 1, 2))
+
+
+def _decoded(
+    stages: Stages, manifest: Plan, specs: list[tuple[ShardId, list[int]]], pool: ThreadPoolExecutor
+) -> Iterator[_Batch]:
+    """Batches of decoded images in the order of `specs`, `_AHEAD` of them being made while one is used."""
+    size, seed, colour = manifest.transform["size"], manifest.transform["seed"], colour_of(manifest.transform)
+
+    def load(batch: _Batch, place: int) -> int | str:
+        """Decode one sample into the batch: its size in bytes, or why it cannot be read."""
+        try:
+            sample, out = stages.source.read(batch.shard.split, batch.rows[place]), batch.images[place]
+            load_views(sample.data, size, len(out), seed, sample.key, stages.max_pixels, out, colour)
+            return len(sample.data)
+        except (BadImage, SourceError, OSError) as error:
+            batch.images[place] = 0  # a part of it may be there already
+            return str(getattr(error, "strerror", None) or error)
+
+    def load_some(batch: _Batch, places: range) -> list[int | str]:
+        with stages.timed(DECODE):
+            return [load(batch, place) for place in places]
+
+    def begin(spec: tuple[ShardId, list[int]]) -> tuple[_Batch, list[Future]]:
+        shard, rows = spec
+        batch = _Batch(shard, rows, np.zeros((len(rows), manifest.views(shard.split), size, size, 3), np.uint8))
+        some = min(_IMAGES_A_TASK, -(-len(rows) // stages.threads()))
+        places = [range(i, min(i + some, len(rows))) for i in range(0, len(rows), some)]
+        return batch, [pool.submit(load_some, batch, some) for some in places]
+
+    todo = iter(specs)
+    pending = deque(begin(spec) for spec in islice(todo, _AHEAD))
+    while pending:
+        batch, tasks = pending.popleft()
+        with stages.timed(WAIT_DECODE):
+            outcomes = [one for task in tasks for one in task.result()]
+        for row, outcome in zip(batch.rows, outcomes, strict=True):
+            if isinstance(outcome, str):
+                batch.invalid[row] = outcome
+            else:
+                batch.source_bytes += outcome
+        if stages.strict and batch.invalid:
+            row, why = next(iter(batch.invalid.items()))
+            key = stages.source.keys(batch.shard.split)[row]
+            raise SourceError(f"{key}: {why}", f"mend it, or leave out {opt('strict')} to go on without it")
+        pending.extend(begin(spec) for spec in islice(todo, 1))
+        yield batch
+
+
+def _check_finite(batch: _Batch, finite: Tensor, keys: list[str]) -> None:
+    for row, good in zip(batch.rows, finite.tolist(), strict=True):
+        if not good and row not in batch.invalid:
+            raise CodecError(
+                f"the codec made NaN or infinite latents of {keys[row]}",
+                f"try {opt('dtype', 'float32')}, or leave the image out",
+            )
+
+
+def _encoded(
+    stages: Stages, manifest: Manifest, shard: ShardId, batches: list[_Coded], keys: list[str], labels: np.ndarray
+) -> EncodedShard:
+    """Compress one shard, of all its batches; keys and labels are the split's."""
+    with stages.timed(WRITE):
+        rows = [row for coded in batches for row in coded.batch.rows]
+        codes = np.concatenate([coded.codes.numpy() for coded in batches])
+        reasons = {row: why for coded in batches for row, why in coded.batch.invalid.items()}
+        bad = [place for place, row in enumerate(rows) if row in reasons]
+        taken = Codes(codes, labels[rows], [keys[row] for row in rows])
+        taken.codes[bad], taken.labels[bad] = 0, INVALID_LABEL
+        return encoded_shard(
+            manifest,
+            shard,
+            taken,
+            source_bytes=sum(coded.batch.source_bytes for coded in batches),
+            saturated=torch.stack([coded.saturated for coded in batches]).sum(0).tolist(),
+            invalid=[{"row": rows[place], "key": taken.keys[place], "reason": reasons[rows[place]]} for place in bad],
+        )
+
+
+def calibration_rows(rows: int, count: int, seed: int) -> list[int]:
+    """`count` of `rows` rows (all, if there are no more): one drawn from each of `count` equal stretches."""
+    if rows <= count:
+        return list(range(rows))
+    edges = np.arange(count + 1) * rows // count
+    return np.random.default_rng([seed, rows]).integers(edges[:-1], edges[1:]).tolist()

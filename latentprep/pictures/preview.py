@@ -1,0 +1,180 @@
+"""`preview`: a contact sheet of a dataset, and the one that shows what linear decoding makes of latents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentprep.derived.requantize import recoder, requantized_manifest
+from latentprep.errors import SourceError, UsageError, opt, system_fault
+from latentprep.fitting import NOT_ON_DEVICE, Fitting
+from latentprep.format.dataset import LatentDataset, open_dataset
+from latentprep.format.quantizer import check_bits
+from latentprep.pictures.decode import open_decoder
+from latentprep.pictures.linear_decoder import LinearDecoder, load_linear_decoder, shrink
+from latentprep.pictures.samples import Decoder, Picked, decode_all, load_originals, pick
+from latentprep.pictures.sheet import Column, channel_pictures, colour_pictures, draw_sheet, png
+from latentprep.progress import ProgressFactory, silent
+from latentprep.sources.source import Source, open_own_source
+from latentprep.storage.atomic import write_atomic
+from latentprep.storage.places import path_of
+from latentprep.text import plural
+
+LIMIT = 20
+FEWER = (4, 2, 1)  # bits that are shown beside the stored ones, where those are more
+
+
+@dataclass(frozen=True)
+class PreviewResult:
+    """A contact sheet: its file, how many samples of which split, and its columns."""
+
+    out: str
+    split: str
+    samples: int
+    columns: tuple[str, ...]
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+
+def preview(
+    dataset: str | Path | LatentDataset,
+    *,
+    out: str | Path = "preview.png",
+    split: str | None = None,
+    index: Sequence[int] | None = None,
+    classes: Sequence[str] | None = None,
+    limit: int = LIMIT,
+    bits: Sequence[int] | None = None,
+    decoder: str = "codec",
+    source: str | Path | Source | None = None,
+    data: str | Path | None = None,
+    weights: str | None = None,
+    device: str = "auto",
+    progress: ProgressFactory = silent,
+) -> PreviewResult:
+    """Draw a contact sheet of samples of a dataset as a PNG at `out`.
+
+    Of each: the original, where `source` is given or the one that the dataset was made of is at hand; decoded at the
+    stored bits and at fewer, which need no encoder (`bits`; by default 4, 2 and 1); its latent channels in false
+    colours; three of them as red, green and blue. decoder: ``codec``, or ``linear``, which needs no network.
+    """
+    opened = open_dataset(dataset)
+    picked = _picked(opened, split, index, classes, limit)
+    maker = open_decoder(opened, decoder, weights, device)
+    given = open_own_source(source, data=data)
+    columns = sample_columns(opened, picked, maker, bits=bits, source=given, progress=progress)
+    return _drawn(opened, picked, columns, out)
+
+
+def linear_preview(
+    dataset: str | Path | LatentDataset,
+    *,
+    out: str | Path = "linear-decoder.png",
+    split: str | None = None,
+    index: Sequence[int] | None = None,
+    classes: Sequence[str] | None = None,
+    limit: int = LIMIT,
+    source: str | Path | Source | None = None,
+    data: str | Path | None = None,
+    weights: str | None = None,
+    device: str = "auto",
+) -> PreviewResult:
+    """Draw what linear decoding does, as a PNG: the original, and decoded by the network; the original shrunk to the
+    latent grid, and latents decoded to that by the C×3 matrix; decoded to all pixels by the C×3·f² one; and the shrunk
+    image brought to latents by the pseudo-inverse and decoded by the network."""
+    opened = open_dataset(dataset)
+    linear = load_linear_decoder(opened)
+    picked = _picked(opened, split, index, classes, limit)
+    originals = load_originals(opened, open_own_source(source, data=data), picked)
+    if originals is None:
+        raise SourceError("the pseudo-inverse starts from the images", f"say where they are with {opt('source')}")
+    codec = open_decoder(opened, "codec", weights, device)
+    latents = torch.from_numpy(opened.quantizer.dequantize(picked.codes))
+    decode = Fitting(codec.decode, NOT_ON_DEVICE)
+    back = torch.cat([decode(linear.latents_of(part)).cpu() for part in originals.split(32)])
+    shrunk = ((shrink(originals, linear.factor) + 1) * 127.5).round().to(torch.uint8)
+    columns = [
+        Column("original", pixels(originals)),
+        Column("decoder", pixels(decode_all(codec, picked.codes, opened.quantizer))),
+        Column("shrunk", pixels(shrunk)),
+        Column("D_L", pixels(linear.decode_small(latents))),
+        Column("D_L, all pixels", pixels(linear.decode(latents))),
+        Column("D_L†, decoder", pixels(back)),
+    ]
+    return _drawn(opened, picked, columns, out)
+
+
+def sample_columns(
+    dataset: LatentDataset,
+    picked: Picked,
+    decoder: Decoder,
+    *,
+    bits: Sequence[int] | None = None,
+    source: Source | None = None,
+    progress: ProgressFactory = silent,
+) -> list[Column]:
+    """The columns of a dataset's contact sheet; see `preview`."""
+    stored = dataset.quantizer.bits
+    for b in bits or ():
+        if check_bits(b) > stored:
+            raise UsageError(f"{dataset.root} has {stored} bits a code, not {b}", f"use {opt('bits')} 1 to {stored}")
+    shown = sorted(set(bits or [stored, *(b for b in FEWER if b < stored)]), reverse=True)
+    originals = load_originals(dataset, source, picked)
+    columns = [] if originals is None else [Column("original", pixels(originals))]
+    with progress("decoding", len(shown), "columns", 0) as bar:
+        for b in shown:
+            quantizer = dataset.quantizer if b == stored else requantized_manifest(dataset, b).quantizer
+            codes = picked.codes
+            if b != stored:
+                codes = recoder(dataset.quantizer, quantizer)(codes[:, None])[0][:, 0]
+            columns.append(Column(f"{b} bit{'s' if b > 1 else ''}", pixels(decode_all(decoder, codes, quantizer))))
+            bar.advance(1)
+    if isinstance(decoder, LinearDecoder):
+        latents = torch.from_numpy(dataset.quantizer.dequantize(picked.codes))
+        columns.append(Column("C×3 matrix", pixels(decoder.decode_small(latents))))
+    unit = unit_latents(picked.codes)
+    columns.append(Column("channels", channel_pictures(unit)))
+    columns.append(Column("as RGB", colour_pictures(unit)))
+    return columns
+
+
+def unit_latents(codes: np.ndarray) -> np.ndarray:
+    """u8 [n,C,h,w] -> f32 [n,C,h,w] in 0…1: each channel from the 1st to the 99th percentile of these samples."""
+    low, high = (np.percentile(codes, share, (0, 2, 3), keepdims=True)[0] for share in (1, 99))
+    return ((codes - low) / np.maximum(high - low, 1)).clip(0, 1).astype(np.float32)
+
+
+def pixels(pictures: Tensor) -> np.ndarray:
+    """u8 [n,3,H,W] -> u8 [n,H,W,3]."""
+    return pictures.permute(0, 2, 3, 1).numpy()
+
+
+def _picked(
+    dataset: LatentDataset,
+    split: str | None,
+    index: Sequence[int] | None,
+    classes: Sequence[str] | None,
+    limit: int,
+) -> Picked:
+    picked = pick(dataset, split, index=index, classes=classes, limit=limit)
+    if not len(picked):
+        raise UsageError(f"{dataset.root} has no valid sample of that choice in {picked.split}", "choose others")
+    order = np.argsort(picked.labels, kind="stable")
+    return picked.at(order)
+
+
+def _drawn(dataset: LatentDataset, picked: Picked, columns: list[Column], out: str | Path) -> PreviewResult:
+    names = [f"{dataset.classes[label]} · {row}" for label, row in zip(picked.labels, picked.rows, strict=True)]
+    codec, path = dataset.manifest.codec["name"], path_of(out)
+    title = f"{dataset.root.resolve().name} {picked.split}: {codec}, {plural(dataset.quantizer.bits, 'bit')} stored"
+    try:
+        write_atomic(path, png(draw_sheet(columns, names, title)))
+    except OSError as error:
+        raise system_fault(error) from error
+    return PreviewResult(str(path), picked.split, len(picked), tuple(column.title for column in columns))

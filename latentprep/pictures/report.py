@@ -1,0 +1,282 @@
+"""`report`: one HTML page that says what a dataset is, shows what its codes keep, and how runs on it do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from latentprep.audit.info import DatasetInfo, info
+from latentprep.errors import CheckpointError, system_fault
+from latentprep.format.dataset import LatentDataset, open_dataset
+from latentprep.format.manifest import INVALID_LABEL
+from latentprep.pictures import page
+from latentprep.pictures.decode import open_decoder
+from latentprep.pictures.plots import BLUE, INK, drawn
+from latentprep.pictures.preview import sample_columns
+from latentprep.pictures.samples import Decoder, Picked, decode_all, pick
+from latentprep.pictures.sheet import Column
+from latentprep.progress import ProgressFactory, silent
+from latentprep.sources.source import Source, open_own_source
+from latentprep.storage.atomic import write_atomic
+from latentprep.storage.places import path_of
+from latentprep.text import size
+
+if TYPE_CHECKING:
+    from latenttrain.diagnosis import Diagnosis
+
+SAMPLES = 10
+_SHARDS = 64  # that histograms are counted from, at most
+_CHANNELS = 16  # histograms shown, at most
+_ERRORS = 50  # listed, at most
+_TILE = 112  # pixels
+
+
+@dataclass(frozen=True)
+class ReportResult:
+    """The page, its size in bytes, and what it says of each channel: entropy in bits a value, share saturated."""
+
+    out: str
+    bytes: int
+    bits_per_value: float
+    entropy: tuple[float, ...]
+    saturation: tuple[float, ...]
+    runs: tuple[str, ...]
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+
+def report(
+    dataset: str | Path | LatentDataset,
+    *,
+    out: str | Path = "report.html",
+    runs: Sequence[str | Path] = (),
+    samples: int = SAMPLES,
+    decoder: str = "codec",
+    source: str | Path | Source | None = None,
+    data: str | Path | None = None,
+    weights: str | None = None,
+    device: str = "auto",
+    progress: ProgressFactory = silent,
+) -> ReportResult:
+    """Write one HTML page about a dataset, and about runs on it, that opens without network in any browser.
+
+    samples: how many are shown. runs: folders that ``latenttrain fit`` made. Those whose codes are this dataset's are
+    evaluated on it, with a confusion matrix and their worst mistakes as decoded pictures; of all the curves are drawn.
+    Raises as `preview` does, and `CheckpointError` for a folder that is no run.
+    """
+    opened = open_dataset(dataset)
+    found = info(opened)
+    maker = open_decoder(opened, decoder, weights, device)
+    picked = pick(opened, limit=samples)
+    counts, shards = channel_counts(opened)
+    entropies = tuple(map(entropy, counts))
+    given = open_own_source(source, data=data)
+    columns = sample_columns(opened, picked, maker, source=given, progress=progress) if len(picked) else []
+    sections = [
+        page.section("What was encoded", page.facts(_facts(found)), _classes(found)),
+        page.section("What the codes keep", *_samples(opened, picked, columns)),
+        page.section("Latents", *_latents(opened, found, counts, entropies, shards)),
+        page.section("Errors", *_errors(opened)),
+        *_runs(opened, maker, runs, device),
+    ]
+    name = opened.root.resolve().name
+    lead = f"A latent dataset: {found.source} through {found.codec['name']} at {_plural_bits(found.bits)}."
+    document = page.page(f"Report on {name}", lead, sections)
+    try:
+        write_atomic(path_of(out), document)
+    except OSError as error:
+        raise system_fault(error) from error
+    return ReportResult(
+        str(out), len(document), found.bits_per_value, entropies, found.saturation, tuple(map(str, runs))
+    )
+
+
+def channel_counts(dataset: LatentDataset) -> tuple[np.ndarray, tuple[int, int]]:
+    """How often each channel has each code, i64 [C,levels], valid rows only; and from how many of how many shards."""
+    levels, channels = dataset.quantizer.levels, dataset.manifest.latent[0]
+    every = [(split, record.index) for split in dataset.splits for record in dataset.records(split)]
+    chosen = every[:: max(1, -(-len(every) // _SHARDS))]
+    counts = np.zeros((channels, levels), np.int64)
+    for split, index in chosen:
+        shard = dataset.read_shard(split, index, keys=False)
+        valid = shard.codes[shard.labels != INVALID_LABEL]
+        for channel in range(channels):
+            counts[channel] += np.bincount(valid[:, :, channel].ravel(), minlength=levels)
+    return counts, (len(chosen), len(every))
+
+
+def entropy(counts: np.ndarray) -> float:
+    """Bits a value, order 0: i64 [levels] -> −Σ p log2 p; 0 where nothing was counted."""
+    shares = counts[counts > 0] / max(1, counts.sum())
+    return float(-(shares * np.log2(shares)).sum()) + 0.0
+
+
+def picture_tiles(names: Sequence[str], columns: Sequence[Column], at: int, what: str) -> list[str]:
+    """One sample's pictures, each under its column's name."""
+    tiles = []
+    for name, column in zip(names, columns, strict=True):
+        picture = column.pictures[at]
+        exact = max(picture.shape[:2]) < _TILE
+        image = Image.fromarray(np.ascontiguousarray(picture))
+        if not exact:
+            image.thumbnail((_TILE, _TILE), Image.Resampling.LANCZOS)
+        tiles.append(page.tile(image, f"{what}: {name}", name, exact))
+    return tiles
+
+
+def _facts(found: DatasetInfo) -> dict[str, str]:
+    channels, height, width = found.latent
+    options = ", ".join(
+        f"{key} {value}" for key, value in found.codec.items() if key not in ("name", "weights", "weights_sha256")
+    )
+    weights = f", weights {found.codec['weights_sha256'][:12]}…" if "weights_sha256" in found.codec else ""
+    rows = ", ".join(f"{name} {split.committed:,} of {split.rows:,}" for name, split in found.splits.items())
+    return {
+        "source": found.source,
+        "codec": found.codec["name"] + (f" ({options}{weights})" if options else ""),
+        "latents": f"{height}×{width}×{channels} of {found.size}×{found.size} px, {_plural_bits(found.bits)} a code"
+        + (", chosen jointly" if found.joint else "")
+        + (f", {found.views} views" if found.views > 1 else ""),
+        "samples": f"{rows}; {found.classes} classes",
+        "codes": f"{size(found.code_bytes)}: {found.bytes_per_image:,.0f} bytes an image ({found.store}, "
+        f"{found.compression})",
+        "smaller": f"{found.smaller_than_source:.1f} times than the images' files, "
+        f"{found.smaller_than_pixels:.0f} times than their pixels",
+    }
+
+
+def _classes(found: DatasetInfo) -> str:
+    names = list(found.splits)
+    rows = [
+        [name, *(f"{found.splits[split].samples[name]:,}" for split in names)]
+        for name in found.splits[names[0]].samples
+    ]
+    rows.append(["could not be read", *(f"{found.splits[split].invalid:,}" for split in names)])
+    return page.table("Samples of each class", ["class", *names], rows)
+
+
+def _samples(dataset: LatentDataset, picked: Picked, columns: Sequence[Column]) -> list[str]:
+    if not len(picked):
+        return [page.paragraph("No sample could be read.")]
+    every = []
+    for at in np.argsort(picked.labels, kind="stable"):
+        name = f"{dataset.classes[picked.labels[at]]}, row {picked.rows[at]} of {picked.split}"
+        every.append(page.card(name, picture_tiles([column.title for column in columns], columns, at, name)))
+    return [
+        page.paragraph(
+            "Fewer bits than are stored are derived from the codes. Channels are in false colours, dark low and bright "
+            "high; the last picture has the first three as red, green and blue."
+        ),
+        page.cards(every),
+    ]
+
+
+def _latents(
+    dataset: LatentDataset,
+    found: DatasetInfo,
+    counts: np.ndarray,
+    entropies: Sequence[float],
+    shards: tuple[int, int],
+) -> list[str]:
+    quantizer = dataset.quantizer
+    mean = sum(entropies) / len(entropies)
+    text = (
+        f"A value takes {found.bits_per_value:.2f} bits on disk. The codes' order-0 entropy, channel by channel, is "
+        f"{mean:.2f} bits; without entropy coding it would be {found.bits}."
+    )
+    if shards[0] < shards[1]:
+        text += f" Counted on {shards[0]} of {shards[1]} shards."
+    figures, rows = [], []
+    for channel, (lo, step) in enumerate(zip(quantizer.lo, quantizer.step, strict=True)):
+        high, outside = lo + step * quantizer.levels, found.saturation[channel]
+        rows.append(
+            [f"{channel}", f"{lo:.4g}", f"{high:.4g}", f"{step:.3g}", f"{outside:.3%}", f"{entropies[channel]:.2f}"]
+        )
+        if channel < _CHANNELS:
+            alt = (
+                f"Histogram of channel {channel} over the quantizer's range {lo:.3g} to {high:.3g}: "
+                f"entropy {entropies[channel]:.2f} bits, {outside:.2%} saturated"
+            )
+            figures.append(_histogram(counts[channel], lo, high, channel, alt, f"{outside:.2%} saturated"))
+    more = len(rows) - len(figures)
+    return [
+        page.paragraph(text),
+        page.charts(figures, small=True),
+        *([page.paragraph(f"{more} more channels are in the table only.")] if more else []),
+        page.table(
+            "Quantizer range, share of values outside it, and entropy of each channel",
+            ["channel", "low", "high", "step", "saturated", "entropy, bits"],
+            rows,
+        ),
+    ]
+
+
+def _histogram(counts: np.ndarray, lo: float, high: float, channel: int, alt: str, caption: str) -> str:
+    with drawn(1, 2.2, 1.5) as ((axes,), picture):
+        axes.stairs(counts / max(1, counts.sum()), np.linspace(lo, high, len(counts) + 1), fill=True, color=BLUE)
+        axes.set_title(f"channel {channel}", loc="left", color=INK, fontsize=11)
+        axes.set_xticks([lo, high], [f"{lo:.3g}", f"{high:.3g}"])
+        axes.set_yticks([])
+        axes.spines["left"].set_visible(False)
+    return page.chart(picture, alt, caption)
+
+
+def _errors(dataset: LatentDataset) -> list[str]:
+    records = [record for split in dataset.splits for record in dataset.records(split)]
+    lines = [[str(e["row"]), record.split, e["key"], e["reason"]] for record in records for e in record.invalid]
+    if not lines:
+        return [page.paragraph("Every sample could be read.")]
+    shown = f", the first {_ERRORS} of {len(lines)}" if len(lines) > _ERRORS else ""
+    title = f"Samples that could not be read{shown}"
+    return [page.table(title, ["row", "split", "key", "reason"], lines[:_ERRORS])]
+
+
+def _runs(dataset: LatentDataset, decoder: Decoder, runs: Sequence[str | Path], device: str) -> list[str]:
+    if not runs:
+        return []
+    from latenttrain.comparison import comparison, read_run
+    from latenttrain.diagnosis import diagnose
+
+    read = [read_run(run) for run in runs]
+    sections = [page.section("Runs", *comparison(read))]
+    for number, run in enumerate(read, 1):
+        title = f"Run {number}: {run.name}"
+        try:
+            found = diagnose(run.run, dataset, device=device)
+        except CheckpointError:  # read_run took it, so what does not fit is the codes
+            sections.append(
+                page.section(title, page.paragraph("Not evaluated on this dataset: it learned other codes."))
+            )
+            continue
+        sections.append(page.section(title, *found.summary(), *_mistakes(dataset, decoder, found)))
+    return sections
+
+
+def _mistakes(dataset: LatentDataset, decoder: Decoder, found: Diagnosis) -> list[str]:
+    """The samples that the run was most wrong about, and one of each pair of classes that it confuses most."""
+    parts = []
+    for title, chosen in (("Most confused", found.most_confused()), ("Most wrong", found.most_wrong())):
+        if not chosen:
+            continue
+        picked = pick(dataset, found.split, index=[mistake.row for mistake in chosen])
+        pictures = decode_all(decoder, picked.codes, dataset.quantizer).permute(0, 2, 3, 1).numpy()
+        place = {row: at for at, row in enumerate(picked.rows.tolist())}
+        tiles = []
+        for mistake in chosen:
+            truth, said = dataset.classes[mistake.label], dataset.classes[mistake.predicted]
+            image = Image.fromarray(np.ascontiguousarray(pictures[place[mistake.row]]))
+            image.thumbnail((_TILE, _TILE), Image.Resampling.LANCZOS)
+            text = f"{truth}, taken for {said} ({mistake.note})"
+            tiles.append(page.tile(image, f"row {mistake.row}: {text}", text))
+        parts.append(page.card(title, tiles))
+    return parts
+
+
+def _plural_bits(bits: int) -> str:
+    return f"{bits} bit" if bits == 1 else f"{bits} bits"

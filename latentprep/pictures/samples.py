@@ -1,0 +1,212 @@
+"""Samples of a latent dataset as pictures: which ones, their codes decoded, and the originals of a source."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentprep.device import on_device
+from latentprep.errors import LatentError, SourceError, UsageError, nearest, opt
+from latentprep.fitting import NOT_ON_DEVICE, Fitting
+from latentprep.format.dataset import LatentDataset
+from latentprep.format.manifest import INVALID_LABEL
+from latentprep.format.quantizer import Quantizer
+from latentprep.quantizing.scalar import dequantize
+from latentprep.sources.images import BadImage, canonical_view
+from latentprep.sources.source import Source, open_source
+
+_BATCH = 32  # images that a decoder takes at once
+_READERS = 4
+
+
+@dataclass(frozen=True)
+class Picked:
+    """Valid samples of one split, view 0. rows: i64 [n] in the split; codes: u8 [n,C,h,w]; labels: i32 [n]; keys: n."""
+
+    split: str
+    rows: np.ndarray
+    codes: np.ndarray
+    labels: np.ndarray
+    keys: list[str]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def at(self, places: slice | np.ndarray) -> Picked:
+        """Some of them."""
+        keys = np.array(self.keys, dtype=object)[places].tolist()
+        return Picked(self.split, self.rows[places], self.codes[places], self.labels[places], keys)
+
+
+class Decoder(Protocol):
+    """What makes pictures of latents: a codec, or a `LinearDecoder`."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """f32 [B,C,h,w] -> u8 [B,3,H,W]."""
+        ...
+
+
+def shown_split(splits: Sequence[str]) -> str:
+    """The split that pictures are made of unless another is asked for: val, or the first where there is no val."""
+    return "val" if "val" in splits else splits[0]
+
+
+def pick(
+    dataset: LatentDataset,
+    split: str | None = None,
+    *,
+    index: Sequence[int] | None = None,
+    classes: Sequence[str] | None = None,
+    limit: int | None = None,
+) -> Picked:
+    """Samples of a split, in order; invalid rows are left out, and only shards that hold a picked row are read.
+
+    index: just these rows. classes: of these names only. limit: at most so many, spread evenly over the classes.
+    Raises `UsageError` for a split, class or row that is not there or not valid, `DatasetError` for a damaged dataset.
+    """
+    split = split or shown_split(dataset.splits)
+    dataset.check_complete(split)
+    manifest = dataset.manifest
+    shards = range(manifest.shard_count(split))
+    labels = np.concatenate([dataset.read_labels(split, shard) for shard in shards] or [np.empty(0, np.int32)])
+    rows = np.flatnonzero(labels != INVALID_LABEL)
+    if index is not None:
+        for row in index:
+            if not 0 <= row < len(labels):
+                raise UsageError(f"{dataset.root} has no row {row} in {split}", f"rows are 0 to {len(labels) - 1}")
+            if labels[row] == INVALID_LABEL:
+                raise UsageError(f"row {row} of {split} could not be read when it was encoded", "choose another row")
+        rows = np.unique(np.array(index, np.int64))
+    if classes is not None:
+        wanted = [_class_index(dataset, name) for name in classes]
+        rows = rows[np.isin(labels[rows], wanted)]
+    if limit is not None:
+        rows = _spread(rows, labels[rows], limit)
+    codes = np.empty((len(rows), *manifest.latent), np.uint8)
+    keys = [""] * len(rows)
+
+    def place(shard: int) -> None:
+        here = np.flatnonzero(rows // manifest.shard_rows == shard)
+        read = dataset.read_shard(split, shard)
+        inside = rows[here] - shard * manifest.shard_rows
+        codes[here] = read.codes[inside, 0]
+        for at, row in zip(here.tolist(), inside.tolist(), strict=True):
+            keys[at] = read.keys[row]
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        for _ in pool.map(place, np.unique(rows // manifest.shard_rows).tolist()):
+            pass
+    return Picked(split, rows, codes, labels[rows], keys)
+
+
+def decoded(
+    decoder: Decoder, codes: np.ndarray, quantizer: Quantizer, batch_size: int = _BATCH
+) -> Iterator[tuple[slice, Tensor]]:
+    """u8 [n,C,h,w] -> batches of places and pictures on the host, u8 [b,3,H,W]."""
+    decode = Fitting(decoder.decode, NOT_ON_DEVICE)
+    device = torch.device(getattr(decoder, "device", "cpu"))
+    for start in range(0, len(codes), batch_size):
+        places = slice(start, min(start + batch_size, len(codes)))
+        latents = dequantize(torch.from_numpy(codes[places]), quantizer)
+        with on_device(device):
+            pictures = decode(latents).cpu()
+        yield places, pictures
+
+
+def decode_all(decoder: Decoder, codes: np.ndarray, quantizer: Quantizer) -> Tensor:
+    """u8 [n,C,h,w] -> u8 [n,3,H,W] on the host."""
+    pictures = [batch for _, batch in decoded(decoder, codes, quantizer)]
+    return torch.cat(pictures) if pictures else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
+
+
+class Originals:
+    """The images that a dataset was made of, found in a source by their keys.
+
+    A sample is looked for in its own split first and then in the others, so the options with which the source was split
+    and limited need not be given again. Raises `SourceError` if the source has not got it, or under another class.
+    """
+
+    def __init__(self, dataset: LatentDataset, source: Source) -> None:
+        self.source, self.classes, self.transform = source, dataset.classes, dataset.manifest.transform
+        self._places: dict[str, dict[str, int]] = {}
+        self._labels = {split: source.labels(split) for split in source.splits}
+
+    def load(self, picked: Picked) -> Tensor:
+        """The canonical views of the picked samples, u8 [n,3,S,S]."""
+        size = self.transform["size"]
+        images = np.empty((len(picked), size, size, 3), np.uint8)
+
+        def place(at: int) -> None:
+            split, row = self._find(picked.split, picked.keys[at], self.classes[picked.labels[at]])
+            sample = self.source.read(split, row)
+            try:
+                images[at] = canonical_view(sample.data, self.transform)
+            except BadImage as error:
+                raise SourceError(f"{sample.key}: {error}", "it has changed since it was encoded") from error
+
+        with ThreadPoolExecutor(_READERS) as pool:
+            for _ in pool.map(place, range(len(picked))):
+                pass
+        return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+    def _find(self, split: str, key: str, name: str) -> tuple[str, int]:
+        for other in sorted(self.source.splits, key=lambda other: other != split):
+            if other not in self._places:
+                self._places[other] = {k: row for row, k in enumerate(self.source.keys(other))}
+            row = self._places[other].get(key)
+            if row is not None and self.source.classes[self._labels[other][row]] == name:
+                return other, row
+        raise SourceError(
+            f"{self.source.spec} is not what the dataset was made of: it has no {key} of class {name}",
+            "give the same source as to latentprep encode",
+        )
+
+
+def load_originals(dataset: LatentDataset, source: Source | None, picked: Picked) -> Tensor | None:
+    """The picked samples' images, u8 [n,3,S,S], from the `source` given, or else from the one that the dataset was made
+    of if that takes no download and no search of an archive; None where no source is at hand."""
+    if source is not None:
+        return Originals(dataset, source).load(picked)
+    spec = dataset.manifest.source["spec"]
+    if spec != "shapes" and not Path(spec).is_dir():
+        return None
+    try:
+        return Originals(dataset, open_source(spec)).load(picked)
+    except LatentError:  # another folder by now
+        return None
+
+
+def _class_index(dataset: LatentDataset, name: str) -> int:
+    if name not in dataset.classes:
+        raise UsageError(f"{dataset.root} has no class '{name}'", nearest(name, list(dataset.classes)))
+    return dataset.classes.index(name)
+
+
+def _spread(rows: np.ndarray, labels: np.ndarray, limit: int) -> np.ndarray:
+    """At most `limit` of the rows, as many of each class as there are, evenly spaced: i64 [N], i32 [N] -> i64 [n]."""
+    if limit < 1:
+        raise UsageError(f"{opt('limit')} must be 1 or more, got {limit}", "leave it out for all samples")
+    if limit >= len(rows):
+        return rows
+    counts = np.bincount(labels)
+    # Fill up the classes evenly: each gets the same, but for those that have fewer.
+    share, left = np.zeros_like(counts), limit
+    while left:
+        open_ = np.flatnonzero(share < counts)
+        add = max(1, left // len(open_))
+        for label in open_[:left] if add == 1 else open_:
+            more = min(add, counts[label] - share[label])
+            share[label] += more
+            left -= more
+    chosen = []
+    for label in np.flatnonzero(share):
+        own = rows[labels == label]
+        chosen.append(own[(2 * np.arange(share[label]) + 1) * len(own) // (2 * share[label])])
+    return np.sort(np.concatenate(chosen))

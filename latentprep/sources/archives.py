@@ -1,0 +1,212 @@
+"""Tar and gzipped tar archives read in place: an index of what they hold, by offset. Nothing is ever unpacked.
+
+Tars that were joined (``cat a.tar b.tar``, several streams of gzip) are one archive, and a plain tar inside an archive
+has a listing of its own.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from latentprep.errors import SourceError
+from latentprep.sources.kinds import has_image_name
+from latentprep.sources.listing import HIDDEN, Entry, Listing, Progress, is_hidden, text_path
+from latentprep.sources.offsets import AGAIN, GzipFile, PlainFile, archive_kind, begins_tar
+
+_HEADER_BYTES = 1 << 20  # of one member, long names and all
+_MAX_LINKED = 1 << 20  # images that links to folders may add to an archive
+
+
+def list_archive(path: Path, progress: Progress | None = None) -> Listing:
+    """What a tar or gzipped tar holds, in the archive's order, with where the images' bytes are.
+
+    Raises SourceError: not an archive, cut short, damaged, followed by other bytes, a member that points outside it, or
+    an image that is a link.
+    """
+    kind = archive_kind(path)
+    if kind not in ("tar", "gzip"):
+        what = "a Parquet file" if kind == "Parquet" else f"a {kind} archive" if kind else "not an archive"
+        raise SourceError(f"{path} is {what}", "give a folder, a .tar or a .tar.gz")
+    file = GzipFile(path) if kind == "gzip" else PlainFile(path)
+    total = path.stat().st_size
+    try:
+        with path.open("rb") as raw:
+            cursor: Any = file.cursor(raw.fileno()) if isinstance(file, GzipFile) else raw
+            done = cursor.compressed if isinstance(file, GzipFile) else cursor.tell
+            tick = (lambda: progress(f"reading {path.name}", done(), total)) if progress else lambda: None
+            listing = _Lister(path, file, cursor, tick).list(_Headers(cursor))
+            if isinstance(file, GzipFile):
+                cursor.seek_end()
+            return listing
+    except (SourceError, OSError):
+        raise
+    except Exception as error:  # tarfile raises whatever it meets in damaged headers
+        raise SourceError(f"{path} is damaged or cut short: {error or type(error).__name__}", AGAIN) from error
+
+
+class _Lister:
+    """One pass through an archive's members."""
+
+    def __init__(self, path: Path, file: PlainFile | GzipFile, cursor: Any, tick: Callable[[], None]) -> None:
+        self.path, self.file, self.cursor, self.tick = path, file, cursor, tick
+        self.count = 0  # of members
+
+    def list(self, headers: _Headers, nested: bool = False) -> Listing:
+        """What lies between where ``headers`` stand and their end: a tar, or several of them."""
+        listing, links, more = Listing(), {}, True
+        while more:
+            with tarfile.open(fileobj=_as_file(headers), mode="r:", encoding="utf-8") as tar:
+                while (member := tar.next()) is not None:
+                    tar.members.clear()  # type: ignore[attr-defined]  # it would keep every header: about 1 KiB each
+                    self.count += 1
+                    headers.left = _HEADER_BYTES
+                    if self.count % 256 == 0:
+                        self.tick()
+                    if member.issym() and not has_image_name(member.name):
+                        links[_inner_path(self.path, member.name)] = member.linkname
+                    else:
+                        self._add(listing, member, nested)
+                end = tar.offset
+            # tarfile takes a broken header, or none, for the end
+            if not headers.holds(end) or self.file.pread(512, end) != bytes(512):
+                raise EOFError(f"no end mark after {self.count} members")
+            more = headers.skip_zeros()
+        _follow(self.path, listing, links)
+        listing.leave_out_ours()
+        return listing
+
+    def _add(self, listing: Listing, member: tarfile.TarInfo, nested: bool) -> None:
+        name = _inner_path(self.path, member.name)
+        if not name:
+            return
+        if is_hidden(name):
+            listing.leave_out(HIDDEN, int(member.isreg() and has_image_name(name)))
+        elif member.isdir():
+            listing.folders.add(name)
+        elif member.islnk() or member.issym() or member.issparse():
+            if has_image_name(name):
+                how = "a sparse file" if member.issparse() else f"a link to {member.linkname}"
+                way_out = "pack the archive again with: tar --dereference --hard-dereference"
+                raise SourceError(f"{self.path}: {name} is {how}, not an image", way_out)
+        elif member.isreg():
+            self._add_file(listing, name, member.offset_data, member.size, nested)
+
+    def _add_file(self, listing: Listing, name: str, offset: int, size: int, nested: bool) -> None:
+        def read(length: int) -> bytes:
+            self.cursor.seek(offset)
+            return self.cursor.read(min(size, length))
+
+        before = len(listing.images)
+        head = listing.add(name, (self.file, offset, size), read)
+        inner = Listing()
+        if len(head) == 512 and begins_tar(head) and head.strip(b"\0"):
+            if nested:
+                way_out = "unpack the outermost archive"
+                raise SourceError(f"{self.path}: {name} is a tar in a tar in a tar", way_out)
+            inner = self.list(_Headers(self.cursor, offset + size, head), nested=True)
+            listing.archives[name] = inner
+        elif head:
+            listing.add_other(name)
+            if head.startswith(b"\x1f\x8b") and name.lower().endswith((".tgz", ".tar.gz")):
+                listing.leave_out("archives not read (.tgz inside a tar)")
+        if len(listing.images) > before or name in listing.archives:
+            _add_folders(listing, name)
+
+
+def _add_folders(listing: Listing, name: str) -> None:
+    while "/" in name and (name := name.rpartition("/")[0]) not in listing.folders:
+        listing.folders.add(name)
+
+
+def _follow(archive: Path, listing: Listing, links: dict[str, str]) -> None:
+    """Enter what links to folders lead to, as if it were there. What links in there lead to is not followed again."""
+    if not links:
+        return
+    inside: dict[str, list[Entry]] = {}
+    for entry in listing.images:
+        folder = entry.path
+        while "/" in folder:
+            folder = folder.rpartition("/")[0]
+            inside.setdefault(folder, []).append(entry)
+    added: list[Entry] = []
+    for name, target in links.items():
+        to = posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
+        for _ in range(40):  # as many links to links as Linux follows
+            if to in links:
+                to = posixpath.normpath(posixpath.join(posixpath.dirname(to), links[to]))
+        if is_hidden(name):
+            continue
+        if to in links or name.startswith(f"{to}/") or to == ".":
+            listing.leave_out("links in a circle")
+        elif to not in inside:
+            listing.leave_out("links to what is not in the archive", int(to not in listing.folders))
+        else:
+            for entry in inside[to]:
+                added.append(Entry(name + entry.path.removeprefix(to), entry.at))
+                _add_folders(listing, added[-1].path)
+            if len(added) > _MAX_LINKED:
+                raise SourceError(f"{archive}: its links to folders add more than {_MAX_LINKED} images", "unpack it")
+            listing.linked = True
+    listing.images += added
+
+
+def _inner_path(archive: Path, name: str) -> str:
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    if name.startswith("/") or ".." in parts:
+        raise SourceError(f"{archive}: member {name} points outside the archive", "pack it again with relative paths")
+    return text_path("/".join(parts))
+
+
+class _Headers:
+    """What tarfile reads one member's headers through: only forward, and no more of them than anyone needs.
+
+    A header may claim a name of gigabytes, or a member of negative length, which tarfile would visit for ever.
+    ``end``: where the tar ends that lies inside another; ``ahead``: bytes that have been read already.
+    """
+
+    def __init__(self, cursor: Any, end: int | None = None, ahead: bytes = b"") -> None:
+        self._cursor, self._end, self._ahead = cursor, end, ahead
+        self.left = _HEADER_BYTES
+
+    def tell(self) -> int:
+        return self._cursor.tell() - len(self._ahead)
+
+    def read(self, size: int) -> bytes:
+        self.left -= size
+        if size < 0 or self.left < 0:
+            raise tarfile.ReadError(f"the headers of a member take more than {_HEADER_BYTES} bytes")
+        if self._end is not None:
+            size = max(0, min(size, self._end - self.tell()))
+        part, self._ahead = self._ahead[:size], self._ahead[size:]
+        return part + self._cursor.read(size - len(part)) if len(part) < size else part
+
+    def seek(self, offset: int) -> int:
+        if offset < self.tell():
+            raise tarfile.ReadError("a member ends before it begins")
+        self._ahead = self._ahead[offset - self.tell() :]
+        return self._cursor.seek(offset) if not self._ahead else offset
+
+    def holds(self, offset: int) -> bool:
+        """Whether there can be a block at ``offset``."""
+        return self._end is None or offset + 512 <= self._end
+
+    def skip_zeros(self) -> bool:
+        """Go on to the tar behind the zeros that end one, if there is one. Raises EOFError for anything else."""
+        while True:
+            self.left = _HEADER_BYTES
+            block = self.read(512)
+            if block.strip(b"\0"):
+                if not begins_tar(block):
+                    raise EOFError("after the end mark there are other bytes, which are no tar")
+                self._ahead = block + self._ahead
+                return True
+            if not block:
+                return False
+
+
+def _as_file(headers: _Headers) -> BinaryIO:
+    return headers  # type: ignore[return-value]  # it has what tarfile calls: read, seek, tell

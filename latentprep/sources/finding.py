@@ -1,0 +1,96 @@
+"""What the name of a source stands for: a folder, an archive, or several tars; and the images in it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from latentprep.errors import SourceError, nearest
+from latentprep.sources.archives import list_archive
+from latentprep.sources.kinds import has_image_name
+from latentprep.sources.layouts import LAYOUTS, Tree, by_folders
+from latentprep.sources.listing import BESIDE, Progress, list_folder, read_file
+from latentprep.sources.offsets import read_member
+from latentprep.sources.tars import by_tars
+from latentprep.storage.places import path_of
+
+MAX_TARS = 100_000  # that one brace pattern may stand for
+
+Load = Callable[[Any], bytes]
+
+
+def find(spec: str, out: Path | None = None, progress: Progress | None = None) -> tuple[Tree, Load]:
+    """The images that ``spec`` names, by split, and the function that reads one. ``out``: a folder to leave out.
+
+    Raises SourceError.
+    """
+    try:
+        return _find(spec, path_of(spec), out, progress)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise SourceError(f"cannot read {error.filename or spec}: {reason}", "check its permissions") from error
+
+
+def _find(spec: str, path: Path, out: Path | None, progress: Progress | None) -> tuple[Tree, Load]:
+    if path.is_dir():
+        listing = list_folder(path, out)
+        if not listing.archives or any("/" in image.path for image in listing.images):
+            listing.leave_out(BESIDE, len(listing.archives))
+            return by_folders(spec, listing), read_file
+        tars = [listing.archives[name] for name in sorted(listing.archives)]
+        left_out = listing.left_out
+        listing.leave_out("images beside tars", len(listing.images))
+    else:
+        tars, left_out = _named(spec, path), None
+    tree = by_tars(spec, {str(tar): list_archive(tar, progress) for tar in tars})
+    tree.left_out.update(left_out or {})
+    return tree, read_member
+
+
+def _named(spec: str, path: Path) -> list[Path]:
+    """The archives that a path or a brace pattern names."""
+    if path.is_file():
+        if has_image_name(spec):
+            raise SourceError(f"{spec} is a single image", LAYOUTS)
+        return [path]
+    if path.exists():
+        raise SourceError(f"{spec} is neither a file nor a folder", LAYOUTS)
+    tars = [path_of(name) for name in _expand_braces(spec)]
+    _check_exists(spec, tars)
+    return tars
+
+
+def _check_exists(spec: str, paths: list[Path]) -> None:
+    from latentprep.sources import named as datasets
+
+    missing = [path for path in paths if not path.is_file()]
+    if not missing:
+        return
+    if len(paths) > 1:
+        raise SourceError(f"{spec}: {len(missing)} of {len(paths)} files are not there, the first {missing[0]}")
+    if "/" in spec or "." in spec:
+        raise SourceError(f"no such file or folder: {spec}", LAYOUTS)
+    raise SourceError(f"{spec} is neither a path nor a named dataset", nearest(spec, datasets.NAMES))
+
+
+def _expand_braces(spec: str) -> list[str]:
+    """``train-{000..002}.tar`` -> its three names, ``{train,val}-0.tar`` -> both, as shells and webdataset do."""
+    match = re.search(r"\{([^{}]*)\}", spec)
+    if not match:
+        return [spec]
+    bounds = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", match[1])
+    if bounds:
+        if int(bounds[1]) > int(bounds[2]):
+            raise SourceError(f"{spec} ends before it begins", "write a range as train-{000000..000012}.tar")
+        width = len(bounds[1]) if bounds[1].startswith("0") else 0
+        parts: Iterable[str] = (str(n).zfill(width) for n in range(int(bounds[1]), int(bounds[2]) + 1))
+    else:
+        parts = match[1].split(",")
+    names: list[str] = []
+    for part in parts:
+        names += _expand_braces(spec[: match.start()] + part + spec[match.end() :])
+        if len(names) > MAX_TARS:
+            raise SourceError(f"{spec} stands for more than {MAX_TARS} files", "name fewer")
+    return names

@@ -1,0 +1,172 @@
+"""How the folders of a `Listing` give splits, classes and keys.
+
+`by_folders` reads a `Tree` off a listing, `latentprep.sources.tars` one off several tars: for each split, images with
+key and class name, and how many images are in none.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from latentprep.errors import SourceError
+from latentprep.sources.listing import ANNOTATIONS, Entry, Listing, left_out_line
+from latentprep.sources.splits import split_of_folder
+
+LAYOUTS = (
+    "give a folder or archive with train/CLASS/*.jpg and val/CLASS/*.jpg, or with CLASS/*.jpg, or WebDataset tars with "
+    "KEY.jpg and KEY.cls"
+)
+STRAY = "images beside the class folders"
+
+
+class Found(NamedTuple):
+    """An image before the classes are numbered: its key, its class's name, where its bytes are."""
+
+    key: str
+    name: str
+    at: Any
+
+
+@dataclass
+class Tree:
+    """Images by split; by split the class folders that exist, with or without images; and what was left out.
+
+    notes: what else a user should know about how the source is read.
+    """
+
+    found: dict[str, list[Found]]
+    folders: dict[str, set[str]] = field(default_factory=dict)
+    left_out: Counter[str] = field(default_factory=Counter)
+    notes: tuple[str, ...] = ()
+
+
+def by_folders(spec: str, listing: Listing) -> Tree:
+    """Read splits and classes off the folders: ``{train,val,test}/CLASS/…`` or ``CLASS/…``, inside any wrappers.
+
+    A folder with a split's name is one only if it holds folders, and all the others beside it are splits too, or at
+    least two splits have a class in common: else it may be a class, and is refused.
+    """
+    if not listing.images:
+        raise SourceError(f"{spec} holds no images{what_else(listing)}", LAYOUTS)
+    depth, splits = _find_splits(spec, listing)
+    tree = Tree({split: [] for split in splits.values()} or {"train": []}, {}, Counter(listing.left_out))
+    level = depth + 1 if splits else depth  # where the class folders are
+    beside: dict[str, list[Entry]] = {}  # images in folders beside the splits
+    astray: dict[str, list[Entry]] = {}  # images in no class folder, by split
+    for entry in listing.images:
+        parts = entry.path.split("/")
+        top = parts[depth] if len(parts) > depth + 1 else ""
+        if splits and top and top not in splits:
+            beside.setdefault(top, []).append(entry)
+        elif len(parts) < level + 2:
+            astray.setdefault(top if splits else "", []).append(entry)
+        else:
+            key = "/".join(parts[depth:])
+            tree.found[splits[top] if splits else "train"].append(Found(key, parts[level], entry.at))
+    for top, entries in astray.items():
+        if not tree.found[splits[top]] if top else not any(tree.found.values()):
+            raise _in_no_class(spec, entries[0], listing)
+        tree.left_out[f"images in {top}/ beside the class folders" if top else STRAY] += len(entries)
+    _leave_out_beside(spec, tree, beside, sorted(splits), listing)
+
+    for folder in listing.folders:
+        parts = folder.split("/")
+        if len(parts) > level and (not splits or parts[depth] in splits):
+            tree.folders.setdefault(splits[parts[depth]] if splits else "train", set()).add(parts[level])
+    _read_annotations(tree, listing, splits, depth)
+    names = {row.name for rows in tree.found.values() for row in rows}
+    if len(names) == 1:
+        raise SourceError(f"{spec} has one class only: {min(names)}{_tables(listing)}", LAYOUTS)
+    return tree
+
+
+def what_else(listing: Listing) -> str:
+    """What a listing holds besides images, for the error that it has none that are of use."""
+    others = {f"files {ending}": count for ending, count in listing.others.most_common(4)}
+    found = left_out_line({**listing.left_out, **others})
+    return f" (found: {found})" if found else ""
+
+
+def _find_splits(spec: str, listing: Listing) -> tuple[int, dict[str, str]]:
+    """How many folders lie around all others, and those inside that are splits: their names and which split each is."""
+    folders = [folder.split("/") for folder in listing.folders]
+    depth = 0
+    while True:
+        tops = {parts[depth] for parts in folders if len(parts) > depth}
+        inner = {parts[depth] for parts in folders if len(parts) > depth + 1}  # those that hold folders
+        splits = {top: split for top in sorted(inner) if (split := split_of_folder(top))}
+        if splits or len(tops) != 1 or not inner:
+            break
+        depth += 1
+    twice = [split for split, n in Counter(splits.values()).items() if n > 1]
+    if twice:
+        both = " and ".join(top for top in splits if splits[top] == twice[0])
+        raise SourceError(f"{spec} has {both}, which are both the {twice[0]} split", "keep one of them")
+    return depth, splits
+
+
+def _leave_out_beside(
+    spec: str, tree: Tree, beside: dict[str, list[Entry]], splits: list[str], listing: Listing
+) -> None:
+    """Count the images in folders beside the splits, but for those that a link brings into a split."""
+    read = {_place(row.at) for rows in tree.found.values() for row in rows} if listing.linked else set()
+    names = [{row.name for row in rows} for rows in tree.found.values()]
+    sure = any(one & two for i, one in enumerate(names) for two in names[:i])
+    for top, entries in beside.items():
+        split = split_of_folder(top)
+        rest = [entry for entry in entries if not read or _place(entry.at) not in read]
+        if not rest:
+            continue
+        if split == "test":
+            tree.left_out[f"images in {top}/ (in no class folder)"] += len(rest)
+        elif split:
+            raise _in_no_class(spec, rest[0], listing)
+        elif sure:
+            tree.left_out[f"images in {top}/ (not a known split)"] += len(rest)
+        else:
+            raise SourceError(
+                f"{spec} has {top}/ beside {' and '.join(f'{name}/' for name in splits)}: splits or classes?",
+                f"for splits, name them train, val and test or move {top}/ elsewhere; for classes, give {splits[0]}/ "
+                "another name or put all of them into a folder train/",
+            )
+
+
+def _place(at: Any) -> Any:
+    """Where an image's bytes really are, be it reached by links or not."""
+    return os.path.realpath(at) if isinstance(at, str) else at
+
+
+def _in_no_class(spec: str, entry: Entry, listing: Listing) -> SourceError:
+    return SourceError(f"{entry.path} in {spec} lies in no class folder{_tables(listing)}", LAYOUTS)
+
+
+def _tables(listing: Listing) -> str:
+    found = [ending for ending in (".csv", ".tsv", ".json", ".jsonl", ".xml", ".txt") if listing.others[ending]]
+    return f" (tables of labels are not read: {', '.join(found)})" if found else ""
+
+
+def _read_annotations(tree: Tree, listing: Listing, splits: dict[str, str], depth: int) -> None:
+    """Tiny-ImageNet: val and test images are all in ``images``; a text file gives the classes of val."""
+    if "images" in {row.name for row in tree.found.get("train", ())}:
+        return
+    for path, text in listing.annotations.items():
+        parts = path.split("/")
+        top, inside = parts[depth] if len(parts) == depth + 2 else "", "/".join([*parts[depth:-1], "images", ""])
+        if top not in splits:
+            continue
+        lines = [line.split("\t") for line in text.decode("utf-8", "replace").splitlines()]
+        names = {fields[0]: fields[1].strip() for fields in lines if len(fields) > 1}
+        rows = tree.found[splits[top]]
+        told = [row._replace(name=names.get(row.key.removeprefix(inside), row.name)) for row in rows]
+        kept = [row for row in told if row.name != "images"]
+        if len(kept) < len(rows):
+            tree.left_out[f"images in {top}/ (not in its {ANNOTATIONS})"] += len(rows) - len(kept)
+        tree.found[splits[top]] = kept
+        tree.folders[splits[top]] = {row.name for row in kept}
+    test = tree.found.get("test", [])
+    if test and {row.name for row in test} == {"images"}:
+        tree.left_out["images in test/ (in no class folder)"] += len(test)
+        del tree.found["test"], tree.folders["test"]

@@ -1,0 +1,228 @@
+"""What a folder or an archive holds, as a `Listing`: the same for both, so that every layout is read alike from either.
+
+No image is decoded; of a file without an image's name the first bytes are looked at. Nothing is passed over without a
+count: hidden files, kinds of images that are not read, links in circles, and the folders that we write ourselves.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from latentprep.errors import SourceError
+from latentprep.sources.kinds import has_image_name, has_unsupported_name, is_image
+from latentprep.sources.offsets import archive_kind
+
+Progress = Callable[[str, int, "int | None"], None]
+
+HIDDEN = "images in hidden files or folders"
+BESIDE = "archives beside image files"
+ANNOTATIONS = "val_annotations.txt"  # Tiny-ImageNet's: FILE, CLASS and a box a line, between tabs
+_OURS = {  # files that mark a folder as written by us, and how they say so
+    "manifest.json": ("a latent dataset", re.compile(rb'"format":\s*"latentprep"')),
+    "config.json": ("a training run", re.compile(rb'"format":\s*"latenttrain run"')),
+}
+_HEADS = {"manifest.json": 1 << 16, "config.json": 1 << 16, ANNOTATIONS: 1 << 24}  # bytes looked at; of others 512
+_MOST_LINKS = 3  # to folders, on the way to a file
+LABEL_BYTES = 1024  # the longest `.cls` member taken for a label
+_UNREAD_ARCHIVES = (".zip", ".7z", ".rar", ".bz2", ".xz", ".zst")
+
+
+class Entry(NamedTuple):
+    """One image: its '/'-separated path inside the folder or archive, and where its bytes are."""
+
+    path: str
+    at: Any
+
+
+@dataclass
+class Listing:
+    """What a folder or an archive holds, by '/'-separated path inside it.
+
+    labels: texts of ``.cls`` files. annotations: texts of `ANNOTATIONS` files. archives: tars, each its `Path`, or,
+    inside a tar, its own `Listing`. ours: folders that we wrote, and what they are. others: files that are none of
+    these, by the ends of their names. left_out: what is not read, and how many of it. linked: whether links to folders
+    were followed.
+    """
+
+    images: list[Entry] = field(default_factory=list)
+    folders: set[str] = field(default_factory=set)
+    labels: dict[str, bytes] = field(default_factory=dict)
+    annotations: dict[str, bytes] = field(default_factory=dict)
+    archives: dict[str, Any] = field(default_factory=dict)
+    ours: dict[str, str] = field(default_factory=dict)
+    others: Counter[str] = field(default_factory=Counter)
+    left_out: Counter[str] = field(default_factory=Counter)
+    linked: bool = False
+
+    def add(self, name: str, at: Any, read: Callable[[int], bytes]) -> bytes:
+        """Enter a file. Returns its first bytes if it is none of what is known here.
+
+        ``read(n)`` gives at most its first n bytes, and is called once at most.
+        """
+        if has_image_name(name):
+            self.images.append(Entry(name, at))
+            return b""
+        ending = PurePosixPath(name).suffix.lower()
+        if has_unsupported_name(name):
+            self.leave_out(f"images of a kind that is not read ({ending})")
+            return b""
+        folder, _, base = name.rpartition("/")
+        head = read(LABEL_BYTES if ending == ".cls" else _HEADS.get(base, 512))
+        if is_image(head):
+            self.images.append(Entry(name, at))
+        elif ending == ".cls":
+            self.labels[name] = head
+        elif base == ANNOTATIONS:
+            self.annotations[name] = head
+        elif folder and base in _OURS and _OURS[base][1].search(head):
+            self.ours[folder] = _OURS[base][0]
+        else:
+            return head
+        return b""
+
+    def leave_out(self, what: str, count: int = 1) -> None:
+        if count:
+            self.left_out[what] += count
+
+    def add_other(self, name: str) -> None:
+        """Enter a file that nothing is read from."""
+        ending = PurePosixPath(name).suffix.lower() or "without an ending"
+        self.others[ending] += 1
+        if ending in _UNREAD_ARCHIVES:
+            self.leave_out(f"archives not read ({ending})")
+
+    def leave_out_ours(self) -> None:
+        """Take out the folders that we wrote, and those that hold nothing else."""
+        for folder in sorted(self.ours):
+            inside, before = f"{folder}/", len(self.images)
+            if folder not in self.folders:
+                continue  # inside another one
+            self.images = [entry for entry in self.images if not entry.path.startswith(inside)]
+            self.folders = {name for name in self.folders if name != folder and not name.startswith(inside)}
+            self.archives = {name: at for name, at in self.archives.items() if not name.startswith(inside)}
+            self.labels = {name: text for name, text in self.labels.items() if not name.startswith(inside)}
+            self.left_out[f"images in {folder}/ ({self.ours[folder]})"] = before - len(self.images)
+        used = {above for name in (*(image.path for image in self.images), *self.archives) for above in _above(name)}
+        self.folders -= {above for folder in self.ours for above in _above(folder)} - used
+
+
+def _above(path: str) -> list[str]:
+    """All folders that a path lies in."""
+    parts = path.split("/")
+    return ["/".join(parts[:depth]) for depth in range(1, len(parts))]
+
+
+def left_out_line(left_out: Mapping[str, int]) -> str:
+    """What was left out, for people: ``1 image in docs/ (not a known split); 3 links in a circle``."""
+    parts = []
+    for what, count in left_out.items():
+        noun, space, rest = what.partition(" ")
+        parts.append(f"{count} {noun.removesuffix('s') if count == 1 else noun}{space}{rest}")
+    return "; ".join(parts)
+
+
+def is_hidden(path: str) -> bool:
+    """Whether a part of the path begins with a dot, or is macOS's shadow folder."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in path.split("/"))
+
+
+def text_path(path: str) -> str:
+    """``path`` with undecodable bytes written ``\\xNN``, so that it can be stored as UTF-8."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def read_file(at: str) -> bytes:
+    """The bytes of a folder's image. Raises OSError."""
+    return Path(at).read_bytes()
+
+
+def list_folder(root: Path, out: Path | None = None) -> Listing:
+    """All files below a folder. Links are followed, as if what they lead to were there, but not in circles.
+
+    ``out``, a folder that is being written, is left out. Raises SourceError for a folder that cannot be listed.
+    """
+    listing = Listing()
+    real_out = str(out.resolve()) if out else None
+    todo: list[tuple[str, str, tuple[str, ...], int]] = [(str(root), "", (str(root.resolve()),), 0)]
+    while todo:
+        # its path, its path inside the root, real paths of it and those above, how many of these are links
+        folder, inside, above, links = todo.pop()
+        try:
+            with os.scandir(folder) as items:
+                for item in items:
+                    name = inside + text_path(item.name)
+                    if is_hidden(item.name):
+                        listing.leave_out(HIDDEN, _images_named(item))
+                    elif _is_folder(item):
+                        link = item.is_symlink()
+                        real = str(Path(item.path).resolve()) if link else f"{above[-1]}/{item.name}"
+                        if real in above:
+                            listing.leave_out("links in a circle")
+                            continue
+                        if (
+                            link and links == _MOST_LINKS
+                        ):  # folders full of links to each other have paths without number
+                            listing.leave_out(f"links behind {_MOST_LINKS} others")
+                            continue
+                        if real == real_out:
+                            listing.ours[name] = "the output folder"
+                        listing.linked |= link
+                        listing.folders.add(name)
+                        todo.append((item.path, f"{name}/", (*above, real), links + link))
+                    elif fault := _fault(item):
+                        if has_image_name(name) and fault == _BROKEN:
+                            listing.images.append(Entry(name, item.path))  # keeps its row, to be reported when read
+                        else:
+                            listing.leave_out(fault)
+                    else:
+                        head = listing.add(name, item.path, lambda size, path=item.path: _head(path, size))  # type: ignore[misc]
+                        if head and archive_kind(Path(item.path), head) in ("tar", "gzip"):
+                            listing.archives[name] = Path(item.path)
+                        elif head:
+                            listing.add_other(name)
+        except OSError as error:
+            raise SourceError(f"cannot list {folder}: {error.strerror}", "check its permissions") from error
+    listing.leave_out_ours()
+    return listing
+
+
+_BROKEN = "broken links"
+
+
+def _fault(item: os.DirEntry[str]) -> str | None:
+    """Why an item is not a file that can be read, if so."""
+    try:
+        if item.is_file():
+            return None
+        item.stat()
+    except OSError:
+        return _BROKEN
+    return "pipes, sockets or devices"  # which could block
+
+
+def _is_folder(item: os.DirEntry[str]) -> bool:
+    try:
+        return item.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _head(path: str, size: int) -> bytes:
+    try:
+        with Path(path).open("rb") as file:
+            return file.read(size)
+    except OSError:
+        return b""
+
+
+def _images_named(item: os.DirEntry[str]) -> int:
+    """How many files have an image's name, of a hidden file or in a hidden folder."""
+    if not item.is_dir(follow_symlinks=False):
+        return int(has_image_name(item.name))
+    return sum(has_image_name(name) for _, _, names in os.walk(item.path) for name in names)

@@ -1,0 +1,299 @@
+"""Where labelled images come from: a folder, tar files, an archive, a named dataset; all behind one class, `Source`.
+
+A source is an index, known without reading any image: for each split, rows of (key, label, place), sorted by key. A
+key is the image's path below the folder that holds the splits (``train/n01440764/x.JPEG``), or below the one that
+holds the class folders (``n01440764/x.JPEG``); for WebDataset tars it is the sample's base name. Folders around these
+(``imagenette2-224/train/…``) do not count, so a folder, its tar and its .tgz give the same rows and fingerprint.
+
+What is an image: a file with an image's name (.jpg, .png, …), or any other that begins like an image. A damaged file
+with an image's name keeps its row, for the encoder to report. Every image that is in no row is counted in `left_out`.
+
+Classes are the folders below ``train`` in sorted order, or the distinct texts of WebDataset's ``.cls`` members; where
+all are numbers, in numeric order. A class that is empty in ``train`` is an error; one that has no images in ``val`` or
+``test`` only is not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from latentprep.errors import SourceError, UsageError, opt
+from latentprep.sources.finding import Load, find
+from latentprep.sources.layouts import LAYOUTS, Found, Tree
+from latentprep.sources.listing import HIDDEN, Progress, left_out_line
+from latentprep.storage.places import path_of
+
+_STATTERS = 8  # threads that ask for files' sizes and times: on a network each answer takes its time
+VAL_FRACTION = 0.1  # of each class, taken from train where a source has no val split
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image of a source: its key, the file's bytes as they are, and its class as an index."""
+
+    key: str
+    data: bytes
+    label: int
+
+
+class Row(NamedTuple):
+    key: str
+    label: int
+    at: Any  # where the bytes are, for the source's `load`
+
+
+class Source:
+    """An index of labelled images and a way to read one. Can be pickled, and read from many threads at once.
+
+    left_out: what there is besides the rows, and how many: "images in docs/ (not a known split)", "links in a circle".
+    With the rows, all that begin with "images" make up the image files there are; `take` takes nothing from it.
+    notes: what else a user should know about how the source is read.
+    """
+
+    def __init__(
+        self,
+        spec: str,
+        classes: tuple[str, ...],
+        rows: dict[str, list[Row]],
+        load: Callable[[Any], bytes],
+        left_out: Mapping[str, int] | None = None,
+        notes: tuple[str, ...] = (),
+    ) -> None:
+        self.spec = spec
+        self.classes = classes
+        self.splits = tuple(rows)
+        self._rows = rows
+        self._load = load
+        self.left_out = dict(left_out or {})
+        self.notes = notes
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{split} {self.size(split)}" for split in self.splits)
+        return f"Source({self.spec!r}: {len(self.classes)} classes, {sizes})"
+
+    def _split(self, split: str) -> list[Row]:
+        if split not in self._rows:
+            raise UsageError(f"{self.spec} has no split {split!r}", f"it has {', '.join(self.splits)}")
+        return self._rows[split]
+
+    def size(self, split: str) -> int:
+        """Samples in a split. Raises UsageError for a split that the source has not, as all the methods below do."""
+        return len(self._split(split))
+
+    def keys(self, split: str) -> list[str]:
+        """The samples' keys, sorted and unique within the split."""
+        return [row.key for row in self._split(split)]
+
+    def labels(self, split: str) -> list[int]:
+        """The samples' classes, as indices into `classes`."""
+        return [row.label for row in self._split(split)]
+
+    def read(self, split: str, i: int) -> Sample:
+        """Sample ``i`` of a split. Raises OSError or SourceError where its file or archive has gone or changed."""
+        row = self._split(split)[i]
+        try:
+            return Sample(row.key, self._load(row.at), row.label)
+        except SourceError as error:
+            raise SourceError(f"{row.key}: {error.texts[0]}", error.texts[1]) from error
+
+    def stat(self, split: str) -> list[tuple[int, int]] | None:
+        """Each sample's bytes, and when its file last changed (that of its archive, in one), in ns since 1970; None
+        where samples are not in files. (-1, -1) for a file that has gone, which reading it says."""
+        with ThreadPoolExecutor(_STATTERS) as pool:
+            found = list(pool.map(_stat, [row.at for row in self._split(split)], chunksize=1024))
+        return None if any(one is None for one in found) else [one for one in found if one is not None]
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over classes, splits, keys and labels: what a resumed run must find unchanged."""
+        return fingerprint(self.classes, {split: [row[:2] for row in rows] for split, rows in self._rows.items()})
+
+    def take(self, limit: int) -> Source:
+        """The source with at most ``limit`` samples a split, evenly spaced over its classes and keys.
+
+        Raises UsageError below 1.
+        """
+        if limit < 1:
+            raise UsageError(f"limit must be 1 or more, got {limit}", f"leave {opt('limit')} out for all samples")
+        rows = {split: _spread(rows, limit) for split, rows in self._rows.items()}
+        return Source(self.spec, self.classes, rows, self._load, self.left_out, self.notes)
+
+
+def _stat(at: Any) -> tuple[int, int] | None:
+    """Bytes and time of change of what lies at a path, or at (archive, offset, size)."""
+    try:
+        if isinstance(at, str | Path):
+            found = Path(at).stat()
+            return found.st_size, found.st_mtime_ns
+        if isinstance(at, tuple) and len(at) == 3 and hasattr(at[0], "path"):
+            return int(at[2]), Path(at[0].path).stat().st_mtime_ns
+    except OSError:
+        return -1, -1
+    return None
+
+
+def fingerprint(classes: Sequence[str], splits: Mapping[str, Iterable[tuple[str, int]]]) -> str:
+    """SHA-256 (hex) over class names, split names, and the (key, label) of every row of each split."""
+    digest = hashlib.sha256(json.dumps([list(classes), list(splits)]).encode())
+    for rows in splits.values():
+        digest.update(json.dumps(list(rows)).encode())
+    return digest.hexdigest()
+
+
+def _spread(rows: list[Row], limit: int) -> list[Row]:
+    if limit >= len(rows):
+        return rows
+    by_class = sorted(rows, key=lambda row: (row.label, row.key))
+    return sorted(by_class[(2 * k + 1) * len(rows) // (2 * limit)] for k in range(limit))
+
+
+def open_source(
+    spec: str | Path | Source,
+    *,
+    data: str | Path | None = None,
+    val_fraction: float | None = None,
+    seed: int = 0,
+    cache: Path | None = None,
+    out: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Source:
+    """Open a source of labelled images. One that is open already comes back as it is.
+
+    ``spec`` is a named dataset (``shapes``, ``imagenette-160``, …), a folder, a .tar or .tar.gz of such a folder, or
+    several tars: WebDataset shards, or a tar for each split or class; in a folder, in a tar, or as a brace pattern
+    ``train-{000000..000012}.tar``. A name goes before a folder of the same name; write ``./shapes`` for the folder.
+
+    ``data``: a copy of the named dataset that is already here (folder or archive), in place of a download to ``cache``.
+    ``val_fraction``: the share of each class, in [0, 1), moved from train to val where there is no val split (0.1 if
+    None; 0 for none). Which samples is decided by ``seed`` and their keys alone.
+    ``out``: a folder that is written to; where it lies in the source, it is left out.
+    ``progress(description, done_bytes, total_bytes)`` is called during downloads and long scans.
+
+    Raises SourceError for anything wrong with the images, their folders, archives or download; UsageError for an
+    option that does not fit.
+    """
+    from latentprep.sources import named as datasets
+
+    if isinstance(spec, Source):
+        if data is not None or val_fraction is not None:
+            raise UsageError("data and val fraction are for a source that is still to be opened", "leave them out")
+        return spec
+    if val_fraction is not None and not 0 <= val_fraction < 1:  # NaN fails it too
+        raise UsageError(
+            f"val fraction must be from 0 to below 1, got {val_fraction}", f"use {opt('val_fraction', 0.1)}"
+        )
+    name = spec if isinstance(spec, str) and spec in datasets.NAMES else None
+    if data is not None and name in (None, "shapes"):
+        downloads = ", ".join(known for known in datasets.NAMES if known != "shapes")
+        raise UsageError(
+            f"{opt('data')} is for a dataset that is downloaded, which {spec} is not", f"use it with {downloads}"
+        )
+    if name == "shapes":
+        from latentprep.sources import shapes
+
+        return _build(name, shapes.find(), shapes.read, val_fraction, seed)
+    if name is None:
+        folder = None if out is None or "://" in str(out) else path_of(out)
+        return _build(str(spec), *find(str(spec), folder, progress), val_fraction, seed)
+    path = path_of(data) if data is not None else datasets.fetch(name, cache, progress)
+    if not path.exists():
+        raise SourceError(
+            f"no such file or folder: {path}", f"give a copy of {name} with {opt('data')}, or leave it out"
+        )
+    source = _build(name, *find(str(path), progress=progress), val_fraction, seed)
+    source.classes = datasets.class_names(name, source.classes, path)
+    return source
+
+
+def open_own_source(
+    source: str | Path | Source | None,
+    *,
+    data: str | Path | None = None,
+    val_fraction: float | None = None,
+    seed: int = 0,
+    limit: int | None = None,
+    out: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Source | None:
+    """The source that a dataset was made of, opened with what it was encoded with; None where there is none.
+
+    Raises UsageError for ``data`` without a source, and as `open_source` and `Source.take` do.
+    """
+    if source is None:
+        if data is not None:
+            raise UsageError("data is a copy of what source names, and no source is given", "name the source too")
+        return None
+    opened = open_source(source, data=data, val_fraction=val_fraction, seed=seed, out=out, progress=progress)
+    return opened if limit is None else opened.take(limit)
+
+
+def _build(spec: str, tree: Tree, load: Load, val_fraction: float | None, seed: int) -> Source:
+    """Number the classes, check them, split off val where there is none, and sort."""
+    _check_left_out(spec, tree)
+    found = {split: sorted(rows, key=lambda row: row.key) for split, rows in tree.found.items()}
+    base = "train" if "train" in found else next(iter(found))
+    counts = Counter(row.name for row in found[base])
+    for split in [base, *found]:
+        for name in sorted(tree.folders.get(split, set()) | {row.name for row in found[split]}):
+            if split == base and not counts[name]:
+                way_out = "add images to it or remove the folder"
+                where = f" in {split}" if len(found) > 1 else ""
+                raise SourceError(f"class {name} of {spec} has no images{where}", way_out)
+            if not counts[name] and any(row.name == name for row in found[split]):
+                way_out = f"add the class to {base}, or remove it from {split}"
+                raise SourceError(f"class {name} of {spec} is in {split} but not in {base}", way_out)
+    if len(counts) < 2:
+        raise SourceError(f"{spec} has one class only: {', '.join(counts) or 'none'}", LAYOUTS)
+    for split, rows in found.items():
+        for one, two in pairwise(rows):
+            if one.key == two.key:
+                raise SourceError(f"{spec}: key {one.key} occurs twice in {split}", "rename or remove one of them")
+
+    notes = tree.notes
+    if "val" not in found:
+        if "test" in found and "train" in found and val_fraction is None:
+            notes += (f"no val split beside train and test: {VAL_FRACTION:.0%} of train is held out as val",)
+        found = _split_off_val(found, VAL_FRACTION if val_fraction is None else val_fraction, seed)
+    elif val_fraction:
+        raise UsageError(f"{spec} has its own val split, so val fraction {val_fraction} has no use", "leave it out")
+    numbers = all(name.isascii() and name.isdigit() for name in counts)
+    classes = sorted(counts, key=lambda name: (int(name), name)) if numbers else sorted(counts)
+    index = {name: label for label, name in enumerate(classes)}
+    order = sorted((split for split in found if found[split]), key=["train", "val", "test"].index)
+    numbered = {split: [Row(row.key, index[row.name], row.at) for row in found[split]] for split in order}
+    return Source(spec, tuple(classes), numbered, load, tree.left_out, notes)
+
+
+def _check_left_out(spec: str, tree: Tree) -> None:
+    """Raise SourceError where more than half of the images would be left out, of those that are not hidden."""
+    lost = {what: n for what, n in tree.left_out.items() if what.startswith("images") and what != HIDDEN}
+    total = sum(lost.values()) + sum(map(len, tree.found.values()))
+    if sum(lost.values()) > total / 2:
+        way_out = f"{LAYOUTS}; or give the folder that holds the class folders itself"
+        raise SourceError(f"{spec}: most of its {total} images would be left out: {left_out_line(lost)}", way_out)
+
+
+def _split_off_val(found: dict[str, list[Found]], fraction: float, seed: int) -> dict[str, list[Found]]:
+    """Move ``fraction`` of each class from train to val: at least one image of a class with two or more, never all.
+
+    Chosen by a hash of seed and key, so that adding images to a class moves few of the others.
+    """
+    if fraction == 0 or "train" not in found:
+        return found
+    by_class: dict[str, list[Found]] = {}
+    for row in found["train"]:
+        by_class.setdefault(row.name, []).append(row)
+    held: set[str] = set()
+    for rows in by_class.values():
+        count = min(len(rows) - 1, max(1, round(len(rows) * fraction)))
+        drawn = sorted(rows, key=lambda row: hashlib.sha256(f"{seed}:{row.key}".encode()).digest())
+        held.update(row.key for row in drawn[:count])
+    train = [row for row in found["train"] if row.key not in held]
+    return {**found, "train": train, "val": [row for row in found["train"] if row.key in held]}

@@ -1,0 +1,75 @@
+"""Writing so that a crash at any moment leaves whole files or none, and one writer at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+from latentprep.errors import DatasetError
+from latentprep.storage.lease import leased
+from latentprep.storage.locks import Held, held
+from latentprep.storage.places import Place, RemotePath
+
+
+def write_atomic(path: Place, data: bytes) -> None:
+    """Write `data` under a temporary name, flush it to the disk, rename. Whoever opens `path` sees all of it.
+
+    An object store does that by itself.
+    """
+    if isinstance(path, RemotePath):
+        path.write_bytes(data)
+        return
+    make_folder(path.parent)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
+        raise
+    sync_folder(path.parent)
+
+
+def make_folder(folder: Place) -> None:
+    """Make a folder, and those above it, so that it survives a power cut: its name is flushed to the disk too."""
+    if isinstance(folder, RemotePath) or folder.is_dir():
+        return
+    make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    sync_folder(folder.parent)
+
+
+@contextlib.contextmanager
+def locked(root: Place) -> Iterator[None]:
+    """Hold the folder `root` for one writer: `locks.held`; what is remote is `leased`.
+
+    Raises `DatasetError` if another process holds it.
+    """
+    if isinstance(root, RemotePath):
+        with leased(root):
+            yield
+        return
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(held(root))
+        except Held as error:
+            raise DatasetError(f"{root} is being written by another latentprep encode", str(error)) from error
+        yield
+
+
+def sync_folder(folder: Place) -> None:
+    """Make a rename in `folder` survive a power cut, where the platform can."""
+    if isinstance(folder, RemotePath):
+        return
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,76 @@
+"""Copies of remote shards on this machine, by checksum; what was not used for longest goes first."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+from pathlib import Path
+
+from latentprep.errors import SystemFault
+from latentprep.storage.places import path_of
+
+LIMIT = 10 << 30  # bytes that the cache holds by default
+
+
+def cache_folder() -> Path:
+    """``LATENTPREP_CACHE``, or ``latentprep`` in the user's cache folder. Raises `SystemFault` where there is none."""
+    if folder := os.environ.get("LATENTPREP_CACHE"):
+        return path_of(folder)
+    if folder := os.environ.get("XDG_CACHE_HOME"):
+        return Path(folder) / "latentprep"
+    try:
+        return Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "latentprep"
+    except (RuntimeError, KeyError) as error:
+        hint = "set HOME, or LATENTPREP_CACHE to the folder for downloads"
+        raise SystemFault("this user has no home folder to keep downloads in", hint) from error
+
+
+class ShardCache:
+    """Files named by the SHA-256 of what they hold, at most `limit` bytes of them. For many threads and processes.
+
+    A cache that cannot be written, or a file in it that is damaged, costs time and nothing else: whoever reads compares
+    checksums. So entries of any datasets share a folder, and none is ever stale.
+    """
+
+    def __init__(self, folder: Path | None = None, limit: int = LIMIT) -> None:
+        self.folder, self.limit = folder or cache_folder() / "shards", limit
+        self._evicting = threading.Lock()
+
+    def read(self, sha256: str) -> bytes | None:
+        """The entry, from now on the newest; None where there is none."""
+        path = self.folder / sha256
+        try:
+            data = path.read_bytes()
+            os.utime(path)
+        except OSError:
+            return None
+        return data
+
+    def write(self, sha256: str, data: bytes) -> None:
+        """Keep an entry, if it fits at all, and let go of the oldest ones where it is too much."""
+        if len(data) > self.limit:
+            return
+        part = self.folder / f"{sha256}.{os.getpid()}-{threading.get_ident()}.tmp"
+        with contextlib.suppress(OSError):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            part.write_bytes(data)
+            part.replace(self.folder / sha256)
+            self._evict()
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+    def _evict(self) -> None:
+        with self._evicting:
+            entries = []
+            for entry in os.scandir(self.folder):
+                with contextlib.suppress(OSError):  # another process was faster
+                    found = entry.stat()
+                    entries.append((found.st_mtime_ns, found.st_size, entry.path))
+            total = sum(size for _, size, _ in entries)
+            for _, size, path in sorted(entries):
+                if total <= self.limit:
+                    break
+                Path(path).unlink(missing_ok=True)
+                total -= size
