@@ -26,7 +26,7 @@ from .augment import Augment, augmented, draw
 from .checkpoint import CURVE, State, check_run_folder, read_config, restore, run_folder, save_epoch
 from .config import RunConfig, describe_dataset, versions
 from .data import Samples, batches_per_epoch, check_trainable, float_statistics, load_trained
-from .device import Stopwatch, autocast, compiled, in_bfloat16, reproducible
+from .device import Stopwatch, autocast, compiled, in_bfloat16, reproducible, seed_generators
 from .evaluation import counted, read_scores, split_logits
 from .nets import Net, NetConfig, build_net
 from .optimizers import make_optimizer
@@ -324,7 +324,7 @@ def train_epoch(state: State, config: RunConfig, train: Samples, epoch: int, bar
     batches = batches_per_epoch(len(train), recipe.batch_size)
     order, dropout = np.random.SeedSequence([recipe.seed, epoch]).generate_state(2).tolist()
     generator = torch.Generator(device).manual_seed(order)
-    torch.manual_seed(dropout)
+    seed_generators(device, dropout)
     live, averaged = averaged_tensors(state.net), averaged_tensors(state.average)
     total = torch.zeros((), device=device)
     known = {"val_top-1": f"{state.metrics[-1]['top1']:.1%}"} if state.metrics else {}

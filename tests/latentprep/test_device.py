@@ -29,6 +29,12 @@ OOM = (
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB\nmore"),
     RuntimeError("MPS backend out of memory"),
 )
+OTHER_OOM = (
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory",  # of pinned memory, too
+    "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9",
+)
 
 
 def tf32_allowed() -> bool:
@@ -140,6 +146,12 @@ def test_decoding_halves_too(images: Path, tmp_path: Path, monkeypatch: pytest.M
     assert all((tmp_path / "whole" / p).read_bytes() == (tmp_path / "halved" / p).read_bytes() for p in pictures)
 
 
+@pytest.mark.parametrize("message", OTHER_OOM)
+def test_libraries_say_otherwise_that_memory_does_not_suffice(message: str) -> None:
+    assert out_of_memory(RuntimeError(message))
+    assert not out_of_memory(ValueError(message))
+
+
 def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
     assert not out_of_memory(RuntimeError("shape mismatch"))
     with pytest.raises(RuntimeError, match="shape mismatch"):
@@ -202,6 +214,29 @@ def test_codes_are_decided_in_full_float32_whatever_the_users_flags(
         backends.cudnn.allow_tf32 = before[1]
     assert len(seen) > 4
     assert not any(seen)
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_codes_are_the_same_inside_a_users_autocast_and_trials(joint: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    cudnn, trials = torch.backends.cudnn, []
+    codec, pictures = make_codec("dct", luma=2, chroma=0), torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    quantizer = Quantizer(4, (-40.0, -20.0), (5.0, 2.5), (0.1,) * 36 if joint else ())
+    real = F.conv2d
+    monkeypatch.setattr(F, "conv2d", lambda *some, **more: trials.append(cudnn.benchmark) or real(*some, **more))
+
+    def found() -> list[Tensor]:
+        latents = codec.encode(pictures)
+        codes = quantize(latents, quantizer)
+        return [latents, codes, dequantize(codes, quantizer), codec.decode(latents)]
+
+    plain = found()
+    monkeypatch.setattr(cudnn, "benchmark", True)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = found()
+        assert torch.is_autocast_enabled("cpu")
+    assert all(map(torch.equal, plain, inside))
+    assert trials and not any(trials)
+    assert cudnn.benchmark
 
 
 def test_bfloat16_is_asked_of_the_device_that_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
