@@ -115,7 +115,7 @@ def full_float32() -> Iterator[None]:
 
 
 def _precision() -> tuple[str, bool, bool, dict[str, str]]:
-    """What is allowed now: of products, of cuDNN's convolutions, trials of these, and as torch 2.9's newer flags put it.
+    """What is allowed now: in products, in cuDNN's convolutions, trials of these; and as torch 2.9's newer flags say.
 
     Where a user set the newer flags otherwise than the older ones, torch refuses to read those; then the newer ones
     count, and the older ones must be what they are not.

@@ -17,8 +17,8 @@ NOT_ON_DEVICE = f"use {opt('device', 'cpu')}"  # what always helps, slowly
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether a device, or the host, had too little memory. Only torch's own allocator of CUDA memory says so by a class
-    of its own; MPS, cuBLAS, cuDNN, CUDA itself and the host's allocator do by a plain RuntimeError."""
+    """Whether a device, or the host, had too little memory. Only torch's allocator of CUDA memory says so by a class of
+    its own; MPS, cuBLAS, cuDNN, CUDA itself and the host's allocator do by a plain RuntimeError."""
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and any(saying in str(error) for saying in _SAYINGS)
     )

@@ -49,7 +49,7 @@ def compiled(
         torch._dynamo.mark_static_address(tensor)
     options: dict[str, Any] = {}
     if device.type == "cuda":
-        known = torch._inductor.list_options()  # the second from torch 2.9 on
+        known = torch._inductor.list_options()  # older versions lack the second
         options = {name: True for name in ("triton.cudagraphs", "deterministic") if name in known}
     whole = torch.compile(function, fullgraph=True, dynamic=False, options=options or None)
 

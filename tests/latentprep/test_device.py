@@ -24,6 +24,7 @@ from latentprep.format import Quantizer
 from latentprep.joint import constants, fit_filter
 from latentprep.pipeline import Stages
 from latentprep.quantize import dequantize, quantize, quantize_counting
+from latentprep.samples import decoded
 
 OOM = (
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB\nmore"),
@@ -144,6 +145,16 @@ def test_decoding_halves_too(images: Path, tmp_path: Path, monkeypatch: pytest.M
     pictures = sorted(path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*.png"))
     assert len(pictures) > 2
     assert all((tmp_path / "whole" / p).read_bytes() == (tmp_path / "halved" / p).read_bytes() for p in pictures)
+
+
+@pytest.mark.parametrize(("side", "batch"), [(8, 32), (32, 32), (64, 8), (128, 2), (256, 1)])
+def test_a_decoder_gets_so_many_cells_at_once(side: int, batch: int) -> None:
+    class Decoder:
+        def decode(self, latents: Tensor) -> Tensor:
+            return latents.new_zeros(len(latents), 3, 1, 1)
+
+    codes = np.zeros((batch + 1, 1, side, side), np.uint8)
+    assert [len(part) for _, part in decoded(Decoder(), codes, Quantizer(1, (0.0,), (1.0,)))][0] == batch
 
 
 @pytest.mark.parametrize("message", OTHER_OOM)

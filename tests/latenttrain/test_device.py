@@ -128,7 +128,8 @@ def test_no_kernel_of_a_run_sums_in_any_order(arch, stem, filtered):
     net = build_net(NetConfig((3, 8, 8), 4, **quantizer, arch=arch, stem=stem, width=0.25))
     split = Split(torch.randint(0, 4, (8, 2, 3, 8, 8), dtype=torch.uint8), torch.arange(8) % 4)
     augment = Augment(mixup=0.2, cutmix=0.3, noise=True, mirror=True, channel_drop=0.1)
-    config, optimizer = RunConfig(net.config, make_recipe(), augment, {}, versions()), make_optimizer(net, make_recipe())
+    recipe = make_recipe()
+    config, optimizer = RunConfig(net.config, recipe, augment, {}, versions()), make_optimizer(net, recipe)
     with Named() as ran:
         rows, labels = next(split.training_rows(8, torch.Generator().manual_seed(0)))
         random = draw(net, 8, augment, CPU, None)
