@@ -24,7 +24,7 @@ from .quantize import dequantize
 from .sources import Source, open_source
 
 _BATCH = 32  # images that a decoder takes at once, at most
-_CELLS = 32 * 32**2  # of the latent grid, likewise: SD-VAE then takes some 10 GB, whatever the images' size
+_CELLS = 32 * 32**2  # of the latent grid, likewise: some kernels take no 2^31 values, and SD-VAE's layers are large
 _READERS = 4
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -55,12 +56,18 @@ def test_no_batch_makes_the_host_wait(
         create(*arguments)
 
     monkeypatch.setattr(resume, "create_dataset", calibrated)
-    batches = {}
+
+    def under_guard(encode, pixels):
+        guards.add(torch.cuda.current_stream())
+        return encode(pixels)
+
+    batches, guards = {}, set[str]()
     for batch_size in (8, 1):
         constants.cache_clear()
         with queued() as (watched, streams):
             codec = DctCodec(luma=1, chroma=0, device="meta")  # a search of more channels is slow when watched
             codec.flip = lambda _: None  # type: ignore
+            codec.encode = partial(under_guard, codec.encode)  # type: ignore
             encode(images, codec=codec, size=64, out=tmp_path / str(batch_size), joint=joint, bits=2,
                    batch_size=batch_size, workers=1)  # fmt: skip
         batches[batch_size] = len(streams.recorded)
@@ -69,6 +76,7 @@ def test_no_batch_makes_the_host_wait(
         assert watched.passing == 4 * len(streams.recorded)  # images; codes, which are finite, which saturate
     constants.cache_clear()
     assert batches[1] > 2 * batches[8]
+    assert guards == {"meta"}
 
 
 def test_constants_are_sent_to_a_device_once() -> None:
@@ -154,7 +162,7 @@ def test_a_decoder_gets_so_many_cells_at_once(side: int, batch: int) -> None:
             return latents.new_zeros(len(latents), 3, 1, 1)
 
     codes = np.zeros((batch + 1, 1, side, side), np.uint8)
-    assert [len(part) for _, part in decoded(Decoder(), codes, Quantizer(1, (0.0,), (1.0,)))][0] == batch
+    assert next(len(part) for _, part in decoded(Decoder(), codes, Quantizer(1, (0.0,), (1.0,)))) == batch
 
 
 @pytest.mark.parametrize("message", OTHER_OOM)
