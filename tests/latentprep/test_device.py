@@ -311,6 +311,19 @@ def test_pixels_are_scaled_in_float32(tiny: str) -> None:
     assert not torch.equal(seen[1], exact.bfloat16())  # as ever for older datasets
 
 
+def test_autoencoders_run_in_full_float32_whatever_the_users_flags(tiny: str) -> None:
+    codec, seen, before = make_codec("taesd", weights=tiny), [], torch.get_float32_matmul_precision()
+    for name in ("encode", "decode"):
+        real = getattr(codec._model, name)
+        setattr(codec._model, name, lambda some, real=real: seen.append(tf32_allowed()) or real(some))
+    torch.set_float32_matmul_precision("high")
+    try:
+        codec.decode(codec.encode(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen == [False, False]
+
+
 def test_what_scales_pixels_is_part_of_what_a_code_means(tiny: str, images: Path, tmp_path: Path) -> None:
     codec = make_codec("taesd", weights=tiny, dtype="bfloat16")
     assert codec.config()["revision"] == 2

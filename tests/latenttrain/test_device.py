@@ -187,6 +187,23 @@ def test_planes_are_float32_where_a_network_is_judged_as_where_it_learns(monkeyp
     assert torch.equal(planes[0], net.planes(codes[:, 0]))
 
 
+def test_a_run_makes_planes_in_full_float32_whatever_the_users_flags(codes, small, tmp_path, monkeypatch):
+    real, seen, before = latenttrain.nets.Net.planes, [], torch.get_float32_matmul_precision()
+    monkeypatch.setattr(
+        latenttrain.nets.Net,
+        "planes",
+        lambda net, codes: seen.append((net.training, tf32_allowed())) or real(net, codes),
+    )
+    torch.set_float32_matmul_precision("high")
+    try:
+        latenttrain.fit(codes, out=tmp_path / "run", **{**small, "epochs": 1})
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert {(True, False), (False, False)} <= set(seen)
+    assert not any(allowed for training, allowed in seen if training)
+
+
 def tf32_allowed():
     return torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32
 
