@@ -15,7 +15,7 @@ from latentprep.errors import SystemFault
 from latenttrain import evaluation, memory, train
 from latenttrain.augment import Augment, draw
 from latenttrain.config import RunConfig, versions
-from latenttrain.data import Split
+from latenttrain.data import Split, load_trained
 from latenttrain.device import compiled, in_bfloat16, reproducible, seed_generators
 from latenttrain.nets import ARCHITECTURES, NetConfig, build_net
 from latenttrain.optimizers import make_optimizer
@@ -37,6 +37,16 @@ def test_the_host_waits_for_the_device_once_an_epoch(codes, small, tmp_path, mon
     batches = 200 // small["batch_size"]
     copies = 2 * batches if options.get("stream") else 0  # of codes and labels; to CUDA from pinned memory, in passing
     assert waits[4] - waits[1] == 3 * (1 + copies)
+
+
+def test_a_split_is_divided_before_it_is_on_the_device(codes):
+    """There the whole would have to fit beside its parts, and the host would wait for their sizes."""
+    from latentprep.format import open_dataset
+
+    with meta() as watched:
+        train, judged = load_trained(open_dataset(codes), torch.device("meta"), holdout=0.25)
+    assert (len(train), len(judged), train.device.type, judged.device.type) == (150, 50, "meta", "meta")
+    assert len(watched.waits) == 4  # copies of codes and labels
 
 
 def test_cudnn_is_on_and_deterministic_in_a_run_and_as_before_after_it(codes, small, tmp_path, monkeypatch):
