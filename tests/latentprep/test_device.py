@@ -15,6 +15,7 @@ from torch import Tensor
 
 import latentprep
 from latentprep import encoder, resume
+from latentprep import joint as joint_codes
 from latentprep.codecs import codec_from_config, make_codec
 from latentprep.codecs.dct import DctCodec
 from latentprep.device import full_float32, has_fast_bfloat16, sent, to_host
@@ -91,6 +92,19 @@ def test_constants_are_sent_to_a_device_once() -> None:
             quantize_counting(latents, quantizer)
     constants.cache_clear()
     assert first == len(watched.waits) == 3
+
+
+def test_a_filter_is_fitted_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float64, which MPS has not."""
+    real, seen = joint_codes._least_squares, set()
+    monkeypatch.setattr(
+        joint_codes, "_least_squares", lambda *some: seen.update(t.device.type for t in some) or real(*some)
+    )
+    constants.cache_clear()
+    with meta():
+        fit_filter(torch.empty(2, 1, 8, 8, device="meta"), Quantizer(2, (-1.0,), (0.5,)))
+    constants.cache_clear()
+    assert seen == {"cpu"}
 
 
 def test_constants_made_in_inference_serve_outside_of_it() -> None:
