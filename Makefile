@@ -7,6 +7,9 @@ DEMO ?= demo
 # ablation and net_search, which take hours on real images, are run by hand.
 BENCHMARKS := startup encode_ratio requantize epoch_ratio talk_table time_to_accuracy loader_peers disk_peers scale
 
+# What computes on --device auto, which is CUDA where there is a card.
+GPU_TESTS := tests/latenttrain $(patsubst %,tests/latentprep/test_%.py,device codecs encode joint quantize calibration requantize pictures verify)
+
 .PHONY: demo test lint docs bench bench-gpu chaos clean help
 
 help:
@@ -14,7 +17,7 @@ help:
 	@echo "make test   run the tests"
 	@echo "make lint   ruff, mypy and import-linter"
 	@echo "make docs   write docs/cli.md from the commands"
-	@echo "make bench  run the benchmarks under benchmarks/; make bench-gpu what is to be measured on a GPU"
+	@echo "make bench  run the benchmarks under benchmarks/; make bench-gpu what is to be measured and tested on a GPU"
 	@echo "make chaos  kill, cut off, fill up and rob an encode hundreds of times: nothing may be lost"
 
 $(BIN)/python:
@@ -49,9 +52,10 @@ docs: $(VENV)/run.stamp
 bench: $(VENV)/dev.stamp
 	@for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python benchmarks/$$script.py || exit 1; done
 
-bench-gpu: $(VENV)/run.stamp
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[vae]'
+bench-gpu: $(VENV)/dev.stamp
 	$(BIN)/python -u benchmarks/gpu.py
+	-timeout 240 $(BIN)/python -m pytest tests/test_accelerator.py
+	OMP_NUM_THREADS=1 timeout 480 $(BIN)/python -m pytest -n 4 $(GPU_TESTS)
 
 chaos: $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/chaos.py

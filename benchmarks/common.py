@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import platform
 import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 RECORDS = Path(__file__).parent / "records"
 
@@ -51,9 +55,53 @@ def spread(values: list[float]) -> dict:
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}
 
 
-def record(name: str, result: dict, quiet: bool = False) -> None:
-    """Print the result, unless quiet, and keep it, with the machine, in `records/NAME.json`."""
-    document = {"benchmark": name, "machine": machine(), **result}
+def each_within(
+    seconds: float, in_all: float, measure: Callable[[str], dict], parts: Iterable[str]
+) -> Iterator[tuple[str, dict]]:
+    """What each part comes to, in order; ``failed`` or ``left_out`` says why not.
+
+    They run in a process of their own, which is killed where a part takes too long or fails, as a GPU's errors stay
+    with a process; the others go on in another. None goes on after so many seconds in all. Processes are forked: what
+    calls this must not have used a GPU.
+    """
+    end, context = time.monotonic() + in_all, multiprocessing.get_context("fork")
+    worker: Any = None
+    for part in parts:
+        limit = min(seconds, end - time.monotonic())
+        if limit <= 0:
+            yield part, {"left_out": f"{in_all:.0f} s are over"}
+            continue
+        if worker is None:
+            ours, theirs = context.Pipe()
+            worker = context.Process(target=_serve, args=(theirs, measure), daemon=True)
+            worker.start()
+            theirs.close()
+        ours.send(part)
+        try:
+            found = ours.recv() if ours.poll(limit) else {"failed": f"not done after {limit:.0f} s"}
+        except EOFError:
+            worker.join()
+            found = {"failed": f"its process ended, exit code {worker.exitcode}"}
+        if "failed" in found:
+            worker.kill()
+            worker = None
+        yield part, found
+    if worker is not None:
+        worker.kill()
+
+
+def _serve(pipe: Any, measure: Callable[[str], dict]) -> None:
+    while True:
+        part = pipe.recv()
+        try:
+            pipe.send(measure(part))
+        except Exception as error:
+            pipe.send({"failed": f"{type(error).__name__}: {error}"})
+
+
+def record(name: str, result: dict, quiet: bool = False, where: dict | None = None) -> None:
+    """Print the result, unless quiet, and keep it, with the machine (this one), in `records/NAME.json`."""
+    document = {"benchmark": name, "machine": where or machine(), **result}
     RECORDS.mkdir(exist_ok=True)
     text = json.dumps(document, indent=1)
     (RECORDS / f"{name}.json").write_text(text + "\n")

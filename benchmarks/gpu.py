@@ -1,10 +1,11 @@
-"""All that is to be measured on a GPU, in one call: `make bench-gpu`. No part begins after six minutes, what matters
-most comes first, and the record is written anew after each part.
+"""All that is to be measured on a GPU, in one call: `make bench-gpu`. It ends within eight minutes even where a part
+hangs: see `each_within`. What matters most comes first, and the record is written anew after each part.
 
-First the codes of every codec on the card against those of the CPU. Then
-codecs at their real size with random weights (speed does not depend on them) on batches that are on the device, against
-the arithmetic bound; `encode` of JPEGs from memory against the bare codec; epochs on codes of Imagenette's and of
-ImageNet's size; the share of the card's measured bfloat16 rate and bandwidth. Runs on a CPU too, with --small.
+First the codes of every codec on the card against those of the CPU, with its weights where they are at hand, else with
+random ones. Then codecs at their real size with random weights (speed does not depend on them) on batches that are on
+the device, against the arithmetic bound; `encode` of JPEGs from memory against the bare codec; epochs on codes of
+Imagenette's and of ImageNet's size; the share of the card's measured bfloat16 rate and bandwidth. Runs on a CPU too,
+with --small.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import argparse
 import io
 import itertools
 import json
+import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +27,12 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import latenttrain
-from common import machine, record, spread
+from common import assets, each_within, machine, record, spread
 from latentprep.cli.console import tune_process
-from latentprep.codecs import Codec, make_codec
+from latentprep.codecs import Codec, codec_names, make_codec
+from latentprep.codecs.autoencoder import AutoencoderCodec
+from latentprep.codecs.base import codec_class
+from latentprep.codecs.listing import weights_at_hand
 from latentprep.device import on_device, pick_device
 from latentprep.encoding.encode import encode
 from latentprep.encoding.pipeline import Stages
@@ -44,6 +49,8 @@ from latenttrain.runtime import reproducible, synchronize
 from latenttrain.scaling import count_flops
 from latenttrain.train import start_state, train_epoch
 
+PART_S, ALL_S = 100, 420  # for one part, for all: with the start of processes it ends within eight minutes
+
 KL = {  # stable-diffusion-v1-5's vae/config.json
     "block_out_channels": (128, 256, 512, 512),
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -51,6 +58,11 @@ KL = {  # stable-diffusion-v1-5's vae/config.json
     "layers_per_block": 2,
     "latent_channels": 4,
 }
+SMALL_KL = {**KL, "block_out_channels": (8,) * 4, "layers_per_block": 1, "norm_num_groups": 4}
+SMALL_TINY = {
+    "encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4,
+    "num_encoder_blocks": (1,) * 4, "num_decoder_blocks": (1,) * 4,
+}  # fmt: skip
 
 
 def timed(device: torch.device, work: Callable[[], object], rounds: int = 5) -> list[float]:
@@ -75,18 +87,35 @@ def ceiling(device: torch.device, side: int) -> dict:
     return {"flops": 2 * side**3 / product, "bytes_per_s": 2 * b.numel() / copy}
 
 
-def codec_of(name: str, folder: Path, device: torch.device) -> Codec:
-    """The codec at its real size with random weights."""
+@cache
+def random_weights(folder: Path, name: str, small: bool) -> str:
+    """A folder with random weights for an autoencoder: an AutoencoderKL for a VAE, else an AutoencoderTiny."""
     import diffusers
 
+    diffusers.logging.set_verbosity_error()
+    path = folder / f"{name}{'-small' * small}"
     torch.manual_seed(0)
-    model = diffusers.AutoencoderKL(**KL) if name == "sd-vae" else diffusers.AutoencoderTiny()
-    model.save_pretrained(folder / name)
-    return make_codec(name, weights=str(folder / name), device=device)
+    if name.endswith("-vae"):
+        model = diffusers.AutoencoderKL(**(SMALL_KL if small else KL))
+    else:
+        model = diffusers.AutoencoderTiny(**(SMALL_TINY if small else {}))
+    model.save_pretrained(path)
+    return str(path)
 
 
-def bench_codec(codec: Codec, device: torch.device, size: int, bound: dict, images: int) -> dict:
+def weights_of(name: str, folder: Path) -> tuple[str | None, str]:
+    """An autoencoder's weights, and what they are: None is where the codec itself finds them."""
+    own = assets()
+    if own is not None and (own / name).is_dir():
+        return str(own / name), "its own"
+    if weights_at_hand(name) == "yes":
+        return None, "its own"
+    return random_weights(folder, name, True), "random, small"
+
+
+def bench_codec(make: Callable[[], Codec], device: torch.device, size: int, bound: dict, images: int) -> dict:
     """Bare codec on resident batches of the shipped size, `encode` of JPEGs in memory, and codes against the CPU's."""
+    codec = make()
     small = np.random.default_rng(0).integers(0, 256, (16, size // 8, size // 8, 3), np.uint8)
     jpegs = []
     for pixels in small:
@@ -116,13 +145,21 @@ def bench_codec(codec: Codec, device: torch.device, size: int, bound: dict, imag
     }
 
 
-def compare_codes(name: str, options: dict, device: torch.device, size: int, joint: bool) -> dict:
-    """The codes of random smooth pictures on the device and on the CPU, of the same quantizer, at 4 and 8 bits."""
+def compare_codes(
+    name: str, options: dict, device: torch.device, size: int, joint: bool = False, folder: Path | None = None
+) -> dict:
+    """The codes of random smooth pictures on the device and on the CPU, of the same quantizer, at 4 and 8 bits.
+
+    folder: for random weights of an autoencoder.
+    """
+    found: dict = {}
+    if folder is not None:
+        options["weights"], found["weights"] = weights_of(name, folder)
     noise = torch.rand(4, 3, size // 8, size // 8, generator=torch.Generator().manual_seed(0)) * 255
     pictures = torch.nn.functional.interpolate(noise, size=(size, size), mode="bicubic").clamp(0, 255).to(torch.uint8)
     host = make_codec(name, device="cpu", **options).encode(pictures)
     there = make_codec(name, device=device, **options).encode(pictures)
-    found: dict = {"latents_max_difference": float((host - there.cpu()).abs().max())}
+    found["latents_max_difference"] = float((host - there.cpu()).abs().max())
     for bits in (4, 8):
         quantizer = fit_quantizer(host, bits, joint)
         apart = (quantize(host, quantizer).int() - quantize(there, quantizer).cpu().int()).abs()
@@ -156,63 +193,77 @@ def bench_training(device: torch.device, samples: int, batch: int, bound: dict, 
     }
 
 
-def parts(device: torch.device, small: bool, folder: Path, bound: dict) -> Iterator[tuple[str, Callable[[], dict]]]:
-    """What is measured, by name, what matters most first."""
-    names = ("taesd",) if small else ("taesd", "sd-vae")
-    codecs = {name: codec_of(name, folder, device) for name in names}
-    options: dict[str, list[dict]] = {"dct": [{}], "resample": [{}]}
-    for name in names:
-        options[name] = [{"weights": str(folder / name), "dtype": dtype} for dtype in ("float32", "bfloat16")]
-    for name, variants in options.items():
-        for variant in variants:
-            row = "_".join(["codes", name, *filter(None, [variant.get("dtype")])])
-            yield row, partial(compare_codes, name, variant, device, 64 if small else 128, False)
-    yield "codes_dct_joint", partial(compare_codes, "dct", {"luma": 4, "chroma": 0}, device, 64, True)
-    for name, codec in codecs.items():
+def parts(device: torch.device, small: bool, folder: Path, bound: dict) -> dict[str, Callable[[], dict]]:
+    """What is measured, by name, what matters most first. bound: `ceiling`'s, by the time that a part runs."""
+    made: dict[str, Callable[[], dict]] = {"measured_ceiling": partial(ceiling, device, 64 if small else 8192)}
+    size = 64 if small else 128
+    for name in codec_names():
+        if not issubclass(codec_class(name), AutoencoderCodec):
+            made[f"codes_{name}"] = partial(compare_codes, name, {}, device, size)
+        elif not small or name in ("sd-vae", "taesd"):
+            for dtype in ("float32", "bfloat16"):
+                made[f"codes_{name}_{dtype}"] = partial(
+                    compare_codes, name, {"dtype": dtype}, device, size, folder=folder
+                )
+    made["codes_dct_joint"] = partial(compare_codes, "dct", {"luma": 4, "chroma": 0}, device, 64, joint=True)
+    for name in ("taesd",) if small else ("taesd", "sd-vae"):
+
+        @cache
+        def codec(name: str = name) -> Codec:
+            return make_codec(name, weights=random_weights(folder, name, small), device=device)
+
         for size in (64,) if small else (256, 512):
             images = 16 if small else (8192 if name == "taesd" else 1024) * 256 // size
-            yield f"{name}_{size}", partial(bench_codec, codec, device, size, bound, images)
-    for name, samples in (("imagenette", 9_469), ("imagenet", 1_281_167)):
-        batches = (64,) if small else (32, 64, 1024) if name == "imagenette" else (1024,)  # 32 and 64: as shipped
+            made[f"{name}_{size}"] = partial(bench_codec, codec, device, size, bound, images)
+    sizes = (("imagenette", 64),) if small else (("imagenette", 9_469), ("imagenet", 400_000))
+    for name, samples in sizes:
+        batches = (32,) if small else (32, 64, 1024) if name == "imagenette" else (1024,)  # 32 and 64: as shipped
         for batch, compile in itertools.product(batches, (False,) if small else (False, True)):
-            count = min(samples, 128 if small else 400_000)
             row = f"train_{name}_{batch}" + "_compiled" * compile
-            yield row, partial(bench_training, device, count, batch, bound, compile)
+            made[row] = partial(bench_training, device, samples, batch, bound, compile)
+    return made
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--small", action="store_true", help="a trial of the script, at sizes for a CPU")
-    parser.add_argument("--seconds", type=float, default=360, help="after so many no further part begins")
     asked = parser.parse_args()
     began = time.monotonic()
-    tune_process()
-    device = pick_device(asked.device)
-    if device.type != "cuda" and not asked.small:
-        print("no CUDA device here; --small tries the script on a CPU")
-        return
-    bound = ceiling(device, 64 if asked.small else 8192)
-    result: dict = {"device": str(device), "latenttrain": latenttrain.__version__, "measured_ceiling": bound}
-    with tempfile.TemporaryDirectory() as folder, on_device(device):
-        for row, measure in parts(device, asked.small, Path(folder), bound):
-            if time.monotonic() - began > asked.seconds:
-                result.setdefault("left_out", []).append(row)
-            else:
-                result[row] = attempt(measure)
-            print(f"{time.monotonic() - began:.0f} s: {row}", json.dumps(result.get(row)), flush=True)
+    bound: dict = {}
+    result: dict = {"latenttrain": latenttrain.__version__}
+
+    with tempfile.TemporaryDirectory() as folder:
+
+        @cache
+        def measures() -> dict[str, Callable[[], dict]]:
+            tune_process()
+            logging.getLogger("diffusers").setLevel(logging.ERROR)
+            return parts(pick_device(asked.device), asked.small, Path(folder), bound)
+
+        def measure(row: str) -> dict:
+            """In the process that uses the GPU."""
+            device = pick_device(asked.device)
+            if row == "machine":
+                return machine() | {"device": str(device)}
+            with on_device(device):
+                found = measures()[row]()
+            if row == "measured_ceiling":
+                bound.update(found)
+            return found
+
+        rows = ["machine", *parts(torch.device("cpu"), asked.small, Path(folder), bound)]
+        for row, found in each_within(PART_S, ALL_S, measure, rows):
+            if row == "machine" and not asked.small and not found.get("device", "").startswith("cuda"):
+                print("no CUDA device here; --small tries the script on a CPU", found.get("failed", ""))
+                return
+            result[row] = found
+            if row == "measured_ceiling":
+                bound.update(found)  # for another process, where the first ends
+            print(f"{time.monotonic() - began:.0f} s: {row}", json.dumps(found), flush=True)
             if not asked.small:
-                record("gpu", result, quiet=True)  # what was measured stays, however it ends
-    if asked.small:
-        print(json.dumps(machine() | result, indent=1))
-
-
-def attempt(measure: Callable[[], dict]) -> dict:
-    """What it measures, or why it could not: the other parts go on."""
-    try:
-        return measure()
-    except Exception as error:
-        return {"failed": f"{type(error).__name__}: {error}"}
+                others = {name: value for name, value in result.items() if name != "machine"}
+                record("gpu", others, quiet=True, where=result["machine"])  # what was measured stays, however it ends
 
 
 if __name__ == "__main__":

@@ -75,26 +75,38 @@ def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
     return tensors
 
 
+@contextlib.contextmanager
+def without_autocast() -> Iterator[None]:
+    """A user's autocast is off inside, which would compute in fewer bits what we ask in more."""
+    with contextlib.ExitStack() as stack:
+        for kind in ("cpu", "cuda", "mps"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
 _full = threading.Lock()
 _inside = 0  # of `full_float32`, in all threads
-_before: tuple[str, bool, dict[str, str]]
+_before: tuple[str, bool, bool, dict[str, str]]
 
 
 @contextlib.contextmanager
 def full_float32() -> Iterator[None]:
     """float32 products and convolutions in all 24 bits inside, whatever the user allows outside (TF32 has 11).
 
-    For what decides codes, or the planes that a network reads. torch's flags are the process's: while any thread is
-    inside, other threads compute in full float32 too; the last that leaves puts the user's flags back.
+    For what decides codes, or the planes that a network reads. A user's autocast is off inside, and cuDNN tries no
+    kernels out, which would take one today and another tomorrow. torch's flags are the process's, but for autocast's:
+    while any thread is inside, other threads compute in full float32 too; the last that leaves puts the user's back.
     """
     global _inside, _before
     with _full:
         if not _inside:
             _before = _precision()
-            _set_precision("highest", False, {})
+            _set_precision("highest", False, False, {})
         _inside += 1
     try:
-        yield
+        with without_autocast():
+            yield
     finally:
         with _full:
             _inside -= 1
@@ -102,8 +114,8 @@ def full_float32() -> Iterator[None]:
                 _set_precision(*_before)
 
 
-def _precision() -> tuple[str, bool, dict[str, str]]:
-    """What is allowed now: of products, of cuDNN's convolutions, and as torch 2.9's newer flags put it.
+def _precision() -> tuple[str, bool, bool, dict[str, str]]:
+    """What is allowed now: in products, in cuDNN's convolutions, trials of these; and as torch 2.9's newer flags say.
 
     Where a user set the newer flags otherwise than the older ones, torch refuses to read those; then the newer ones
     count, and the older ones must be what they are not.
@@ -118,13 +130,14 @@ def _precision() -> tuple[str, bool, dict[str, str]]:
         convolutions = bool(backends.cudnn.allow_tf32)
     except RuntimeError:
         convolutions = newer["conv"] != "tf32"
-    return products, convolutions, newer
+    return products, convolutions, backends.cudnn.benchmark, newer
 
 
-def _set_precision(products: str, convolutions: bool, newer: dict[str, str]) -> None:
+def _set_precision(products: str, convolutions: bool, trials: bool, newer: dict[str, str]) -> None:
     """The older flags first, since setting them sets the newer ones too, and so leaves no contradiction."""
     torch.set_float32_matmul_precision(products)
     torch.backends.cudnn.allow_tf32 = convolutions
+    torch.backends.cudnn.benchmark = trials
     for name, value in newer.items():
         _newer_flags()[name].fp32_precision = value
 

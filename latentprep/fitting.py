@@ -12,13 +12,15 @@ from torch import Tensor
 
 from latentprep.errors import SystemFault, opt
 
+_SAYINGS = ("out of memory", "STATUS_ALLOC_FAILED", "can't allocate memory")
 NOT_ON_DEVICE = f"use {opt('device', 'cpu')}"  # what always helps, slowly
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether a device had too little memory. MPS says so by a plain RuntimeError."""
+    """Whether a device, or the host, had too little memory. Only torch's allocator of CUDA memory says so by a class of
+    its own; MPS, cuBLAS, cuDNN, CUDA itself and the host's allocator do by a plain RuntimeError."""
     return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "out of memory" in str(error) and "MPS" in str(error)
+        isinstance(error, RuntimeError) and any(saying in str(error) for saying in _SAYINGS)
     )
 
 

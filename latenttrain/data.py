@@ -60,6 +60,10 @@ class Split:
     def device(self) -> torch.device:
         return self.codes.device
 
+    def to(self, device: torch.device) -> Split:
+        """The same on another device."""
+        return replace(self, codes=self.codes.to(device), labels=self.labels.to(device))
+
     def classes(self) -> list[int]:
         """Two or more of the labels that occur, or the only one."""
         return self.labels.unique().tolist()
@@ -153,22 +157,22 @@ def load_trained(
             f"{opt('holdout')} must be 0 to 0.9, got {holdout}",
             f"use {opt('holdout', 0.15)} to choose, 0 to report",
         )
-    train = load_split(dataset, "train", device, limit)
+    host = torch.device("cpu")  # where it is divided: on the device the whole and its parts would have to fit
+    train = load_split(dataset, "train", host, limit)
     if latents is not None:
-        train = replace(train, codes=float_codes(dataset, "train", latents, limit).to(device))
+        train = replace(train, codes=float_codes(dataset, "train", latents, limit))
     check_classes(dataset, train)
     if holdout:
         held = np.zeros(len(train), bool)
         held[np.random.default_rng(len(train)).permutation(len(train))[: max(1, round(holdout * len(train)))]] = True
-        judged = torch.from_numpy(held).to(device)
-        return (
-            Split(train.codes[~judged], train.labels[~judged]),
-            Split(train.codes[judged, :1].contiguous(), train.labels[judged]),
-        )
-    val = load_split(dataset, "val", device, views=False)
-    if latents is not None:
-        val = replace(val, codes=float_codes(dataset, "val", latents).to(device))
-    return train, val
+        judged = torch.from_numpy(held)
+        val = Split(train.codes[judged, :1].contiguous(), train.labels[judged])
+        train = Split(train.codes[~judged], train.labels[~judged])
+    else:
+        val = load_split(dataset, "val", host, views=False)
+        if latents is not None:
+            val = replace(val, codes=float_codes(dataset, "val", latents))
+    return train.to(device), val.to(device)
 
 
 def float_codes(dataset: LatentDataset, split: str, latents: Path, limit: int | None = None) -> Tensor:

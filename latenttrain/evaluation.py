@@ -109,10 +109,10 @@ def split_logits(net: Net, split: Samples) -> Tensor:
     bfloat16 = in_bfloat16(net, split.device)
 
     def logits_of(codes: Tensor) -> Tensor:
-        with full_float32():
-            planes = net.planes(codes)  # as in training: in float32, whatever the network computes in
-        with autocast(bfloat16, split.device):
-            return net.logits(planes)
+        with full_float32():  # as in training
+            planes = net.planes(codes)
+            with autocast(bfloat16, split.device):
+                return net.logits(planes)
 
     fitting = Fitting(logits_of, NOT_ON_DEVICE)
     with torch.inference_mode():
@@ -167,8 +167,7 @@ def predict(
     def probabilities_of(pixels: Tensor) -> Tensor:
         codes = quantize(codec.encode(pixels), config.quantizer).to(target)
         with full_float32():
-            planes = net.planes(codes)
-        return net.logits(planes).softmax(1)
+            return net(codes).softmax(1)
 
     fitting = Fitting(probabilities_of, NOT_ON_DEVICE)
     predictions: list[Prediction] = []

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latentprep.device import has_fast_bfloat16, on_device
+from latentprep.device import has_fast_bfloat16, on_device, without_autocast
 from latentprep.errors import SystemFault, opt
 
 
@@ -37,7 +37,8 @@ def compiled(
 ) -> Callable[..., Tensor]:
     """The function as code generated for its arguments' shapes, forward and backward, by torch.compile.
 
-    On CUDA it runs as CUDA graphs, so that a small network does not wait for the host to start some hundred kernels.
+    On CUDA it runs as CUDA graphs, so that a small network does not wait for the host to start some hundred kernels,
+    and no kernel is chosen by timing it: another would sum in another order.
     resident: what it reads besides parameters and stays where it is, such as all codes; a graph has a copy of all else.
 
     When it is called: raises `SystemFault` where no code can be generated, as without a C++ compiler.
@@ -46,9 +47,11 @@ def compiled(
 
     for tensor in resident:
         torch._dynamo.mark_static_address(tensor)
-    whole = torch.compile(
-        function, fullgraph=True, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None
-    )
+    options: dict[str, Any] = {}
+    if device.type == "cuda":
+        known = torch._inductor.list_options()  # older versions lack the second
+        options = {name: True for name in ("triton.cudagraphs", "deterministic") if name in known}
+    whole = torch.compile(function, fullgraph=True, dynamic=False, options=options or None)
 
     def call(*arguments: Any) -> Tensor:
         try:
@@ -70,21 +73,32 @@ def reproducible(device: torch.device, seed: int) -> Iterator[None]:
     """The same seed gives the same bits on the same machine inside; torch's global state is as before outside.
 
     cuDNN runs its deterministic kernels, chosen without a trial; whether it may run at all, and in TF32, is the user's.
-    A CUDA device is the current one inside.
+    A CUDA device is the current one inside, and a user's autocast is off.
     """
     cudnn, cuda = torch.backends.cudnn, [device] if device.type == "cuda" else []
     before = cudnn.deterministic, cudnn.benchmark
     mps = torch.mps.get_rng_state() if device.type == "mps" else None  # which `fork_rng` passes over
-    with torch.random.fork_rng(cuda), on_device(device):
+    with torch.random.fork_rng(cuda), on_device(device), without_autocast():
         try:
             # One by one: `cudnn.flags` sets all, those that it is not given to defaults, and so takes cuDNN out of use.
             cudnn.deterministic, cudnn.benchmark = True, False
-            torch.manual_seed(seed)
+            seed_generators(device, seed)
             yield
         finally:
             cudnn.deterministic, cudnn.benchmark = before
             if mps is not None:
                 torch.mps.set_rng_state(mps)
+
+
+def seed_generators(device: torch.device, seed: int) -> None:
+    """Seeds the host's default generator and the device's. `torch.manual_seed` seeds those of all devices, which
+    nobody then puts back."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with on_device(device):
+            torch.cuda.manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
 
 
 class Stopwatch:

@@ -29,7 +29,7 @@ from latenttrain.evaluation import counted, read_scores, split_logits
 from latenttrain.nets import Net, NetConfig, build_net
 from latenttrain.optimizers import make_optimizer
 from latenttrain.recipe import Recipe, make_recipe, preset_settings
-from latenttrain.runtime import Stopwatch, autocast, compiled, in_bfloat16, reproducible
+from latenttrain.runtime import Stopwatch, autocast, compiled, in_bfloat16, reproducible, seed_generators
 from latenttrain.scaling import compound, count_flops, count_parameters
 from latenttrain.streaming import shards_to_hold, training_data
 from latenttrain.tables import draw_curve
@@ -323,7 +323,7 @@ def train_epoch(state: State, config: RunConfig, train: Samples, epoch: int, bar
     batches = batches_per_epoch(len(train), recipe.batch_size)
     order, dropout = np.random.SeedSequence([recipe.seed, epoch]).generate_state(2).tolist()
     generator = torch.Generator(device).manual_seed(order)
-    torch.manual_seed(dropout)
+    seed_generators(device, dropout)
     live, averaged = averaged_tensors(state.net), averaged_tensors(state.average)
     total = torch.zeros((), device=device)
     known = {"val_top-1": f"{state.metrics[-1]['top1']:.1%}"} if state.metrics else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ from latentprep.quantizing.scalar import dequantize
 from latentprep.sources.images import BadImage, canonical_view
 from latentprep.sources.source import Source, open_source
 
-_BATCH = 32  # images that a decoder takes at once
+_BATCH = 32  # images that a decoder takes at once, at most
+_CELLS = 32 * 32**2  # of the latent grid, likewise: some kernels take no 2^31 values, and SD-VAE's layers are large
 _READERS = 4
 
 
@@ -106,12 +108,11 @@ def pick(
     return Picked(split, rows, codes, labels[rows], keys)
 
 
-def decoded(
-    decoder: Decoder, codes: np.ndarray, quantizer: Quantizer, batch_size: int = _BATCH
-) -> Iterator[tuple[slice, Tensor]]:
+def decoded(decoder: Decoder, codes: np.ndarray, quantizer: Quantizer) -> Iterator[tuple[slice, Tensor]]:
     """u8 [n,C,h,w] -> batches of places and pictures on the host, u8 [b,3,H,W]."""
     decode = Fitting(decoder.decode, NOT_ON_DEVICE)
     device = torch.device(getattr(decoder, "device", "cpu"))
+    batch_size = max(1, min(_BATCH, _CELLS // math.prod(codes.shape[2:])))
     for start in range(0, len(codes), batch_size):
         places = slice(start, min(start + batch_size, len(codes)))
         latents = dequantize(torch.from_numpy(codes[places]), quantizer)

@@ -68,6 +68,10 @@ def dct(folder: Path) -> dict:
     return {"codec": "dct"}
 
 
+def joint(folder: Path) -> dict:
+    return {"codec": "dct", "luma": 2, "chroma": 0, "joint": True}
+
+
 def sd_vae(folder: Path) -> dict:
     return {"codec": "sd-vae", "weights": str(autoencoder("AutoencoderKL", folder)), "dtype": "float32"}
 
@@ -76,7 +80,7 @@ def taesd(folder: Path) -> dict:
     return {"codec": "taesd", "weights": str(autoencoder("AutoencoderTiny", folder)), "dtype": "float32"}
 
 
-@pytest.mark.parametrize("codec", [dct, sd_vae, taesd])
+@pytest.mark.parametrize("codec", [dct, joint, sd_vae, taesd])
 def test_the_manifest_depends_on_neither_batch_size_nor_workers(codec: Callable, tmp_path: Path) -> None:
     images = make_folder(tmp_path / "images", train=18, val=1, side=32)
     options = codec(tmp_path / "weights")

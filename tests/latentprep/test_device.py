@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +24,20 @@ from latentprep.encoding.pipeline import Stages
 from latentprep.errors import DatasetError, SystemFault
 from latentprep.fitting import Fitting, out_of_memory
 from latentprep.format import Quantizer
+from latentprep.pictures.samples import decoded
+from latentprep.quantizing import joint as joint_codes
 from latentprep.quantizing.joint import constants, fit_filter
 from latentprep.quantizing.scalar import dequantize, quantize, quantize_counting
 
 OOM = (
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB\nmore"),
     RuntimeError("MPS backend out of memory"),
+)
+OTHER_OOM = (
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory",  # of pinned memory, too
+    "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9",
 )
 
 
@@ -49,12 +58,18 @@ def test_no_batch_makes_the_host_wait(
         create(*arguments)
 
     monkeypatch.setattr(resume, "create_dataset", calibrated)
-    batches = {}
+
+    def under_guard(encode, pixels):
+        guards.add(torch.cuda.current_stream())
+        return encode(pixels)
+
+    batches, guards = {}, set[str]()
     for batch_size in (8, 1):
         constants.cache_clear()
         with queued() as (watched, streams):
             codec = DctCodec(luma=1, chroma=0, device="meta")  # a search of more channels is slow when watched
             codec.flip = lambda _: None  # type: ignore
+            codec.encode = partial(under_guard, codec.encode)  # type: ignore
             encode(images, codec=codec, size=64, out=tmp_path / str(batch_size), joint=joint, bits=2,
                    batch_size=batch_size, workers=1)  # fmt: skip
         batches[batch_size] = len(streams.recorded)
@@ -63,6 +78,7 @@ def test_no_batch_makes_the_host_wait(
         assert watched.passing == 4 * len(streams.recorded)  # images; codes, which are finite, which saturate
     constants.cache_clear()
     assert batches[1] > 2 * batches[8]
+    assert guards == {"meta"}
 
 
 def test_constants_are_sent_to_a_device_once() -> None:
@@ -77,6 +93,19 @@ def test_constants_are_sent_to_a_device_once() -> None:
             quantize_counting(latents, quantizer)
     constants.cache_clear()
     assert first == len(watched.waits) == 3
+
+
+def test_a_filter_is_fitted_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float64, which MPS has not."""
+    real, seen = joint_codes._least_squares, set()
+    monkeypatch.setattr(
+        joint_codes, "_least_squares", lambda *some: seen.update(t.device.type for t in some) or real(*some)
+    )
+    constants.cache_clear()
+    with meta():
+        fit_filter(torch.empty(2, 1, 8, 8, device="meta"), Quantizer(2, (-1.0,), (0.5,)))
+    constants.cache_clear()
+    assert seen == {"cpu"}
 
 
 def test_constants_made_in_inference_serve_outside_of_it() -> None:
@@ -139,6 +168,22 @@ def test_decoding_halves_too(images: Path, tmp_path: Path, monkeypatch: pytest.M
     pictures = sorted(path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*.png"))
     assert len(pictures) > 2
     assert all((tmp_path / "whole" / p).read_bytes() == (tmp_path / "halved" / p).read_bytes() for p in pictures)
+
+
+@pytest.mark.parametrize(("side", "batch"), [(8, 32), (32, 32), (64, 8), (128, 2), (256, 1)])
+def test_a_decoder_gets_so_many_cells_at_once(side: int, batch: int) -> None:
+    class Decoder:
+        def decode(self, latents: Tensor) -> Tensor:
+            return latents.new_zeros(len(latents), 3, 1, 1)
+
+    codes = np.zeros((batch + 1, 1, side, side), np.uint8)
+    assert next(len(part) for _, part in decoded(Decoder(), codes, Quantizer(1, (0.0,), (1.0,)))) == batch
+
+
+@pytest.mark.parametrize("message", OTHER_OOM)
+def test_libraries_say_otherwise_that_memory_does_not_suffice(message: str) -> None:
+    assert out_of_memory(RuntimeError(message))
+    assert not out_of_memory(ValueError(message))
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
@@ -205,6 +250,29 @@ def test_codes_are_decided_in_full_float32_whatever_the_users_flags(
     assert not any(seen)
 
 
+@pytest.mark.parametrize("joint", [False, True])
+def test_codes_are_the_same_inside_a_users_autocast_and_trials(joint: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    cudnn, trials = torch.backends.cudnn, []
+    codec, pictures = make_codec("dct", luma=2, chroma=0), torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    quantizer = Quantizer(4, (-40.0, -20.0), (5.0, 2.5), (0.1,) * 36 if joint else ())
+    real = F.conv2d
+    monkeypatch.setattr(F, "conv2d", lambda *some, **more: trials.append(cudnn.benchmark) or real(*some, **more))
+
+    def found() -> list[Tensor]:
+        latents = codec.encode(pictures)
+        codes = quantize(latents, quantizer)
+        return [latents, codes, dequantize(codes, quantizer), codec.decode(latents)]
+
+    plain = found()
+    monkeypatch.setattr(cudnn, "benchmark", True)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = found()
+        assert torch.is_autocast_enabled("cpu")
+    assert all(map(torch.equal, plain, inside))
+    assert trials and not any(trials)
+    assert cudnn.benchmark
+
+
 def test_bfloat16_is_asked_of_the_device_that_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     capability = {"cuda:0": (8, 0), "cuda:1": (7, 0)}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[str(device)])
@@ -256,6 +324,19 @@ def test_pixels_are_scaled_in_float32(tiny: str) -> None:
             codec.encode(greys)
     assert torch.equal(seen[0], exact.bfloat16())
     assert not torch.equal(seen[1], exact.bfloat16())  # as ever for older datasets
+
+
+def test_autoencoders_run_in_full_float32_whatever_the_users_flags(tiny: str) -> None:
+    codec, seen, before = make_codec("taesd", weights=tiny), [], torch.get_float32_matmul_precision()
+    for name in ("encode", "decode"):
+        real = getattr(codec._model, name)
+        setattr(codec._model, name, lambda some, real=real: seen.append(tf32_allowed()) or real(some))
+    torch.set_float32_matmul_precision("high")
+    try:
+        codec.decode(codec.encode(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen == [False, False]
 
 
 def test_what_scales_pixels_is_part_of_what_a_code_means(tiny: str, images: Path, tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def test_a_compiled_run_says_so_and_learns_the_same(codes, small, tmp_path, monk
 
     monkeypatch.setattr(torch, "compile", compiler)
     compiled = latenttrain.fit(codes, **small, out=tmp_path / "compiled", compile=True)
-    assert calls[0] == {"fullgraph": True, "dynamic": False, "mode": None}
+    assert calls[0] == {"fullgraph": True, "dynamic": False, "options": None}
     assert len(resident) == 2 * small["epochs"]  # codes and labels
     assert (compiled.top1, compiled.last_top1) == (plain.top1, plain.last_top1)
     assert read_config(tmp_path / "compiled").recipe.compile

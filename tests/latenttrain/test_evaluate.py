@@ -16,6 +16,7 @@ from latentprep.format import open_dataset
 from latentprep.quantizing.scalar import quantize
 from latenttrain.checkpoint import load_net
 from latenttrain.evaluation import scores
+from latenttrain.nets import Net
 
 CLASSES = ["apple", "birch", "cedar", "daisy"]
 
@@ -134,6 +135,27 @@ def by_hand(run, path):
     net, config, _ = load_net(run)
     latents = FakeCodec({"name": "fake", "levels": 7}, "cpu", None).encode(pixels)
     return net(quantize(latents, config.quantizer)).softmax(1)[0]
+
+
+def test_predicting_halves_what_does_not_fit_and_makes_planes_in_full_float32(run, images, fake_codec, monkeypatch):
+    whole, real, fast = latenttrain.predict(run, images), Net.logits, set()
+
+    def small(net, planes):
+        fast.add(torch.get_float32_matmul_precision())
+        if len(planes) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(net, planes)
+
+    monkeypatch.setattr(Net, "logits", small)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        found = latenttrain.predict(run, images)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert fast == {"highest"}
+    for mine, theirs in zip(found, whole, strict=True):
+        assert dict(mine.classes) == pytest.approx(dict(theirs.classes), rel=1e-4)
 
 
 def test_predictions_are_codec_quantizer_and_network(run, images, fake_codec):

@@ -109,18 +109,19 @@ def distributed(name, n=100_000):
 DISTRIBUTIONS = ["normal", "laplace", "student t3", "uniform", "1% outliers"]
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
 @pytest.mark.parametrize("name", STEMS)
 def test_planes_are_of_unit_scale_whatever_the_distribution(name, bits):
-    """Of an own distribution in each channel: the planes' deviation, or, of -1 and 1, their root mean square."""
+    """Of an own distribution in each channel: the planes' deviation, or, of -1 and 1, their root mean square. At 1 and
+    2 bits outliers leave a channel nothing that could be enlarged."""
     torch.manual_seed(0)
-    latents = torch.cat([distributed(kind) for kind in DISTRIBUTIONS], 1)
+    latents = torch.cat([distributed(kind) for kind in DISTRIBUTIONS[: 5 if bits > 2 else 4]], 1)
     quantizer = fit_quantizer(latents, bits)
     codes = quantize(latents, quantizer)
     counted = code_statistics(codes, quantizer)
-    planes = STEMS[name](5, bits, counted.mean, counted.std)(codes).transpose(0, 1).flatten(1)
+    planes = STEMS[name](len(counted.std), bits, counted.mean, counted.std)(codes).transpose(0, 1).flatten(1)
     scale = planes.square().mean(1).sqrt() if name in ("bitplane", "ordinal") else planes.std(1)
-    scale = scale if name == "embedding" else scale.view(5, -1).mean(1)
+    scale = scale if name == "embedding" else scale.view(len(counted.std), -1).mean(1)
     assert scale.min() > 0.8 and scale.max() < 1.25, scale
 
 
