@@ -110,7 +110,7 @@ def decode_codes(manifest: Manifest, split: str, index: int, data: bytes) -> np.
     """The bytes of one shard's codes file -> u8 [n,V,C,h,w]. Raises `DatasetError` for bytes that do not decode.
 
     Zarr's sharding codec by hand: the inner chunks, each compressed; then an index of (offset, length) u64 pairs and
-    its CRC-32C. Zarr's own reader gives the same result at a quarter of the speed, and streaming waits for nothing else.
+    its CRC-32C. Zarr's own reader gives the same result at a quarter of the speed; streaming waits for nothing else.
     """
     rows, row = manifest.rows_in_shard(split, index), manifest.row_shape(split)
     count = manifest.shard_rows // manifest.chunk_rows

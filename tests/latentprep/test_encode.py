@@ -148,7 +148,7 @@ def test_colours_are_converted_and_that_is_recorded(tmp_path: Path) -> None:
         codes[colour] = dataset.load("train").codes
         assert latentprep.verify(out, source=open_source(root)).problems == ()
     assert (codes["srgb"][0] != codes["stored"][0]).any()
-    with pytest.raises(DatasetError, match="transform.colour is stored, this command asks for srgb"):
+    with pytest.raises(DatasetError, match="transform.colour is stored, but srgb was requested"):
         encode(root, tmp_path / "stored", **exact)
     with pytest.raises(UsageError, match="colour must be srgb or stored, got sRGB"):
         encode(root, tmp_path / "other", colour="sRGB")
@@ -226,10 +226,10 @@ def test_default_size_suits_source_and_codec(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "field"),
     [
-        ({"bits": 5}, "bits is 4, this command asks for 5"),
-        ({"size": 40}, "transform.size is 32, this command asks for 40"),
-        ({"luma": 3}, "codec.luma is 10, this command asks for 3"),
-        ({"codec": "resample"}, "codec.name is dct, this command asks for resample"),
+        ({"bits": 5}, "bits is 4, but 5 was requested"),
+        ({"size": 40}, "transform.size is 32, but 40 was requested"),
+        ({"luma": 3}, "codec.luma is 10, but 3 was requested"),
+        ({"codec": "resample"}, "codec.name is dct, but resample was requested"),
         ({"views": 2}, "transform.views"),
         ({"seed": 7}, "transform.seed"),
         ({"limit": 3}, "the source has changed|splits.train"),

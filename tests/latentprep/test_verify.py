@@ -158,12 +158,12 @@ def rewrite(data: Path, change: Callable[[np.ndarray, np.ndarray, list[str]], ob
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        (lambda codes, labels, keys: codes.__setitem__((1, 0, 0, 0, 0), 16), "holds a code of 16; 4 bits allow less"),
+        (lambda codes, labels, keys: codes.__setitem__((1, 0, 0, 0, 0), 16), "holds the code 16, too large for 4 bits"),
         (lambda codes, labels, keys: labels.__setitem__(1, 2), "label outside the 2 classes"),
         (lambda codes, labels, keys: labels.__setitem__(1, -2), "label outside the 2 classes"),
-        (lambda codes, labels, keys: labels.__setitem__(1, -1), "other invalid rows than its record lists"),
+        (lambda codes, labels, keys: labels.__setitem__(1, -1), "different invalid rows than its record lists"),
         (lambda codes, labels, keys: keys.__setitem__(1, keys[2]), "holds a key twice"),
-        (lambda codes, labels, keys: keys.__setitem__(1, "train/class_1/000.jpg"), "which shard train 0 has too"),
+        (lambda codes, labels, keys: keys.__setitem__(1, "train/class_1/000.jpg"), "which is also in shard train 0"),
     ],
 )
 def test_values_that_cannot_be_are_found_though_checksums_agree(data: Path, change: Callable, what: str) -> None:
@@ -178,7 +178,7 @@ def test_rows_that_are_not_the_sources_are_found(data: Path, source: Source) -> 
     assert latentprep.verify(data).ok
     found = latentprep.verify(data, source=source, samples=0)
     assert shards(found) == [("train", 0)]
-    assert "other keys or labels than the source" in found.problems[0].what
+    assert "different keys or labels than the source" in found.problems[0].what
 
 
 def test_codes_that_are_not_the_images_are_found(data: Path, source: Source) -> None:
@@ -226,7 +226,7 @@ def test_images_that_vanished_are_told_apart_from_damage(data: Path, tmp_path: P
 def test_another_source_is_refused(data: Path, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="is not the source"):
         latentprep.verify(data, source=open_source(make_folder(tmp_path / "other", train=3)))
-    with pytest.raises(UsageError, match="repair .* needs their images"):
+    with pytest.raises(UsageError, match="repair .* needs the images"):
         latentprep.verify(data, repair=True)
 
 
@@ -257,7 +257,7 @@ def test_records_of_the_first_release_had_no_checksum() -> None:
     assert ShardRecord.from_bytes(json.dumps(document).encode(), "r") == record
     with pytest.raises(DatasetError, match="unknown field 'sha257' and no checksum"):
         ShardRecord.from_bytes(json.dumps({**document, "sha257": "0"}).encode(), "r")
-    with pytest.raises(DatasetError, match="its SHA-256 is not the one at its end"):
+    with pytest.raises(DatasetError, match="it does not match the SHA-256 at its end"):
         ShardRecord.from_bytes(record.to_bytes().replace(b'"source_bytes": 1', b'"source_bytes": 2'), "r")
 
 
