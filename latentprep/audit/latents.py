@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from latentprep.errors import SourceError, UsageError, opt, system_fault
+from latentprep.audit.reencode import own_stages
+from latentprep.errors import UsageError, opt, system_fault
 from latentprep.format.dataset import LatentDataset, open_dataset
 from latentprep.format.fields import dump_json
 from latentprep.format.latents import LATENTS, check_latents, described
@@ -41,10 +42,7 @@ def write_latents(
     Raises `UsageError` if `out` is the dataset, `DatasetError` if it holds another dataset's latents, `SourceError` if
     the source is not the dataset's, `CodecError` if the codec is not available, `SystemFault` if the disk is full.
     """
-    from latentprep.codecs import codec_from_config
-    from latentprep.device import pick_device
-    from latentprep.encoding.pipeline import Stages, encoded_rows
-    from latentprep.sources.images import MAX_PIXELS
+    from latentprep.encoding.pipeline import encoded_rows
 
     opened, root = open_dataset(dataset), local(out, opt("out"))
     if root.resolve() == opened.root.resolve():
@@ -52,13 +50,7 @@ def write_latents(
     manifest = opened.manifest
     source = open_source(source, data=data, val_fraction=val_fraction, seed=seed)
     source = source if limit is None else source.take(limit)
-    if source.fingerprint() != manifest.source["sha256"]:
-        raise SourceError(
-            f"{source.spec} is not the source that {opened.root} was made from: its files or labels differ",
-            f"use the source, {opt('limit')}, {opt('val_fraction')} and {opt('seed')} that it was encoded with",
-        )
-    codec = codec_from_config(manifest.codec, device=pick_device(device), weights=weights)
-    stages = Stages(source, codec, batch_size, workers, MAX_PIXELS)
+    stages = own_stages(opened, source, weights, device, batch_size, workers)
     canonical = replace(manifest, transform={**manifest.transform, "views": 1})
     try:
         root.mkdir(parents=True, exist_ok=True)

@@ -47,7 +47,8 @@ def read_stats(root: Place) -> Stats | None:
         stats = from_bytes(data)
     except Exception as error:  # safetensors raises many kinds
         raise DatasetError(
-            f"{root / SOURCE_FILES} is damaged", "delete it: it is written again, without a comparison this time"
+            f"{root / SOURCE_FILES} is damaged",
+            "delete it: encoding writes it again, without checking for replaced images",
         ) from error
     return stats
 

@@ -58,7 +58,7 @@ class LatentDataset:
         return f"<LatentDataset {self.root} {self.manifest.codec['name']} {shape} {self.quantizer.bits} bits: {rows}>"
 
     def records(self, split: str) -> list[ShardRecord]:
-        """The records of the split's committed shards, in order; shards not committed yet are left out.
+        """The records of the split's committed shards, in order.
 
         Each record is read once: open the dataset again to see shards that were made again.
         """

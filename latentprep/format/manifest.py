@@ -167,7 +167,7 @@ class Manifest(Plan):
         top = parse_json(data, where, "restore it, or delete the folder and encode again")
         if top.document.get("format") != FORMAT:
             raise DatasetError(
-                f"{where} is not a latent dataset's manifest", "name a folder that latentprep encode made"
+                f"{where} is not a latent dataset's manifest", "give a folder that latentprep encode made"
             )
         version = top.whole("version", 1, 1 << 30)
         if version > VERSION:
@@ -345,7 +345,7 @@ def read_manifest(root: Place) -> Manifest:
         data = read_json(path)
     except (FileNotFoundError, NotADirectoryError):
         what = "no such folder" if not root.exists() else "no latent dataset (it has no manifest.json)"
-        raise DatasetError(f"{root}: {what}", "name a folder that latentprep encode made") from None
+        raise DatasetError(f"{root}: {what}", "give a folder that latentprep encode made") from None
     return Manifest.from_bytes(data, str(path))
 
 

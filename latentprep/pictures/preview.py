@@ -136,7 +136,7 @@ def sample_columns(
             codes = picked.codes
             if b != stored:
                 codes = recoder(dataset.quantizer, quantizer)(codes[:, None])[0][:, 0]
-            columns.append(Column(f"{b} bit{'s' if b > 1 else ''}", pixels(decode_all(decoder, codes, quantizer))))
+            columns.append(Column(plural(b, "bit"), pixels(decode_all(decoder, codes, quantizer))))
             bar.advance(1)
     if isinstance(decoder, LinearDecoder):
         latents = torch.from_numpy(dataset.quantizer.dequantize(picked.codes))

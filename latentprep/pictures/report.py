@@ -24,7 +24,7 @@ from latentprep.progress import ProgressFactory, silent
 from latentprep.sources.source import Source, open_own_source
 from latentprep.storage.atomic import write_atomic
 from latentprep.storage.places import path_of
-from latentprep.text import size
+from latentprep.text import plural, size
 
 if TYPE_CHECKING:
     from latenttrain.diagnosis import Diagnosis
@@ -86,7 +86,9 @@ def report(
         *_runs(opened, maker, runs, device),
     ]
     name = opened.root.resolve().name
-    lead = f"A latent dataset: {facts.source}, encoded by {facts.codec['name']} at {_plural_bits(facts.bits)} per code."
+    lead = (
+        f"A latent dataset: {facts.source}, encoded by {facts.codec['name']} at {plural(facts.bits, 'bit')} per code."
+    )
     document = page.page(f"Report on {name}", lead, sections)
     try:
         write_atomic(path_of(out), document)
@@ -141,7 +143,7 @@ def _facts(found: DatasetInfo) -> dict[str, str]:
     return {
         "source": found.source,
         "codec": found.codec["name"] + (f" ({options}{weights})" if options else ""),
-        "latents": f"{height}×{width}×{channels} of {found.size}×{found.size} px, {_plural_bits(found.bits)} per code"
+        "latents": f"{height}×{width}×{channels} of {found.size}×{found.size} px, {plural(found.bits, 'bit')} per code"
         + (", chosen jointly" if found.joint else "")
         + (f", {found.views} views" if found.views > 1 else ""),
         "samples": f"{rows}; {found.classes} classes",
@@ -277,7 +279,3 @@ def _mistakes(dataset: LatentDataset, decoder: Decoder, found: Diagnosis) -> lis
             tiles.append(page.tile(image, f"row {mistake.row}: {text}", text))
         parts.append(page.card(title, tiles))
     return parts
-
-
-def _plural_bits(bits: int) -> str:
-    return f"{bits} bit" if bits == 1 else f"{bits} bits"

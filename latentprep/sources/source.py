@@ -233,7 +233,7 @@ def open_own_source(
     if source is None:
         if data is not None:
             raise UsageError(
-                f"{opt('data')} needs {opt('source')}: it is a copy of that dataset", f"give {opt('source')} too"
+                f"{opt('data')} needs {opt('source')}: it is a local copy of that dataset", f"give {opt('source')} too"
             )
         return None
     opened = open_source(source, data=data, val_fraction=val_fraction, seed=seed, out=out, progress=progress)
