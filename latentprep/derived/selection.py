@@ -73,7 +73,7 @@ def merge(
     """Make one dataset in the folder `out` from several. Rows of the same split follow each other in the order given.
 
     The store, the rows per shard and the compression are those of the first part. Encode the other parts with
-    ``quantizer=`` the first one: otherwise each quantizer is fitted to its own images, and they differ. Run again, it
+    ``quantizer=`` the first one: otherwise each part has a quantizer of its own, and they differ. Run again, it
     resumes.
 
     Raises `UsageError` for fewer than two parts, `DatasetError` naming the first field in which their settings differ,

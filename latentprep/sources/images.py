@@ -280,7 +280,7 @@ def _to_rgb(image: Image.Image, kind: Kind, profile: bytes | None) -> Image.Imag
 def _eight_bits(image: Image.Image, kind: Kind) -> Image.Image:
     """Grey with 16 bits, or 12 in a TIFF -> mode L, or LA if one value is transparent. `BadImage` for more bits."""
     top, tags = 65535, getattr(image, "tag_v2", {})
-    if image.mode == "F" or (image.mode == "I" and kind.format not in ("PNG", "PPM")):  # where it means 16 bits
+    if image.mode == "F" or (image.mode == "I" and kind.format not in ("PNG", "PPM")):  # there, I means 16 bits
         numbers = "floating-point numbers" if image.mode == "F" else "signed or 32-bit integers"
         raise BadImage(f"{kind.name} with {numbers}, for which white is undefined: save it with 16 bits")
     deep = np.asarray(image).astype(np.uint32)
