@@ -79,7 +79,7 @@ def by_folders(spec: str, listing: Listing) -> Tree:
     _read_annotations(tree, listing, splits, depth)
     names = {row.name for rows in tree.found.values() for row in rows}
     if len(names) == 1:
-        raise SourceError(f"{spec} has one class only: {min(names)}{_tables(listing)}", LAYOUTS)
+        raise SourceError(f"{spec} has only one class: {min(names)}{_tables(listing)}", LAYOUTS)
     return tree
 
 

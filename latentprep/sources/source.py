@@ -256,7 +256,7 @@ def _build(spec: str, tree: Tree, load: Load, val_fraction: float | None, seed: 
                 way_out = f"add the class to {base}, or remove it from {split}"
                 raise SourceError(f"class {name} of {spec} is in {split} but not in {base}", way_out)
     if len(counts) < 2:
-        raise SourceError(f"{spec} has one class only: {', '.join(counts) or 'none'}", LAYOUTS)
+        raise SourceError(f"{spec} has only one class: {', '.join(counts) or 'none'}", LAYOUTS)
     for split, rows in found.items():
         for one, two in pairwise(rows):
             if one.key == two.key:
