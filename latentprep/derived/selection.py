@@ -48,7 +48,7 @@ def subset(
     table[chosen] = np.arange(len(chosen))
     rows: Rows = {}
     for split in source.splits:
-        labels = _labels(source, split)
+        labels = source.labels(split)
         drawn = [_draw(np.flatnonzero(labels == label), fraction, [seed, label, *split.encode()]) for label in chosen]
         kept = np.sort(np.concatenate(drawn))
         rows[split] = np.stack([np.zeros_like(kept), kept], axis=1)
@@ -87,11 +87,11 @@ def merge(
         for name, there, here in differences(
             _configuration(first, part.manifest), _configuration(part.manifest, first)
         ):
-            hint = f"encode it again with {opt('quantizer')} {parts[0].root}" if name.startswith("quantizer") else ""
+            again = f"encode it again with {opt('quantizer', str(parts[0].root))}"
             raise DatasetError(
                 f"{part.root} and {parts[0].root} cannot be merged: "
                 f"{name} is {here} in the first and {there} in the second",
-                hint or "encode all parts with the same options",
+                again if name.startswith("quantizer") else "encode all parts with the same settings",
             )
     rows = every_row(parts)
     views = {split: part.manifest.views(split) for part in parts for split in part.splits}
@@ -136,7 +136,7 @@ def _manifest(
         entries: list[tuple[str, int]] = []
         for number, part in enumerate(parts):
             if split in part.splits:
-                keys, labels = _keys(part, split), _labels(part, split)
+                keys, labels = _keys(part, split), part.labels(split)
                 labels = labels if table is None else table[labels]
                 entries += [(keys[row], int(labels[row])) for row in taken[taken[:, 0] == number, 1].tolist()]
         seen: set[str] = set()
@@ -149,12 +149,6 @@ def _manifest(
         samples[split] = entries
     splits = {split: len(taken) for split, taken in rows.items()}
     return replace(base, classes=classes, splits=splits, source={"spec": spec, "sha256": fingerprint(classes, samples)})
-
-
-def _labels(dataset: LatentDataset, split: str) -> np.ndarray:
-    """i32 [N], invalid rows included."""
-    shards = [dataset.read_labels(split, index) for index in range(dataset.manifest.shard_count(split))]
-    return np.concatenate([*shards, np.empty(0, np.int32)])
 
 
 def _keys(dataset: LatentDataset, split: str) -> list[str]:

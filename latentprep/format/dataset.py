@@ -188,8 +188,12 @@ class LatentDataset:
     def valid_rows(self, split: str, limit: int | None = None) -> np.ndarray:
         """i64 [n]: the rows of a split that `load` returns, in order."""
         self.check_complete(split)
-        labels = [self.read_labels(split, index) for index in range(self.manifest.shard_count(split))]
-        return _kept(np.concatenate(labels), limit)
+        return _kept(self.labels(split), limit)
+
+    def labels(self, split: str) -> np.ndarray:
+        """i32 [N]: the labels of all rows of a split, −1 for invalid ones."""
+        shards = [self.read_labels(split, index) for index in range(self.manifest.shard_count(split))]
+        return np.concatenate([*shards, np.empty(0, np.int32)])
 
     def _known(self, split: str) -> str:
         if split not in self.manifest.splits:

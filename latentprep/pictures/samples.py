@@ -73,9 +73,7 @@ def pick(
     """
     split = split or shown_split(dataset.splits)
     dataset.check_complete(split)
-    manifest = dataset.manifest
-    shards = range(manifest.shard_count(split))
-    labels = np.concatenate([dataset.read_labels(split, shard) for shard in shards] or [np.empty(0, np.int32)])
+    manifest, labels = dataset.manifest, dataset.labels(split)
     rows = np.flatnonzero(labels != INVALID_LABEL)
     if index is not None:
         for row in index:
