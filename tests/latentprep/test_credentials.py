@@ -208,7 +208,7 @@ def test_any_of_the_endpoints_names_is_taken_over_http(
 
 
 REFUSALS = [
-    (400, "ExpiredToken", "", "get new keys: .*AWS_SESSION_TOKEN"),
+    (400, "ExpiredToken", "", "get new keys, .*AWS_SESSION_TOKEN"),
     (400, "AuthorizationHeaderMalformed", "<Region>eu-west-1</Region>", "set AWS_REGION=eu-west-1"),
     (301, "PermanentRedirect", "<Endpoint>elsewhere</Endpoint>", "set AWS_REGION=eu-west-1"),
     (404, "NoSuchBucket", "", "check the bucket's name.*AWS_ENDPOINT_URL"),

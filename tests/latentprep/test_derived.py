@@ -110,7 +110,7 @@ def test_a_shard_that_decodes_otherwise_is_not_written(
         return real(manifest, shard, Codes(rows.codes ^ 1, rows.labels, rows.keys), **facts)
 
     monkeypatch.setattr(derived, "encoded_shard", other)
-    with pytest.raises(DatasetError, match="decodes to other codes"):
+    with pytest.raises(DatasetError, match="does not decode to the codes"):
         latentprep.convert(root / "zarr", out=tmp_path / "out", store="wds")
     assert not list((tmp_path / "out").rglob("records/*"))
 

@@ -213,8 +213,8 @@ def test_white_is_zero_in_sixteen_bits_too() -> None:
     ("kind", "values", "reason"),
     [
         ("TIFF", np.ones((4, 4), np.float32), "TIFF with floating-point numbers, for which white is undefined"),
-        ("TIFF", np.ones((4, 4), np.int32), "TIFF of signed or 32-bit integers"),
-        ("PPM", np.ones((4, 4), np.float32), "PPM of floating-point numbers"),
+        ("TIFF", np.ones((4, 4), np.int32), "TIFF with signed or 32-bit integers"),
+        ("PPM", np.ones((4, 4), np.float32), "PPM with floating-point numbers"),
     ],
 )
 def test_numbers_without_a_range_are_refused(kind: str, values: np.ndarray, reason: str) -> None:

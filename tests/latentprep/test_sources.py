@@ -86,7 +86,7 @@ def test_rows_are_sorted_by_key_relative_to_the_folder_of_the_splits(tmp_path):
     assert source.labels("train") == [0, 0, 1]
     assert source.keys("test") == ["test/bee/x.jpg"]
     assert source.labels("test") == [1]
-    with pytest.raises(UsageError, match="no split 'dev'; it has train, val, test"):
+    with pytest.raises(UsageError, match="no split 'dev'; use one of train, val, test"):
         source.size("dev")
 
 
