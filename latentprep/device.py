@@ -1,4 +1,4 @@
-"""Which device to compute on, what it is good at, and how tensors come there and back."""
+"""Choosing a device, what it supports, and moving tensors to it and back."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from latentprep.errors import SystemFault, UsageError, opt
 def pick_device(name: str | torch.device = "auto") -> torch.device:
     """``auto`` is CUDA, else Apple's MPS, else the CPU; or name one: ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
 
-    Raises `UsageError` for a name that is no device, `SystemFault` for a device that this machine does not have.
+    Raises `UsageError` for an unknown name, `SystemFault` for a device that this machine does not have.
     """
     if name == "auto":
         kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -32,45 +32,46 @@ def pick_device(name: str | torch.device = "auto") -> torch.device:
     if (device.index or 0) >= counts[device.type]:
         have = f"{counts['cuda']} CUDA devices" if device.type == "cuda" else "no MPS device"
         raise SystemFault(
-            f"device '{name}' is not here: torch sees {have}", f"use {opt('device', 'auto')} or {opt('device', 'cpu')}"
+            f"device '{name}' is not available: torch sees {have}",
+            f"use {opt('device', 'auto')} or {opt('device', 'cpu')}",
         )
     return device
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether this very device multiplies bfloat16 in hardware (CUDA: from Ampere on; CPUs: AVX-512 BF16 or AMX)."""
+    """Whether this device multiplies bfloat16 in hardware (CUDA: Ampere or newer; CPUs: AVX-512 BF16 or AMX)."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def queues(device: torch.device) -> bool:
-    """Whether the host only queues work there, copies from and to pinned memory included: CUDA."""
+    """Whether the device works asynchronously, as CUDA does: the host only queues work, and pinned copies too."""
     return device.type == "cuda"
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Makes a CUDA device the current one inside, on whose streams all is queued; elsewhere nothing changes."""
+    """Make a CUDA device the current one, so that work is queued on its streams. Does nothing for other devices."""
     return torch.cuda.device(device) if queues(device) else contextlib.nullcontext()
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A host's tensor on the device. To CUDA from pinned memory, where nothing waits for the copy; all else waits: what
-    is copied in passing from pageable memory may have changed before it is read (MPS)."""
+    """Copy a host tensor to the device. Copies to CUDA start from pinned memory and do not block. All others block: an
+    asynchronous copy from pageable memory (MPS) may read the tensor after it has changed."""
     if not queues(device):
         return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)  # pinned already, it is itself
+    return tensor.pin_memory().to(device, non_blocking=True)  # no copy if it is pinned already
 
 
 def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors on the host, contiguous; those of a device by one transfer, so that the host waits once."""
+    """The tensors on the host, contiguous. Those on a device come in one transfer, so that the host waits once."""
     tensors = [tensor.detach().contiguous() for tensor in tensors]
     away = {at: tensor for at, tensor in enumerate(tensors) if tensor.device.type != "cpu"}
     if away:
         flat = torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in away.values()]).cpu()
         parts = flat.split([tensor.numel() * tensor.element_size() for tensor in away.values()])
         for (at, like), part in zip(away.items(), parts, strict=True):
-            # cloned, since a view of another type must begin at a multiple of its size
+            # cloned: a view as another type must start at a multiple of that type's size
             tensors[at] = part.clone().view(like.dtype).view(like.shape)
     return tensors
 
@@ -86,17 +87,18 @@ def without_autocast() -> Iterator[None]:
 
 
 _full = threading.Lock()
-_inside = 0  # of `full_float32`, in all threads
+_inside = 0  # how many threads are inside `full_float32`
 _before: tuple[str, bool, bool, dict[str, str]]
 
 
 @contextlib.contextmanager
 def full_float32() -> Iterator[None]:
-    """float32 products and convolutions in all 24 bits inside, whatever the user allows outside (TF32 has 11).
+    """Compute float32 products and convolutions with all 24 bits, even where the user allows TF32 (11 bits).
 
-    For what decides codes, or the planes that a network reads. A user's autocast is off inside, and cuDNN tries no
-    kernels out, which would take one today and another tomorrow. torch's flags are the process's, but for autocast's:
-    while any thread is inside, other threads compute in full float32 too; the last that leaves puts the user's back.
+    Used where results decide codes, or the planes that a network reads. A user's autocast is off inside, and cuDNN does
+    not try out kernels, since it might choose others tomorrow. torch's flags, except autocast's, apply to the whole
+    process: while any thread is inside, other threads compute in full float32 too. The last thread to leave restores the
+    user's flags.
     """
     global _inside, _before
     with _full:
@@ -115,10 +117,10 @@ def full_float32() -> Iterator[None]:
 
 
 def _precision() -> tuple[str, bool, bool, dict[str, str]]:
-    """What is allowed now: in products, in cuDNN's convolutions, trials of these; and as torch 2.9's newer flags say.
+    """The current settings: for products, for cuDNN's convolutions and its trials, and in torch 2.9's newer flags.
 
-    Where a user set the newer flags otherwise than the older ones, torch refuses to read those; then the newer ones
-    count, and the older ones must be what they are not.
+    If a user set the newer flags differently from the older ones, torch refuses to read the older ones. Then the newer
+    ones count, and each older one must be the opposite.
     """
     backends = torch.backends
     newer = {name: holder.fp32_precision for name, holder in _newer_flags().items()}
@@ -134,7 +136,7 @@ def _precision() -> tuple[str, bool, bool, dict[str, str]]:
 
 
 def _set_precision(products: str, convolutions: bool, trials: bool, newer: dict[str, str]) -> None:
-    """The older flags first, since setting them sets the newer ones too, and so leaves no contradiction."""
+    """Older flags first: setting them changes the newer ones too, so this order leaves no contradiction."""
     torch.set_float32_matmul_precision(products)
     torch.backends.cudnn.allow_tf32 = convolutions
     torch.backends.cudnn.benchmark = trials

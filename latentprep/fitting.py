@@ -1,4 +1,4 @@
-"""What to do where a batch does not fit in the device's memory: halve it and go on."""
+"""When a batch does not fit in the device's memory: halve it and go on."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor
 from latentprep.errors import SystemFault, opt
 
 _SAYINGS = ("out of memory", "STATUS_ALLOC_FAILED", "can't allocate memory")
-NOT_ON_DEVICE = f"use {opt('device', 'cpu')}"  # what always helps, slowly
+NOT_ON_DEVICE = f"use {opt('device', 'cpu')}"  # always works, but slowly
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether a device, or the host, had too little memory. Only torch's allocator of CUDA memory says so by a class of
-    its own; MPS, cuBLAS, cuDNN, CUDA itself and the host's allocator do by a plain RuntimeError."""
+    """Whether a device, or the host, ran out of memory. Only torch's allocator of CUDA memory raises a class of its own;
+    MPS, cuBLAS, cuDNN, CUDA itself and the host's allocator raise a plain RuntimeError."""
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and any(saying in str(error) for saying in _SAYINGS)
     )
@@ -26,7 +26,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def enough_memory(device: torch.device, hint: str) -> Iterator[None]:
-    """Raises `SystemFault` with the way out where the device's memory does not suffice inside."""
+    """Turn running out of device memory into a `SystemFault` with this hint."""
     try:
         yield
     except RuntimeError as error:
@@ -37,26 +37,26 @@ def enough_memory(device: torch.device, hint: str) -> Iterator[None]:
 
 @dataclass
 class Fitting:
-    """A function of batches, called with as much of each as fits in memory: [B,…] -> [B,…]
+    """A function of batches that is called with as many samples at once as fit in memory: [B,…] -> [B,…]
 
-    Where the device runs out of memory the batch is halved, for this call and all later ones, and a line is logged.
-    Samples must not depend on each other. A device may choose other kernels for other batches, which may round
-    otherwise: results are then the same up to rounding.
+    When the device runs out of memory, the batch size is halved, for this call and all later ones, and a line is
+    logged. Samples must not depend on each other. A device may use other kernels for another batch size, so results
+    are the same only up to rounding.
 
-    Raises `SystemFault` where not even one sample fits; hint: what the user can do then.
+    hint: what the user can do if not even one sample fits, which raises `SystemFault`.
     """
 
     work: Callable[[Tensor], Tensor]
     hint: str
-    most: int = 1 << 62  # samples that fit at once, as far as is known
+    most: int = 1 << 62  # samples that fit at once, as far as we know
 
     def __call__(self, batch: Tensor) -> Tensor:
-        found: list[Tensor] = []
+        results: list[Tensor] = []
         start = 0
-        while start < len(batch) or not found:
+        while start < len(batch) or not results:
             part = batch[start : start + self.most]
             try:
-                found.append(self.work(part))
+                results.append(self.work(part))
                 start += len(part)
                 continue
             except RuntimeError as error:
@@ -65,15 +65,15 @@ class Fitting:
                 reason = str(error).splitlines()[0]
                 if len(part) <= 1:
                     raise SystemFault(f"a single sample does not fit in memory: {reason}", self.hint) from error
-            # Only here, where the exception has let go of what the attempt had allocated.
+            # Outside the except block: the exception no longer keeps the failed attempt's tensors alive.
             self.most = len(part) // 2
-            logging.getLogger("latentprep").warning("out of memory; going on by batches of %d", self.most)
+            logging.getLogger("latentprep").warning("out of memory; going on with batches of %d", self.most)
             free_cached()
-        return found[0] if len(found) == 1 else torch.cat(found)
+        return results[0] if len(results) == 1 else torch.cat(results)
 
 
 def free_cached() -> None:
-    """Give back what torch keeps of freed memory, so that pieces of it can be joined."""
+    """Release the freed memory that torch keeps, so that its pieces can be joined."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     elif torch.backends.mps.is_available():

@@ -208,9 +208,9 @@ def test_functions_take_a_source_as_path_or_opened(
 def test_a_sources_options_without_a_source_to_open_are_refused(images: Path, site: tuple[Path, str]) -> None:
     opened = latentprep.open_source(images)
     assert latentprep.open_source(opened) is opened
-    with pytest.raises(UsageError, match="for a source that is still to be opened"):
+    with pytest.raises(UsageError, match="have no effect on an open source"):
         latentprep.encode(opened, val_fraction=0.2, out="nowhere")
-    with pytest.raises(UsageError, match="no source is given"):
+    with pytest.raises(UsageError, match="data needs source"):
         latentprep.verify(site[0], data="copy")
 
 

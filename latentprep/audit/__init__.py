@@ -1,4 +1,4 @@
-"""Whether a dataset is whole, what is in it, and sending it on.
+"""Checking that a dataset is intact, describing it, and sharing it.
 
-May import `derived`, `encoding` and what these may.
+May import `derived`, `encoding` and what these may import.
 """

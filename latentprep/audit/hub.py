@@ -1,4 +1,4 @@
-"""`push`: a dataset to a repository of the Hugging Face hub, with a card made from its manifest."""
+"""`push`: upload a dataset to the Hugging Face hub, with a card made from its manifest."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CARD = "README.md"
 
 @dataclass(frozen=True)
 class PushResult:
-    """What `push` did. url: of the commit; place: what `latentprep.open` takes."""
+    """What `push` did. url: the commit's address; place: the address that `latentprep.open` takes."""
 
     repository: str
     place: str
@@ -39,20 +39,20 @@ def push(
     private: bool = False,
     progress: ProgressFactory = silent,
 ) -> PushResult:
-    """Put the dataset in a local folder into the hub's dataset repository `repository`, in one commit, with a card.
+    """Upload the dataset in a local folder to the hub's dataset repository `repository`, in one commit, with a card.
 
-    The repository is made if there is none. Every file is compared with its checksum first. huggingface_hub finds the
-    token: ``HF_TOKEN``, or that of ``hf auth login``.
+    The repository is created if it does not exist. Every file is checked against its checksum first. huggingface_hub
+    finds the token, in ``HF_TOKEN`` or from ``hf auth login``.
 
-    Raises `UsageError` for a name that is no ``owner/name``, `DatasetError` if the dataset is damaged or not complete,
+    Raises `UsageError` for a name that is not ``owner/name``, `DatasetError` if the dataset is damaged or incomplete,
     `SystemFault` if the hub refuses or cannot be reached.
     """
     if len(repository.split("/")) != 2 or not all(repository.split("/")):
         raise UsageError(f"the repository must be owner/name, got {repository}")
     source = opened(dataset)
     if isinstance(source.root, RemotePath):
-        raise UsageError(f"{source.root} is not on this machine", "push takes a folder; use latentprep convert first")
-    root, manifest = local(source.root, "what is pushed"), source.manifest
+        raise UsageError(f"{source.root} is not on this machine", "copy it to a folder with latentprep convert first")
+    root, manifest = local(source.root, "the dataset to push"), source.manifest
     paths = [MANIFEST, *store_of(manifest).metadata_files(manifest)]
     paths += [ERRORS] if (root / ERRORS).is_file() else []
     records = [record for split in source.splits for record in source.records(split)]
@@ -91,9 +91,9 @@ def card(dataset: LatentDataset, repository: str) -> str:
     rows = sum(manifest.splits.values())
     facts = {
         "codec": manifest.codec,
-        "bits a code": manifest.quantizer.bits,
+        "bits per code": manifest.quantizer.bits,
         "latents": f"{channels} channels of {height} x {width}",
-        "images": f"{manifest.transform['size']} px a side",
+        "images": f"{manifest.transform['size']} px per side",
         "views": {split: manifest.views(split) for split in manifest.splits},
         "rows": manifest.splits,
         "rows that could not be read": sum(len(record.invalid) for record in records),
@@ -120,8 +120,8 @@ tags:
 
 # {repository.partition("/")[2]}
 
-Images as low-bit codes of the latents of a lossy codec, with their labels: for training small networks on the codes.
-The images themselves are not in it; their licence applies to what is.
+Images as low-bit codes, made by a lossy codec, with their labels: for training small networks on the codes.
+The images themselves are not included; their licence applies to the codes too.
 
 ````text
 {table.replace("````", "")}
@@ -135,8 +135,8 @@ latentprep info {where}
 latenttrain fit {where}
 ````
 
-Latents are `lo + (code + 0.5) * step`, with `lo` and `step` of each channel from `manifest.json`. Every file but this
-one is covered by a checksum; `latentprep verify` compares them.
+Latents are `lo + (code + 0.5) * step`, with each channel's `lo` and `step` from `manifest.json`. Every file except this
+one has a checksum; `latentprep verify` checks them.
 """
 
 

@@ -1,4 +1,4 @@
-"""What a latent dataset is: `latentprep info`."""
+"""`info`: the facts about a latent dataset."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from latentprep.format.dataset import LatentDataset, open_dataset
 from latentprep.format.manifest import INVALID_LABEL, ShardRecord, train_split
 from latentprep.format.stores import code_bytes, store_of
 
-POOR = 0.3  # bits a code: a channel with less adds next to nothing
+POOR = 0.3  # bits per code: a channel with less adds next to nothing
 
 
 @dataclass(frozen=True)
 class SplitInfo:
-    """One split: planned rows, rows committed so far, invalid ones among them, and valid samples a class."""
+    """One split: planned rows, rows committed so far, how many of these are invalid, and valid samples per class."""
 
     rows: int
     committed: int
@@ -27,7 +27,7 @@ class SplitInfo:
 
 @dataclass(frozen=True)
 class PoorChannel:
-    """A channel whose codes carry less than `POOR` bits each. entropy: in bits, of order 0; cause: why, in words."""
+    """A channel whose codes carry less than `POOR` bits each. entropy: order 0, in bits; cause: why, in words."""
 
     channel: int
     entropy: float
@@ -36,14 +36,14 @@ class PoorChannel:
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """Facts of a dataset.
+    """Facts about a dataset.
 
-    joint: codes were chosen together, see `latentprep.quantizing.joint`. latent: (C, h, w); views: of a train sample.
-    size: pixels a side of the images that were encoded.
-    code_bytes: on disk, all committed codes (of a WebDataset store, the tars); dataset_bytes: labels and keys too.
-    bits_per_value: ``8 * code_bytes`` over the number of codes. bytes_per_image: code bytes a sample.
-    source_bytes: the encoded images read (JPEGs, as a rule). saturation: share of latents a channel that lay
-    outside the quantizer's range. poor: channels that carry next to nothing, by the first committed shard of train.
+    joint: whether codes were chosen together, see `latentprep.quantizing.joint`. latent: (C, h, w).
+    views: of each train sample. size: pixels per side of the images that were encoded.
+    code_bytes: size on disk of all committed codes (for a WebDataset store, of the tars); dataset_bytes: with labels
+    and keys. bits_per_value: ``8 * code_bytes`` over the number of codes. bytes_per_image: code bytes per sample.
+    source_bytes: size of the image files that were read. saturation: for each channel, the share of latents outside
+    the quantizer's range. poor: channels that carry next to nothing, judged by the first committed shard of train.
     """
 
     path: str
@@ -75,7 +75,7 @@ class DatasetInfo:
 
 
 def info(dataset: str | Path | LatentDataset) -> DatasetInfo:
-    """Facts of a dataset, from its manifest, records, labels and one shard's codes.
+    """Facts about a dataset, from its manifest, records, labels and one shard's codes.
 
     Raises `DatasetError` if there is none or a shard is damaged.
     """
@@ -120,7 +120,7 @@ def info(dataset: str | Path | LatentDataset) -> DatasetInfo:
 
 
 def _poor_channels(dataset: LatentDataset, records: dict[str, list[ShardRecord]]) -> tuple[PoorChannel, ...]:
-    """Those of the first committed shard of the split that is learned from, view 0 of its valid samples."""
+    """The poor channels in the first committed shard of the training split: view 0 of its valid samples."""
     split = train_split(records)
     if not records[split]:
         return ()
@@ -128,15 +128,15 @@ def _poor_channels(dataset: LatentDataset, records: dict[str, list[ShardRecord]]
     codes = shard.codes[shard.labels != INVALID_LABEL, 0]
     if not codes.size:
         return ()
-    found = []
+    poor = []
     for channel in range(codes.shape[1]):
         counts = np.unique(codes[:, channel], return_counts=True)[1]
         used = counts / counts.sum()
         entropy = abs(float(used @ np.log2(used)))
         if entropy < POOR:
-            few = f"few values, outliers, set its range; {used.max():.1%} of its codes are the same"
-            found.append(PoorChannel(channel, entropy, "it is constant" if len(used) == 1 else few))
-    return tuple(found)
+            few = f"a few outliers set its range; {used.max():.1%} of its codes are the same"
+            poor.append(PoorChannel(channel, entropy, "it is constant" if len(used) == 1 else few))
+    return tuple(poor)
 
 
 def _split_info(dataset: LatentDataset, split: str, records: list[ShardRecord]) -> SplitInfo:

@@ -1,4 +1,4 @@
-"""`write_latents`: a dataset's latents as the codec makes them, in float16, beside the dataset."""
+"""`write_latents`: a dataset's latents before quantization, in float16, in a folder of their own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from latentprep.errors import SourceError, UsageError, opt, system_fault
+from latentprep.audit.reencode import own_stages
+from latentprep.errors import UsageError, opt, system_fault
 from latentprep.format.dataset import LatentDataset, open_dataset
 from latentprep.format.fields import dump_json
 from latentprep.format.latents import LATENTS, check_latents, described
@@ -34,37 +35,28 @@ def write_latents(
 ) -> Path:
     """Write the float16 latents of view 0 of every sample of `dataset` to the folder `out`, and return it.
 
-    source: the images that the dataset was made of; data, val_fraction, limit and seed: as they were for the encode.
-    Splits that are there already are left alone. For what it is good for see `latenttrain.sweep`; training reads codes,
-    which are a tenth of the size.
+    source: the images that the dataset was made from; data, val_fraction, limit, seed: the values used to encode it.
+    Splits that are already in `out` are left alone. `latenttrain.sweep` compares codes with these latents; training
+    needs only codes, which are a tenth of the size.
 
-    Raises `UsageError` if `out` is the dataset, `DatasetError` if it holds another's latents, `SourceError` if the
-    source is not the dataset's, `CodecError` if the codec cannot be had, `SystemFault` if the disk is full.
+    Raises `UsageError` if `out` is the dataset, `DatasetError` if it holds another dataset's latents, `SourceError` if
+    the source is not the dataset's, `CodecError` if the codec is not available, `SystemFault` if the disk is full.
     """
-    from latentprep.codecs import codec_from_config
-    from latentprep.device import pick_device
-    from latentprep.encoding.pipeline import Stages, encoded_rows
-    from latentprep.sources.images import MAX_PIXELS
+    from latentprep.encoding.pipeline import encoded_rows
 
     opened, root = open_dataset(dataset), local(out, opt("out"))
     if root.resolve() == opened.root.resolve():
-        raise UsageError(f"{opt('out')} is the dataset itself, {root}", "name another folder")
+        raise UsageError(f"{opt('out')} is the dataset itself, {root}", "choose another folder")
     manifest = opened.manifest
     source = open_source(source, data=data, val_fraction=val_fraction, seed=seed)
     source = source if limit is None else source.take(limit)
-    if source.fingerprint() != manifest.source["sha256"]:
-        raise SourceError(
-            f"{source.spec} is not the source that {opened.root} was made of: its files or labels differ",
-            f"give the same source, with the {opt('limit')}, {opt('val_fraction')} and {opt('seed')} of the encode",
-        )
-    codec = codec_from_config(manifest.codec, device=pick_device(device), weights=weights)
-    stages = Stages(source, codec, batch_size, workers, MAX_PIXELS)
+    stages = own_stages(opened, source, weights, device, batch_size, workers)
     canonical = replace(manifest, transform={**manifest.transform, "views": 1})
     try:
         root.mkdir(parents=True, exist_ok=True)
         with locked(root), progress("latents", sum(manifest.splits.values()), "images", 0) as bar:
             check_latents(root, opened)
-            write_atomic(root / LATENTS, dump_json(described(opened)))  # first: what is beside it is of this dataset
+            write_atomic(root / LATENTS, dump_json(described(opened)))  # first, so that no array lies here without it
             for split, rows in manifest.splits.items():
                 final, part = root / f"{split}.npy", root / f"{split}.npy.tmp"
                 if final.exists():
@@ -72,9 +64,9 @@ def write_latents(
                     continue
                 shape = (rows, *manifest.latent)
                 values = np.lib.format.open_memmap(part, mode="w+", dtype=np.float16, shape=shape)
-                for numbers, found in encoded_rows(stages, canonical, split, rows):
-                    values[numbers] = found.numpy()
-                    bar.advance(len(numbers))
+                for batch_rows, latents in encoded_rows(stages, canonical, split, rows):
+                    values[batch_rows] = latents.numpy()
+                    bar.advance(len(batch_rows))
                 values.flush()
                 part.replace(final)
     except OSError as error:

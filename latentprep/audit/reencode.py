@@ -1,4 +1,4 @@
-"""Encoding some of a dataset's images again, with its own codec, and comparing the codes."""
+"""Encode some of a dataset's images again, with its own codec, and compare the codes."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ if TYPE_CHECKING:
     from latentprep.encoding.pipeline import Stages
     from latentprep.sources.source import Source
 
-SAMPLES = 64  # images encoded again, by default
-TOLERANCE = 0.02  # how far an image's codes may lie from what it encodes to now, see `Comparison.farthest`
+SAMPLES = 64  # images that are encoded again by default
+TOLERANCE = 0.02  # how far an image's stored codes may lie from its new ones, see `Comparison.farthest`
 JOINT_TOLERANCE = 0.08  # the same where codes were chosen jointly
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Images encoded again: how many codes came out otherwise, and the image that came out farthest.
+    """Images that were encoded again: how many codes differ, and which image differs most.
 
-    differing: share of all codes compared. farthest: of an image's codes, the mean distance as a share of the range.
+    differing: share of all compared codes. farthest: the mean distance of that image's codes, as a share of the range.
     unreadable: drawn images that cannot be read now, with the reason.
 
-    Measured with TAESD on 24 photographs, two AMD EPYC cores: batches of 32 and of 1 gave the very codes; float32 in
-    place of bfloat16, more than devices should differ by, 2.0% other codes and at most 0.17% of the range at 4 bits,
-    17.7% and 0.10% at 8. Two different photographs are 9% to 32% apart. So beyond `TOLERANCE`, 2%, the codes are
-    another image's, or another codec's. Where codes are chosen jointly one that turns out otherwise takes others along:
-    latents that differ by 1% of their deviation, as much as float32 makes, gave 5.7% other codes at 1 bit and at most
-    4.3% of the range; hence `JOINT_TOLERANCE`.
+    Measured with TAESD on 24 photographs, two AMD EPYC cores. Batches of 32 and of 1 gave the same codes. float32 in
+    place of bfloat16, a larger change than between devices, changed 2.0% of the codes at 4 bits and moved an image by
+    at most 0.17% of the range; at 8 bits, 17.7% and 0.10%. Two different photographs are 9% to 32% apart. So codes
+    farther off than `TOLERANCE`, 2%, are of another image or another codec. Where codes are chosen jointly, one changed
+    code changes others: latents that differed by 1% of their deviation, as with float32, changed 5.7% of the codes at
+    1 bit, and moved an image by at most 4.3% of the range; hence `JOINT_TOLERANCE`.
     """
 
     images: int
@@ -52,9 +52,9 @@ def own_stages(
     batch_size: int | None,
     workers: int | None,
 ) -> Stages:
-    """What encodes again: the dataset's own codec on its own source.
+    """Stages that encode with the dataset's own codec and source.
 
-    Raises `SourceError` if it is not its source, `CodecError` if the codec or its very weights cannot be had.
+    Raises `SourceError` if it is not the dataset's source, `CodecError` if the codec or the same weights are missing.
     """
     from latentprep.codecs import codec_from_config
     from latentprep.device import pick_device
@@ -63,8 +63,8 @@ def own_stages(
 
     if source.fingerprint() != dataset.manifest.source["sha256"]:
         raise SourceError(
-            f"{source.spec} is not the source that {dataset.root} was made of: its files or labels differ",
-            f"give the same source, with the {opt('limit')}, {opt('val_fraction')} and {opt('seed')} of the encode",
+            f"{source.spec} is not the source that {dataset.root} was made from: its files or labels differ",
+            f"use the source, {opt('limit')}, {opt('val_fraction')} and {opt('seed')} that it was encoded with",
         )
     codec = codec_from_config(dataset.manifest.codec, device=pick_device(device), weights=weights)
     return Stages(source, codec, batch_size, workers, MAX_PIXELS)
@@ -78,7 +78,8 @@ def compare(
     seed: int,
     progress: ProgressFactory,
 ) -> tuple[Comparison, dict[ShardId, str]]:
-    """Encode `samples` valid rows of the shards again, drawn by `seed`; and say which shards are too far off."""
+    """Encode `samples` valid rows of the shards again, drawn by `seed`. Also returns the shards that are too far off,
+    with the reason."""
     from latentprep.encoding.pipeline import code_rows
 
     manifest = dataset.manifest
@@ -90,9 +91,9 @@ def compare(
     with progress("comparing", sum(map(len, drawn.values())), "images", 0) as bar:
         for at, rows in drawn.items():
             shard, start = dataset.read_shard(at.split, at.index), at.index * manifest.shard_rows
-            for some, found, invalid in code_rows(stages, manifest, at.split, rows):
+            for some, encoded, invalid in code_rows(stages, manifest, at.split, rows):
                 bar.advance(len(some))
-                for row, codes in zip(some, found, strict=True):
+                for row, codes in zip(some, encoded, strict=True):
                     key = shard.keys[row - start]
                     if row in invalid:
                         unreadable.append(f"{key}: {invalid[row]}")
@@ -104,13 +105,13 @@ def compare(
                     if distance >= farthest:
                         farthest, farthest_key = distance, key
                     if distance > tolerance:
-                        what = f"{key} (row {row}) lies {distance:.1%} of the range from what it encodes to"
+                        what = f"{key} (row {row}) encodes to other codes now, {distance:.1%} of the range apart"
                         wrong.setdefault(at, what)
     return Comparison(images, differing / max(1, values), farthest, farthest_key, tuple(unreadable)), wrong
 
 
 def _draw(dataset: LatentDataset, shards: Iterable[ShardId], samples: int, seed: int) -> dict[ShardId, list[int]]:
-    """`samples` valid rows, by shard and in order."""
+    """`samples` valid rows, by shard, in order."""
     rows = [
         (shard, shard.index * dataset.manifest.shard_rows + int(place))
         for shard in shards

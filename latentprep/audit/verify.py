@@ -1,7 +1,7 @@
-"""`verify`: whether a latent dataset is what its manifest and records say, and, given its source, what that encodes to.
+"""`verify`: check a latent dataset against its manifest and records and, given its source, against the images.
 
-Everything in a dataset's folder is either covered by a checksum (shards' files by their record, the manifest by every
-record, a record by itself) or follows from what is (`zarr.json`, `errors.jsonl`): one bit altered anywhere shows.
+Everything in a dataset's folder either has a checksum (a shard's files in its record, the manifest in every record, a
+record in itself) or follows from files that have one (`zarr.json`, `errors.jsonl`). So one changed bit is always found.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _READERS = 4  # threads; reading, hashing and decompressing release the interpre
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that is not as it should be. split, index: the shard, None where it is none's."""
+    """Something that is wrong. split, index: the shard, or None if it is not about a shard."""
 
     split: str | None
     index: int | None
@@ -46,9 +46,9 @@ class Problem:
 class VerifyResult:
     """What `verify` found.
 
-    shards: as planned; checked: committed, and found whole; decoded: how many had their codes looked at.
-    rows, invalid, bytes: of the checked shards. problems: what is wrong (with `repair`: what still is).
-    repaired: shard -> whether its bytes are those that its record had named; None where no record was readable.
+    shards: how many are planned; checked: how many are committed and intact; decoded: how many had their codes decoded.
+    rows, invalid, bytes: of the checked shards. problems: what is wrong (after `repair`: what is still wrong).
+    repaired: shard -> whether it got the same bytes as its old record names; None if there was no readable record.
     """
 
     path: str
@@ -87,58 +87,58 @@ def verify(
     workers: int | None = None,
     progress: ProgressFactory = silent,
 ) -> VerifyResult:
-    """Check a dataset: counts, sizes and checksums of every file, labels, keys, codes, derived files.
+    """Check a dataset: the count, size and checksum of every file, labels, keys, codes and derived files.
 
-    deep: decode every shard, not only some of each split. source: the images that the dataset was made of: keys and
-    labels are compared with it, and `samples` images drawn by `seed` are encoded again. data, val_fraction, limit:
-    as they were for the encode, and seed too. repair: encode the damaged and missing shards again, and no others.
+    deep: decode every shard, not only some of each split. source: the images that the dataset was made from. Keys and
+    labels are compared with it, and `samples` images, drawn by `seed`, are encoded again. data, val_fraction, limit,
+    seed: the values used to encode it. repair: encode the damaged and missing shards again, and no others.
     weights, device, batch_size, workers: for the codec, as in `encode`.
 
-    Raises `DatasetError` if there is no dataset, or its manifest is damaged (nothing can be checked or repaired then),
+    Raises `DatasetError` if there is no dataset or its manifest is damaged (then nothing can be checked or repaired),
     `SourceError` if the source is not the dataset's, `UsageError` for `repair` without a source.
     """
     if repair and source is None:
         raise UsageError(
-            f"{opt('repair')} encodes damaged shards again, so it needs their images",
-            f"name them with {opt('source')}",
+            f"{opt('repair')} encodes damaged shards again, so it needs the images",
+            f"say where they are with {opt('source')}",
         )
     if samples < 0:
-        raise UsageError(f"samples must be 0 or more, got {samples}", f"use {opt('samples', SAMPLES)}")
-    root = dataset.root if isinstance(dataset, LatentDataset) else dataset  # what is there now, not what was read once
+        raise UsageError(f"{opt('samples')} must be 0 or more, got {samples}", f"use {opt('samples', SAMPLES)}")
+    root = dataset.root if isinstance(dataset, LatentDataset) else dataset  # as it is now
     dataset = open_dataset(root)
     source = open_own_source(source, data=data, val_fraction=val_fraction, seed=seed, limit=limit)
     stages = None if source is None else own_stages(dataset, source, weights, device, batch_size, workers)
     compared, repaired = None, {}
     try:
-        found = _Check(dataset, deep, source, progress)
+        check = _Check(dataset, deep, source, progress)
         if stages is not None and samples:
-            compared, wrong = compare(dataset, stages, found.good, samples, seed, progress)
+            compared, wrong = compare(dataset, stages, check.good, samples, seed, progress)
             for shard, what in wrong.items():
-                found.damaged(shard, found.good.pop(shard), what)
-        if stages is not None and repair and found.problems:
-            repaired = _repair(dataset, stages, found.bad, progress)
-            found = _Check(open_dataset(root), deep, source, progress)
+                check.damaged(shard, check.good.pop(shard), what)
+        if stages is not None and repair and check.problems:
+            repaired = _repair(dataset, stages, check.bad, progress)
+            check = _Check(open_dataset(root), deep, source, progress)
     except OSError as error:
         raise system_fault(error) from error
-    records = found.good.values()
+    records = check.good.values()
     return VerifyResult(
         path=str(dataset.root),
-        shards=len(found.good) + len(found.bad),
-        checked=len(found.good),
-        decoded=found.decoded,
+        shards=len(check.good) + len(check.bad),
+        checked=len(check.good),
+        decoded=check.decoded,
         rows=sum(record.rows for record in records),
         invalid=sum(len(record.invalid) for record in records),
         bytes=sum(file.bytes for record in records for file in record.files.values()),
-        problems=tuple(sorted(found.problems, key=lambda p: (p.split is None, p.split or "", p.index or 0))),
+        problems=tuple(sorted(check.problems, key=lambda p: (p.split is None, p.split or "", p.index or 0))),
         compared=compared,
         repaired=repaired,
     )
 
 
 class _Check:
-    """One pass over a dataset. good: shards found whole, with their records; bad: all others, with theirs if readable.
+    """One pass over a dataset. good: intact shards with their records; bad: all others, with their records if readable.
 
-    Raises `DatasetError` if the manifest is not the one that the shards were made under.
+    Raises `DatasetError` if the shards were made with another manifest.
     """
 
     def __init__(self, dataset: LatentDataset, deep: bool, source: Source | None, progress: ProgressFactory) -> None:
@@ -170,8 +170,8 @@ class _Check:
                 records.append(record)
         if foreign and not records:
             raise DatasetError(
-                f"no record of {self.dataset.root} names the manifest that is there: {MANIFEST} was altered",
-                f"restore it, or encode to another folder with the same options and copy its {MANIFEST}",
+                f"{self.dataset.root / MANIFEST} was altered: no record matches it",
+                f"restore it, or encode to another folder with the same options and copy {MANIFEST} from there",
             )
         return records
 
@@ -186,7 +186,7 @@ class _Check:
                     if len(set(keys)) < len(keys):
                         problem = "holds a key twice"
                     elif twice:
-                        problem = f"holds the key {twice[0][0]}, which shard {record.split} {twice[0][1]} has too"
+                        problem = f"holds the key {twice[0][0]}, which is also in shard {record.split} {twice[0][1]}"
                 if problem:
                     self.damaged(shard, record, problem)
                 else:
@@ -195,12 +195,12 @@ class _Check:
                 bar.advance(1, shard=str(shard))
 
     def _decodes(self, record: ShardRecord) -> bool:
-        """Whether the shard's codes are decoded, too."""
+        """Whether the shard's codes are decoded as well."""
         count = self.dataset.manifest.shard_count(record.split)
         return self.deep or count <= _SHALLOW or record.index in {count * k // _SHALLOW for k in range(_SHALLOW)}
 
     def _read(self, record: ShardRecord) -> tuple[str, list[str]]:
-        """Read one shard: what is wrong with it, empty if nothing is, and its keys."""
+        """Read one shard: what is wrong with it (empty if nothing is), and its keys."""
         split, index, codes = record.split, record.index, None
         try:
             self.dataset.check_files(record)
@@ -219,20 +219,20 @@ class _Check:
         if not INVALID_LABEL <= labels.min() <= labels.max() < classes:
             return f"holds a label outside the {classes} classes"
         if set(np.flatnonzero(labels == INVALID_LABEL).tolist()) != set(invalid):
-            return "has other invalid rows than its record lists"
+            return "has different invalid rows than its record lists"
         if any(keys[place] != key for place, key in invalid.items()):
-            return "has another key at an invalid row than its record lists"
+            return "has a different key at an invalid row than its record lists"
         if codes is not None and codes[sorted(invalid)].any():
             return "holds codes in an invalid row"
         if self.source is not None:
             rows = slice(start, start + record.rows)
             wanted = np.array(self.source.labels(record.split)[rows], np.int32)
             if keys != self.source.keys(record.split)[rows] or (labels != wanted)[labels != INVALID_LABEL].any():
-                return "has other keys or labels than the source"
+                return "has different keys or labels than the source"
         return ""
 
     def _check_derived(self) -> None:
-        """The files that follow from manifest and records."""
+        """Check the files that follow from manifest and records."""
         root, manifest = self.dataset.root, self.dataset.manifest
         try:
             read_stats(root)
@@ -240,18 +240,18 @@ class _Check:
             self.problems.append(Problem(None, None, error.message))
         for path, expected in store_of(manifest).metadata_files(manifest).items():
             if not _same_json(root / path, expected):
-                what = f"{path} is not what the manifest implies (other Zarr readers use it, this one never does)"
+                what = f"{path} does not match the manifest (only other Zarr readers use it)"
                 self.problems.append(Problem(None, None, what))
         if not self.bad:
             there = (root / ERRORS).read_bytes() if (root / ERRORS).is_file() else b""
             if there != error_lines(list(self.good.values())):
-                self.problems.append(Problem(None, None, f"{ERRORS} is not what the records list"))
+                self.problems.append(Problem(None, None, f"{ERRORS} does not match the records"))
 
 
 def _repair(
     dataset: LatentDataset, stages: Stages, bad: dict[ShardId, ShardRecord | None], progress: ProgressFactory
 ) -> dict[str, bool | None]:
-    """Encode the bad shards again, and write the derived files anew."""
+    """Encode the bad shards again, and write the derived files again."""
     from latentprep.encoding.pipeline import LocalEngine
 
     manifest, jobs, repaired = dataset.manifest, list(bad), {}

@@ -1,4 +1,4 @@
-"""Datasets made of datasets, from their codes alone: requantize, convert, subset, merge.
+"""Datasets made from the codes of other datasets: requantize, convert, subset, merge.
 
-May import `encoding` and what it may.
+May import `encoding` and what it may import.
 """

@@ -1,7 +1,7 @@
 """Datasets made from the codes of others, shard by shard: no image is read and no codec runs.
 
-`derive` is what `requantize`, `convert`, `subset` and `merge` share. They differ in the manifest that they ask for, in
-the rows that they take, and in what they do to codes and labels.
+`requantize`, `convert`, `subset` and `merge` share `derive`. They differ in the manifest they ask for, in the rows they
+take, and in what they do to codes and labels.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from latentprep.progress import ProgressFactory, silent
 from latentprep.storage.places import place
 
 Rows = dict[str, np.ndarray]
-"""Of each split the rows that it takes, i64 [n,2]: which of the parts, and the row in that part's split of the name."""
+"""For each split, the rows to take, i64 [n,2]: the number of the part, and the row in that part's split."""
 
 Change = Callable[[Codes, tuple[int, ...]], tuple[Codes, tuple[int, ...]]]
-"""What happens to a shard: codes with labels, and how many of their latents saturate a channel."""
+"""A change to a shard: its codes and labels, and how many latents saturate in each channel."""
 
 
 class _Taken(NamedTuple):
-    """Samples for a new shard, and what of their old records holds for them."""
+    """Samples for a new shard, and what their old records say of them."""
 
     rows: Codes
     source_bytes: int
@@ -51,9 +51,9 @@ def convert(
     overwrite: bool = False,
     progress: ProgressFactory = silent,
 ) -> EncodeResult:
-    """Make `out`, the same dataset in another store. Run again, it resumes; there and back gives the same bytes.
+    """Convert a dataset to another store, losslessly: converting back gives the same bytes. Run again, it resumes.
 
-    Raises `UsageError` for an unknown store, `DatasetError` if the dataset is damaged or not complete.
+    Raises `UsageError` for an unknown store, `DatasetError` if the dataset is damaged or incomplete.
     """
     if store not in STORES:
         raise UsageError(f"{opt('store')} must be {' or '.join(STORES)}, got {store}", nearest(store, STORES))
@@ -65,15 +65,15 @@ def convert(
 
 
 def opened(dataset: str | Path | LatentDataset) -> LatentDataset:
-    """The dataset, opened, if all its shards are committed; else `DatasetError`."""
-    found = open_dataset(dataset)
-    for split in found.splits:
-        found.check_complete(split)
-    return found
+    """Open a dataset. Raises `DatasetError` unless all its shards are committed."""
+    whole = open_dataset(dataset)
+    for split in whole.splits:
+        whole.check_complete(split)
+    return whole
 
 
 def every_row(parts: Sequence[LatentDataset]) -> Rows:
-    """All rows of all splits of all parts, in this order."""
+    """All rows of all splits of all parts, in order."""
     rows: Rows = {}
     for number, part in enumerate(parts):
         for split, count in part.manifest.splits.items():
@@ -93,15 +93,15 @@ def derive(
     overwrite: bool,
     progress: ProgressFactory,
 ) -> EncodeResult:
-    """Write the dataset of `manifest` to the folder `out`, of the `rows` of `parts`. Run again, it resumes.
+    """Write a dataset with this manifest to the folder `out`, from the `rows` of `parts`. Run again, it resumes.
 
-    Every shard is decoded again before it is written, and its files are read back after. Raises `UsageError` if `out`
-    is one of the parts, `DatasetError` if it holds another dataset, `SystemFault` if the disk is full.
+    Every shard is decoded again before it is written, and its files are read back afterwards. Raises `UsageError` if
+    `out` is one of the parts, `DatasetError` if it holds another dataset, `SystemFault` if the disk is full.
     """
-    root, start_time, made = place(out), time.monotonic(), 0
+    root, start_time, encoded = place(out), time.monotonic(), 0
     for part in parts:
         if root.resolve() == part.root.resolve():
-            raise UsageError(f"{opt('out')} is the dataset itself, {root}", "name another folder")
+            raise UsageError(f"{opt('out')} is the dataset itself, {root}", "choose another folder")
     with writing(root):
         manifest = stored_manifest(root, manifest, overwrite) or manifest
         target, take = start(root, manifest), _taker(parts)
@@ -113,7 +113,7 @@ def derive(
             if change is not None:
                 codes, saturated = change(taken.rows, taken.saturated)
                 taken = taken._replace(rows=codes, saturated=saturated)
-            return _made(manifest, shard, taken)
+            return _checked(manifest, shard, taken)
 
         jobs = [shard for shard in manifest.shards() if shard not in records]
         done = sum(record.rows for record in records.values())
@@ -121,20 +121,20 @@ def derive(
             for record in committed(target, map(encode, jobs)):
                 target.check_files(record)
                 records[record.shard] = record
-                made += record.rows
+                encoded += record.rows
                 bar.advance(record.rows)
         if manifest.source == parts[0].manifest.source and (stats := read_stats(parts[0].root)) is not None:
-            write_stats(root, stats)  # of the same rows
+            write_stats(root, stats)  # the rows are the same
         write_errors(root, list(records.values()))
     seconds = time.monotonic() - start_time
-    return encode_result(root, manifest, list(records.values()), encoded=made, seconds=seconds)
+    return encode_result(root, manifest, list(records.values()), encoded=encoded, seconds=seconds)
 
 
 def _taker(parts: Sequence[LatentDataset]) -> Callable[[str, np.ndarray, int], _Taken]:
-    """``take(split, rows [n,2], first)`` -> the samples in these rows of the parts, invalid ones included, for rows
-    from `first` on in the new split. Counts are shares of the old records' counts, by samples."""
+    """``take(split, rows [n,2], first)`` -> the samples in these rows of the parts, invalid ones included. They become
+    the rows from `first` on in the new split. Their counts are a share of the old records' counts, by samples."""
 
-    @lru_cache(2)  # a shard that ends in the next one is read once
+    @lru_cache(2)  # an old shard that two new ones need is read once
     def read(part: int, split: str, index: int) -> Codes:
         return parts[part].read_shard(split, index)
 
@@ -152,26 +152,26 @@ def _taker(parts: Sequence[LatentDataset]) -> Callable[[str, np.ndarray, int], _
             taken.append(Codes(shard.codes[places], labels, [shard.keys[place] for place in places]))
             new_row = dict(zip(rows[here, 1].tolist(), (here + first).tolist(), strict=True))
             invalid += [{**entry, "row": new_row[entry["row"]]} for entry in record.invalid if entry["row"] in new_row]
-            valid, all_valid = (int((found != INVALID_LABEL).sum()) for found in (labels, shard.labels))
+            valid, all_valid = (int((some != INVALID_LABEL).sum()) for some in (labels, shard.labels))
             source_bytes += record.source_bytes * valid // max(1, all_valid)
             saturated += np.array(record.saturated) * valid // max(1, all_valid)
-        codes, labels = (np.concatenate([getattr(found, name) for found in taken]) for name in ("codes", "labels"))
-        found = Codes(codes, labels, [key for found in taken for key in found.keys])
-        return _Taken(found, source_bytes, tuple(saturated.tolist()), invalid)
+        codes, labels = (np.concatenate([getattr(some, name) for some in taken]) for name in ("codes", "labels"))
+        joined = Codes(codes, labels, [key for some in taken for key in some.keys])
+        return _Taken(joined, source_bytes, tuple(saturated.tolist()), invalid)
 
     return take
 
 
-def _made(manifest: Manifest, shard: ShardId, taken: _Taken) -> EncodedShard:
-    """The shard of these samples, if it decodes to them again."""
-    made = encoded_shard(
+def _checked(manifest: Manifest, shard: ShardId, taken: _Taken) -> EncodedShard:
+    """Encode the shard and check that it decodes to the same samples."""
+    encoded = encoded_shard(
         manifest, shard, taken.rows,
         source_bytes=taken.source_bytes, saturated=taken.saturated, invalid=taken.invalid,
     )  # fmt: skip
-    codes, labels, keys = store_of(manifest).decode_shard_files(manifest, shard.split, shard.index, made.files)
+    codes, labels, keys = store_of(manifest).decode_shard_files(manifest, shard.split, shard.index, encoded.files)
     rows = taken.rows
     if not (np.array_equal(codes, rows.codes) and np.array_equal(labels, rows.labels) and keys == rows.keys):
         raise DatasetError(
-            f"shard {shard} decodes to other codes than were encoded", "the memory of this machine is at fault"
+            f"shard {shard} does not decode to the codes it was encoded from", "check this machine's memory for faults"
         )
-    return made
+    return encoded

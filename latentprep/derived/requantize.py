@@ -1,4 +1,4 @@
-"""Fewer bits from a dataset's own codes: no image is read and no codec runs."""
+"""`requantize`: fewer bits per code, from a dataset's own codes. No image is read and no codec runs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from latentprep.progress import ProgressFactory, silent
 from latentprep.quantizing.scalar import code_statistics, dequantize, fit_quantizer, quantize, quantize_counting
 
 Recoder = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
-_SEARCHED = 64  # samples whose codes are searched for at once
+_SEARCHED = 64  # samples in one joint search
 
 
 def requantize(
@@ -34,29 +34,29 @@ def requantize(
     overwrite: bool = False,
     progress: ProgressFactory = silent,
 ) -> EncodeResult:
-    """Make `out`, the dataset with `bits` bits a code, from the codes of `dataset`. Run again, it resumes.
+    """Make a dataset with `bits` bits per code in the folder `out`, from the codes of `dataset`. Run again, it resumes.
 
-    The range is fitted anew, on the samples that `encode` calibrates on, so that the outcome is that of encoding at
-    `bits` directly but for the first quantizer's error. joint: choose the codes of a sample together, by default where
-    `encode` does.
+    The range is fitted again, on the samples that `encode` calibrates on. So the result is that of encoding at `bits`
+    directly, except for the first quantizer's error. joint: choose the codes of a sample together; the default is that
+    of `encode`.
 
-    Raises `UsageError` if the dataset has no more than `bits` bits, `DatasetError` if it is damaged or not complete.
+    Raises `UsageError` unless the dataset has more than `bits` bits, `DatasetError` if it is damaged or incomplete.
     """
     check_bits(bits)
     source = opened(dataset)
     if bits >= source.quantizer.bits:
         raise UsageError(
-            f"{source.root} has {source.quantizer.bits} bits a code; requantizing to {bits} would gain nothing",
+            f"{source.root} has {source.quantizer.bits} bits per code; requantizing to {bits} would gain nothing",
             f"use {opt('bits')} 1 to {source.quantizer.bits - 1}"
             if source.quantizer.bits > 1
             else "encode with more bits",
         )
     manifest = requantized_manifest(source, bits, joint)
-    recoded = recoder(source.quantizer, manifest.quantizer)
+    recode = recoder(source.quantizer, manifest.quantizer)
 
     def fewer_bits(shard: Codes, saturated: tuple[int, ...]) -> tuple[Codes, tuple[int, ...]]:
         codes, valid = np.zeros_like(shard.codes), shard.labels != INVALID_LABEL
-        codes[valid], counts = recoded(shard.codes[valid])
+        codes[valid], counts = recode(shard.codes[valid])
         return replace(shard, codes=codes), tuple(counts.tolist())
 
     return derive(
@@ -66,7 +66,7 @@ def requantize(
 
 
 def requantized_manifest(source: LatentDataset, bits: int, joint: bool | None = None) -> Manifest:
-    """The source's manifest with a quantizer of `bits` bits fitted to its calibration samples' latents."""
+    """The source's manifest with a new quantizer of `bits` bits, fitted to the latents of its calibration samples."""
     manifest = source.manifest
     if joint is None:
         joint = joint_by_default(bits, manifest.latent[0], manifest.flip)
@@ -93,29 +93,32 @@ def requantized_manifest(source: LatentDataset, bits: int, joint: bool | None = 
 
 
 def recoder(source: Quantizer, target: Quantizer) -> Recoder:
-    """What turns codes of `source`, u8 [n,V,C,h,w], into codes of `target`, and counts the latents a channel outside of
-    its range, i64 [C]: by a table, unless neighbours have a say."""
+    """A function that turns codes of `source`, u8 [n,V,C,h,w], into codes of `target`.
+
+    It also counts each channel's latents outside the target's range, i64 [C]. It looks codes up in a table, unless they
+    depend on their neighbours too.
+    """
     if not source.filter and not target.filter:
         table, outside = code_table(source, target)
 
         def looked_up(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            made, counts = np.empty_like(codes), np.zeros(len(table), np.int64)
+            recoded, counts = np.empty_like(codes), np.zeros(len(table), np.int64)
             for channel, (new, out) in enumerate(zip(table, outside, strict=True)):
                 plane = codes[:, :, channel]
-                made[:, :, channel] = new[plane]
+                recoded[:, :, channel] = new[plane]
                 counts[channel] = np.bincount(plane.ravel(), minlength=len(out))[out].sum()
-            return made, counts
+            return recoded, counts
 
         return looked_up
 
     def searched(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        made, counts = np.empty_like(codes), np.zeros(len(source.lo), np.int64)
+        recoded, counts = np.empty_like(codes), np.zeros(len(source.lo), np.int64)
         for first in range(0, len(codes), _SEARCHED):
             some = torch.from_numpy(codes[first : first + _SEARCHED])
-            found, outside, _ = quantize_counting(dequantize(some.flatten(0, 1), source), target)
-            made[first : first + _SEARCHED] = found.unflatten(0, some.shape[:2]).numpy()
+            new, outside, _ = quantize_counting(dequantize(some.flatten(0, 1), source), target)
+            recoded[first : first + _SEARCHED] = new.unflatten(0, some.shape[:2]).numpy()
             counts += outside.numpy()
-        return made, counts
+        return recoded, counts
 
     return searched
 

@@ -1,4 +1,4 @@
-"""Some of a dataset's samples, and several datasets' samples together, without images and without the codec."""
+"""`subset` and `merge`: some of a dataset's samples, or the samples of several datasets, without images or codec."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def subset(
     overwrite: bool = False,
     progress: ProgressFactory = silent,
 ) -> EncodeResult:
-    """Make `out` of the samples of `dataset` that are of these classes, and of these a share. Run again, it resumes.
+    """Make a dataset in the folder `out` from some classes of `dataset`, or a share of them. Run again, it resumes.
 
-    classes: names, numbered anew in the dataset's order; None is all. fraction: of each class of each split, drawn by
-    `seed`, at least one; what a smaller fraction draws, a larger one draws too. Rows that could not be read are left
-    out.
+    classes: names, numbered again in the dataset's order; None means all. fraction: the share of each class of each
+    split, drawn by `seed`, at least one sample. A larger fraction includes what a smaller one draws. Rows that could
+    not be read are left out.
 
     Raises `UsageError` for an unknown class or a fraction out of range, `DatasetError` if the dataset is damaged.
     """
@@ -44,13 +44,13 @@ def subset(
         if name not in source.classes:
             raise UsageError(f"{source.root} has no class '{name}'", nearest(name, source.classes))
     chosen = [label for label, name in enumerate(source.classes) if classes is None or name in classes]
-    table = np.full(len(source.classes) + 1, INVALID_LABEL, np.int32)  # the last for label -1
+    table = np.full(len(source.classes) + 1, INVALID_LABEL, np.int32)  # the last entry is for label -1
     table[chosen] = np.arange(len(chosen))
     rows: Rows = {}
     for split in source.splits:
-        labels = _labels(source, split)
-        found = [_draw(np.flatnonzero(labels == label), fraction, [seed, label, *split.encode()]) for label in chosen]
-        kept = np.sort(np.concatenate(found))
+        labels = source.labels(split)
+        drawn = [_draw(np.flatnonzero(labels == label), fraction, [seed, label, *split.encode()]) for label in chosen]
+        kept = np.sort(np.concatenate(drawn))
         rows[split] = np.stack([np.zeros_like(kept), kept], axis=1)
     names = tuple(source.classes[label] for label in chosen)
     manifest = _manifest(source.manifest, [source], rows, names, table, source.manifest.source["spec"])
@@ -70,27 +70,28 @@ def merge(
     overwrite: bool = False,
     progress: ProgressFactory = silent,
 ) -> EncodeResult:
-    """Make `out` of several encodes' samples: their splits side by side, and rows of one split in the order given.
+    """Make one dataset in the folder `out` from several. Rows of the same split follow each other in the order given.
 
-    Store, rows a shard and compression are the first one's. Encode the parts with ``quantizer=`` the first one, or
-    their quantizers are fitted to different images and differ. Run again, it resumes.
+    The store, the rows per shard and the compression are those of the first part. Encode the other parts with
+    ``quantizer=`` the first one: otherwise each part has a quantizer of its own, and they differ. Run again, it
+    resumes.
 
-    Raises `UsageError` for fewer than two, `DatasetError` naming the first field in which their configurations differ,
+    Raises `UsageError` for fewer than two parts, `DatasetError` naming the first field in which their settings differ,
     or a sample that two of them hold.
     """
     if len(datasets) < 2:
-        raise UsageError("merge takes two datasets or more", "name all parts")
+        raise UsageError("merge takes two or more datasets", "name all parts")
     parts = [opened(dataset) for dataset in datasets]
     first = parts[0].manifest
     for part in parts[1:]:
         for name, there, here in differences(
             _configuration(first, part.manifest), _configuration(part.manifest, first)
         ):
-            hint = f"encode it again with {opt('quantizer')} {parts[0].root}" if name.startswith("quantizer") else ""
+            again = f"encode it again with {opt('quantizer', str(parts[0].root))}"
             raise DatasetError(
-                f"{part.root} and {parts[0].root} are no parts of one dataset: "
-                f"{name} is {here} in the one and {there} in the other",
-                hint or "encode all parts with the same options",
+                f"{part.root} and {parts[0].root} cannot be merged: "
+                f"{name} is {here} in the first and {there} in the second",
+                again if name.startswith("quantizer") else "encode all parts with the same settings",
             )
     rows = every_row(parts)
     views = {split: part.manifest.views(split) for part in parts for split in part.splits}
@@ -105,7 +106,7 @@ def merge(
 
 
 def _configuration(manifest: Manifest, other: Manifest) -> dict[str, Any]:
-    """What must be alike in `manifest` and `other` for their codes to lie in one dataset."""
+    """What must be the same in `manifest` and `other` for their codes to be in one dataset."""
     shared = [split for split in manifest.splits if split in other.splits]
     crops = {name for name in manifest.transform if name.startswith("crop")} & set(other.transform)
     return {
@@ -129,31 +130,25 @@ def _manifest(
     table: np.ndarray | None,
     spec: str,
 ) -> Manifest:
-    """`base` for these rows, with the fingerprint that a source of them has. `DatasetError` for a sample twice."""
+    """`base` for these rows, with the fingerprint of their source. `DatasetError` if two parts hold the same sample."""
     samples: dict[str, list[tuple[str, int]]] = {}
     for split, taken in rows.items():
-        found: list[tuple[str, int]] = []
+        entries: list[tuple[str, int]] = []
         for number, part in enumerate(parts):
             if split in part.splits:
-                keys, labels = _keys(part, split), _labels(part, split)
+                keys, labels = _keys(part, split), part.labels(split)
                 labels = labels if table is None else table[labels]
-                found += [(keys[row], int(labels[row])) for row in taken[taken[:, 0] == number, 1].tolist()]
+                entries += [(keys[row], int(labels[row])) for row in taken[taken[:, 0] == number, 1].tolist()]
         seen: set[str] = set()
-        for key, _ in found:
+        for key, _ in entries:
             if key in seen and len(parts) > 1:
                 raise DatasetError(
                     f"two of the parts hold the sample {key} of split '{split}'", "give parts that share no sample"
                 )
             seen.add(key)
-        samples[split] = found
+        samples[split] = entries
     splits = {split: len(taken) for split, taken in rows.items()}
     return replace(base, classes=classes, splits=splits, source={"spec": spec, "sha256": fingerprint(classes, samples)})
-
-
-def _labels(dataset: LatentDataset, split: str) -> np.ndarray:
-    """i32 [N], invalid rows included."""
-    shards = [dataset.read_labels(split, index) for index in range(dataset.manifest.shard_count(split))]
-    return np.concatenate([*shards, np.empty(0, np.int32)])
 
 
 def _keys(dataset: LatentDataset, split: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""The main job: a plan, the engine that makes its shards, the driver that commits them, resuming, the profile.
+"""The main job: a plan, the engine that makes its shards, the driver that commits them, resuming, and the profile.
 
-May import `quantizing`, `codecs`, `sources` and what these may.
+May import `quantizing`, `codecs`, `sources` and what these may import.
 """

@@ -1,4 +1,4 @@
-"""Going on with a dataset: what a folder holds already, whether it is what is asked for now, and who may write it."""
+"""Start or resume a dataset: lock its folder, compare what is there with what was requested, commit shards."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from latentprep.storage.atomic import locked, make_folder
 from latentprep.storage.locks import LOCK
 from latentprep.storage.places import Place
 
-_UNCOMMITTED = 2  # made shards that wait to be written
+_UNCOMMITTED = 2  # finished shards that may wait to be written
 
 
 @contextlib.contextmanager
 def writing(root: Place) -> Iterator[None]:
-    """Hold the dataset at `root`, made if need be, for this one writer. A fault of the machine is a `SystemFault`."""
+    """Lock the dataset at `root` for one writer; its folder is created if needed. OSErrors become `SystemFault`."""
     try:
         make_folder(root)
         with locked(root):
@@ -34,15 +34,15 @@ def writing(root: Place) -> Iterator[None]:
 
 
 def start(root: Place, manifest: Manifest) -> LatentDataset:
-    """Make `root` the dataset of this manifest, or go on with the one that is there; to be called while `writing`."""
+    """Create the dataset of this manifest at `root`, or resume the one that is there. Call it while `writing`."""
     create_dataset(root, manifest)
     return open_dataset(root)
 
 
 def committed(dataset: LatentDataset, shards: Iterable[EncodedShard]) -> Iterator[ShardRecord]:
-    """Commit shards as they come, in a thread, and yield each one's record when it is.
+    """Commit shards in a thread, as they come, and yield the record of each committed one.
 
-    However it ends, shards whose writing had begun are committed whole.
+    Shards whose writing has begun are committed completely, even after an error.
     """
     waiting: deque[Future[ShardRecord]] = deque()
     with ThreadPoolExecutor(1) as writer:
@@ -57,9 +57,9 @@ def committed(dataset: LatentDataset, shards: Iterable[EncodedShard]) -> Iterato
 def stored_manifest(root: Place, asked: Plan, overwrite: bool, source: Source | None = None) -> Manifest | None:
     """The manifest of the dataset to resume; None for an empty folder, or one that `overwrite` emptied.
 
-    asked: what is to be made there, a `Manifest` where quantizer and compression are decided, too. source: what is to
-    be encoded, to say which images were added or removed. Raises `DatasetError` for a folder that holds anything else,
-    naming the first setting in which it differs.
+    asked: what was requested; a `Manifest` if quantizer and compression are decided too. source: the images to encode,
+    so that the error can say which were added or removed. Raises `DatasetError` for a folder that holds anything else,
+    naming the first setting that differs.
     """
     if (root / MANIFEST).is_file():
         if overwrite:
@@ -71,60 +71,61 @@ def stored_manifest(root: Place, asked: Plan, overwrite: bool, source: Source | 
     others = sorted(entry.name for entry in root.iterdir() if entry.name not in (MANIFEST + ".tmp", LOCK))
     if others:
         raise DatasetError(
-            f"{root} is not empty and holds no latent dataset (it has {others[0]})", f"choose another {opt('out')}"
+            f"{root} is not empty and holds no latent dataset (it has {others[0]})",
+            f"choose another folder with {opt('out')}",
         )
     return None
 
 
 def _check_same(root: Place, stored: Manifest, asked: Plan, source: Source | None) -> None:
     fitted = isinstance(asked, Manifest)
-    for name, there, here in differences(_decided(stored, fitted), _decided(asked, fitted)):
+    for name, stored_value, requested in differences(_decided(stored, fitted), _decided(asked, fitted)):
         share = opt("val_fraction")
         of_source = name.partition(".")[0] in ("splits", "classes", "source")
         if source is not None and of_source and (changes := added_and_removed(open_dataset(root), source)):
             raise DatasetError(
-                f"{root} was made otherwise: the source has changed: {changes}",
-                f"undo that, and give the same {opt('limit')}, {share} and {opt('seed')}, to resume; choose another "
-                f"{opt('out')}, or {opt('overwrite')} to encode all anew",
+                f"the source of {root} has changed: {changes}",
+                f"to resume, restore the source and use the same {opt('limit')}, {share} and {opt('seed')}; to start "
+                f"again, choose another folder with {opt('out')}, or use {opt('overwrite')}",
             )
         hints = {
-            "source.sha256": f"its files, labels, or {opt('limit')}, {share} or {opt('seed')} changed; ",
-            "joint": f"pass {opt('joint', bool(there))}; ",
-            "codec.dtype": f"pass {opt('dtype', there)}; ",
-            "codec.revision": f"an earlier version began it; verify with {opt('repair')} completes it; ",
-            "transform.colour": f"from Python, colour={there!r} goes on with it; ",
+            "source.sha256": f"its files or labels changed, or {opt('limit')}, {share} or {opt('seed')} did; ",
+            "joint": f"use {opt('joint', bool(stored_value))}; ",
+            "codec.dtype": f"use {opt('dtype', stored_value)}; ",
+            "codec.revision": f"an earlier version started it: latentprep verify with {opt('repair')} completes it; ",
+            "transform.colour": f"from Python, colour={stored_value!r} resumes it; ",
             **dict.fromkeys((f"splits.{n}" for n in stored.splits), f"{opt('limit')} or {share} may have changed; "),
         }
         if name == "source.sha256":
-            what = "the source has changed"
+            what = f"the source of {root} has changed"
         elif name.partition(".")[0] in ("quantizer", "compression"):
-            what = "its quantizer was fitted to other codes"
+            what = f"{root} has different settings: its quantizer was fitted to other codes"
         else:
-            what = f"{name} is {there}, this command asks for {here}"
+            what = f"{root} has different settings: {name} is {stored_value}, but {requested} was requested"
         raise DatasetError(
-            f"{root} was made otherwise: {what}",
+            what,
             hints.get(name, "")
-            + f"give the same options to resume, another {opt('out')}, or {opt('overwrite')} to start anew",
+            + f"use the same settings to resume; to start again, choose another folder with {opt('out')}, "
+            + f"or use {opt('overwrite')}",
         )
 
 
 def with_quantizer_of(dataset: LatentDataset, asked: Plan) -> Manifest:
-    """The plan finished with the dataset's quantizer, what was counted with it, and compression, so that the two can be
-    merged.
+    """Finish the plan with the quantizer, statistics and compression of `dataset`, so that the two can be merged.
 
-    Raises `DatasetError` naming the first field in which codes of the two cannot mean the same.
+    Raises `DatasetError` naming the first setting that would give their codes different meanings.
     """
-    for name, there, here in differences(_meaning(dataset.manifest), _meaning(asked)):
+    for name, there, requested in differences(_meaning(dataset.manifest), _meaning(asked)):
         raise DatasetError(
-            f"the quantizer of {dataset.root} is for other latents: {name} is {there}, this command asks for {here}",
-            f"give the same options as for that dataset, or leave out {opt('quantizer')}",
+            f"the quantizer of {dataset.root} does not fit: {name} is {there} there, but {requested} was requested",
+            f"use the same settings as for that dataset, or leave out {opt('quantizer')}",
         )
     given = dataset.manifest
     return asked.manifest(given.quantizer, given.statistics, given.compression)
 
 
 def _meaning(plan: Plan) -> dict:
-    """What decides which latents an image has, and into how many codes they go."""
+    """The settings that decide what an image's codes mean."""
     return {
         "codec": {key: value for key, value in plan.codec.items() if key != "weights"},
         "bits": plan.bits,
@@ -134,9 +135,9 @@ def _meaning(plan: Plan) -> dict:
 
 
 def _decided(plan: Plan, fitted: bool) -> dict:
-    """What the user decided; where the manifest is `fitted`, also what calibration did."""
+    """The settings that the user chose and, if `fitted`, those that calibration chose."""
     decided = _meaning(plan) | {
-        "transform": {"colour": STORED, **plan.transform},  # older datasets took colours as they are stored
+        "transform": {"colour": STORED, **plan.transform},  # older datasets kept colours as stored
         "splits": plan.splits,
         "classes": list(plan.classes),
         "source": {"sha256": plan.source["sha256"]},

@@ -1,8 +1,8 @@
-"""The three stages of an encode, overlapped: threads decode, the caller's thread runs the codec, a thread writes.
+"""The three stages of an encode, overlapped: threads decode, the caller's thread runs the codec, a thread compresses.
 
     decoded batches u8 [b,V,S,S,3] -> codec f32 [bV,C,h,w] -> codes u8 [b,V,C,h,w] -> bytes of shards
 
-Batches are cut inside a shard and never across two, so a resumed run makes the same bytes as an unbroken one.
+A batch never spans two shards, so a resumed run makes the same bytes as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ from latentprep.sources.source import Source
 
 _AHEAD = 3  # decoded batches that wait for the codec
 _SHARDS_TO_COMPRESS = 2  # shards that wait for the compressor
-FEW_IMAGES = 32  # in calibration: with fewer, their ranges are guesses
-_IMAGES, _LIGHT_IMAGES, _CUDA_IMAGES = 32, 64, 512  # that a codec takes at once, at most
-_PIXELS, _CUDA_PIXELS = 32 * 512**2, 128 * 256**2  # the same in pixels: SD-VAE then takes about 15 GB on a card
-_IMAGES_A_TASK = 16  # decoded by one thread in one go, at most: fewer take longer to hand over
+FEW_IMAGES = 32  # calibration images: with fewer, the ranges are guesses
+_IMAGES, _LIGHT_IMAGES, _CUDA_IMAGES = 32, 64, 512  # images per batch of a codec, at most
+_PIXELS, _CUDA_PIXELS = 32 * 512**2, 128 * 256**2  # the same in pixels: SD-VAE then needs about 15 GB on a GPU
+_IMAGES_PER_TASK = 16  # images that one thread decodes in one task, at most: smaller tasks cost more overhead
 
 
 @dataclass(frozen=True)
 class Stages:
-    """What the stages work with: a source, a codec, and how much at once."""
+    """What the stages work with: a source, a codec, batch size, threads and limits."""
 
     source: Source
     codec: Codec
@@ -56,7 +56,7 @@ class Stages:
     profile: Profile | None = None
 
     def timed(self, stage: str) -> AbstractContextManager[None]:
-        """Counts the time inside as the stage's, where a profile is asked for."""
+        """Count the time spent inside for the stage, if a profile is requested."""
         return nullcontext() if self.profile is None else self.profile.timed(stage)
 
     @property
@@ -65,11 +65,11 @@ class Stages:
 
     @cached_property
     def encode(self) -> Fitting:
-        """The codec's `encode`, by as many images as fit in memory."""
+        """The codec's `encode`, in batches that fit in memory."""
         return Fitting(self.codec.encode, f"encode at a smaller {opt('size')}, use a smaller codec, or {NOT_ON_DEVICE}")
 
     def batch_samples(self, views: int, size: int) -> int:
-        """Samples of size×size pixels whose views together make about one batch of the codec."""
+        """How many samples of size×size pixels, with all their views, make about one batch for the codec."""
         if self.device.type == "cuda":
             images, pixels = _CUDA_IMAGES, _CUDA_PIXELS
         else:
@@ -78,7 +78,7 @@ class Stages:
 
     @contextmanager
     def cores_left_to_decoding(self) -> Iterator[None]:
-        """One thread for what the caller's thread computes inside, where a light codec shares the CPU with decoding."""
+        """Run a light codec on the CPU in one thread, so that the other cores are left to decoding."""
         before = torch.get_num_threads()
         if getattr(self.codec, "light", False) and self.device.type == "cpu":
             torch.set_num_threads(1)
@@ -93,7 +93,7 @@ class Stages:
 
 @dataclass
 class _Batch:
-    """Some consecutive samples of one shard. images: u8 [b,V,S,S,3], all 0 for those in `invalid`."""
+    """Consecutive samples of one shard. images: u8 [b,V,S,S,3], all 0 for samples in `invalid`."""
 
     shard: ShardId
     rows: list[int]
@@ -104,7 +104,7 @@ class _Batch:
 
 @dataclass
 class _Coded:
-    """A batch's results on their way back from the device; `wait` makes them readable.
+    """A batch's results on their way back from the device; `wait` blocks until they have arrived.
 
     codes: u8 [b,V,C,h,w]; finite: bool [b]; saturated: i64 [C].
     """
@@ -122,13 +122,13 @@ class _Coded:
 
 
 def calibrate(stages: Stages, asked: Plan, count: int, progress: ProgressFactory) -> Manifest:
-    """Fit the quantizer and choose the compression on up to `count` samples spread evenly over the train split.
+    """Fit the quantizer and choose the compression on up to `count` samples, spread evenly over the train split.
 
-    Which of them is drawn from each stretch of the split is decided by the manifest's seed. The codec takes one image
-    at a time: what it makes of an image may depend, in the last bits, on how many there are beside it. So the same
-    source gives the same manifest whatever the batch size.
+    The plan's seed decides which sample is drawn from each stretch of the split. The codec gets one image at a time:
+    the last bits of its latents may depend on how many images are in the batch. So the same source gives the same
+    manifest, whatever the batch size.
 
-    Raises `SourceError` if none of them decodes, `CodecError` for latents that are not finite.
+    Raises `SourceError` if no sample can be decoded, `CodecError` for latents that are not finite.
     """
     split = train_split(asked.splits)
     rows = calibration_rows(asked.splits[split], count, asked.transform["seed"])
@@ -148,42 +148,42 @@ def calibrate(stages: Stages, asked: Plan, count: int, progress: ProgressFactory
             bar.advance(len(batch.rows))
         if not latents:
             raise SourceError(
-                f"none of {len(rows)} images drawn from split '{split}' decodes; the first is {reasons[0]}",
+                f"none of {len(rows)} images drawn from split '{split}' can be decoded; the first is {reasons[0]}",
                 "check that the source holds images",
             )
         everything = torch.cat(latents)
         if (doubt := doubtful(everything)) is not None:
-            bar.note(f"warning: {doubt}; ranges may not fit other images")
+            bar.note(f"warning: {doubt}; the ranges may not fit other images")
     quantizer = fit_quantizer(everything, asked.bits, asked.joint)
     codes = quantize(everything, quantizer)
     return asked.manifest(quantizer, code_statistics(codes, quantizer), choose_compression(codes.numpy()[:, None]))
 
 
 def doubtful(latents: Tensor) -> str | None:
-    """Why ranges that are fitted to these latents, f32 [B,C,h,w], may not fit others; None if nothing speaks for it."""
+    """Why ranges fitted to these latents, f32 [B,C,h,w], may not fit others; None if there is no reason to think so."""
     if (latents == latents[:1]).all():
         return f"all {len(latents)} calibration images are alike" if len(latents) > 1 else "calibrated on 1 image"
     if len(latents) < FEW_IMAGES:
-        return f"calibrated on {len(latents)} images; {FEW_IMAGES} or more are better"
+        return f"calibrated on only {len(latents)} images, fewer than {FEW_IMAGES}"
     return None
 
 
 def encoded_rows(stages: Stages, manifest: Manifest, split: str, rows: int) -> Iterator[tuple[list[int], Tensor]]:
-    """Every row of a split in order, by batches: rows, and latents of view 0, f32 [b,C,h,w] on the
-    host, 0 where unreadable."""
+    """Every row of a split, in order, in batches: rows, and latents of view 0, f32 [b,C,h,w] on the host, 0 for
+    unreadable samples."""
     step = stages.batch_samples(1, manifest.transform["size"])
     specs = [(ShardId(split, 0), list(range(i, min(i + step, rows)))) for i in range(0, rows, step)]
     with ThreadPoolExecutor(stages.threads()) as pool:
         for batch in _decoded(stages, manifest, specs, pool):
-            found = _encode(stages, batch).cpu().clone()
-            found[[place for place, row in enumerate(batch.rows) if row in batch.invalid]] = 0
-            yield batch.rows, found
+            latents = _encode(stages, batch).cpu().clone()
+            latents[[place for place, row in enumerate(batch.rows) if row in batch.invalid]] = 0
+            yield batch.rows, latents
 
 
 def code_rows(
     stages: Stages, manifest: Manifest, split: str, rows: list[int]
 ) -> Iterator[tuple[list[int], np.ndarray, dict[int, str]]]:
-    """Given rows of a split by batches: rows, codes u8 [b,V,C,h,w], and why those that cannot be read cannot."""
+    """The given rows of a split, in batches: rows, codes u8 [b,V,C,h,w], and why some could not be read."""
     step = stages.batch_samples(manifest.views(split), manifest.transform["size"])
     specs = [(ShardId(split, 0), rows[i : i + step]) for i in range(0, len(rows), step)]
     with ThreadPoolExecutor(stages.threads()) as pool:
@@ -217,8 +217,8 @@ class LocalEngine:
     progress: Progress
 
     def run(self, jobs: Iterable[ShardId]) -> Iterator[EncodedShard]:
-        """Raises `CodecError` naming the sample whose latents are not finite, `SourceError` for one that cannot be read
-        if the stages are strict."""
+        """Raises `CodecError` naming a sample whose latents are not finite and, if the stages are strict, `SourceError`
+        for one that cannot be read."""
         jobs, manifest, stages = list(jobs), self.manifest, self.stages
         splits = {shard.split for shard in jobs}
         keys = {split: stages.source.keys(split) for split in splits}
@@ -243,12 +243,12 @@ class LocalEngine:
                         batches = []
                     while waiting and (waiting[0].done() or len(waiting) > _SHARDS_TO_COMPRESS):
                         with stages.timed(WAIT_WRITE):
-                            made = waiting.popleft().result()
-                        yield made
-                assert not batches, "a shard's batches must be all its rows"
+                            encoded = waiting.popleft().result()
+                        yield encoded
+                assert not batches, "a shard's batches must hold all its rows"
             except GeneratorExit:
                 raise
-            except BaseException as error:  # also Ctrl-C: what is made by now is worth keeping
+            except BaseException as error:  # also Ctrl-C: finished shards are worth keeping
                 failure = error
             finally:
                 readers.shutdown(wait=False, cancel_futures=True)
@@ -260,12 +260,12 @@ class LocalEngine:
 
 def encode_shard(manifest: Manifest, source: Source, codec: Codec, shard: ShardId, **limits: Any) -> EncodedShard:
     """Make one shard: a pure function, whose arguments and result can be pickled. limits: see `Stages`."""
-    (made,) = LocalEngine(manifest, Stages(source, codec, **limits), Silent()).run([shard])
-    return made
+    (encoded,) = LocalEngine(manifest, Stages(source, codec, **limits), Silent()).run([shard])
+    return encoded
 
 
 def _bytes_fact(waiting: deque[Future[EncodedShard]]) -> dict[str, str]:
-    """Bytes per image, as the newest shard has it."""
+    """Bytes per image of the newest shard."""
     done = [future for future in waiting if future.done() and not future.exception()]
     if not done:
         return {}
@@ -274,7 +274,7 @@ def _bytes_fact(waiting: deque[Future[EncodedShard]]) -> dict[str, str]:
 
 
 def _coded(stages: Stages, manifest: Manifest, jobs: list[ShardId], pool: ThreadPoolExecutor) -> Iterator[_Coded]:
-    """Decoded batches through codec and quantizer, one kept in flight so that a GPU never waits for the host."""
+    """Run decoded batches through codec and quantizer. One stays in flight, so that a GPU never waits for the host."""
     specs = []
     for shard in jobs:
         step = stages.batch_samples(manifest.views(shard.split), manifest.transform["size"])
@@ -303,15 +303,15 @@ def _code(stages: Stages, quantizer: Quantizer, batch: _Batch) -> _Coded:
             codes, finite = codes.unflatten(0, (-1, views)), finite.view(-1, views).all(dim=1)
         if not queues(latents.device):
             return _Coded(batch, codes.cpu(), finite.cpu(), outside.cpu(), None)
-    with on_device(latents.device):  # a plug-in's may be another than it says
-        codes, finite, outside = (_in_passing(tensor) for tensor in (codes, finite, outside))
+    with on_device(latents.device):  # a plug-in may use another device than it says
+        codes, finite, outside = (_async_copy(tensor) for tensor in (codes, finite, outside))
         done = torch.cuda.Event()
         done.record(torch.cuda.current_stream(latents.device))
     return _Coded(batch, codes, finite, outside, done)
 
 
-def _in_passing(tensor: Tensor) -> Tensor:
-    """A copy on the host that is whole once the current stream has come this far."""
+def _async_copy(tensor: Tensor) -> Tensor:
+    """A copy on the host, complete once the current stream has reached this point."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
@@ -325,7 +325,7 @@ def _encode(stages: Stages, batch: _Batch) -> Tensor:
 def _decoded(
     stages: Stages, manifest: Plan, specs: list[tuple[ShardId, list[int]]], pool: ThreadPoolExecutor
 ) -> Iterator[_Batch]:
-    """Batches of decoded images in the order of `specs`, `_AHEAD` of them being made while one is used."""
+    """Batches of decoded images in the order of `specs`. `_AHEAD` of them are prepared while one is used."""
     size, seed, colour = manifest.transform["size"], manifest.transform["seed"], colour_of(manifest.transform)
 
     def load(batch: _Batch, place: int) -> int | str:
@@ -335,7 +335,7 @@ def _decoded(
             load_views(sample.data, size, len(out), seed, sample.key, stages.max_pixels, out, colour)
             return len(sample.data)
         except (BadImage, SourceError, OSError) as error:
-            batch.images[place] = 0  # a part of it may be there already
+            batch.images[place] = 0  # part of it may have been written
             return str(getattr(error, "strerror", None) or error)
 
     def load_some(batch: _Batch, places: range) -> list[int | str]:
@@ -345,7 +345,7 @@ def _decoded(
     def begin(spec: tuple[ShardId, list[int]]) -> tuple[_Batch, list[Future]]:
         shard, rows = spec
         batch = _Batch(shard, rows, np.zeros((len(rows), manifest.views(shard.split), size, size, 3), np.uint8))
-        some = min(_IMAGES_A_TASK, -(-len(rows) // stages.threads()))
+        some = min(_IMAGES_PER_TASK, -(-len(rows) // stages.threads()))
         places = [range(i, min(i + some, len(rows))) for i in range(0, len(rows), some)]
         return batch, [pool.submit(load_some, batch, some) for some in places]
 
@@ -363,7 +363,7 @@ def _decoded(
         if stages.strict and batch.invalid:
             row, why = next(iter(batch.invalid.items()))
             key = stages.source.keys(batch.shard.split)[row]
-            raise SourceError(f"{key}: {why}", f"mend it, or leave out {opt('strict')} to go on without it")
+            raise SourceError(f"{key}: {why}", f"repair the file, or leave out {opt('strict')} to go on without it")
         pending.extend(begin(spec) for spec in islice(todo, 1))
         yield batch
 
@@ -380,26 +380,28 @@ def _check_finite(batch: _Batch, finite: Tensor, keys: list[str]) -> None:
 def _encoded(
     stages: Stages, manifest: Manifest, shard: ShardId, batches: list[_Coded], keys: list[str], labels: np.ndarray
 ) -> EncodedShard:
-    """Compress one shard, of all its batches; keys and labels are the split's."""
+    """Compress one shard from all its batches. keys, labels: of the whole split."""
     with stages.timed(WRITE):
         rows = [row for coded in batches for row in coded.batch.rows]
         codes = np.concatenate([coded.codes.numpy() for coded in batches])
         reasons = {row: why for coded in batches for row, why in coded.batch.invalid.items()}
         bad = [place for place, row in enumerate(rows) if row in reasons]
-        taken = Codes(codes, labels[rows], [keys[row] for row in rows])
-        taken.codes[bad], taken.labels[bad] = 0, INVALID_LABEL
+        shard_codes = Codes(codes, labels[rows], [keys[row] for row in rows])
+        shard_codes.codes[bad], shard_codes.labels[bad] = 0, INVALID_LABEL
         return encoded_shard(
             manifest,
             shard,
-            taken,
+            shard_codes,
             source_bytes=sum(coded.batch.source_bytes for coded in batches),
             saturated=torch.stack([coded.saturated for coded in batches]).sum(0).tolist(),
-            invalid=[{"row": rows[place], "key": taken.keys[place], "reason": reasons[rows[place]]} for place in bad],
+            invalid=[
+                {"row": rows[place], "key": shard_codes.keys[place], "reason": reasons[rows[place]]} for place in bad
+            ],
         )
 
 
 def calibration_rows(rows: int, count: int, seed: int) -> list[int]:
-    """`count` of `rows` rows (all, if there are no more): one drawn from each of `count` equal stretches."""
+    """`count` of `rows` rows, or all if there are not more: one drawn from each of `count` equal stretches."""
     if rows <= count:
         return list(range(rows))
     edges = np.arange(count + 1) * rows // count

@@ -1,4 +1,4 @@
-"""Where an encode's time goes, stage by stage, and which stage the others wait for."""
+"""How much time each stage of an encode takes, and which stage the others wait for."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ DECODE, CODEC, QUANTIZE, WRITE = "read and decode", "codec", "quantize", "compre
 WAIT_DECODE, WAIT_WRITE = "codec waits for decoding", "codec waits for writing"
 _STAGES = DECODE, CODEC, QUANTIZE, WRITE
 _HINTS = {
-    DECODE: "more workers help as long as there are cores for them",
-    CODEC: "a faster device or dtype, or a smaller codec, is what helps",
-    QUANTIZE: "fewer channels are what helps",
+    DECODE: "use more workers, up to the number of cores",
+    CODEC: "use a faster device or dtype, or a smaller codec",
+    QUANTIZE: "use a codec with fewer channels",
     WRITE: "write to a faster disk",
 }
 
 
 @dataclass
 class Profile:
-    """Seconds that stages were busy, summed over their threads. On a GPU, timing waits for each batch."""
+    """Busy seconds of each stage, summed over its threads. On a GPU, timing waits for each batch."""
 
     decoders: int
     seconds: dict[str, float] = field(default_factory=dict)
@@ -34,7 +34,7 @@ class Profile:
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Adds the time inside to a stage's; any thread may do so. The wall time ends with the last."""
+        """Add the time spent inside to a stage, from any thread. The wall time ends with the last call."""
         start = time.monotonic()
         try:
             yield
@@ -45,13 +45,13 @@ class Profile:
                 self.wall = end - self.began
 
     def to_json(self) -> dict:
-        """wall: seconds; stages: name, threads, busy seconds, share of what its threads had; waits; bottleneck."""
+        """wall: seconds. stages: name, threads, busy seconds, busy share of the threads' time. waits, bottleneck."""
         stages: list[dict[str, Any]] = []
         for name in _STAGES:
             threads, busy = self.decoders if name == DECODE else 1, self.seconds.get(name, 0.0)
             share = busy / max(1e-9, threads * self.wall)
             stages.append({"stage": name, "threads": threads, "seconds": busy, "busy": share})
-        # codec and quantizer take turns in one thread, so the one that waits for nobody is the larger of the two
+        # codec and quantizer share one thread, so the busier of the two is the bottleneck if nothing waits
         slowest = max(stages, key=lambda stage: stage["busy"])
         if self.seconds.get(WAIT_DECODE, 0.0) > 0.2 * self.wall:
             slowest = stages[0]

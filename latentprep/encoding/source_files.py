@@ -1,7 +1,7 @@
-"""Which files a dataset was made of: their sizes and times, so that the next run sees a picture that was replaced.
+"""The sizes and times of the files a dataset was made from, so that the next run notices a replaced image.
 
-They are kept beside the manifest and not in it: shards, records and manifest are the same bytes for the same images,
-wherever and whenever these were copied.
+They are stored beside the manifest, not in it: the same images give the same manifest, records and shards, wherever and
+whenever they were copied.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from latentprep.storage.atomic import write_atomic
 from latentprep.storage.places import Place
 
 Stats = dict[str, np.ndarray]
-"""Of each split: i64 [2,N], every sample's bytes and the time of the last change of its file, ns since 1970."""
+"""For each split, i64 [2,N]: every sample's size in bytes, and when its file last changed, in ns since 1970."""
 
 _CHECKSUM = "sha256"
-_NAMED = 3  # samples, in a message
+_NAMED = 3  # samples that a message names
 
 
 def source_stats(source: Source, splits: list[str]) -> Stats | None:
-    """What the source says of its files now; None where it has none."""
+    """The sizes and times of the source's files now; None if its samples are not in files."""
     stats = {split: source.stat(split) for split in splits}
-    if any(found is None for found in stats.values()):
+    if any(values is None for values in stats.values()):
         return None
-    return {split: np.array(found, np.int64).reshape(-1, 2).T.copy() for split, found in stats.items()}
+    return {split: np.array(values, np.int64).reshape(-1, 2).T.copy() for split, values in stats.items()}
 
 
 def write_stats(root: Place, stats: Stats) -> None:
@@ -38,16 +38,17 @@ def write_stats(root: Place, stats: Stats) -> None:
 
 
 def read_stats(root: Place) -> Stats | None:
-    """What was kept with the dataset at `root`, None where nothing was; `DatasetError` if it is damaged."""
+    """The sizes and times stored with the dataset at `root`, None if there are none; `DatasetError` if damaged."""
     try:
         data = (root / SOURCE_FILES).read_bytes()
     except FileNotFoundError:
         return None
     try:
         stats = from_bytes(data)
-    except Exception as error:  # safetensors raises one of many
+    except Exception as error:  # safetensors raises many kinds
         raise DatasetError(
-            f"{root / SOURCE_FILES} is damaged", "delete it: then it is written anew, and nothing is compared"
+            f"{root / SOURCE_FILES} is damaged",
+            "delete it: encoding writes it again, without checking for replaced images",
         ) from error
     return stats
 
@@ -55,19 +56,18 @@ def read_stats(root: Place) -> Stats | None:
 def check_unchanged(
     dataset: LatentDataset, source: Source, stats: Stats | None, kept: Mapping[ShardId, ShardRecord]
 ) -> str:
-    """Compare the source's files with those that the dataset was made of, and keep what they are now.
+    """Compare the source's files with those that the dataset was made from, and store what they are now.
 
-    kept: shards that are not made again; the files of all others may be others by now. Returns what the user should
-    know, as a rule nothing. A picture counts as replaced where its size differs, or its time while other files have
-    theirs still.
-    Where all times differ, the source was copied or packed anew, and sizes alone count; that is said.
+    kept: the shards that are not made again; only their files must be unchanged. An image counts as replaced if its
+    size differs, or if its time differs while the times of other files are the same. If all times differ, the source
+    was copied or packed again, and only sizes count. Returns a note about that for the user, usually empty.
 
-    Raises `DatasetError` naming the pictures that were replaced.
+    Raises `DatasetError` naming the images that were replaced.
     """
     root, before = dataset.root, read_stats(dataset.root)
     if stats is None:
         return ""
-    differ: dict[str, np.ndarray] = {}  # bool [2,n]: sizes and times that are others now
+    differ: dict[str, np.ndarray] = {}  # bool [2,n]: which sizes and times have changed
     compared: dict[str, np.ndarray] = {}
     for split in stats.keys() & (before or {}).keys():
         if before is not None and before[split].shape == stats[split].shape:
@@ -83,22 +83,22 @@ def check_unchanged(
     ]
     if replaced:
         raise DatasetError(
-            f"{len(replaced)} of {rows} images were replaced since {root} was made of them: {some(replaced)}",
-            f"restore them to resume; choose another {opt('out')}, or {opt('overwrite')} to encode all anew; "
-            f"or, if they are the same pictures, delete {root / SOURCE_FILES}",
+            f"{len(replaced)} of {rows} images were replaced since {root} was made: {some(replaced)}",
+            f"to resume, restore them, or delete {root / SOURCE_FILES} if they are the same images; to start again, "
+            f"choose another folder with {opt('out')}, or use {opt('overwrite')}",
         )
     if before is None or before.keys() != stats.keys() or not all(np.array_equal(before[s], stats[s]) for s in stats):
         write_stats(root, stats)
     if not moved:
         return ""
     return (
-        f"all {rows} images have other times than when {root} was made of them, and the same sizes, as after a copy: "
-        f"they are taken for the same; latentprep verify with {opt('source')} compares some of them"
+        f"all {rows} images have new times but the same sizes as when {root} was made, as after a copy: "
+        f"they are taken to be the same; to compare some of them, use latentprep verify with {opt('source')}"
     )
 
 
 def _encoded_rows(dataset: LatentDataset, split: str, kept: Mapping[ShardId, ShardRecord]) -> np.ndarray:
-    """i64 [n]: the rows whose codes are there and stay there."""
+    """i64 [n]: the valid rows of the shards that are kept."""
     valid = np.zeros(dataset.manifest.splits[split], bool)
     for shard, record in kept.items():
         if shard.split == split:
@@ -109,7 +109,7 @@ def _encoded_rows(dataset: LatentDataset, split: str, kept: Mapping[ShardId, Sha
 
 
 def added_and_removed(dataset: LatentDataset, source: Source) -> str:
-    """How the source's keys differ from those of the dataset's committed shards; empty if that cannot be told."""
+    """How the source's keys differ from those of the dataset's committed shards; empty if they do not."""
     texts = []
     for split in dataset.splits:
         now = source.keys(split) if split in source.splits else []
@@ -131,7 +131,7 @@ def some(names: list[str]) -> str:
 
 
 def to_bytes(stats: Stats) -> bytes:
-    """A safetensors file of 16 bytes a sample, with a checksum. Inverse of `from_bytes`."""
+    """A safetensors file of 16 bytes per sample, with a checksum. Inverse of `from_bytes`."""
     import safetensors.numpy
 
     digest = hashlib.sha256(b"".join(name.encode() + stats[name].tobytes() for name in sorted(stats))).hexdigest()
@@ -139,10 +139,10 @@ def to_bytes(stats: Stats) -> bytes:
 
 
 def from_bytes(data: bytes) -> Stats:
-    """Raises one of many for bytes that `to_bytes` did not make."""
+    """Inverse of `to_bytes`. Raises an exception of some kind for any other bytes."""
     import safetensors.numpy
 
     stats = safetensors.numpy.load(data)
     if any(a.dtype != np.int64 or a.ndim != 2 or len(a) != 2 for a in stats.values()) or to_bytes(stats) != data:
-        raise ValueError("not what was written")
+        raise ValueError("not bytes that `to_bytes` wrote")
     return stats

@@ -1,4 +1,4 @@
-"""The on-disk format: the contract between latentprep and latenttrain. Imports numpy, zarr and nothing heavier."""
+"""The on-disk format: the contract between latentprep and latenttrain. Imports nothing heavier than numpy and zarr."""
 
 from latentprep.format.dataset import LatentDataset, open_dataset
 from latentprep.format.dataset import open_dataset as open

@@ -1,4 +1,4 @@
-"""Writing to a dataset's folder or bucket so that a crash at any moment leaves whole files or none."""
+"""Write to a dataset's folder or bucket so that a crash at any moment leaves only complete files."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from latentprep.storage.places import Place, RemotePath
 
 
 def create_dataset(root: Place, manifest: Manifest) -> None:
-    """Write the manifest, which makes `root` a latent dataset, and then whatever the store wants beside it.
+    """Write the manifest, which makes `root` a latent dataset, then the store's metadata files.
 
-    Run again at every resume: files that are already right are left alone.
+    Runs again at every resume: files that are already right are left alone.
     """
     files = {MANIFEST: manifest.to_bytes(), **store_of(manifest).metadata_files(manifest)}
     for path, data in files.items():
@@ -36,7 +36,7 @@ def create_dataset(root: Place, manifest: Manifest) -> None:
 def commit_shard(root: Place, shard: EncodedShard) -> ShardRecord:
     """Write a shard's files, then its record: from then on the shard exists. Returns the record.
 
-    A shard made again loses its old record first, so that a crash leaves no record of files it does not describe.
+    If the shard is made again, its old record is deleted first: a crash leaves no record that does not fit its files.
     """
     record = shard.record
     if (root / record.path).is_file():
@@ -49,7 +49,7 @@ def commit_shard(root: Place, shard: EncodedShard) -> ShardRecord:
 
 
 def write_errors(root: Place, records: list[ShardRecord]) -> None:
-    """`errors.jsonl`, from the records: a line for each sample that could not be read, no file where all could."""
+    """Write `errors.jsonl`: a line for each sample that could not be read. No file if all could."""
     if lines := error_lines(records):
         write_atomic(root / ERRORS, lines)
     else:
@@ -57,7 +57,7 @@ def write_errors(root: Place, records: list[ShardRecord]) -> None:
 
 
 def error_lines(records: list[ShardRecord]) -> bytes:
-    """What `errors.jsonl` holds: by split and row."""
+    """The contents of `errors.jsonl`, by split and row."""
     ordered = sorted(records, key=lambda record: (record.split, record.index))
     entries = [(record, entry) for record in ordered for entry in record.invalid]
     return "".join(
@@ -66,7 +66,7 @@ def error_lines(records: list[ShardRecord]) -> bytes:
 
 
 def remove_dataset(root: Place) -> None:
-    """Delete what an encode wrote at `root` (for ``--overwrite``), file by file, and nothing else. Manifest first."""
+    """Delete what `encode` wrote at `root` (for ``overwrite``), and nothing else, file by file, the manifest first."""
     manifest = read_manifest(root)
     store = store_of(manifest)
     files = [MANIFEST, ERRORS, LINEAR_DECODER, SOURCE_FILES, *store.metadata_files(manifest)]
@@ -81,5 +81,5 @@ def remove_dataset(root: Place) -> None:
         return
     folders = {parent for path in files for parent in PurePosixPath(path).parents if parent.name}
     for folder in sorted(folders, key=lambda path: len(path.parts), reverse=True):
-        with contextlib.suppress(OSError):  # not empty: somebody else's files are in it
+        with contextlib.suppress(OSError):  # not empty: it holds other files
             (root / folder).rmdir()

@@ -1,4 +1,4 @@
-"""Reading a latent dataset: `open_dataset(path)` and what it returns."""
+"""Read a latent dataset: `open_dataset(path)` and what it returns."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from latentprep.format.stores import store_of
 from latentprep.storage.cache import LIMIT, ShardCache
 from latentprep.storage.places import Place, RemotePath, local, place
 
-_FETCHES = 3  # of a remote file that is not the recorded one, before that is an error
+_FETCHES = 3  # of a remote file, before a wrong checksum is an error
 _READERS = 4  # threads that read, verify and decompress shards; all three release the interpreter lock
 
 
 class ForeignRecord(DatasetError):
-    """A record made under another manifest than the dataset's."""
+    """A record made with another manifest than the dataset's."""
 
 
 class LatentDataset:
-    """A latent dataset. Shards are verified against their records when they are first read and whenever fetched.
+    """A latent dataset. Shards are checked against their records when they are first read, and at every download.
 
     root: its folder or URL. manifest: see `Manifest`.
     cache: keeps copies of remote shards on this machine.
-    verify: whether shards are; without, damaged ones may go unnoticed, and reading is a little faster.
+    verify: False skips these checks: reading is a little faster, but damage may go unnoticed.
     """
 
     def __init__(self, root: Place, verify: bool = True, cache: ShardCache | None = None) -> None:
@@ -38,7 +38,7 @@ class LatentDataset:
         self.manifest = read_manifest(root)
         self._store = store_of(self.manifest)
         self._verified: set[str] = set()
-        self._records: dict[tuple[str, int], ShardRecord] = {}  # those that were read
+        self._records: dict[tuple[str, int], ShardRecord] = {}  # records read so far
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -58,16 +58,16 @@ class LatentDataset:
         return f"<LatentDataset {self.root} {self.manifest.codec['name']} {shape} {self.quantizer.bits} bits: {rows}>"
 
     def records(self, split: str) -> list[ShardRecord]:
-        """The records of the split's committed shards, in order; shards not committed yet are left out.
+        """The records of the split's committed shards, in order.
 
-        Each is read once: a shard that somebody makes again later is to be opened anew.
+        Each record is read once: open the dataset again to see shards that were made again.
         """
         shards = range(self.manifest.shard_count(self._known(split)))
         with ThreadPoolExecutor(_READERS) as pool:
             return [record for record in pool.map(partial(self._known_record, split), shards) if record is not None]
 
     def record(self, split: str, index: int) -> ShardRecord | None:
-        """One shard's record as it is now, None where it is not committed.
+        """One shard's record as it is now, None if it is not committed.
 
         Raises `DatasetError` if it does not belong to this dataset.
         """
@@ -76,8 +76,8 @@ class LatentDataset:
             return None
         if record.manifest != self.manifest.sha256:
             raise ForeignRecord(
-                f"{self.root / record.path} belongs to another encode than {self.root / 'manifest.json'}",
-                f"one of them was altered or copied in; restore it, or encode again with {opt('overwrite')}",
+                f"{self.root / record.path} does not belong to {self.root / 'manifest.json'}",
+                f"one was altered or copied from elsewhere; restore it, or encode again with {opt('overwrite')}",
             )
         start = index * self.manifest.shard_rows
         if (
@@ -91,24 +91,24 @@ class LatentDataset:
         return self.remember(record)
 
     def remember(self, record: ShardRecord) -> ShardRecord:
-        """The record, which then need not be read again: of a shard that was just read, or just committed."""
+        """Keep a record that was just read or committed, so that it is not read again. Returns it."""
         self._records[record.split, record.index] = record
         return record
 
     def is_whole(self, record: ShardRecord) -> bool:
-        """Whether all files of a committed shard are there in their recorded sizes. Their contents are not read."""
+        """Whether all files of a committed shard exist in their recorded sizes. Their contents are not read."""
         try:
             return all((self.root / path).stat().st_size == file.bytes for path, file in record.files.items())
         except (OSError, ValueError):  # a NUL in a path
             return False
 
     def whole_records(self) -> dict[ShardId, ShardRecord]:
-        """The shards that are committed and whose files are there, with their records, in order."""
+        """The committed shards whose files all exist, with their records, in order."""
         records = (record for split in self.splits for record in self.records(split))
         return {record.shard: record for record in records if self.is_whole(record)}
 
     def committed(self, split: str, index: int) -> ShardRecord:
-        """One shard's record; `DatasetError` where it is not committed."""
+        """One shard's record; `DatasetError` if it is not committed."""
         record = self._known_record(split, index)
         if record is None:
             raise DatasetError(f"{self.root}: shard {split} {index} is not committed", "run latentprep encode again")
@@ -120,48 +120,48 @@ class LatentDataset:
         if have < want:
             raise DatasetError(
                 f"{self.root}: {want - have} of {want} shards of split '{split}' are missing",
-                "run the same latentprep encode again: it makes just those",
+                "run the same latentprep encode again: it makes only those",
             )
 
     def read_shard(self, split: str, index: int, keys: bool = True) -> Codes:
-        """All rows of one shard, invalid ones included (label −1, codes all 0); without `keys`, a tenth faster.
+        """All rows of one shard, including invalid ones (label −1, codes all 0). Without `keys`, a tenth faster.
 
         Raises `DatasetError` naming the shard if it is missing, cut short, altered, or from another encode.
         """
         record = self.committed(split, index)
         wanted = {path for name, path in self._store.shard_files(split, index).items() if keys or name != "keys"}
         files = {path: self._read(record, path) for path in wanted}
-        codes, labels, found = self._store.decode_shard_files(self.manifest, split, index, files)
+        codes, labels, names = self._store.decode_shard_files(self.manifest, split, index, files)
         if self.verify:
             self._check_values(codes, labels, f"shard {split} {index}")
-        return Codes(codes, labels, found if keys else [])
+        return Codes(codes, labels, names if keys else [])
 
     def read_labels(self, split: str, index: int) -> np.ndarray:
-        """i32 [n]: the labels of one shard's rows, −1 for invalid ones, without touching its codes."""
+        """i32 [n]: the labels of one shard's rows, −1 for invalid ones. Its codes are not decoded."""
         record = self.committed(split, index)
         path = self._store.shard_files(split, index)["labels"]
         return self._store.decode_labels(self.manifest, split, index, self._read(record, path))
 
     def read_keys(self, split: str, index: int) -> list[str]:
-        """The keys of one shard's rows, invalid ones included, without touching its codes."""
+        """The keys of one shard's rows, including invalid ones. Its codes are not decoded."""
         record = self.committed(split, index)
         path = self._store.shard_files(split, index)["keys"]
         return self._store.decode_keys(self.manifest, split, index, self._read(record, path))
 
     def check_files(self, record: ShardRecord) -> None:
-        """`DatasetError` if a file of the shard is not the recorded one."""
+        """Raise `DatasetError` if a file of the shard does not match its record."""
         paths = set(self._store.shard_files(record.split, record.index).values())
         if set(record.files) != paths:
             raise DatasetError(
-                f"{self.root / record.path} lists other files than shard {record.split} {record.index} has"
+                f"{self.root / record.path} does not list the files of shard {record.split} {record.index}"
             )
         for path in sorted(paths):
             self._read(record, path)
 
     def load(self, split: str, limit: int | None = None, keys: bool = True) -> Codes:
-        """The whole split in memory, invalid rows left out; with `limit`, at most so many, spread evenly.
+        """The whole split in memory, without invalid rows. limit: load at most this many rows, spread evenly.
 
-        Without `keys`, which training has no use for, a tenth faster.
+        Without `keys`, which training does not need, a tenth faster.
         """
         self.check_complete(split)
         rows = self.manifest.splits[split]
@@ -188,8 +188,12 @@ class LatentDataset:
     def valid_rows(self, split: str, limit: int | None = None) -> np.ndarray:
         """i64 [n]: the rows of a split that `load` returns, in order."""
         self.check_complete(split)
-        labels = [self.read_labels(split, index) for index in range(self.manifest.shard_count(split))]
-        return _kept(np.concatenate(labels), limit)
+        return _kept(self.labels(split), limit)
+
+    def labels(self, split: str) -> np.ndarray:
+        """i32 [N]: the labels of all rows of a split, −1 for invalid ones."""
+        shards = [self.read_labels(split, index) for index in range(self.manifest.shard_count(split))]
+        return np.concatenate([*shards, np.empty(0, np.int32)])
 
     def _known(self, split: str) -> str:
         if split not in self.manifest.splits:
@@ -200,8 +204,8 @@ class LatentDataset:
         return self._records.get((split, index)) or self.record(split, index)
 
     def _read(self, record: ShardRecord, path: str) -> bytes:
-        """One file of a shard, checked against its record unless that was done before or is switched off."""
-        again = f"delete {record.path} and run the same latentprep encode again: it makes just that shard"
+        """One file of a shard, checked against its record, unless checked before or `verify` is off."""
+        again = f"delete {record.path} and run the same latentprep encode again: it makes only that shard"
         shard = f"{self.root}: shard {record.split} {record.index}"
         if path not in record.files:
             raise DatasetError(f"{shard} is missing its file {path}", again)
@@ -231,7 +235,7 @@ class LatentDataset:
     def _check_values(self, codes: np.ndarray, labels: np.ndarray, where: str) -> None:
         if codes.size and int(codes.max()) >= self.quantizer.levels:
             raise DatasetError(
-                f"{self.root}: {where} holds a code of {codes.max()}; {self.quantizer.bits} bits allow less"
+                f"{self.root}: {where} holds the code {codes.max()}, too large for {self.quantizer.bits} bits"
             )
         if labels.size and not (labels.min() >= INVALID_LABEL and labels.max() < len(self.classes)):
             raise DatasetError(f"{self.root}: {where} holds a label outside the {len(self.classes)} classes")
@@ -244,11 +248,11 @@ def _kept(labels: np.ndarray, limit: int | None) -> np.ndarray:
 
 
 def _damage(path: str, data: bytes, expected: FileRecord) -> str:
-    """How a file's bytes are not the recorded ones; empty if they are."""
+    """How a file's bytes differ from the recorded ones; empty if they do not."""
     if len(data) != expected.bytes:
-        return f"{path} has {len(data)} bytes, recorded were {expected.bytes}"
+        return f"{path} has {len(data)} bytes, but its record says {expected.bytes}"
     if hashlib.sha256(data).hexdigest() != expected.sha256:
-        return f"{path} was altered: its SHA-256 is not the recorded one"
+        return f"{path} was altered: its SHA-256 does not match its record"
     return ""
 
 
@@ -258,13 +262,13 @@ def open_dataset(
     cache_dir: str | os.PathLike[str] | None = None,
     cache_bytes: int = LIMIT,
 ) -> LatentDataset:
-    """Open the latent dataset in the folder, or at the URL, `path`. One that is open already comes back as it is.
+    """Open the latent dataset in the folder, or at the URL, `path`. One that is already open is returned as it is.
 
-    verify: compare each file with its checksum when it is first read. cache_dir: where copies of remote shards are kept
+    verify: compare each file with its checksum when it is first read. cache_dir: the folder for copies of remote shards
     (by default in the user's cache folder), at most `cache_bytes` of them; 0 keeps none.
 
-    Raises `DatasetError` if there is none, or one that this version cannot read; `UsageError` for a URL of no kind that
-    is known, `SystemFault` for one that cannot be reached.
+    Raises `DatasetError` if there is none, or this version cannot read it; `UsageError` for an unknown kind of URL,
+    `SystemFault` for a URL that cannot be reached.
     """
     if isinstance(path, LatentDataset):
         return path
@@ -272,5 +276,5 @@ def open_dataset(
         raise UsageError(f"the cache's size must be 0 or more, got {cache_bytes}")
     folder = None if cache_dir is None else local(cache_dir, "the cache")
     root = place(path)
-    cached = bool(cache_bytes) and isinstance(root, RemotePath)  # else nothing is copied
+    cached = bool(cache_bytes) and isinstance(root, RemotePath)  # local files are not copied
     return LatentDataset(root, verify, ShardCache(folder, cache_bytes) if cached else None)

@@ -1,4 +1,4 @@
-"""Reading JSON from outside: every value is checked for type and range before anything uses it."""
+"""Read JSON from outside: check every value for type and range before anything uses it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 class Fields:
     """A JSON object under a name, whose getters raise `DatasetError` naming the file and the field."""
 
-    def __init__(self, document: Any, where: str, way_out: str = "the file is damaged; restore it") -> None:
+    def __init__(self, document: Any, where: str, way_out: str = "the file is damaged: restore it") -> None:
         self.where, self.way_out = where, way_out
         if not isinstance(document, dict):
             raise self.error("must be a JSON object")
@@ -75,7 +75,7 @@ def read_json(path: Place) -> bytes:
 
 
 def parse_json(data: bytes, where: str, way_out: str) -> Fields:
-    """The JSON object in `data`; `DatasetError` for anything else, NaN and absurd nesting included."""
+    """The JSON object in `data`; `DatasetError` for anything else, including NaN and absurd nesting."""
 
     def refuse(constant: str) -> Any:
         raise ValueError(f"{constant} is not JSON")
@@ -91,5 +91,5 @@ def parse_json(data: bytes, where: str, way_out: str) -> Fields:
 
 
 def dump_json(document: dict) -> bytes:
-    """The one spelling we write: fields in order, one space of indent, a closing newline."""
+    """JSON as we write it: fields in order, one space of indent, a newline at the end."""
     return (json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()

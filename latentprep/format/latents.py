@@ -1,7 +1,7 @@
-"""A dataset's latents before quantization, for studies of what quantizing costs: ``{split}.npy`` and what they are of.
+"""A dataset's latents before quantization, in a folder of their own, to study what quantizing costs.
 
-latents.json   the dataset they belong to: its manifest's codec, transform, source and splits
-{split}.npy    f16 [N,C,h,w], view 0; row i is row i of the split, and those that cannot be read are 0
+latents.json   the dataset they belong to: codec, transform, source and splits of its manifest
+{split}.npy    f16 [N,C,h,w], view 0; row i is row i of the split, 0 if it could not be read
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LATENTS = "latents.json"
 
 
 def described(dataset: LatentDataset) -> dict[str, Any]:
-    """What latents depend on, and must be alike in a dataset and the float latents of it."""
+    """What latents depend on. It must be the same for a dataset and its float latents."""
     manifest = dataset.manifest
     return {
         "codec": {key: value for key, value in manifest.codec.items() if key != "weights"},
@@ -30,28 +30,29 @@ def described(dataset: LatentDataset) -> dict[str, Any]:
 
 
 def check_latents(folder: Path, dataset: LatentDataset) -> None:
-    """`DatasetError` if the folder holds latents of another dataset; one that holds none is free."""
+    """Raise `DatasetError` if the folder holds latents of another dataset. A folder without latents passes."""
     try:
-        found = json.loads((folder / LATENTS).read_bytes())
+        saved = json.loads((folder / LATENTS).read_bytes())
     except FileNotFoundError:
         return
     except (ValueError, RecursionError):
-        found = None
-    if found != described(dataset):
+        saved = None
+    if saved != described(dataset):
         raise DatasetError(
-            f"{folder} holds the latents of another dataset than {dataset.root}", f"choose another {opt('out')}"
+            f"{folder} holds the latents of another dataset, not of {dataset.root}",
+            f"choose another folder with {opt('out')}",
         )
 
 
 def read_latents(folder: Path, dataset: LatentDataset, split: str) -> np.ndarray:
-    """f16 [N,C,h,w], mapped, of a split. Raises `DatasetError` if they are not there or not of this dataset."""
+    """A split's latents, f16 [N,C,h,w], memory-mapped. `DatasetError` if missing or of another dataset."""
     way_out = f"make them with latentprep latents {dataset.root} SOURCE --out {folder}"
     try:
-        found = json.loads((folder / LATENTS).read_bytes())
+        saved = json.loads((folder / LATENTS).read_bytes())
         values = np.load(folder / f"{split}.npy", mmap_mode="r", allow_pickle=False)
-    except Exception as error:  # numpy takes the header for Python's literals, which fail in many ways
+    except Exception as error:  # numpy parses the header as Python literals, which fails in many ways
         raise DatasetError(f"{folder} holds no float latents of split '{split}' ({error})", way_out) from error
     want = described(dataset)
-    if found != want or values.shape != (want["splits"][split], *dataset.manifest.latent) or values.dtype != np.float16:
-        raise DatasetError(f"{folder} holds the latents of another dataset than {dataset.root}", way_out)
+    if saved != want or values.shape != (want["splits"][split], *dataset.manifest.latent) or values.dtype != np.float16:
+        raise DatasetError(f"{folder} holds the latents of another dataset, not of {dataset.root}", way_out)
     return values

@@ -1,7 +1,7 @@
 """`manifest.json` and the shard records: everything needed to read a dataset and to encode more like it.
 
-The manifest is written once, before the first shard, and never changes. A shard exists when its record
-does: the record is the last thing written, and names each of the shard's files with size and SHA-256.
+The manifest is written once, before the first shard, and never changes. A shard exists if its record exists: the
+record is written last, and names each of the shard's files with its size and SHA-256.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ RECORDS = "records"
 ERRORS = "errors.jsonl"
 LINEAR_DECODER = "linear-decoder.safetensors"  # derived from the dataset and its source; may be absent
 SOURCE_FILES = "source-files.safetensors"  # sizes and times of the images' files; may be absent
-SRGB, STORED = COLOURS = ("srgb", "stored")  # what is done with embedded colour profiles
+SRGB, STORED = COLOURS = ("srgb", "stored")  # convert embedded colour profiles to sRGB, or ignore them
 INVALID_LABEL = -1  # the label of a row whose sample could not be read
 
 _MAX_ROWS = 1 << 40
 _MAX_SIDE = 1 << 16
-MAX_SHARDS = 1_000_000  # of a dataset: its records are looked for one by one
-MAX_SHARD_CODES = 1 << 34  # a shard is read whole
+MAX_SHARDS = 1_000_000  # in a dataset: its records are looked up one by one
+MAX_SHARD_CODES = 1 << 34  # a shard is read into memory whole
 
 
 @dataclass(frozen=True, order=True)
@@ -47,18 +47,18 @@ class ShardId:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What was asked for, complete: everything that decides a dataset's bytes but the quantizer and the compression.
+    """Everything that decides a dataset's bytes, except the quantizer and the compression.
 
     codec: JSON configuration; ``latentprep.codecs.codec_from_config`` rebuilds the codec from it.
     bits: per code. joint: whether the codes of a sample are chosen together, see `latentprep.quantizing.joint`.
-    transform: how pixels are made from a sample: ``size`` (pixels), ``views``, ``seed``, ``resize``,
-    ``colour`` (`SRGB`: embedded profiles were converted from; `STORED`, or absent: they were ignored).
-    source: ``spec`` as the user gave it, ``sha256`` over its splits, keys, labels and classes.
+    transform: how a sample becomes pixels: ``size`` (pixels), ``views``, ``seed``, ``resize``,
+    ``colour`` (`SRGB`: embedded profiles are converted; `STORED`, or absent: they are ignored).
+    source: ``spec`` as the user gave it; ``sha256`` of its splits, keys, labels and classes.
     classes: names; a label is an index into them.
     latent: (C, h, w) of one view's codes.
     flip: per-channel signs, if ``sign * mirrored latents`` are exactly the mirrored image's latents, else None.
-    shard_rows, chunk_rows: samples in a (whole) shard, and in one separately compressed chunk of it.
-    splits: rows of each split, invalid ones included.
+    shard_rows, chunk_rows: samples per shard (the last may have fewer), and per separately compressed chunk of it.
+    splits: rows of each split, including invalid ones.
     store: how shards are stored; see `latentprep.format.stores`.
     """
 
@@ -83,7 +83,7 @@ class Plan:
 
     @property
     def most_views(self) -> int:
-        """Of the split that has the most."""
+        """Views of each sample of the split that has the most."""
         return max(map(self.views, self.splits))
 
     def row_shape(self, split: str) -> tuple[int, int, int, int]:
@@ -102,9 +102,9 @@ class Plan:
 
     def manifest(self, quantizer: Quantizer, statistics: Statistics | None, compression: list[dict]) -> Manifest:
         """The finished plan. Inverse of `Manifest.plan`."""
-        assert (quantizer.bits, bool(quantizer.filter)) == (self.bits, self.joint), "a quantizer of another plan"
-        asked: dict[str, Any] = {name: getattr(self, name) for name in _PLANNED if name not in ("bits", "joint")}
-        return Manifest(**asked, quantizer=quantizer, statistics=statistics, compression=compression)
+        assert (quantizer.bits, bool(quantizer.filter)) == (self.bits, self.joint), "a quantizer for another plan"
+        planned: dict[str, Any] = {name: getattr(self, name) for name in _PLANNED if name not in ("bits", "joint")}
+        return Manifest(**planned, quantizer=quantizer, statistics=statistics, compression=compression)
 
 
 _PLANNED = tuple(f.name for f in fields(Plan))
@@ -112,11 +112,11 @@ _PLANNED = tuple(f.name for f in fields(Plan))
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest(Plan):
-    """A finished plan: everything that a reader needs, and all it takes to encode more like it.
+    """A finished plan: everything needed to read the dataset and to encode more like it.
 
     quantizer: what codes mean; `bits` and `joint` follow from it.
-    statistics: of the codes of the calibration samples; None in datasets made before they were counted.
-    compression: the Zarr codec chain of the codes array, chosen by measurement; other stores keep it for a conversion.
+    statistics: of the calibration samples' codes; None in older datasets.
+    compression: the Zarr codec chain of the codes array, chosen by measurement. Other stores keep it for `convert`.
     """
 
     bits: int = field(init=False)
@@ -132,11 +132,11 @@ class Manifest(Plan):
 
     @property
     def sha256(self) -> str:
-        """SHA-256 (hex) of the file that it was read from, or else of its bytes: identifies the dataset's settings."""
+        """SHA-256 (hex) of the file it was read from, else of its bytes. It identifies the dataset's settings."""
         return self._file_sha256 or hashlib.sha256(self.to_bytes()).hexdigest()
 
     def plan(self) -> Plan:
-        """What was asked for. Inverse of `Plan.manifest`."""
+        """The plan that it finishes. Inverse of `Plan.manifest`."""
         return Plan(**{name: getattr(self, name) for name in _PLANNED})
 
     def to_bytes(self) -> bytes:
@@ -164,10 +164,10 @@ class Manifest(Plan):
     @classmethod
     def from_bytes(cls, data: bytes, where: str = MANIFEST) -> Manifest:
         """Parse and check; `DatasetError` names the first thing that is wrong."""
-        top = parse_json(data, where, "restore it, or delete the folder by hand and encode again")
+        top = parse_json(data, where, "restore it, or delete the folder and encode again")
         if top.document.get("format") != FORMAT:
             raise DatasetError(
-                f"{where} is not a latent dataset's manifest", "name a folder that latentprep encode made"
+                f"{where} is not a latent dataset's manifest", "give a folder that latentprep encode made"
             )
         version = top.whole("version", 1, 1 << 30)
         if version > VERSION:
@@ -180,16 +180,16 @@ class Manifest(Plan):
         quantizer = Quantizer(numbers.whole("bits", 1, 8), numbers.numbers("lo"), numbers.numbers("step"), weights)
         latent = tuple(top.list("latent", int))
         if len(latent) != 3 or not all(1 <= n <= _MAX_SIDE for n in latent) or latent[0] != len(quantizer.lo):
-            raise top.error(f"has latent = {latent}; it must be channels (as many as the quantizer's), height, width")
+            raise top.error(f"has latent = {latent}; it must be the quantizer's number of channels, height, width")
         statistics = None
         if "statistics" in top.document:
             counted = top.object("statistics")
             statistics = Statistics(counted.numbers("mean"), counted.numbers("std"))
             if len(statistics.mean) != latent[0]:
-                raise top.error(f"has statistics of {len(statistics.mean)} channels; its latents have {latent[0]}")
+                raise top.error(f"has statistics for {len(statistics.mean)} channels; its latents have {latent[0]}")
         flip = None if top.get("flip") is None else tuple(top.list("flip", int))
         if flip is not None and (len(flip) != latent[0] or set(flip) - {-1, 1}):
-            raise top.error("has a field 'flip' that is not one sign a channel")
+            raise top.error("has a field 'flip' that is not one sign per channel")
         transform = top.object("transform")
         transform.whole("size", 1, _MAX_SIDE)
         if "colour" in transform.document:
@@ -226,7 +226,7 @@ class Manifest(Plan):
         return manifest
 
     def _check_sizes(self, where: Fields) -> None:
-        """Refuse what would take a reader all memory or all time, however few bytes say so."""
+        """Refuse sizes that would take all of a reader's memory or time."""
         if self.shard_rows % self.chunk_rows:
             raise where.error(f"has chunk_rows = {self.chunk_rows}, which does not divide shard_rows")
         if not self.splits or sum(map(self.shard_count, self.splits)) > MAX_SHARDS:
@@ -236,7 +236,7 @@ class Manifest(Plan):
 
 
 def _split_name(name: str, where: Fields) -> str:
-    """A split's name becomes a folder's, so it must be nothing else."""
+    """The name, checked: it becomes the name of a folder."""
     if not name.isidentifier() or len(name) > 60 or name == RECORDS:
         raise where.error(f"has a split named {name!r:.60}; a split's name is letters, digits and _")
     return name
@@ -250,7 +250,7 @@ class FileRecord:
     sha256: str
 
 
-# A record's checksum of itself, the last field; absent in those of the first release.
+# A record's checksum of itself, its last field; absent in records of the first release.
 _CHECKSUM, _END = b',\n "sha256": "', b"\n}\n"
 _FIELDS = {"split", "index", "rows", "manifest", "files", "source_bytes", "saturated", "invalid"}
 
@@ -259,11 +259,11 @@ _FIELDS = {"split", "index", "rows", "manifest", "files", "source_bytes", "satur
 class ShardRecord:
     """The proof that a shard was committed.
 
-    rows: samples in it; ``invalid`` lists those that could not be read, as {row, key, reason}.
+    rows: samples in it. invalid: those that could not be read, as {row, key, reason}.
     files: path relative to the dataset's root -> `FileRecord`.
-    source_bytes: size of the valid samples' encoded images.
+    source_bytes: size of the valid samples' image files.
     saturated: per channel, how many latents lay outside the quantizer's range.
-    manifest: SHA-256 of the manifest this shard was made under.
+    manifest: SHA-256 of the manifest that this shard was made with.
     """
 
     split: str
@@ -284,7 +284,7 @@ class ShardRecord:
         return record_path(self.split, self.index)
 
     def to_bytes(self) -> bytes:
-        """The record's file: its fields, and at the end the SHA-256 of all bytes before that."""
+        """The record's file: its fields, and at the end the SHA-256 of all bytes before it."""
         plain = dump_json(
             {
                 "split": self.split,
@@ -303,11 +303,11 @@ class ShardRecord:
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> ShardRecord:
         """Parse and check; `DatasetError` names the first thing that is wrong."""
-        top = parse_json(data, where, "delete it and run the same latentprep encode again: it makes just that shard")
+        top = parse_json(data, where, "delete it and run the same latentprep encode again: it makes only that shard")
         head, mark, tail = data.rpartition(_CHECKSUM)
         if mark and tail != hashlib.sha256(head).hexdigest().encode() + b'"' + _END:
-            raise top.error("was altered: its SHA-256 is not the one at its end")
-        if not mark and (unknown := set(top.document) - _FIELDS):  # one may be a checksum's altered name
+            raise top.error("was altered: it does not match the SHA-256 at its end")
+        if not mark and (unknown := set(top.document) - _FIELDS):  # it may be the checksum under an altered name
             raise top.error(f"was altered: it has an unknown field '{min(unknown):.60}' and no checksum")
         files = top.object("files")
         invalid = top.list("invalid", dict)
@@ -318,7 +318,7 @@ class ShardRecord:
             entry.text("reason")
         saturated = top.list("saturated", int)
         if not all(0 <= count <= _MAX_ROWS << 20 for count in saturated):
-            raise top.error("has a count in 'saturated' that is none")
+            raise top.error("has a number in 'saturated' that is not a count")
         return cls(
             split=top.text("split"),
             index=top.whole("index", 0, _MAX_ROWS),
@@ -345,12 +345,12 @@ def read_manifest(root: Place) -> Manifest:
         data = read_json(path)
     except (FileNotFoundError, NotADirectoryError):
         what = "no such folder" if not root.exists() else "no latent dataset (it has no manifest.json)"
-        raise DatasetError(f"{root}: {what}", "name a folder that latentprep encode made") from None
+        raise DatasetError(f"{root}: {what}", "give a folder that latentprep encode made") from None
     return Manifest.from_bytes(data, str(path))
 
 
 def read_record(root: Place, split: str, index: int) -> ShardRecord | None:
-    """The record of one shard, or None where that shard is not committed."""
+    """The record of one shard, or None if that shard is not committed."""
     path = root / record_path(split, index)
     try:
         data = read_json(path)
@@ -358,11 +358,13 @@ def read_record(root: Place, split: str, index: int) -> ShardRecord | None:
         return None
     record = ShardRecord.from_bytes(data, str(path))
     if (record.split, record.index) != (split, index):
-        raise DatasetError(f"{path} records shard {record.split} {record.index}", "restore the file under its own name")
+        raise DatasetError(
+            f"{path} is the record of shard {record.split} {record.index}", "restore the file that belongs there"
+        )
     return record
 
 
 def train_split(splits: Iterable[str]) -> str:
-    """The split that is learned from: train, or the first where there is no train."""
+    """The split to learn from: train, or the first if there is no train."""
     names = list(splits)
     return "train" if "train" in names else names[0]

@@ -1,4 +1,4 @@
-"""Codes of few bits side by side in bytes: eight of b bits in b bytes. The torch side is `latenttrain.packed`."""
+"""Pack low-bit codes into bytes: eight codes of b bits take b bytes. The torch side is `latenttrain.packed`."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import numpy as np
 
 
 def packed_bytes(count: int, bits: int) -> int:
-    """What `count` codes take: whole groups of eight codes."""
+    """How many bytes `count` codes take, in whole groups of eight codes."""
     return -(-count // 8) * bits
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:
-    """u8 [...,n], each below ``2**bits``, -> u8 [...,p]: the bits of all codes in a row, the lowest first.
+    """u8 [...,n], each below ``2**bits``, -> u8 [...,p]: the bits of all codes, one after another, lowest first.
 
     Inverse of `unpack`.
     """
@@ -21,9 +21,9 @@ def pack(codes: np.ndarray, bits: int) -> np.ndarray:
     packed = np.zeros((*groups.shape[:-1], bits), np.uint8)
     for place in range(8):
         byte, shift = divmod(place * bits, 8)
-        packed[..., byte] |= groups[..., place] << shift  # what leaves the byte on the left is lost …
+        packed[..., byte] |= groups[..., place] << shift  # bits beyond the byte are lost …
         if shift + bits > 8:
-            packed[..., byte + 1] |= groups[..., place] >> (8 - shift)  # … and starts the next one
+            packed[..., byte + 1] |= groups[..., place] >> (8 - shift)  # … and go into the next one
     return packed.reshape(*lead, packed_bytes(count, bits))
 
 

@@ -1,4 +1,4 @@
-"""What a code means: the quantizer as plain data, and in numpy from codes back to latents.
+"""What a code means: the quantizer as plain data, and from codes back to latents in numpy.
 
 The torch side (fitting, and quantizing on a device) is `latentprep.quantizing.scalar`.
 """
@@ -19,17 +19,17 @@ def check_bits(bits: int) -> int:
     """`bits` itself if it is 1 to 8, else a `UsageError`."""
     if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
         raise UsageError(
-            f"bits must be 1 to 8, got {bits}", f"4 keeps nearly all of the accuracy; use {opt('bits', 4)}"
+            f"bits must be 1 to 8, got {bits}", f"use {opt('bits', 4)}, which keeps nearly all of the accuracy"
         )
     return bits
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean and standard deviation of each channel's codes, by which networks scale them.
+    """Mean and standard deviation of each channel's codes; networks scale their inputs by them.
 
-    In units of codes: of ``(latent - lo) / step - 0.5``, with latents as codes give them back. Without a filter these
-    are the codes themselves. A channel whose codes are all the same has the deviation 0.
+    In units of codes: of ``(latent - lo) / step - 0.5``, with the latents that codes stand for. Without a filter, these
+    are the codes themselves. A channel whose codes are all the same has deviation 0.
     """
 
     mean: tuple[float, ...]
@@ -38,10 +38,10 @@ class Statistics:
     def __post_init__(self) -> None:
         if len(self.mean) != len(self.std) or not self.mean:
             raise DatasetError(
-                f"the statistics have {len(self.mean)} means and {len(self.std)} deviations; one of each a channel"
+                f"the statistics have {len(self.mean)} means and {len(self.std)} deviations; one per channel is needed"
             )
         if not all(map(math.isfinite, self.mean + self.std)) or not all(s >= 0 for s in self.std):
-            raise DatasetError("the statistics' means must be finite, and their deviations finite and not below zero")
+            raise DatasetError("the statistics' means must be finite, and their deviations finite and 0 or more")
 
     def to_json(self) -> dict:
         return {"mean": list(self.mean), "std": list(self.std)}
@@ -53,9 +53,9 @@ class Quantizer:
 
     bits: 1 to 8; codes are u8, each below ``2**bits``.
     lo, step: one float32 value per latent channel, in latent units; ``step`` is positive.
-    filter: if there is one, float32 [C,C,3,3] in a row, codes were chosen jointly (`latentprep.quantizing.joint`),
-    and what the formula gives, less the middle of each channel's range, is to be filtered by it (a convolution without
-    flip, zeros outside of the grid) before the middle is added again.
+    filter: float32 [C,C,3,3], flattened, if codes were chosen jointly (`latentprep.quantizing.joint`). Then subtract
+    the middle of each channel's range from the formula's result, convolve with the filter (without flipping it, zeros
+    outside the grid), and add the middle again.
     """
 
     bits: int
@@ -68,10 +68,10 @@ class Quantizer:
             raise DatasetError(f"the quantizer's bits must be 1 to 8, got {self.bits}")
         if len(self.lo) != len(self.step) or not self.lo:
             raise DatasetError(
-                f"the quantizer has {len(self.lo)} lows and {len(self.step)} steps; one of each a channel"
+                f"the quantizer has {len(self.lo)} lows and {len(self.step)} steps; there must be one per channel"
             )
         if not all(map(math.isfinite, self.lo + self.step)) or not all(s > 0 for s in self.step):
-            raise DatasetError("the quantizer's lows must be finite and its steps finite and above zero")
+            raise DatasetError("the quantizer's lows must be finite, and its steps finite and above 0")
         weights = (len(self.lo) * FILTER_SIDE) ** 2
         if self.filter and (len(self.filter) != weights or not all(map(math.isfinite, self.filter))):
             raise DatasetError(f"the quantizer's filter must be {weights} finite numbers, got {len(self.filter)}")

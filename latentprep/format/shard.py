@@ -1,4 +1,4 @@
-"""A shard in memory: what it holds, and what it becomes on disk."""
+"""A shard in memory, before and after it is encoded to files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Codes:
     """Samples in memory.
 
     codes: u8 [n,V,C,h,w]; labels: i32 [n], each an index into ``classes``, or −1 for an invalid row; keys: n paths in
-    the source, none where they were not asked for.
+    the source, or none if they were not requested.
     """
 
     codes: np.ndarray
@@ -30,9 +30,9 @@ class Codes:
 
 @dataclass(frozen=True)
 class EncodedShard:
-    """A shard that is made and not yet committed: path -> bytes of its files, and the record that names them.
+    """A shard that is not committed yet: path -> bytes of its files, and the record that names them.
 
-    Any process may make one; it can be pickled. `latentprep.format.commit.commit_shard` alone writes it.
+    Any process may make one; it can be pickled. Only `latentprep.format.commit.commit_shard` writes it.
     """
 
     files: dict[str, bytes]
@@ -48,7 +48,7 @@ def encoded_shard(
     saturated: Sequence[int],
     invalid: Sequence[dict] = (),
 ) -> EncodedShard:
-    """The shard of these rows, all arrays of which are as `Codes` says. The same arguments, the same bytes."""
+    """Encode these rows as a shard. The same arguments give the same bytes."""
     files = store_of(manifest).encode_shard_files(
         manifest, shard.split, shard.index, rows.codes, rows.labels, rows.keys
     )

@@ -1,4 +1,4 @@
-"""The stores by their names in a manifest. Each is a module with the functions of `Store`; nothing else knows which."""
+"""The stores, by their names in a manifest. Each is a module with the functions of `Store`."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from latentprep.format.manifest import Manifest, Plan, ShardRecord
 
 
 class Store(Protocol):
-    """Arrays to the bytes of files, and back. What is written when, and whether it is damaged, is decided elsewhere."""
+    """Arrays to the bytes of files, and back. Writing files and checking checksums happen elsewhere."""
 
     def described(self, manifest: Manifest) -> str:
-        """In a word or two, how codes become small."""
+        """The compression of codes, in a word or two."""
 
     def metadata_files(self, manifest: Manifest) -> dict[str, bytes]:
-        """path: bytes of the files that a dataset has beside its shards."""
+        """path -> bytes of the files that a dataset has beside its shards."""
 
     def shard_files(self, split: str, index: int) -> dict[str, str]:
-        """``codes``, ``labels`` and ``keys`` -> path of the file that holds them of shard `index`."""
+        """``codes``, ``labels`` and ``keys`` -> path of the file that holds them for shard `index`."""
 
     def encode_shard_files(
         self, manifest: Manifest, split: str, index: int, codes: np.ndarray, labels: np.ndarray, keys: list[str]
     ) -> dict[str, bytes]:
-        """codes u8 [n,V,C,h,w], labels i32 [n], n keys -> path: bytes of the shard's files. The same input, the same
-        bytes."""
+        """codes u8 [n,V,C,h,w], labels i32 [n], n keys -> path -> bytes of the shard's files. The same input gives the
+        same bytes."""
 
     def decode_shard_files(
         self, manifest: Manifest, split: str, index: int, files: dict[str, bytes]
     ) -> tuple[np.ndarray, np.ndarray, list[str]]:
-        """Inverse of `encode_shard_files`. Keys may be missing where the file that holds nothing else is left out.
+        """Inverse of `encode_shard_files`. If a file that holds only keys is left out, there are no keys.
         Raises `DatasetError` for bytes that do not decode."""
 
     def decode_labels(self, manifest: Manifest, split: str, index: int, data: bytes) -> np.ndarray:
@@ -49,6 +49,6 @@ def store_of(plan: Plan) -> Store:
 
 
 def code_bytes(plan: Plan, record: ShardRecord) -> int:
-    """Size of the file that holds a shard's codes: in a WebDataset store with its labels, keys and headers."""
+    """Size of the file that holds a shard's codes; in a WebDataset store, it also holds labels, keys and headers."""
     file = record.files.get(store_of(plan).shard_files(record.split, record.index)["codes"])
     return file.bytes if file else 0

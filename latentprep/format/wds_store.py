@@ -1,15 +1,15 @@
-"""The WebDataset store: arrays to the bytes of one shard's tar, and back. It has the face of `zarr_store`.
+"""The WebDataset store: arrays to the bytes of one shard's tar, and back. It has the same functions as `zarr_store`.
 
-Layout: `{split}-{index:06d}.tar`, uncompressed, its members in the order of the rows:
-    KEY.codes                view 0, its C*h*w codes bit-packed (`latentprep.format.packing`), of one length
+Layout: `{split}-{index:06d}.tar`, uncompressed, with members in the order of the rows:
+    KEY.codes                view 0: its C*h*w codes, bit-packed (`latentprep.format.packing`)
     KEY.1.codes, …           views 1 to V-1
     KEY.cls                  the label, in decimal digits
-    KEY                      a row that could not be read: empty and without an extension, so that WebDataset's readers
-                             pass over it
+    KEY                      a row that could not be read: empty and without an extension, so that WebDataset's
+                             readers skip it
 
-KEY is the sample's key with all but letters, digits, `_`, `-` and `/` (not a leading one) percent-encoded: WebDataset
-cuts names at the first dot, and no name can lead out of a folder. Every header field but name and size is fixed.
-Names above 100 bytes take a pax header, as everywhere. Reading takes nothing but what is written here.
+KEY is the sample's key. Only letters, digits, `_`, `-` and `/` (not a leading one) stay; the rest is percent-encoded,
+because WebDataset cuts names at the first dot, and no name may lead out of a folder. Every header field except name and
+size is fixed. Names above 100 bytes get a pax header, as usual. Tars written in any other way are refused.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _LABEL = re.compile(rb"[0-9]{1,9}")
 
 
 def shard_files(split: str, index: int) -> dict[str, str]:
-    """Array name -> path of the file that holds it of shard `index`: one tar holds all three."""
+    """Array name -> path of the file that holds it for shard `index`: one tar holds all three."""
     return dict.fromkeys(("codes", "labels", "keys"), f"{split}-{index:06d}.tar")
 
 
@@ -44,7 +44,7 @@ def described(manifest: Manifest) -> str:
 
 
 def metadata_files(manifest: Manifest) -> dict[str, bytes]:
-    """No file but the shards."""
+    """None: the shards are the only files."""
     return {}
 
 
@@ -54,7 +54,7 @@ def encode_shard_files(
     """One shard's arrays -> path: bytes of its tar. Inverse of `decode_shard_files`.
 
     codes: u8 [n,V,C,h,w], 0 in rows of label -1; labels: i32 [n]; keys: n strings; n at most ``manifest.shard_rows``.
-    Raises `DatasetError` for keys that are empty or occur twice: the samples of a tar are told apart by their names.
+    Raises `DatasetError` for an empty or repeated key: the samples of a tar are distinguished by their names.
     """
     path, suffixes = shard_files(split, index)["codes"], _suffixes(manifest, split)
     packed = pack(codes.reshape(*codes.shape[:2], int(np.prod(manifest.latent))), manifest.quantizer.bits)
@@ -63,7 +63,7 @@ def encode_shard_files(
         if key in seen:
             raise DatasetError(
                 f"{path}: two samples have the key {key!r}" if key else f"{path}: a sample has an empty key",
-                f"rename the image, or use {opt('store', 'zarr')}, which takes any keys",
+                f"rename the image, or use {opt('store', 'zarr')}, which accepts any keys",
             )
         seen.add(key)
         name = quote_key(key)
@@ -83,8 +83,8 @@ def decode_shard_files(
     path, row = shard_files(split, index)["codes"], manifest.row_shape(split)
     labels, keys, packed = _decode(manifest, split, index, files[path])
     bits, count = manifest.quantizer.bits, int(np.prod(row[1:]))
-    found = np.frombuffer(b"".join(packed), np.uint8).reshape(-1, row[0], packed_bytes(count, bits))
-    codes = unpack(found, bits, count).reshape(len(found), *row)
+    views = np.frombuffer(b"".join(packed), np.uint8).reshape(-1, row[0], packed_bytes(count, bits))
+    codes = unpack(views, bits, count).reshape(len(views), *row)
     if len(codes) < len(labels):
         valid, codes = codes, np.zeros((len(labels), *row), np.uint8)
         codes[labels != INVALID_LABEL] = valid
@@ -103,7 +103,7 @@ def decode_keys(manifest: Manifest, split: str, index: int, data: bytes) -> list
 
 def quote_key(key: str) -> str:
     """A sample's key -> what its members' names begin with. Inverse of `unquote_key`."""
-    return _QUOTED.sub(lambda found: b"%%%02X" % ord(found[0]), key.encode()).decode()
+    return _QUOTED.sub(lambda match: b"%%%02X" % ord(match[0]), key.encode()).decode()
 
 
 def unquote_key(name: str) -> str:
@@ -117,7 +117,7 @@ def _suffixes(manifest: Manifest, split: str) -> list[str]:
 
 
 def _decode(manifest: Manifest, split: str, index: int, data: bytes) -> tuple[np.ndarray, list[str], list[bytes]]:
-    """A tar -> labels i32 [n], keys, and of each valid row and each of its views the packed codes."""
+    """A tar -> labels i32 [n], keys, and the packed codes of each view of each valid row."""
     rows, suffixes = manifest.rows_in_shard(split, index), _suffixes(manifest, split)
     length = packed_bytes(int(np.prod(manifest.latent)), manifest.quantizer.bits)
     labels: list[int] = []
@@ -134,40 +134,39 @@ def _decode(manifest: Manifest, split: str, index: int, data: bytes) -> tuple[np
                 labels.append(INVALID_LABEL)
                 continue
             sample = [(name, content), *islice(members, len(suffixes) - 1)]
-            if [found for found, _ in sample] != [f"{stem}.{suffix}" for suffix in suffixes]:
+            if [member for member, _ in sample] != [f"{stem}.{suffix}" for suffix in suffixes]:
                 raise ValueError(f"the members of sample {stem} are not {', '.join(suffixes)}")
             *views, label = (content for _, content in sample)
             if any(len(view) != length for view in views) or not _LABEL.fullmatch(label):
-                raise ValueError(f"sample {stem} has codes of another length than {length}, or no label")
+                raise ValueError(f"sample {stem} has no label, or codes that are not {length} bytes long")
             labels.append(int(label))
             packed += views
         if len(keys) < rows:
-            raise ValueError(f"{len(keys)} samples instead of {rows}")
+            raise ValueError(f"{len(keys)} samples, not {rows}")
     except ValueError as error:
         path = shard_files(split, index)["codes"]
-        raise DatasetError(f"{path} does not decode ({error})", "encode it again") from error
+        raise DatasetError(f"{path} cannot be decoded ({error})", "encode it again") from error
     return np.array(labels, np.int32), keys, packed
 
 
 def _member(name: str, data: bytes) -> bytes:
     """One file of a tar: header, contents, padding."""
-    info = tarfile.TarInfo(name)  # mode 0644, owner 0, no times: the same bytes whoever writes them
+    info = tarfile.TarInfo(name)  # mode 0644, owner 0, no times: the same bytes on every machine
     info.size = len(data)
     return info.tobuf(tarfile.PAX_FORMAT) + data + bytes(-len(data) % _BLOCK)
 
 
 def _members(data: bytes) -> Iterator[tuple[str, bytes]]:
-    """(name, contents) of every file in a tar that `_member` wrote. Inverse of it; `ValueError` for anything else.
+    """(name, contents) of every file in a tar. Inverse of `_member`; `ValueError` for anything that it does not write.
 
-    By hand, since the standard library takes ten times as long for a thousand small members and shards are read again
-    each epoch.
+    By hand: tarfile takes ten times as long for a thousand small members, and shards are read again in each epoch.
     """
     place, long_name = 0, b""
     while True:
         header, start = data[place : place + _BLOCK], place + _BLOCK
         if not header.strip(b"\0"):
             if data[place:] != _END:
-                raise ValueError(f"it ends otherwise than a tar, at byte {place}")
+                raise ValueError(f"its end mark at byte {place} is damaged")
             return
         if header[257:265] != b"ustar\x0000" or not _SIZE.fullmatch(header, 124, 136):
             raise ValueError(f"no header at byte {place}")

@@ -1,14 +1,13 @@
 """The Zarr store: arrays to the bytes of one shard's files, and back.
 
-Metadata, labels and keys are Zarr's work, in memory, one shard at a time; codes are laid out by hand, to the bytes that
-Zarr would write. Which bytes reach the disk, when, and under what checksum is decided in `latentprep.format.commit`.
-Reading goes the same way round: verified bytes are decoded under the metadata that the *manifest* implies, so nothing
-in a dataset's own `zarr.json` files is ever trusted.
+Zarr itself makes metadata, labels and keys, in memory, one shard at a time. Codes are laid out by hand, with the same
+bytes that Zarr would write. `latentprep.format.commit` writes them to the disk. For reading, verified bytes are decoded
+with the metadata that follows from the *manifest*: a dataset's own `zarr.json` files are never trusted.
 
 Layout (Zarr v3): group / ; group /{split} ; arrays
-    /{split}/codes   u8     (N, V, C, h, w), sharding codec, one shard file a shard
-    /{split}/labels  i32    (N,), one chunk a shard
-    /{split}/keys    string (N,), one chunk a shard
+    /{split}/codes   u8     (N, V, C, h, w), sharding codec, one file per shard
+    /{split}/labels  i32    (N,), one chunk per shard
+    /{split}/keys    string (N,), one chunk per shard
 """
 
 from __future__ import annotations
@@ -26,19 +25,19 @@ from zarr.storage import MemoryStore
 from latentprep.errors import DatasetError
 from latentprep.format.manifest import Manifest
 
-CHUNK_BYTES = 1 << 20  # codes a separately compressed chunk holds, about
+CHUNK_BYTES = 1 << 20  # codes in a separately compressed chunk, about
 _ZSTD = {"name": "zstd", "configuration": {"level": 1, "checksum": False}}
 _BLOSC = {
     "name": "blosc",
     "configuration": {"cname": "zstd", "clevel": 5, "shuffle": "bitshuffle", "typesize": 1, "blocksize": 0},
 }
-# Channels side by side let each have its own Huffman table: 6.8 instead of 7.6 bits a value for TAESD at 8 bits.
+# With channels first, each gets its own Huffman table: 6.8 instead of 7.6 bits per value for TAESD at 8 bits.
 _BY_CHANNEL = {"name": "transpose", "configuration": {"order": [2, 1, 0, 3, 4]}}
 CANDIDATES: tuple[list[dict], ...] = ([_BY_CHANNEL, _ZSTD], [_ZSTD], [_BY_CHANNEL, _BLOSC])
 _LABEL_CODECS = [_ZSTD]
 _CRC_BYTES = 4
-_ABSENT = (1 << 64) - 1  # in a shard's index, for offset and length of an inner chunk
-_MAX_KEY_BYTES = 1 << 16  # a key has fewer: it is a path
+_ABSENT = (1 << 64) - 1  # offset and length of an absent inner chunk in a shard's index
+_MAX_KEY_BYTES = 1 << 16  # longer than any path
 
 
 def chunk_rows(shard_rows: int, row_bytes: int) -> int:
@@ -48,7 +47,7 @@ def chunk_rows(shard_rows: int, row_bytes: int) -> int:
 
 
 def shard_files(split: str, index: int) -> dict[str, str]:
-    """Array name -> path of that array's file of shard `index`, relative to the dataset's root."""
+    """Array name -> path of its file for shard `index`, relative to the dataset's root."""
     return {
         "codes": f"{split}/codes/c/{index}/0/0/0/0",
         "labels": f"{split}/labels/c/{index}",
@@ -73,7 +72,7 @@ def decode_shard_files(
     manifest: Manifest, split: str, index: int, files: dict[str, bytes]
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """path: bytes of one shard's files -> codes u8 [n,V,C,h,w], labels i32 [n], keys. Inverse of
-    `encode_shard_files`. No keys where their file is left out. Raises `DatasetError` for bytes that do not decode."""
+    `encode_shard_files`. No keys if their file is left out. Raises `DatasetError` for bytes that do not decode."""
     paths = shard_files(split, index)
     return (
         decode_codes(manifest, split, index, files[paths["codes"]]),
@@ -85,11 +84,11 @@ def decode_shard_files(
 def encode_codes(manifest: Manifest, codes: np.ndarray) -> bytes:
     """One shard's codes, u8 [n,V,C,h,w] -> the bytes of its file. Inverse of `decode_codes`.
 
-    Zarr's sharding codec by hand, byte for byte what zarr-python writes, in 0.5 to 0.8 of its time: the inner chunks,
-    each compressed, the last one filled up with zeros; then the index, in which chunks without a row are marked as
-    absent, and its CRC-32C. Raises `DatasetError` for a compression that this version does not write.
+    Zarr's sharding codec by hand: the same bytes as zarr-python, in 0.5 to 0.8 of its time. First the inner chunks,
+    each compressed, the last one padded with zeros; then the index, which marks chunks without rows as absent, and its
+    CRC-32C. Raises `DatasetError` for a compression that this version does not write.
     """
-    _codecs(manifest.compression)  # Zarr refuses what it would not write
+    _codecs(manifest.compression)  # Zarr refuses what it cannot write
     try:
         compressor, order = _chain(manifest)
     except (KeyError, TypeError, ValueError) as error:
@@ -110,9 +109,8 @@ def encode_codes(manifest: Manifest, codes: np.ndarray) -> bytes:
 def decode_codes(manifest: Manifest, split: str, index: int, data: bytes) -> np.ndarray:
     """The bytes of one shard's codes file -> u8 [n,V,C,h,w]. Raises `DatasetError` for bytes that do not decode.
 
-    Zarr's sharding codec by hand: an index of (offset, length) u64 pairs and its CRC-32C at the end of the file, and
-    before it the inner chunks, each compressed. Zarr's own reader gives the same at a quarter of the speed, and speed
-    counts here: training that streams waits for nothing else.
+    Zarr's sharding codec by hand: the inner chunks, each compressed; then an index of (offset, length) u64 pairs and
+    its CRC-32C. Zarr's own reader gives the same result at a quarter of the speed; streaming waits for nothing else.
     """
     rows, row = manifest.rows_in_shard(split, index), manifest.row_shape(split)
     count = manifest.shard_rows // manifest.chunk_rows
@@ -122,11 +120,11 @@ def decode_codes(manifest: Manifest, split: str, index: int, data: bytes) -> np.
         raw = np.empty([(manifest.chunk_rows, *row)[axis] for axis in order], np.uint8)
         codes = np.empty((rows, *row), np.uint8)
         if end < 0:
-            raise ValueError(f"{len(data)} bytes are fewer than its index has")
+            raise ValueError(f"its {len(data)} bytes are fewer than the index needs")
         places = np.frombuffer(data, "<u8", 2 * count, end).reshape(count, 2).tolist()
         for start, (offset, length) in zip(range(0, rows, manifest.chunk_rows), places, strict=False):
             if offset + length > end:
-                raise ValueError(f"its index points to byte {offset + length}, the chunks end at {end}")
+                raise ValueError(f"its index points to byte {offset + length}, but the chunks end at {end}")
             chunk = data[offset : offset + length]
             if _declared_bytes(chunk) != raw.size:
                 raise ValueError(f"a chunk declares {_declared_bytes(chunk)} codes, not {raw.size}")
@@ -152,7 +150,7 @@ def decode_labels(manifest: Manifest, split: str, index: int, data: bytes) -> np
 def decode_keys(manifest: Manifest, split: str, index: int, data: bytes) -> list[str]:
     """The bytes of one shard's keys file -> n keys. Raises `DatasetError` for bytes that do not decode.
 
-    ``vlen-utf8``: how many, u32, and then for each its length in bytes, u32, and its bytes.
+    ``vlen-utf8``: the number of keys, u32; then for each key its length in bytes, u32, and its bytes.
     """
     keys: list[str] = []
     try:
@@ -173,9 +171,10 @@ def decode_keys(manifest: Manifest, split: str, index: int, data: bytes) -> list
 
 
 def _chain(manifest: Manifest) -> tuple[numcodecs.abc.Codec, list[int]]:
-    """The manifest's compression as a compressor, and the order of a chunk's axes that it sees.
+    """The manifest's compression as a compressor, and the order of axes in which it gets a chunk.
 
-    Raises `KeyError`, `TypeError` or `ValueError` for any other chain than a compressor, after a transposition or not.
+    Raises `KeyError`, `TypeError` or `ValueError` unless the chain is one compressor, with or without a transposition
+    before it.
     """
     *filters, step = manifest.compression
     settings = step["configuration"]
@@ -185,16 +184,16 @@ def _chain(manifest: Manifest) -> tuple[numcodecs.abc.Codec, list[int]]:
         shuffle = {"noshuffle": 0, "shuffle": 1, "bitshuffle": 2}[settings["shuffle"]]
         compressor = numcodecs.Blosc(settings["cname"], settings["clevel"], shuffle, settings["blocksize"])
     else:
-        raise ValueError(f"{step['name']} is no compressor known")
+        raise ValueError(f"{step['name']} is not a known compressor")
     if [f["name"] for f in filters] not in ([], ["transpose"]):
         raise ValueError("more than a transposition before the compressor")
     return compressor, filters[0]["configuration"]["order"] if filters else [0, 1, 2, 3, 4]
 
 
 def _declared_bytes(chunk: bytes) -> int:
-    """How many bytes a zstd frame (RFC 8878, section 3.1.1.1) or a blosc buffer says that it holds, −1 if it does not.
+    """The size that a zstd frame (RFC 8878, section 3.1.1.1) or a blosc buffer declares, in bytes; −1 if none.
 
-    Decompressors reserve what a chunk declares: asked first, a few bytes cannot fill the memory.
+    Decompressors allocate the declared size. Checked first, a small damaged file cannot fill the memory.
     """
     if chunk[:4] != b"\x28\xb5\x2f\xfd":
         return int.from_bytes(chunk[4:8], "little") if len(chunk) >= 16 else -1
@@ -213,7 +212,7 @@ def described(manifest: Manifest) -> str:
 
 
 def metadata_files(manifest: Manifest) -> dict[str, bytes]:
-    """path: bytes of the `zarr.json` files, so that any Zarr v3 reader opens the dataset."""
+    """path -> bytes of the `zarr.json` files, so that any Zarr v3 reader opens the dataset."""
     files: dict[str, Any] = {}
     store = MemoryStore(files)
     zarr.create_group(store=store, zarr_format=3)
@@ -228,7 +227,7 @@ def metadata_files(manifest: Manifest) -> dict[str, bytes]:
 
 
 def choose_compression(codes: np.ndarray) -> list[dict]:
-    """The candidate Zarr codec chain that makes these codes, u8 [n,V,C,h,w], smallest; the first of equals."""
+    """The candidate codec chain that compresses these codes, u8 [n,V,C,h,w], best; the first one if equal."""
     sizes = []
     for chain in CANDIDATES:
         files: dict[str, Any] = {}
@@ -249,7 +248,7 @@ _WRITE_EVERY_CHUNK: dict[str, Any] = {"config": {"write_empty_chunks": True}}
 
 
 def _codecs(chain: list[dict]) -> dict[str, Any]:
-    """A recorded chain -> `zarr.create_array`'s arguments. Only core Zarr codecs are ever built."""
+    """A recorded chain -> arguments of `zarr.create_array`. Only core Zarr codecs are built."""
     kinds: dict[str, Any] = {"zstd": ZstdCodec, "blosc": BloscCodec}
     try:
         return {
@@ -261,11 +260,11 @@ def _codecs(chain: list[dict]) -> dict[str, Any]:
 
 
 def _unknown_compression(error: Exception) -> DatasetError:
-    return DatasetError(f"the manifest's compression is not one this version writes ({error})", "restore the manifest")
+    return DatasetError(f"this version does not know the manifest's compression ({error})", "restore the manifest")
 
 
 def _create(manifest: Manifest, store: Any, path: str, split: str, name: str, rows: int) -> zarr.Array:
-    """An array of the dataset: the same metadata whether on disk or in memory."""
+    """An array of the dataset, with the same metadata on disk and in memory."""
     with warnings.catch_warnings():  # `string` is a registered extension type; zarr-python warns at each use
         warnings.simplefilter("ignore")
         if name == "codes":
@@ -296,7 +295,7 @@ def _create(manifest: Manifest, store: Any, path: str, split: str, name: str, ro
 
 
 def _chunk_bytes(manifest: Manifest, split: str, name: str, values: np.ndarray) -> bytes:
-    """What Zarr stores for one whole shard (codes) or chunk (labels, keys) holding `values`."""
+    """The bytes that Zarr stores for one chunk (labels or keys) with these values."""
     files: dict[str, Any] = {}
     array = _create(manifest, MemoryStore(files), "", split, name, len(values))
     array[:] = values
@@ -304,10 +303,10 @@ def _chunk_bytes(manifest: Manifest, split: str, name: str, values: np.ndarray) 
 
 
 def _undecodable(where: str, error: Exception) -> DatasetError:
-    return DatasetError(f"{where} does not decode ({type(error).__name__}: {error})", "encode it again")
+    return DatasetError(f"{where} cannot be decoded ({type(error).__name__}: {error})", "encode it again")
 
 
 def _only_chunk(files: dict[str, Any]) -> bytes:
-    """The one chunk's bytes in a store that holds one array."""
+    """The bytes of the only chunk in a store with one array."""
     (chunk,) = [data for key, data in files.items() if not key.endswith("zarr.json")]
     return chunk.to_bytes()

@@ -1,4 +1,4 @@
-"""What people look at: samples decoded, metrics, contact sheets, linear decoding, rate and distortion, reports.
+"""What people look at: decoded samples, metrics, contact sheets, linear decoding, rate and distortion, reports.
 
-May import `audit`, `derived`, `encoding` and what these may.
+May import `audit`, `derived`, `encoding` and what these may import.
 """

@@ -1,4 +1,4 @@
-"""`decode`: a dataset's codes back to image files, and how near they come to the originals."""
+"""`decode`: turn a dataset's codes back into image files, and measure how close they are to the originals."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ _JPEG_QUALITY = 95
 
 @dataclass(frozen=True)
 class ClassQuality:
-    """Of one class, or of all: images, and the mean over them of PSNR (decibels) and SSIM; None where not known, or
-    where PSNR has no mean because a picture is exact."""
+    """The quality of one class, or of all: how many images, and their mean PSNR (decibels) and SSIM. None if
+    unknown, or if an image is exact, so that its PSNR is infinite."""
 
     images: int
     psnr: float | None
@@ -42,7 +42,7 @@ class ClassQuality:
 
 @dataclass(frozen=True)
 class DecodeResult:
-    """What `decode` wrote. all, per_class: how near to the originals, where a source was given."""
+    """What `decode` wrote. all, per_class: how close the images are to the originals, if a source was given."""
 
     out: str
     split: str
@@ -71,11 +71,11 @@ def decode(
     overwrite: bool = False,
     progress: ProgressFactory = silent,
 ) -> DecodeResult:
-    """Decode samples of a dataset to ``OUT/SPLIT/CLASS/ROW.png``, which `encode` takes for a source again.
+    """Decode samples of a dataset to ``OUT/SPLIT/CLASS/ROW.png``, a folder that `encode` accepts as a source.
 
-    split, index, classes, limit: which; see `samples.pick`. decoder: ``codec``, or ``linear``, the one fitted before.
-    ``decoded.jsonl`` says of each file its row, key, class and, with a `source`, PSNR and SSIM.
-    Raises `UsageError` for a choice that is not there or a folder that is in use (`overwrite` replaces files of the
+    split, index, classes, limit: which samples; see `samples.pick`. decoder: ``codec``, or ``linear`` for the fitted
+    linear decoder. ``decoded.jsonl`` lists each file's row, key, class and, with a `source`, PSNR and SSIM.
+    Raises `UsageError` for samples that do not exist or a folder that is not empty (`overwrite` replaces files of the
     same name), `SourceError`, `DatasetError`, `CodecError`.
     """
     if format not in FORMATS:
@@ -85,25 +85,25 @@ def decode(
     if root.exists() and not root.is_dir():
         raise UsageError(f"{root} is a file", f"choose another folder with {opt('out')}")
     if root.is_dir() and any(root.iterdir()) and not overwrite:
-        raise UsageError(f"{root} is not empty", f"choose another folder with {opt('out')}, or give {opt('overwrite')}")
+        raise UsageError(f"{root} is not empty", f"choose another folder with {opt('out')}, or use {opt('overwrite')}")
     picked = pick(opened, split, index=index, classes=classes, limit=limit)
     if not len(picked):
-        raise UsageError(f"{opened.root} has no valid sample of that choice in {picked.split}", "choose others")
+        raise UsageError(f"no valid sample of {picked.split} in {opened.root} matches", "choose other classes or rows")
     given = open_own_source(source, data=data)
-    images = None if given is None else Originals(opened, given)
+    originals = None if given is None else Originals(opened, given)
     lines: list[dict] = []
     try:
         maker = open_decoder(opened, decoder, weights, device)
         with progress("decoding", len(picked), "images", 0) as bar:
             for places, pictures in decoded(maker, picked.codes, opened.quantizer):
                 part = picked.at(places)
-                near = {} if images is None else measured(pictures, images.load(part))
+                quality = {} if originals is None else measured(pictures, originals.load(part))
                 for at, picture in enumerate(pictures):
                     name = opened.classes[part.labels[at]]
                     path = f"{picked.split}/{safe_name(name)}/{part.rows[at]:06d}.{format}"
                     write_atomic(root / path, image_file(picture, format))
                     entry = {"file": path, "split": picked.split, "row": int(part.rows[at]), "key": part.keys[at]}
-                    lines.append({**entry, "class": name, **{k: finite(v[at]) for k, v in near.items()}})
+                    lines.append({**entry, "class": name, **{k: finite(v[at]) for k, v in quality.items()}})
                 bar.advance(len(part))
         write_atomic(root / LISTING, "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines).encode())
     except OSError as error:
@@ -142,16 +142,16 @@ def image_file(picture: Tensor, format: str = "png") -> bytes:
 
 
 def safe_name(name: str) -> str:
-    """A class's name as a folder's: what a dataset calls its classes must not lead out of the folder."""
+    """A class's name as the name of a folder, which must not lead out of the output folder."""
     return re.sub(r"[^\w .-]", "_", name).strip(" .") or "_"
 
 
 def finite(value: float) -> float | None:
-    """The value, or None for what JSON cannot hold."""
+    """The value, or None if JSON cannot hold it."""
     return round(value, 6) if math.isfinite(value) else None
 
 
 def _quality(lines: list[dict]) -> ClassQuality:
-    found = {name: [line.get(name) for line in lines] for name in ("psnr", "ssim")}
-    known = {name: None if None in values else mean(values) for name, values in found.items()}  # type: ignore[arg-type]
+    values = {name: [line.get(name) for line in lines] for name in ("psnr", "ssim")}
+    known = {name: None if None in own else mean(own) for name, own in values.items()}  # type: ignore[arg-type]
     return ClassQuality(len(lines), known["psnr"], known["ssim"])

@@ -1,11 +1,11 @@
-"""Linear decoding: pictures of latents by one matrix, without the codec's decoder, and its pseudo-inverse back.
+"""Linear decoding: turn latents into images with one matrix, without the codec's decoder, and back again.
 
-The latents of autoencoders are nearly images: one matrix from a place's C latents to its colour shows what is there
-(the D_L of D. Jacobellis' talk). Least squares gives each of the f×f pixels that a place stands for its own three
-columns: the full map, C -> 3·f². Their mean over the block is the least-squares map to the image shrunk by averaging
-such blocks: the small map, C -> 3. Colours are −1…1, as diffusion models have them.
+The latents of autoencoders are nearly images: one matrix from the C latents at a place to a colour shows what is there
+(the D_L of D. Jacobellis' talk). A place stands for f×f pixels, and least squares gives each of them three columns of
+its own: the full map, C -> 3·f². Their mean is the least-squares map to the image shrunk by averaging such blocks: the
+small map, C -> 3. The small map's pseudo-inverse leads back to latents. Colours are −1…1, as in diffusion models.
 
-A fitted decoder is a file beside the manifest, bound to it by the manifest's SHA-256.
+A fitted decoder is a file beside the manifest, which it names by SHA-256.
 """
 
 from __future__ import annotations
@@ -31,18 +31,15 @@ from latentprep.quantizing.scalar import dequantize
 from latentprep.sources.source import Source, open_source
 from latentprep.storage.atomic import write_atomic
 
-SAMPLES = 1000  # that it is fitted to, and at most as many others that it is judged by
+SAMPLES = 1000  # to fit it to, and at most as many others to judge it by
 _BATCH = 64
 _NOTES = "latentprep"  # the one metadata key: safetensors does not keep the order of several
-
-# The talk's matrix: Stable Diffusion 1.4's four latents to red, green and blue.
-TALK_SD14 = ((0.298, 0.207, 0.208), (0.187, 0.286, 0.173), (-0.158, 0.189, 0.264), (-0.184, -0.271, -0.473))
 
 
 @dataclass(frozen=True)
 class Quality:
-    """How well a map does. r2: share of the variance of each colour that it explains; psnr: mean over samples, in
-    decibels, of all and of each class (None where there is no sample)."""
+    """How good a map is. r2: the share of each colour's variance that it explains; psnr: the mean over samples, in
+    decibels, of all and of each class (None if there is no sample)."""
 
     r2: tuple[float, ...]
     psnr: float | None
@@ -54,7 +51,7 @@ class LinearDecoder:
     """``colours = latents @ matrix + bias`` at each place of the latent grid.
 
     matrix: f32 [C,3·f²], columns ordered (colour, row, column) of the block; bias: f32 [3·f²]; mean: f32 [C], of the
-    latents; factor: f. small, full: `Quality` of the two maps. fitted, judged: which samples, as "split: how many".
+    latents; factor: f. small, full: `Quality` of the two maps. fitted, judged: on which samples, as "split: how many".
     """
 
     factor: int
@@ -86,15 +83,15 @@ class LinearDecoder:
         return _pixels(_apply(latents, self.small_matrix, self.small_bias))
 
     def latents_of(self, images: Tensor) -> Tensor:
-        """u8 [B,3,fh,fw] -> f32 [B,C,h,w]: the mean latent, and by the small map's Moore–Penrose pseudo-inverse what
-        the shrunk image differs from its colour. Where C is 3 or more, the small map brings the shrunk image back."""
+        """u8 [B,3,fh,fw] -> f32 [B,C,h,w]: the mean latent, plus the shrunk image's difference from the mean colour, by
+        the small map's Moore–Penrose pseudo-inverse. If C is 3 or more, the small map restores the shrunk image."""
         inverse = np.linalg.pinv(self.small_matrix.astype(np.float64))
         colour = self.mean @ self.small_matrix + self.small_bias
         bias = self.mean - colour @ inverse
         return _apply(shrink(images, self.factor), inverse.astype(np.float32), bias.astype(np.float32))
 
     def to_json(self) -> dict:
-        """What there is to say of it; the full map itself is in the file only."""
+        """Everything except the full map, which is only in the file."""
         return {
             "factor": self.factor,
             "matrix": self.small_matrix.tolist(),
@@ -114,50 +111,52 @@ def fit_linear_decoder(
     samples: int = SAMPLES,
     progress: ProgressFactory = silent,
 ) -> LinearDecoder:
-    """Fit a dataset's linear decoder and write it to its folder, in place of an earlier one.
+    """Fit a dataset's linear decoder and write it to the dataset's folder, in place of an earlier one.
 
     It is fitted to at most `samples` samples of train, spread over the classes, with the latents that their codes stand
-    for, and judged by as many of val, or of train where there is no val.
-    Raises `SourceError` if the source is not the dataset's, `UsageError` where latents are no grid over the image.
+    for. It is judged on as many of val, or of train if there is no val.
+    Raises `SourceError` if the source is not the dataset's, `UsageError` if its latents are no grid over the image.
     """
     opened = open_dataset(dataset)
     factor, images = grid_factor(opened), Originals(opened, open_source(source, data=data))
     learned = pick(opened, train_split(opened.splits), limit=samples)
     judged = pick(opened, shown_split(opened.splits), limit=samples)
     if not len(learned) or not len(judged):
-        raise DatasetError(f"{opened.root} has no valid sample to fit to", "encode a source that can be read")
+        raise DatasetError(
+            f"{opened.root} has no valid sample to fit to", "encode a source with images that can be read"
+        )
     with progress("fitting", len(learned) + len(judged), "images", 0) as bar:
         matrix, bias, centre = _least_squares(_pairs(opened, images, learned, factor, bar))
         qualities = _judge(opened, _pairs(opened, images, judged, factor, bar), judged, matrix, bias)
-    made = LinearDecoder(
+    fitted = LinearDecoder(
         factor, matrix, bias, centre, *qualities,
         fitted=f"{learned.split}: {len(learned)}", judged=f"{judged.split}: {len(judged)}",
         manifest_sha256=opened.manifest.sha256,
     )  # fmt: skip
     try:
-        write_atomic(opened.root / LINEAR_DECODER, _to_bytes(made))
+        write_atomic(opened.root / LINEAR_DECODER, _to_bytes(fitted))
     except OSError as error:
         raise system_fault(error) from error
-    return made
+    return fitted
 
 
 def load_linear_decoder(dataset: LatentDataset) -> LinearDecoder:
-    """The dataset's linear decoder. Raises `DatasetError` if none was fitted, or it is damaged or another dataset's."""
+    """The dataset's linear decoder. `DatasetError` if none was fitted, or it is damaged or another dataset's."""
     path = dataset.root / LINEAR_DECODER
     again = f"run latentprep linear-decoder fit {dataset.root} --source …"
     if not path.is_file():
         raise DatasetError(f"{dataset.root} has no linear decoder yet", again)
     try:
-        made = _from_bytes(path.read_bytes())
+        linear = _from_bytes(path.read_bytes())
     except Exception as error:  # safetensors and JSON raise many kinds for damaged bytes
         raise DatasetError(f"{path} is damaged ({type(error).__name__})", again) from error
-    if made.manifest_sha256 != dataset.manifest.sha256:
-        raise DatasetError(f"{path} was fitted to another dataset than this", again)
+    if linear.manifest_sha256 != dataset.manifest.sha256:
+        raise DatasetError(f"{path} was fitted to another dataset", again)
     channels, height, _ = dataset.manifest.latent
     size = dataset.manifest.transform["size"]
-    if made.factor * height != size or made.matrix.shape != (channels, 3 * made.factor**2):
-        raise DatasetError(f"{path} is damaged (it is not of this dataset's latents)", again)
-    return made
+    if linear.factor * height != size or linear.matrix.shape != (channels, 3 * linear.factor**2):
+        raise DatasetError(f"{path} is damaged (it does not fit this dataset's latents)", again)
+    return linear
 
 
 def shrink(images: Tensor, factor: int) -> Tensor:
@@ -166,11 +165,11 @@ def shrink(images: Tensor, factor: int) -> Tensor:
 
 
 def grid_factor(dataset: LatentDataset) -> int:
-    """f, pixels a side for each place of the latent grid. `UsageError` where it is no whole number."""
+    """f, pixels per side for each place of the latent grid. `UsageError` if it is not a whole number."""
     size, (_, height, width) = dataset.manifest.transform["size"], dataset.manifest.latent
     if height != width or size % height:
         raise UsageError(
-            f"latents of {height}×{width} are no regular grid over {size}×{size} pixels",
+            f"latents of {height}×{width} do not form a regular grid over {size}×{size} pixels",
             "linear decoding is for codecs that shrink by a whole factor",
         )
     return size // height
@@ -190,7 +189,7 @@ def _pairs(
 def _least_squares(pairs: Iterator[tuple[Tensor, Tensor]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The matrix [C,D] and bias [D] with the least squared error, and the latents' mean [C], all f32.
 
-    By the normal equations, in float64 and solved so that a channel that never changes gets 0.
+    By the normal equations in float64, solved so that a constant channel gets 0.
     """
     gram, products = torch.zeros(()).double(), torch.zeros(()).double()
     for latents, blocks in pairs:
@@ -208,19 +207,19 @@ def _judge(
     matrix: np.ndarray,
     bias: np.ndarray,
 ) -> tuple[Quality, Quality]:
-    """Of the small map and of the full one. PSNR is that of pictures: clamped and rounded to 8 bits."""
-    found: list[list[float]] = [[], []]
+    """The quality of the small map and of the full one. PSNR is that of images, clamped and rounded to 8 bits."""
+    decibels: list[list[float]] = [[], []]
     sums = np.zeros((2, 3, 4))  # small and full; colours; count, values, squares, squared errors
     for latents, blocks in pairs:
         full = _apply(latents, matrix, bias).unflatten(1, (3, -1))
         whole = blocks.unflatten(1, (3, -1))
         for at, (guess, truth) in enumerate(((full.mean(2, keepdim=True), whole.mean(2, keepdim=True)), (full, whole))):
             picture, pixels = _pixels(guess).double(), (truth + 1) * 127.5
-            found[at] += psnr(picture.flatten(2, 3), pixels.flatten(2, 3)).tolist()
+            decibels[at] += psnr(picture.flatten(2, 3), pixels.flatten(2, 3)).tolist()
             terms = (torch.ones_like(truth), truth, truth.square(), (guess - truth).square())
             sums[at] += torch.stack([term.double().sum((0, 2, 3, 4)) for term in terms], 1).numpy()
     qualities = []
-    for (count, total, squares, errors), values in zip(sums.transpose(0, 2, 1), found, strict=True):
+    for (count, total, squares, errors), values in zip(sums.transpose(0, 2, 1), decibels, strict=True):
         variance = squares - total**2 / count
         r2 = tuple((1 - errors / np.maximum(variance, 1e-12)).tolist())
         by_class = {
@@ -247,16 +246,16 @@ def _pixels(colours: Tensor) -> Tensor:
     return to_pixels((colours + 1) * 127.5)
 
 
-def _to_bytes(made: LinearDecoder) -> bytes:
+def _to_bytes(linear: LinearDecoder) -> bytes:
     import safetensors.numpy
 
-    tensors = {name: np.ascontiguousarray(getattr(made, name)) for name in ("matrix", "bias", "mean")}
-    notes = {k: v for k, v in asdict(made).items() if k not in tensors}
+    tensors = {name: np.ascontiguousarray(getattr(linear, name)) for name in ("matrix", "bias", "mean")}
+    notes = {k: v for k, v in asdict(linear).items() if k not in tensors}
     return safetensors.numpy.save(tensors, {_NOTES: json.dumps(notes, allow_nan=False)})
 
 
 def _from_bytes(data: bytes) -> LinearDecoder:
-    """Inverse of `_to_bytes`. Raises one of many for anything else."""
+    """Inverse of `_to_bytes`. Raises an exception of some kind for any other bytes."""
     import safetensors.numpy
 
     notes = json.loads(json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"][_NOTES])

@@ -1,7 +1,7 @@
-"""How near one picture is to another: PSNR and SSIM, per image, as scikit-image computes them.
+"""How close one image is to another: PSNR and SSIM, per image, as scikit-image computes them.
 
-Both take pairs of images [B,C,H,W], u8 or float, whose values span `data_range` (255 for u8), and treat channels alike:
-PSNR's squared error is the mean over all of them, SSIM is computed for each and averaged.
+Both take pairs of images [B,C,H,W], u8 or float, whose values span `data_range` (255 for u8). All channels count
+equally: PSNR uses the mean squared error over all of them, SSIM is computed for each and averaged.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from latentprep.errors import UsageError
 
 _K1, _K2 = 0.01, 0.03  # Wang et al. 2004, equation 13
-_SIGMA, _GAUSSIAN, _UNIFORM = 1.5, 11, 7  # the windows' deviation and sides, in pixels
+_SIGMA, _GAUSSIAN, _UNIFORM = 1.5, 11, 7  # the Gaussian window's deviation and the windows' sides, in pixels
 
 
 def psnr(images: Tensor, others: Tensor, data_range: float = 255.0) -> Tensor:
@@ -27,11 +27,11 @@ def psnr(images: Tensor, others: Tensor, data_range: float = 255.0) -> Tensor:
 
 
 def ssim(images: Tensor, others: Tensor, data_range: float = 255.0, window: str = "gaussian") -> Tensor:
-    """[B,C,H,W] twice -> f64 [B], at most 1, which is equality; NaN for images smaller than the window.
+    """[B,C,H,W] twice -> f64 [B]: 1 for equal images, else less; NaN for images smaller than the window.
 
     The structural similarity of Wang et al. (IEEE Trans. Image Processing 13, 2004), averaged over channels and over
-    every place where the window lies inside the image. window: ``gaussian``, theirs: 11×11, σ 1.5, variances as
-    weighted means; or ``uniform``: 7×7, sample variances, the default of scikit-image's function.
+    every place where the window is inside the image. window: ``gaussian``, as in the paper (11×11, σ 1.5,
+    variances as weighted means), or ``uniform`` (7×7, sample variances), the default of scikit-image.
     """
     _check_pair(images, others)
     if window not in ("gaussian", "uniform"):
@@ -44,7 +44,7 @@ def ssim(images: Tensor, others: Tensor, data_range: float = 255.0, window: str 
     kernel = (taps / taps.sum()).float().to(images.device)
     # Centred on zero, so that float32 loses little in E[x²] − E[x]².
     x, y = (values.float() / data_range - 0.5 for values in (images, others))
-    # As channels of one depthwise convolution, channels last: fifty times as fast on a CPU as one by one.
+    # One depthwise convolution, channels last: fifty times as fast on a CPU as one convolution per channel.
     maps = torch.cat([x, y, x * x + y * y, x * y], 1).contiguous(memory_format=torch.channels_last)
     for shape in ((1, 1, -1, 1), (1, 1, 1, -1)):
         maps = F.conv2d(maps, kernel.view(shape).repeat(maps.shape[1], 1, 1, 1), groups=maps.shape[1])
@@ -58,7 +58,7 @@ def ssim(images: Tensor, others: Tensor, data_range: float = 255.0, window: str 
 
 
 def mean(values: Iterable[float]) -> float | None:
-    """Their mean; None where there are none or it is no finite number, which JSON could not hold."""
+    """The mean; None if there are no values, or if it is not finite, which JSON cannot hold."""
     values = list(values)
     average = math.fsum(values) / len(values) if values else math.nan
     return average if math.isfinite(average) else None
@@ -67,5 +67,5 @@ def mean(values: Iterable[float]) -> float | None:
 def _check_pair(images: Tensor, others: Tensor) -> None:
     if images.shape != others.shape or images.ndim != 4:
         raise UsageError(
-            f"images are compared in pairs [B,C,H,W] of one shape, got {list(images.shape)} and {list(others.shape)}"
+            f"both images must have the same shape [B,C,H,W], got {list(images.shape)} and {list(others.shape)}"
         )

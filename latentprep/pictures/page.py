@@ -1,6 +1,6 @@
-"""HTML pages that need nothing but themselves: no network, no script, light and dark, as wide as the screen.
+"""Self-contained HTML pages: no network, no script, light and dark, for any width of screen.
 
-Every function here gives a piece of HTML; all text that goes in is escaped.
+Every function here returns a piece of HTML; all text in it is escaped.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 
 class Picture(Protocol):
-    """What `drawing.drawn` gives."""
+    """What `plots.drawn` yields."""
 
     def __call__(self, format: str) -> bytes: ...
 
 
-# The plots' colours as variables, and what each is in the dark: all at 4.5:1 or more on the card where they are text.
+# The plots' colours as variables, and their dark counterparts. As text, all have a contrast of 4.5:1 or more.
 _DARK = ("#58a6ff", "#f0883e", "#3fb950", "#bc8cff", "#f778ba", "#d29922")
 _VARIABLES = {INK: "ink", "#000000": "ink", GRID: "line", GREY: "grey"}
 _VARIABLES |= {colour: f"c{i}" for i, colour in enumerate(COLOURS)}
@@ -102,9 +102,9 @@ def facts(pairs: dict[str, str]) -> str:
 def table(
     caption: str, columns: Sequence[str], rows: Sequence[Sequence[str]], heat: Sequence[Sequence[float]] | None = None
 ) -> str:
-    """A table that scrolls inside its own box where the screen is narrow; its first column names the rows.
+    """A table that scrolls inside its own box if the screen is narrow. Its first column names the rows.
 
-    heat: 0…1 for each cell but the first of a row: how strongly it is coloured.
+    heat: 0…1 for each cell except the first of a row: how strongly it is coloured.
     """
     numeric = [i > 0 and all(_is_number(row[i]) for row in rows) for i in range(len(columns))]
     head = "".join(f'<th scope="col"{_right(n)}>{escape(name)}</th>' for name, n in zip(columns, numeric, strict=True))
@@ -113,7 +113,7 @@ def table(
         cells = [f'<th scope="row">{escape(row[0])}</th>']
         for i, text in enumerate(row[1:], 1):
             share = 0.0 if heat is None else heat[number][i - 1]
-            # At most 40% of a dark blue under the ink: 4.5:1 and more, light and dark.
+            # At most 40% blue under the text: a contrast of 4.5:1 or more, light and dark.
             style = f' style="background:color-mix(in srgb,var(--heat) {40 * share:.0f}%,var(--card))"' if share else ""
             wide = ' class="wide"' if len(text) > 40 else _right(numeric[i])
             cells.append(f"<td{wide}{style}>{escape(text)}</td>")
@@ -127,7 +127,7 @@ def table(
 
 
 def charts(figures: Sequence[str], small: bool = False) -> str:
-    """Charts side by side, as many as there is room for."""
+    """Charts side by side, as many as fit."""
     return f'<div class="charts{" small" if small else ""}">' + "".join(figures) + "</div>"
 
 
@@ -146,7 +146,7 @@ def chart(picture: Picture, alt: str, caption: str = "") -> str:
     svg = re.sub(r"<text style=\"(?![^\"]*fill)", '<text style="fill: var(--ink); ', svg)
     for colour, name in _VARIABLES.items():
         svg = svg.replace(colour, f"var(--{name})")
-    # Names must be unique on the page; only those that are referred to are kept, and renamed.
+    # Names must be unique on the page: drop those that nothing refers to, rename the others.
     names = set(re.findall(r'(?:url\(#|href="#)([\w.-]+)', svg))
     svg = re.sub(r' id="([\w.-]+)"', lambda m: m[0] if m[1] in names else "", svg)
     prefix = "p" + hashlib.sha256(svg.encode()).hexdigest()[:8]
@@ -165,7 +165,7 @@ def cards(every: Sequence[str]) -> str:
 
 
 def tile(picture: Image, alt: str, caption: str = "", exact: bool = False) -> str:
-    """A small picture, in the page itself. exact: a PNG whose pixels are to be seen; else a JPEG."""
+    """A small picture, inside the page. exact: a PNG whose pixels stay visible; otherwise a JPEG."""
     buffer = io.BytesIO()
     picture.save(buffer, **({"format": "PNG"} if exact else {"format": "JPEG", "quality": 88}))
     data = base64.b64encode(buffer.getvalue()).decode()

@@ -1,4 +1,4 @@
-"""Plots in this project's looks."""
+"""Plots in this project's style."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 GREY, BLUE, INK, GRID = "#8a8f98", "#1f6feb", "#24292f", "#e6e8eb"
-COLOURS = (BLUE, "#bc4c00", "#1a7f37", "#8250df", "#bf3989", "#9a6700")  # lines that are told apart by colour
+COLOURS = (BLUE, "#bc4c00", "#1a7f37", "#8250df", "#bf3989", "#9a6700")  # for lines that differ by colour
 
 
 @contextlib.contextmanager
 def draw(path: Path, panels: int) -> Iterator[Sequence[Axes]]:
-    """Axes side by side to draw on, in this project's looks; at the end they are a PNG or an SVG at `path`."""
+    """Axes side by side to draw on, in this project's style; afterwards they are saved to `path`, a PNG or an SVG."""
     with drawn(panels) as (axes, picture):
         yield axes
     write_atomic(path, picture(path.suffix[1:]))
@@ -28,14 +28,14 @@ def draw(path: Path, panels: int) -> Iterator[Sequence[Axes]]:
 
 @contextlib.contextmanager
 def drawn(panels: int, width: float = 4.5, height: float = 3.6) -> Iterator[tuple[Sequence[Axes], _Picture]]:
-    """The same, and what afterwards gives the bytes of a file. width, height: of a panel, in inches."""
+    """The same, with a function that afterwards returns the bytes of a file. width, height: of a panel, in inches."""
     from matplotlib.figure import Figure
     from matplotlib.text import Text
 
     figure = Figure(figsize=(width * panels, height), dpi=144, layout="constrained")
     every = figure.subplots(1, panels, squeeze=False)[0]
     yield every, _Picture(figure)
-    for text in figure.findobj(Text):  # names of classes and runs: a $ in them is no formula
+    for text in figure.findobj(Text):  # a $ in the name of a class or run does not start a formula
         text.set_text(shown(text.get_text()))
         text.set_parse_math(False)
     for axes in every:
@@ -49,7 +49,7 @@ class _Picture:
         self.figure = figure
 
     def __call__(self, format: str) -> bytes:
-        """png, or svg whose texts are texts. The same drawing gives the same bytes."""
+        """The bytes as png, or as svg with real text. The same drawing gives the same bytes."""
         import matplotlib
 
         picture = io.BytesIO()

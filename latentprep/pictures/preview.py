@@ -1,4 +1,4 @@
-"""`preview`: a contact sheet of a dataset, and the one that shows what linear decoding makes of latents."""
+"""`preview`: a contact sheet of a dataset, and one that shows linear decoding."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from latentprep.storage.places import path_of
 from latentprep.text import plural
 
 LIMIT = 20
-FEWER = (4, 2, 1)  # bits that are shown beside the stored ones, where those are more
+FEWER = (4, 2, 1)  # bits to show beside the stored ones, if fewer
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ def preview(
 ) -> PreviewResult:
     """Draw a contact sheet of samples of a dataset as a PNG at `out`.
 
-    Of each: the original, where `source` is given or the one that the dataset was made of is at hand; decoded at the
-    stored bits and at fewer, which need no encoder (`bits`; by default 4, 2 and 1); its latent channels in false
-    colours; three of them as red, green and blue. decoder: ``codec``, or ``linear``, which needs no network.
+    For each sample: the original, if `source` is given or the dataset's own source is on this machine; decoded at the
+    stored bits and at fewer (`bits`; by default 4, 2 and 1); its latent channels in false colours; three of them as
+    red, green and blue. decoder: ``codec``, or ``linear``, which needs no neural network.
     """
     opened = open_dataset(dataset)
     picked = _picked(opened, split, index, classes, limit)
@@ -85,15 +85,18 @@ def linear_preview(
     weights: str | None = None,
     device: str = "auto",
 ) -> PreviewResult:
-    """Draw what linear decoding does, as a PNG: the original, and decoded by the network; the original shrunk to the
-    latent grid, and latents decoded to that by the C×3 matrix; decoded to all pixels by the C×3·f² one; and the shrunk
-    image brought to latents by the pseudo-inverse and decoded by the network."""
+    """Draw a contact sheet of linear decoding, as a PNG at `out`.
+
+    For each sample: the original; decoded by the network; the original shrunk to the latent grid; the latents decoded
+    to that grid by the C×3 matrix; decoded to all pixels by the C×3·f² matrix; and the shrunk image turned into latents
+    by the pseudo-inverse and decoded by the network.
+    """
     opened = open_dataset(dataset)
     linear = load_linear_decoder(opened)
     picked = _picked(opened, split, index, classes, limit)
     originals = load_originals(opened, open_own_source(source, data=data), picked)
     if originals is None:
-        raise SourceError("the pseudo-inverse starts from the images", f"say where they are with {opt('source')}")
+        raise SourceError("the images are needed for the pseudo-inverse", f"say where they are with {opt('source')}")
     codec = open_decoder(opened, "codec", weights, device)
     latents = torch.from_numpy(opened.quantizer.dequantize(picked.codes))
     decode = Fitting(codec.decode, NOT_ON_DEVICE)
@@ -123,7 +126,7 @@ def sample_columns(
     stored = dataset.quantizer.bits
     for b in bits or ():
         if check_bits(b) > stored:
-            raise UsageError(f"{dataset.root} has {stored} bits a code, not {b}", f"use {opt('bits')} 1 to {stored}")
+            raise UsageError(f"{dataset.root} has only {stored} bits per code", f"use {opt('bits')} 1 to {stored}")
     shown = sorted(set(bits or [stored, *(b for b in FEWER if b < stored)]), reverse=True)
     originals = load_originals(dataset, source, picked)
     columns = [] if originals is None else [Column("original", pixels(originals))]
@@ -133,7 +136,7 @@ def sample_columns(
             codes = picked.codes
             if b != stored:
                 codes = recoder(dataset.quantizer, quantizer)(codes[:, None])[0][:, 0]
-            columns.append(Column(f"{b} bit{'s' if b > 1 else ''}", pixels(decode_all(decoder, codes, quantizer))))
+            columns.append(Column(plural(b, "bit"), pixels(decode_all(decoder, codes, quantizer))))
             bar.advance(1)
     if isinstance(decoder, LinearDecoder):
         latents = torch.from_numpy(dataset.quantizer.dequantize(picked.codes))
@@ -164,7 +167,7 @@ def _picked(
 ) -> Picked:
     picked = pick(dataset, split, index=index, classes=classes, limit=limit)
     if not len(picked):
-        raise UsageError(f"{dataset.root} has no valid sample of that choice in {picked.split}", "choose others")
+        raise UsageError(f"no valid sample of {picked.split} in {dataset.root} matches", "choose other classes or rows")
     order = np.argsort(picked.labels, kind="stable")
     return picked.at(order)
 

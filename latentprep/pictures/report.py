@@ -1,4 +1,4 @@
-"""`report`: one HTML page that says what a dataset is, shows what its codes keep, and how runs on it do."""
+"""`report`: one HTML page about a dataset: what it is, what its codes keep, and how good its runs are."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from latentprep.progress import ProgressFactory, silent
 from latentprep.sources.source import Source, open_own_source
 from latentprep.storage.atomic import write_atomic
 from latentprep.storage.places import path_of
-from latentprep.text import size
+from latentprep.text import plural, size
 
 if TYPE_CHECKING:
     from latenttrain.diagnosis import Diagnosis
 
 SAMPLES = 10
-_SHARDS = 64  # that histograms are counted from, at most
+_SHARDS = 64  # shards that histograms are counted from, at most
 _CHANNELS = 16  # histograms shown, at most
 _ERRORS = 50  # listed, at most
 _TILE = 112  # pixels
@@ -38,7 +38,7 @@ _TILE = 112  # pixels
 
 @dataclass(frozen=True)
 class ReportResult:
-    """The page, its size in bytes, and what it says of each channel: entropy in bits a value, share saturated."""
+    """The page, its size in bytes, and for each channel: entropy in bits per value, share of saturated values."""
 
     out: str
     bytes: int
@@ -64,14 +64,14 @@ def report(
     device: str = "auto",
     progress: ProgressFactory = silent,
 ) -> ReportResult:
-    """Write one HTML page about a dataset, and about runs on it, that opens without network in any browser.
+    """Write one HTML page about a dataset, and about runs on it. It opens in any browser, without a network.
 
-    samples: how many are shown. runs: folders that ``latenttrain fit`` made. Those whose codes are this dataset's are
-    evaluated on it, with a confusion matrix and their worst mistakes as decoded pictures; of all the curves are drawn.
-    Raises as `preview` does, and `CheckpointError` for a folder that is no run.
+    samples: how many to show. runs: folders that ``latenttrain fit`` made. Curves are drawn for all runs. Runs that
+    learned this dataset's codes are also evaluated on it, with a confusion matrix and their worst mistakes as images.
+    Raises what `preview` raises, and `CheckpointError` for a folder that is not a run.
     """
     opened = open_dataset(dataset)
-    found = info(opened)
+    facts = info(opened)
     maker = open_decoder(opened, decoder, weights, device)
     picked = pick(opened, limit=samples)
     counts, shards = channel_counts(opened)
@@ -79,26 +79,29 @@ def report(
     given = open_own_source(source, data=data)
     columns = sample_columns(opened, picked, maker, source=given, progress=progress) if len(picked) else []
     sections = [
-        page.section("What was encoded", page.facts(_facts(found)), _classes(found)),
+        page.section("What was encoded", page.facts(_facts(facts)), _classes(facts)),
         page.section("What the codes keep", *_samples(opened, picked, columns)),
-        page.section("Latents", *_latents(opened, found, counts, entropies, shards)),
+        page.section("Latents", *_latents(opened, facts, counts, entropies, shards)),
         page.section("Errors", *_errors(opened)),
         *_runs(opened, maker, runs, device),
     ]
     name = opened.root.resolve().name
-    lead = f"A latent dataset: {found.source} through {found.codec['name']} at {_plural_bits(found.bits)}."
+    lead = (
+        f"A latent dataset: {facts.source}, encoded by {facts.codec['name']} at {plural(facts.bits, 'bit')} per code."
+    )
     document = page.page(f"Report on {name}", lead, sections)
     try:
         write_atomic(path_of(out), document)
     except OSError as error:
         raise system_fault(error) from error
     return ReportResult(
-        str(out), len(document), found.bits_per_value, entropies, found.saturation, tuple(map(str, runs))
+        str(out), len(document), facts.bits_per_value, entropies, facts.saturation, tuple(map(str, runs))
     )
 
 
 def channel_counts(dataset: LatentDataset) -> tuple[np.ndarray, tuple[int, int]]:
-    """How often each channel has each code, i64 [C,levels], valid rows only; and from how many of how many shards."""
+    """How often each channel has each code, i64 [C,levels], in valid rows; and how many of how many shards were
+    counted."""
     levels, channels = dataset.quantizer.levels, dataset.manifest.latent[0]
     every = [(split, record.index) for split in dataset.splits for record in dataset.records(split)]
     chosen = every[:: max(1, -(-len(every) // _SHARDS))]
@@ -112,7 +115,7 @@ def channel_counts(dataset: LatentDataset) -> tuple[np.ndarray, tuple[int, int]]
 
 
 def entropy(counts: np.ndarray) -> float:
-    """Bits a value, order 0: i64 [levels] -> −Σ p log2 p; 0 where nothing was counted."""
+    """Order-0 entropy in bits per value: i64 [levels] -> −Σ p log2 p; 0 if nothing was counted."""
     shares = counts[counts > 0] / max(1, counts.sum())
     return float(-(shares * np.log2(shares)).sum()) + 0.0
 
@@ -140,14 +143,14 @@ def _facts(found: DatasetInfo) -> dict[str, str]:
     return {
         "source": found.source,
         "codec": found.codec["name"] + (f" ({options}{weights})" if options else ""),
-        "latents": f"{height}×{width}×{channels} of {found.size}×{found.size} px, {_plural_bits(found.bits)} a code"
+        "latents": f"{height}×{width}×{channels} of {found.size}×{found.size} px, {plural(found.bits, 'bit')} per code"
         + (", chosen jointly" if found.joint else "")
         + (f", {found.views} views" if found.views > 1 else ""),
         "samples": f"{rows}; {found.classes} classes",
-        "codes": f"{size(found.code_bytes)}: {found.bytes_per_image:,.0f} bytes an image ({found.store}, "
+        "codes": f"{size(found.code_bytes)}: {found.bytes_per_image:,.0f} bytes per image ({found.store}, "
         f"{found.compression})",
-        "smaller": f"{found.smaller_than_source:.1f} times than the images' files, "
-        f"{found.smaller_than_pixels:.0f} times than their pixels",
+        "compression": f"{found.smaller_than_source:.1f}× smaller than the image files, "
+        f"{found.smaller_than_pixels:.0f}× smaller than their pixels",
     }
 
 
@@ -170,8 +173,8 @@ def _samples(dataset: LatentDataset, picked: Picked, columns: Sequence[Column]) 
         every.append(page.card(name, picture_tiles([column.title for column in columns], columns, at, name)))
     return [
         page.paragraph(
-            "Fewer bits than are stored are derived from the codes. Channels are in false colours, dark low and bright "
-            "high; the last picture has the first three as red, green and blue."
+            "Images at fewer bits are derived from the stored codes. Channels are in false colours, from dark (low) to "
+            "bright (high); the last image shows the first three as red, green and blue."
         ),
         page.cards(every),
     ]
@@ -187,8 +190,8 @@ def _latents(
     quantizer = dataset.quantizer
     mean = sum(entropies) / len(entropies)
     text = (
-        f"A value takes {found.bits_per_value:.2f} bits on disk. The codes' order-0 entropy, channel by channel, is "
-        f"{mean:.2f} bits; without entropy coding it would be {found.bits}."
+        f"A value takes {found.bits_per_value:.2f} bits on disk. The codes' order-0 entropy, averaged by channel, is "
+        f"{mean:.2f} bits; without entropy coding, a value would take {found.bits}."
     )
     if shards[0] < shards[1]:
         text += f" Counted on {shards[0]} of {shards[1]} shards."
@@ -208,7 +211,7 @@ def _latents(
     return [
         page.paragraph(text),
         page.charts(figures, small=True),
-        *([page.paragraph(f"{more} more channels are in the table only.")] if more else []),
+        *([page.paragraph(f"The table has {more} more channels.")] if more else []),
         page.table(
             "Quantizer range, share of values outside it, and entropy of each channel",
             ["channel", "low", "high", "step", "saturated", "entropy, bits"],
@@ -249,7 +252,7 @@ def _runs(dataset: LatentDataset, decoder: Decoder, runs: Sequence[str | Path], 
         title = f"Run {number}: {run.name}"
         try:
             found = diagnose(run.run, dataset, device=device)
-        except CheckpointError:  # read_run took it, so what does not fit is the codes
+        except CheckpointError:  # read_run accepted it, so it is the codes that do not fit
             sections.append(
                 page.section(title, page.paragraph("Not evaluated on this dataset: it learned other codes."))
             )
@@ -259,7 +262,7 @@ def _runs(dataset: LatentDataset, decoder: Decoder, runs: Sequence[str | Path], 
 
 
 def _mistakes(dataset: LatentDataset, decoder: Decoder, found: Diagnosis) -> list[str]:
-    """The samples that the run was most wrong about, and one of each pair of classes that it confuses most."""
+    """The samples that the run got most wrong, and one sample for each pair of classes that it confuses most."""
     parts = []
     for title, chosen in (("Most confused", found.most_confused()), ("Most wrong", found.most_wrong())):
         if not chosen:
@@ -272,11 +275,7 @@ def _mistakes(dataset: LatentDataset, decoder: Decoder, found: Diagnosis) -> lis
             truth, said = dataset.classes[mistake.label], dataset.classes[mistake.predicted]
             image = Image.fromarray(np.ascontiguousarray(pictures[place[mistake.row]]))
             image.thumbnail((_TILE, _TILE), Image.Resampling.LANCZOS)
-            text = f"{truth}, taken for {said} ({mistake.note})"
+            text = f"{truth}, classified as {said} ({mistake.note})"
             tiles.append(page.tile(image, f"row {mistake.row}: {text}", text))
         parts.append(page.card(title, tiles))
     return parts
-
-
-def _plural_bits(bits: int) -> str:
-    return f"{bits} bit" if bits == 1 else f"{bits} bits"

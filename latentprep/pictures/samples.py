@@ -1,4 +1,4 @@
-"""Samples of a latent dataset as pictures: which ones, their codes decoded, and the originals of a source."""
+"""Samples of a latent dataset as images: pick them, decode their codes, and load their originals."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ from latentprep.quantizing.scalar import dequantize
 from latentprep.sources.images import BadImage, canonical_view
 from latentprep.sources.source import Source, open_source
 
-_BATCH = 32  # images that a decoder takes at once, at most
-_CELLS = 32 * 32**2  # of the latent grid, likewise: some kernels take no 2^31 values, and SD-VAE's layers are large
+_BATCH = 32  # images per batch of a decoder, at most
+_CELLS = (
+    32 * 32**2
+)  # latent cells per batch, at most: some kernels do not take 2^31 values, and SD-VAE's layers are large
 _READERS = 4
 
 
@@ -42,13 +44,13 @@ class Picked:
         return len(self.rows)
 
     def at(self, places: slice | np.ndarray) -> Picked:
-        """Some of them."""
+        """The samples at these places."""
         keys = np.array(self.keys, dtype=object)[places].tolist()
         return Picked(self.split, self.rows[places], self.codes[places], self.labels[places], keys)
 
 
 class Decoder(Protocol):
-    """What makes pictures of latents: a codec, or a `LinearDecoder`."""
+    """Turns latents into images: a codec, or a `LinearDecoder`."""
 
     def decode(self, latents: Tensor) -> Tensor:
         """f32 [B,C,h,w] -> u8 [B,3,H,W]."""
@@ -56,7 +58,7 @@ class Decoder(Protocol):
 
 
 def shown_split(splits: Sequence[str]) -> str:
-    """The split that pictures are made of unless another is asked for: val, or the first where there is no val."""
+    """The default split to show: val, or the first if there is no val."""
     return "val" if "val" in splits else splits[0]
 
 
@@ -68,16 +70,14 @@ def pick(
     classes: Sequence[str] | None = None,
     limit: int | None = None,
 ) -> Picked:
-    """Samples of a split, in order; invalid rows are left out, and only shards that hold a picked row are read.
+    """Samples of a split, in order, without invalid rows. Only shards that hold a picked row are read.
 
-    index: just these rows. classes: of these names only. limit: at most so many, spread evenly over the classes.
-    Raises `UsageError` for a split, class or row that is not there or not valid, `DatasetError` for a damaged dataset.
+    index: only these rows. classes: only these classes, by name. limit: at most this many, spread evenly over classes.
+    Raises `UsageError` for a split, class or row that does not exist or is invalid, `DatasetError` if damaged.
     """
     split = split or shown_split(dataset.splits)
     dataset.check_complete(split)
-    manifest = dataset.manifest
-    shards = range(manifest.shard_count(split))
-    labels = np.concatenate([dataset.read_labels(split, shard) for shard in shards] or [np.empty(0, np.int32)])
+    manifest, labels = dataset.manifest, dataset.labels(split)
     rows = np.flatnonzero(labels != INVALID_LABEL)
     if index is not None:
         for row in index:
@@ -128,10 +128,10 @@ def decode_all(decoder: Decoder, codes: np.ndarray, quantizer: Quantizer) -> Ten
 
 
 class Originals:
-    """The images that a dataset was made of, found in a source by their keys.
+    """The images that a dataset was made from, found in a source by their keys.
 
-    A sample is looked for in its own split first and then in the others, so the options with which the source was split
-    and limited need not be given again. Raises `SourceError` if the source has not got it, or under another class.
+    A sample is looked up in its own split first, then in the others. So the parameters that split and limited the
+    source need not be given again. Raises `SourceError` if the source does not have it, or has it in another class.
     """
 
     def __init__(self, dataset: LatentDataset, source: Source) -> None:
@@ -165,14 +165,14 @@ class Originals:
             if row is not None and self.source.classes[self._labels[other][row]] == name:
                 return other, row
         raise SourceError(
-            f"{self.source.spec} is not what the dataset was made of: it has no {key} of class {name}",
-            "give the same source as to latentprep encode",
+            f"{self.source.spec} is not the dataset's source: it has no {key} of class {name}",
+            "use the source that it was encoded from",
         )
 
 
 def load_originals(dataset: LatentDataset, source: Source | None, picked: Picked) -> Tensor | None:
-    """The picked samples' images, u8 [n,3,S,S], from the `source` given, or else from the one that the dataset was made
-    of if that takes no download and no search of an archive; None where no source is at hand."""
+    """The picked samples' images, u8 [n,3,S,S], from `source` or, if it is None, from the dataset's own source if that
+    needs no download and no archive. None if there is no source."""
     if source is not None:
         return Originals(dataset, source).load(picked)
     spec = dataset.manifest.source["spec"]
@@ -180,7 +180,7 @@ def load_originals(dataset: LatentDataset, source: Source | None, picked: Picked
         return None
     try:
         return Originals(dataset, open_source(spec)).load(picked)
-    except LatentError:  # another folder by now
+    except LatentError:  # the folder has changed
         return None
 
 
@@ -191,13 +191,13 @@ def _class_index(dataset: LatentDataset, name: str) -> int:
 
 
 def _spread(rows: np.ndarray, labels: np.ndarray, limit: int) -> np.ndarray:
-    """At most `limit` of the rows, as many of each class as there are, evenly spaced: i64 [N], i32 [N] -> i64 [n]."""
+    """At most `limit` rows, equally many of each class if possible, evenly spaced: i64 [N], i32 [N] -> i64 [n]."""
     if limit < 1:
         raise UsageError(f"{opt('limit')} must be 1 or more, got {limit}", "leave it out for all samples")
     if limit >= len(rows):
         return rows
     counts = np.bincount(labels)
-    # Fill up the classes evenly: each gets the same, but for those that have fewer.
+    # Fill the classes evenly: each gets the same number, unless it has fewer.
     share, left = np.zeros_like(counts), limit
     while left:
         open_ = np.flatnonzero(share < counts)

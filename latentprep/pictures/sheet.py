@@ -1,4 +1,4 @@
-"""Contact sheets: for each sample a row of pictures side by side, under its name; and latents as pictures."""
+"""Contact sheets: a row of images for each sample, with its name; and latents as images."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from PIL import Image, ImageDraw, ImageFont
 
 from latentprep.text import shown
 
-TILE, WIDTH = 112, 1660  # pixels: a picture's side, and the sheet's width at most
+TILE, WIDTH = 112, 1660  # pixels: an image's side, and the sheet's maximal width
 _GAP, _MARGIN, _LINE, _TEXT = 3, 16, 18, 12
 INK, MUTED = "#24292f", "#59636e"
 
 
 @dataclass(frozen=True)
 class Column:
-    """Pictures under one title, u8 [n,H,W,3], one a sample. `smooth`: shown interpolated where they are enlarged."""
+    """Images under one title, u8 [n,H,W,3], one per sample. smooth: interpolate them if they are enlarged."""
 
     title: str
     pictures: np.ndarray
@@ -30,7 +30,7 @@ class Column:
 def draw_sheet(
     columns: list[Column], names: list[str], title: str = "", tile: int = TILE, width: int = WIDTH
 ) -> Image.Image:
-    """The contact sheet: as many samples side by side as its width holds, each under its name."""
+    """The contact sheet: as many samples side by side as its width allows, each with its name."""
     title = shown(title)
     group = len(columns) * (tile + _GAP) - _GAP
     across = max(1, min(len(names), (width - _MARGIN) // (group + _MARGIN)))
@@ -63,8 +63,8 @@ def png(sheet: Image.Image) -> bytes:
 
 
 def channel_pictures(unit: np.ndarray) -> np.ndarray:
-    """Latents in 0…1, f32 [n,C,h,w] -> u8 [n,H,W,3]: every channel in false colours, dark low and bright high, side by
-    side in reading order."""
+    """Latents in 0…1, f32 [n,C,h,w] -> u8 [n,H,W,3]: every channel in false colours, from dark (low) to bright (high),
+    side by side in reading order."""
     from matplotlib import colormaps
 
     n, channels, height, width = unit.shape
@@ -85,14 +85,14 @@ def colour_pictures(unit: np.ndarray) -> np.ndarray:
 
 @lru_cache
 def font(size: int) -> ImageFont.FreeTypeFont:
-    """The plots' typeface, which has the letters of most languages."""
+    """The typeface of the plots, which has the letters of most languages."""
     import matplotlib
 
     return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
 
 
 def fitted(text: str, width: int) -> str:
-    """The text, cut with an ellipsis where it is wider than `width` pixels, and safe to draw."""
+    """The text, safe to draw, cut with an ellipsis if it is wider than `width` pixels."""
     text = shown(text)
     if font(_TEXT).getlength(text) <= width:
         return text
@@ -102,7 +102,7 @@ def fitted(text: str, width: int) -> str:
 
 
 def _resized(picture: np.ndarray, tile: int, smooth: bool) -> Image.Image:
-    """Its longer side made `tile`: averaged where it shrinks, blocks of pixels where it grows unless `smooth`."""
+    """Resize the longer side to `tile`: averaged if it shrinks; if it grows, blocks of pixels unless `smooth`."""
     image = Image.fromarray(np.ascontiguousarray(picture))
     scale = tile / max(image.size)
     size = tuple(max(1, round(side * scale)) for side in image.size)

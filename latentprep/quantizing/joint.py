@@ -1,9 +1,9 @@
-"""Joint quantization: a grid's codes chosen together, so that a small filter over them comes near the latents.
+"""Joint quantization: choose all codes of a grid together, so that a small filter over them restores the latents.
 
-Plain rounding minimizes each value's own error. But neighbours tell something of a value, and at few bits much: with
-``latents ≈ centre + filter * (dequantized - centre)``, a 3 x 3 filter over all channels, codes may be moved so that
-their errors cancel. It is analysis by synthesis, as speech coders do it (Schroeder and Atal 1985), the nearest
-lattice point being sought by coordinate descent. On TAESD's latents it gains 2.5 dB at 1 bit and 1.0 dB at 4.
+Plain rounding minimizes each value's own error. But neighbours say something about a value, and at few bits a lot. With
+``latents ≈ centre + filter * (dequantized - centre)``, a 3×3 filter over all channels, codes can be moved so that
+their errors cancel. This is analysis by synthesis, as in speech coders (Schroeder and Atal 1985); coordinate descent
+looks for the nearest lattice point. On TAESD's latents it gains 2.5 dB at 1 bit and 1.0 dB at 4.
 """
 
 from __future__ import annotations
@@ -19,20 +19,19 @@ from torch import Tensor
 from latentprep.device import full_float32
 from latentprep.format.quantizer import FILTER_SIDE, Quantizer
 
-_CELLS = 1 << 18  # of the grids that the filter is fitted to, at most
-_ROUNDS = 8  # of fitting the filter to the codes and the codes to the filter; more gain less than 0.02 dB
-_SHARES = (1 / 2, 1, 1, 1)  # of the filter in each sweep; begun with all of it, the search ends 0.1 dB short at 1 bit
+_CELLS = 1 << 18  # cells of the grids that the filter is fitted to, at most
+_ROUNDS = 8  # rounds of fitting the filter to the codes and the codes to the filter; more gain less than 0.02 dB
+_SHARES = (1 / 2, 1, 1, 1)  # of the filter in each sweep; starting with all of it loses 0.1 dB at 1 bit
 _MARGIN = FILTER_SIDE // 2
 
 
 @full_float32()
 def fit_filter(latents: Tensor, quantizer: Quantizer) -> Quantizer:
-    """The quantizer with the filter, and the centres, that restore `latents`, f32 [B,C,h,w], best in least squares.
+    """The quantizer with the filter and the centres that restore `latents`, f32 [B,C,h,w], with least squared error.
 
-    Filter and codes are fitted in turn: each is the best for the other, or nearly. An error counts in units of its
-    channel's step.
+    Filter and codes are fitted in turn, each to the other. Errors are measured in steps of their channel.
     """
-    latents = latents.detach().cpu()  # in float64, which MPS has not; and the same on every device
+    latents = latents.detach().cpu()  # for float64, which MPS lacks, and the same result for every device
     few = -(-len(latents) * latents[0, 0].numel() // _CELLS)
     centre, step = _columns(quantizer, latents)
     wanted = ((latents[::few].float() - centre) / step).permute(1, 2, 3, 0).contiguous()
@@ -48,12 +47,12 @@ def fit_filter(latents: Tensor, quantizer: Quantizer) -> Quantizer:
 
 @full_float32()
 def search(latents: Tensor, quantizer: Quantizer) -> Tensor:
-    """f32 [B,C,h,w] -> u8 [B,C,h,w] on the same device: codes whose filtered values come near the latents.
+    """f32 [B,C,h,w] -> u8 [B,C,h,w] on the same device: codes whose filtered values are close to the latents.
 
     Samples do not depend on each other. The search starts from plain rounding and ends in a local minimum.
     """
     centre, step = _columns(quantizer, latents)
-    wanted = ((latents - centre) / step).permute(1, 2, 3, 0).contiguous()  # samples last: what is done to all is fast
+    wanted = ((latents - centre) / step).permute(1, 2, 3, 0).contiguous()  # samples last: fastest
     codes = _nearest(wanted, quantizer.levels)
     kernel = constants(quantizer, latents.device)[2] * step.view(1, -1, 1, 1) / step[:, :, None]
     plain = torch.zeros_like(kernel)
@@ -65,18 +64,18 @@ def search(latents: Tensor, quantizer: Quantizer) -> Tensor:
 
 @full_float32()
 def restore(dequantized: Tensor, quantizer: Quantizer) -> Tensor:
-    """f32 [B,C,h,w], the middles of the codes' cells -> f32 [B,C,h,w], the latents that they stand for"""
+    """f32 [B,C,h,w], the middles of the codes' cells -> f32 [B,C,h,w], the latents they stand for."""
     centre, _ = _columns(quantizer, dequantized)
     return centre + F.conv2d(dequantized - centre, constants(quantizer, dequantized.device)[2], padding=_MARGIN)
 
 
 @lru_cache(maxsize=32)
 def constants(quantizer: Quantizer, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Low ends and steps, f32 [C,1,1] each, and the filter, f32 [C,C,3,3], or [0] where there is none.
+    """Low ends and steps, f32 [C,1,1] each, and the filter, f32 [C,C,3,3], or [0] if there is no filter.
 
-    Kept on the device: to copy them there anew would wait for all that is queued. They must not be changed.
+    Kept on the device: copying them again would wait for all queued work. They must not be changed.
     """
-    with torch.inference_mode(False):  # usable in it and outside
+    with torch.inference_mode(False):  # usable inside inference mode and outside
         lo, step, kernel = (
             torch.tensor(values, dtype=torch.float32, device=device)
             for values in (quantizer.lo, quantizer.step, quantizer.filter)
@@ -93,12 +92,12 @@ def _columns(quantizer: Quantizer, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _nearest(wanted: Tensor, levels: int) -> Tensor:
-    """Plain rounding: in units of a step from the centre, and so are all codes here."""
+    """Plain rounding. Values and codes are in steps from the centre, as everywhere in this module."""
     return (wanted + levels / 2).floor_().clamp_(0, levels - 1).sub_((levels - 1) / 2)
 
 
 def _least_squares(wanted: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-    """Kernel f32 [C,C,3,3] and offset f32 [C,1,1,1] with which codes [C,h,w,B] come nearest to what is wanted."""
+    """Kernel f32 [C,C,3,3] and offset f32 [C,1,1,1] that bring codes [C,h,w,B] nearest to what is wanted."""
     channels = len(codes)
     size = channels * FILTER_SIDE**2 + 1
     squares = torch.zeros(size, size, dtype=torch.float64, device=codes.device)
@@ -115,7 +114,7 @@ def _least_squares(wanted: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sweep(wanted: Tensor, codes: Tensor, kernel: Tensor, levels: int) -> None:
-    """Move every code, in place, to where the squared error is least while the others stay: f32 [C,h,w,B] both.
+    """Move each code, in place, to where the squared error is least while the others stay. f32 [C,h,w,B] both.
 
     Codes of one channel that are three cells apart share no residual, so a ninth of a channel moves at a time.
     """
@@ -125,7 +124,7 @@ def _sweep(wanted: Tensor, codes: Tensor, kernel: Tensor, levels: int) -> None:
     margins = [residual[:, :_MARGIN], residual[:, height + _MARGIN :]]
     margins += [residual[:, :, :_MARGIN], residual[:, :, width + _MARGIN :]]
     outward = kernel.flip(2, 3)  # what a code adds to the cells around it
-    power = kernel.square().sum((0, 2, 3)).clamp_(min=1e-12)  # a constant channel may have none
+    power = kernel.square().sum((0, 2, 3)).clamp_(min=1e-12)  # it may be 0 for a constant channel
     for channel, row, column in product(range(len(codes)), range(FILTER_SIDE), range(FILTER_SIDE)):
         some = codes[channel, row::FILTER_SIDE, column::FILTER_SIDE]
         rows, columns = some.shape[:2]
@@ -141,7 +140,7 @@ def _sweep(wanted: Tensor, codes: Tensor, kernel: Tensor, levels: int) -> None:
 
 
 def _filtered(codes: Tensor, kernel: Tensor) -> Tensor:
-    """f32 [C,h,w,B] -> f32 [C,h,w,B]; outside of the grid there are zeros."""
+    """f32 [C,h,w,B] -> f32 [C,h,w,B]; zeros lie outside the grid."""
     height, width = codes.shape[1:3]
     padded = F.pad(codes, (0, 0, *(_MARGIN,) * 4))
     result = torch.zeros_like(codes)

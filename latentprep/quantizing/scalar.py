@@ -1,4 +1,4 @@
-"""Fitting a quantizer, and quantizing tensors on their device. What a code means: `latentprep.format.quantizer`."""
+"""Fit a quantizer, and quantize tensors on their device. What a code means: `latentprep.format.quantizer`."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from latentprep.errors import CodecError, opt
 from latentprep.format.quantizer import Quantizer, Statistics, check_bits
 from latentprep.quantizing.joint import constants, fit_filter, restore, search
 
-_VALUES = 1 << 18  # calibration values a channel that the fit looks at, at most
-_NOISE = 2.0**-22  # of the largest latent: what differs by no more is rounding, as in the chroma of grey images
-_STARTS = 64  # first guesses of the range, from all of it down to a small part
-_STEPS = 60  # alternations from each; more gain less than 0.01 dB
-_SLACK = 0.02  # of the least squared error, given for a wider step: 1.5% fewer bytes at 4 bits for 0.09 dB
-_WIDER = np.linspace(1, 1.2, 81)  # steps that are tried, as multiples of the best one
+_VALUES = 1 << 18  # calibration values per channel that the fit uses, at most
+_NOISE = 2.0**-22  # of the largest latent: smaller differences are rounding, as in the chroma of grey images
+_STARTS = 64  # initial ranges, from the full range down to a small part
+_STEPS = 60  # alternations from each start; more gain less than 0.01 dB
+_SLACK = 0.02  # squared error traded for a wider step: 1.5% fewer bytes at 4 bits for 0.09 dB
+_WIDER = np.linspace(1, 1.2, 81)  # steps to try, as multiples of the best one
 
 
 def quantize(latents: Tensor, quantizer: Quantizer) -> Tensor:
     """f32 [B,C,h,w] -> u8 [B,C,h,w] on the same device. Inverse of `dequantize` up to half a step.
 
-    Values outside the quantizer's range take the end codes. With a filter the codes of a sample are chosen jointly.
+    Values outside the quantizer's range get an end code. With a filter, the codes of a sample are chosen jointly.
     """
     if quantizer.filter:
         return search(latents, quantizer)
@@ -39,38 +39,38 @@ def dequantize(codes: Tensor, quantizer: Quantizer) -> Tensor:
 def quantize_counting(latents: Tensor, quantizer: Quantizer) -> tuple[Tensor, Tensor, Tensor]:
     """f32 [B,C,h,w] -> codes u8 [B,C,h,w], saturated i64 [C], finite bool [B], in few passes over the latents.
 
-    saturated: how many values lie outside the quantizer's range, a channel; finite: images without NaN or infinity.
+    saturated: values outside the quantizer's range, per channel; finite: whether an image has no NaN or infinity.
     """
     lo, step = _columns(quantizer, latents)
     cells = (latents - lo).div_(step)
-    finite = torch.isfinite(cells.sum((1, 2, 3)))  # one that is not makes the sum so
+    finite = torch.isfinite(cells.sum((1, 2, 3)))  # one value that is not finite makes the sum so
     inside = cells.clamp(0, quantizer.levels)
-    # Compared in place, as floats: CPUs take four times as long to compare into booleans.
+    # Compared in place, as floats: comparing into booleans takes CPUs four times as long.
     saturated = cells.ne_(inside).sum((2, 3)).long().sum(0)
     return search(latents, quantizer) if quantizer.filter else _whole(inside, quantizer), saturated, finite
 
 
 def _whole(cells: Tensor, quantizer: Quantizer) -> Tensor:
-    """Positions in cells, f32, overwritten -> codes u8. By way of int32: CPUs turn floats to bytes one at a time."""
+    """Positions in cells, f32, overwritten -> codes u8. Through int32: CPUs convert floats to bytes one at a time."""
     return cells.clamp_(0, quantizer.levels - 1).int().to(torch.uint8)
 
 
 def fit_quantizer(latents: Tensor, bits: int, joint: bool = False) -> Quantizer:
     """The uniform quantizer of `bits` bits with the least mean squared error on `latents`, f32 [B,C,h,w], within 2%.
 
-    For each channel that varies, by Lloyd's algorithm (IEEE Trans. Inf. Theory 28, 1982), the codebook held uniform:
-    give each value its nearest code, then solve for the lo and step that reconstruct best (a linear
-    least-squares fit of values on codes); each of the two can only lower the error. Run from `_STARTS` ranges,
-    and the best is taken. There the error is flat, while the codes' entropy falls with the step by log2 of it: so the
-    widest step whose error is within `_SLACK` of the least is kept. A constant channel has its value in the middle of
-    the range, and a step like those of the others, so that values to come are told apart on both sides of it.
-    joint: with a filter, see `latentprep.quantizing.joint`.
+    Each channel that varies is fitted by Lloyd's algorithm (IEEE Trans. Inf. Theory 28, 1982) with a uniform codebook:
+    give each value its nearest code, then solve for the lo and step that reconstruct best (a linear least-squares fit
+    of values on codes). Both steps can only lower the error. The best result from `_STARTS` ranges is taken. Around it
+    the error is flat, while the codes' entropy falls with log2 of the step. So the widest step whose error is within
+    `_SLACK` of the least is kept. A constant channel has its value in the middle of the range, and a step like those of
+    the other channels, so that later values on both sides of it get codes of their own.
+    joint: add a filter, see `latentprep.quantizing.joint`.
 
     Raises `CodecError` if a value is NaN or infinite.
     """
     check_bits(bits)
     if not torch.isfinite(latents).all():
-        raise CodecError("latents for calibration hold NaN or infinity", f"try {opt('dtype', 'float32')}")
+        raise CodecError("the calibration latents hold NaN or infinity", f"try {opt('dtype', 'float32')}")
     values = latents.detach().float().cpu().transpose(0, 1).flatten(1)
     values = values[:, _spread(values.shape[1])]
     lows, highs = (values.amin(1).double(), values.amax(1).double())
@@ -88,7 +88,7 @@ def fit_quantizer(latents: Tensor, bits: int, joint: bool = False) -> Quantizer:
 
 
 def code_statistics(codes: Tensor, quantizer: Quantizer) -> Statistics:
-    """u8 [B,C,h,w] on the CPU -> what `Statistics` says of them. Sums of codes are exact, in whatever order."""
+    """u8 [B,C,h,w] on the CPU -> their `Statistics`. Sums of codes are exact, whatever the order."""
     values = codes.double()
     if quantizer.filter:
         lo, step = _columns(quantizer, codes)
@@ -100,9 +100,9 @@ def code_statistics(codes: Tensor, quantizer: Quantizer) -> Statistics:
 
 
 def _spread(count: int) -> np.ndarray:
-    """Up to `_VALUES` of so many places, i64: one drawn from each of equal stretches.
+    """Up to `_VALUES` of `count` places, i64: one drawn from each of equal stretches.
 
-    A fixed stride would fall upon the same columns of every grid.
+    A fixed stride would hit the same columns of every grid.
     """
     if count <= _VALUES:
         return np.arange(count)
@@ -111,12 +111,12 @@ def _spread(count: int) -> np.ndarray:
 
 
 def _usual_step(steps: list[float]) -> float:
-    """The power of two nearest to the median, so that constants stay exact; 1 if there are no steps."""
+    """The power of two nearest to the median step, so that constants stay exact; 1 if there are no steps."""
     return float(2.0 ** np.round(np.log2(np.median(steps)))) if steps else 1.0
 
 
 def _around(value: float, step: float, levels: int) -> tuple[float, float]:
-    """The range, (lo, step), in whose middle cell a value is the middle."""
+    """The range, (lo, step), whose middle cell has this value as its middle."""
     step = max(step, 2.0 ** np.ceil(np.log2(max(abs(value), 1e-30) * 2**-20)))  # float32 must tell the cells apart
     return _float32(value - (levels // 2 + 0.5) * step), step
 
@@ -124,14 +124,14 @@ def _around(value: float, step: float, levels: int) -> tuple[float, float]:
 def _fit_channel(values: np.ndarray, levels: int) -> tuple[float, float]:
     """f64 [n], not all the same -> (lo, step), both exact in float32.
 
-    All starts at once, one a row. With the values sorted, a cell is a run of them, so that prefix sums give
-    its count and sum, and an alternation costs O(levels log n) rather than O(n).
+    All starts run at once, one per row. In the sorted values a cell is a run, so prefix sums give its count and sum,
+    and an alternation costs O(levels log n) rather than O(n).
     """
     values = np.sort(values)
     low, high, n = values[0], values[-1], len(values)
     sums = np.concatenate([[0.0], values.cumsum()])
     codes = np.arange(levels) + 0.5
-    # Ranges that leave ever more of both tails outside.
+    # Ranges that leave more and more of both tails outside.
     tails = (np.concatenate([[0.0], np.logspace(-4.5, -0.5, _STARTS - 1)]) * (n - 1)).astype(int)
     lo = values[tails][:, None]
     step = np.maximum(values[n - 1 - tails][:, None] - lo, (high - low) * 1e-6) / levels
@@ -156,7 +156,7 @@ def _fit_channel(values: np.ndarray, levels: int) -> tuple[float, float]:
 
 
 def _widest(values: np.ndarray, sums: np.ndarray, levels: int, lo: float, step: float) -> tuple[float, float]:
-    """The widest step about the same middle whose squared error is within `_SLACK`: sorted f64 [n] -> (lo, step)"""
+    """The widest step about the same middle whose squared error is within `_SLACK`: sorted f64 [n] -> (lo, step)."""
     steps = step * _WIDER[:, None]
     middles = lo + levels / 2 * step + (np.arange(levels) + 0.5 - levels / 2) * steps
     ends = np.zeros((len(steps), levels + 1), int)

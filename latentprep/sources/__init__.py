@@ -1,4 +1,4 @@
-"""Where samples come from: an index that is known without decoding, their bytes, and arrays made of the bytes.
+"""Where samples come from: an index that needs no decoding, their bytes, and arrays decoded from the bytes.
 
 May import `format`, `storage` and the ground.
 """

@@ -1,7 +1,7 @@
-"""Tar and gzipped tar archives read in place: an index of what they hold, by offset. Nothing is ever unpacked.
+"""Read tar and gzipped tar archives in place, by an index of offsets. Nothing is unpacked.
 
-Tars that were joined (``cat a.tar b.tar``, several streams of gzip) are one archive, and a plain tar inside an archive
-has a listing of its own.
+Joined tars (``cat a.tar b.tar``, several gzip streams) count as one archive. A plain tar inside an archive has a
+listing of its own.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from latentprep.sources.kinds import has_image_name
 from latentprep.sources.listing import HIDDEN, Entry, Listing, Progress, is_hidden, text_path
 from latentprep.sources.offsets import AGAIN, GzipFile, PlainFile, archive_kind, begins_tar
 
-_HEADER_BYTES = 1 << 20  # of one member, long names and all
-_MAX_LINKED = 1 << 20  # images that links to folders may add to an archive
+_HEADER_BYTES = 1 << 20  # of one member, including long names
+_MAX_LINKED = 1 << 20  # images that links to folders may add to an archive, at most
 
 
 def list_archive(path: Path, progress: Progress | None = None) -> Listing:
-    """What a tar or gzipped tar holds, in the archive's order, with where the images' bytes are.
+    """List a tar or gzipped tar, in the archive's order, with the places of the images' bytes.
 
-    Raises SourceError: not an archive, cut short, damaged, followed by other bytes, a member that points outside it, or
-    an image that is a link.
+    Raises SourceError if the file is no archive, is cut short, damaged or followed by other bytes, or has a member that
+    points outside it, or an image that is a link.
     """
     kind = archive_kind(path)
     if kind not in ("tar", "gzip"):
@@ -44,7 +44,7 @@ def list_archive(path: Path, progress: Progress | None = None) -> Listing:
             return listing
     except (SourceError, OSError):
         raise
-    except Exception as error:  # tarfile raises whatever it meets in damaged headers
+    except Exception as error:  # tarfile raises all kinds of errors for damaged headers
         raise SourceError(f"{path} is damaged or cut short: {error or type(error).__name__}", AGAIN) from error
 
 
@@ -53,15 +53,15 @@ class _Lister:
 
     def __init__(self, path: Path, file: PlainFile | GzipFile, cursor: Any, tick: Callable[[], None]) -> None:
         self.path, self.file, self.cursor, self.tick = path, file, cursor, tick
-        self.count = 0  # of members
+        self.count = 0  # members so far
 
     def list(self, headers: _Headers, nested: bool = False) -> Listing:
-        """What lies between where ``headers`` stand and their end: a tar, or several of them."""
+        """List what lies between the position of ``headers`` and their end: one or more tars."""
         listing, links, more = Listing(), {}, True
         while more:
             with tarfile.open(fileobj=_as_file(headers), mode="r:", encoding="utf-8") as tar:
                 while (member := tar.next()) is not None:
-                    tar.members.clear()  # type: ignore[attr-defined]  # it would keep every header: about 1 KiB each
+                    tar.members.clear()  # type: ignore[attr-defined]  # else it keeps every header, about 1 KiB each
                     self.count += 1
                     headers.left = _HEADER_BYTES
                     if self.count % 256 == 0:
@@ -71,7 +71,7 @@ class _Lister:
                     else:
                         self._add(listing, member, nested)
                 end = tar.offset
-            # tarfile takes a broken header, or none, for the end
+            # tarfile treats a broken header, or none, as the end
             if not headers.holds(end) or self.file.pread(512, end) != bytes(512):
                 raise EOFError(f"no end mark after {self.count} members")
             more = headers.skip_zeros()
@@ -123,7 +123,7 @@ def _add_folders(listing: Listing, name: str) -> None:
 
 
 def _follow(archive: Path, listing: Listing, links: dict[str, str]) -> None:
-    """Enter what links to folders lead to, as if it were there. What links in there lead to is not followed again."""
+    """Add the images behind links to folders, as if they were copies. Links behind those links are not followed."""
     if not links:
         return
     inside: dict[str, list[Entry]] = {}
@@ -135,7 +135,7 @@ def _follow(archive: Path, listing: Listing, links: dict[str, str]) -> None:
     added: list[Entry] = []
     for name, target in links.items():
         to = posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
-        for _ in range(40):  # as many links to links as Linux follows
+        for _ in range(40):  # Linux also follows 40 links at most
             if to in links:
                 to = posixpath.normpath(posixpath.join(posixpath.dirname(to), links[to]))
         if is_hidden(name):
@@ -149,7 +149,9 @@ def _follow(archive: Path, listing: Listing, links: dict[str, str]) -> None:
                 added.append(Entry(name + entry.path.removeprefix(to), entry.at))
                 _add_folders(listing, added[-1].path)
             if len(added) > _MAX_LINKED:
-                raise SourceError(f"{archive}: its links to folders add more than {_MAX_LINKED} images", "unpack it")
+                raise SourceError(
+                    f"{archive}: its links to folders add more than {_MAX_LINKED} images", "unpack the archive"
+                )
             listing.linked = True
     listing.images += added
 
@@ -162,10 +164,10 @@ def _inner_path(archive: Path, name: str) -> str:
 
 
 class _Headers:
-    """What tarfile reads one member's headers through: only forward, and no more of them than anyone needs.
+    """A file for tarfile to read headers from: forward only, with a limit on the bytes of one member's headers.
 
-    A header may claim a name of gigabytes, or a member of negative length, which tarfile would visit for ever.
-    ``end``: where the tar ends that lies inside another; ``ahead``: bytes that have been read already.
+    A header may claim a name of gigabytes, or a negative length, on which tarfile would loop forever.
+    ``end``: where a tar inside another tar ends; ``ahead``: bytes that have been read already.
     """
 
     def __init__(self, cursor: Any, end: int | None = None, ahead: bytes = b"") -> None:
@@ -195,13 +197,13 @@ class _Headers:
         return self._end is None or offset + 512 <= self._end
 
     def skip_zeros(self) -> bool:
-        """Go on to the tar behind the zeros that end one, if there is one. Raises EOFError for anything else."""
+        """Skip the zeros at the end of a tar. Returns whether another tar follows; EOFError for other bytes."""
         while True:
             self.left = _HEADER_BYTES
             block = self.read(512)
             if block.strip(b"\0"):
                 if not begins_tar(block):
-                    raise EOFError("after the end mark there are other bytes, which are no tar")
+                    raise EOFError("after the end mark there are other bytes, which are not a tar")
                 self._ahead = block + self._ahead
                 return True
             if not block:
@@ -209,4 +211,4 @@ class _Headers:
 
 
 def _as_file(headers: _Headers) -> BinaryIO:
-    return headers  # type: ignore[return-value]  # it has what tarfile calls: read, seek, tell
+    return headers  # type: ignore[return-value]  # tarfile calls only read, seek and tell

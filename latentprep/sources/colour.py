@@ -1,8 +1,8 @@
-"""Embedded colour profiles (ICC) to sRGB, by LittleCMS in Pillow.
+"""Convert embedded colour profiles (ICC) to sRGB, with LittleCMS in Pillow.
 
-A profile is converted from with the perceptual intent, Pillow's default. Grey with a profile for RGB is red, green and
-blue alike. A profile that LittleCMS cannot use, or for other colours than the picture has, is ignored, as browsers do:
-the picture's numbers are taken for sRGB then, and so are those of pictures without a profile.
+Conversions use the perceptual intent, Pillow's default. In a grey image with an RGB profile, red, green and blue are
+equal. As in browsers, a profile is ignored if LittleCMS cannot use it, or if it is for another colour space than the
+image's. Then the values count as sRGB, as in an image without a profile.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from PIL import Image, ImageCms
 
 _SPACES = {"L": "GRAY", "LA": "GRAY", "RGB": "RGB ", "RGBA": "RGB ", "CMYK": "CMYK", "LAB": "Lab "}
 
-_SPACE = slice(16, 20)  # where a profile says which (ICC.1:2022, table 17)
+_SPACE = slice(16, 20)  # where a profile names its colour space (ICC.1:2022, table 17)
 
 
 def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     """An image of mode L, LA, RGB, RGBA or CMYK, with its embedded profile -> the same colours in sRGB, RGB or RGBA.
 
-    Its colours stay as they are if it has no profile, or one that is ignored, or sRGB's own. Alpha is left alone.
+    The image is returned unchanged if it has no profile, an ignored one, or that of sRGB. Alpha is left alone.
     """
     if profile and profile[_SPACE] == b"RGB " and image.mode in ("L", "LA"):
         image = image.convert("RGB" if image.mode == "L" else "RGBA")
@@ -36,20 +36,20 @@ def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
 
 
 def lab_to_srgb(image: Image.Image) -> Image.Image:
-    """An image of mode LAB -> RGB. It needs no profile: L*a*b* says what colours are."""
+    """An image of mode LAB -> RGB. It needs no profile: L*a*b* defines colours."""
     return to_srgb(image, ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes())
 
 
 @lru_cache(maxsize=64)
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """To sRGB; None where there is nothing to do. Without LittleCMS's cache of a pixel, threads may share it."""
+    """The transform to sRGB; None if there is nothing to do. Without LittleCMS's pixel cache, threads may share it."""
     out_mode = "RGBA" if mode == "RGBA" else "RGB"
     try:
-        opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if opened.profile.xcolor_space != _SPACES[mode]:
+        parsed = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if parsed.profile.xcolor_space != _SPACES[mode]:
             return None
         transform = ImageCms.ImageCmsTransform(
-            opened, _srgb(), "L" if mode == "LA" else mode, out_mode, flags=ImageCms.Flags.NOCACHE
+            parsed, _srgb(), "L" if mode == "LA" else mode, out_mode, flags=ImageCms.Flags.NOCACHE
         )
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
         return None
@@ -62,7 +62,7 @@ def _srgb() -> ImageCms.ImageCmsProfile:
 
 
 def _changes_nothing(transform: ImageCms.ImageCmsTransform) -> bool:
-    """Whether no colour of a grid, nor any grey, moves by more than one level: the profile is sRGB's."""
+    """Whether the profile is that of sRGB: no colour of a grid, and no grey, moves by more than one level."""
     steps = np.linspace(0, 255, 9).round().astype(np.uint8)
     grid = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(1, -1, 3)
     greys = np.repeat(np.arange(256, dtype=np.uint8).reshape(1, -1, 1), 3, axis=2)

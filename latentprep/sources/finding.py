@@ -1,4 +1,4 @@
-"""What the name of a source stands for: a folder, an archive, or several tars; and the images in it."""
+"""Find the images that a source's name stands for: in a folder, an archive, or several tars."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from latentprep.sources.offsets import read_member
 from latentprep.sources.tars import by_tars
 from latentprep.storage.places import path_of
 
-MAX_TARS = 100_000  # that one brace pattern may stand for
+MAX_TARS = 100_000  # in one brace pattern, at most
 
 Load = Callable[[Any], bytes]
 
@@ -69,7 +69,7 @@ def _check_exists(spec: str, paths: list[Path]) -> None:
     if not missing:
         return
     if len(paths) > 1:
-        raise SourceError(f"{spec}: {len(missing)} of {len(paths)} files are not there, the first {missing[0]}")
+        raise SourceError(f"{spec}: {len(missing)} of {len(paths)} files do not exist, the first is {missing[0]}")
     if "/" in spec or "." in spec:
         raise SourceError(f"no such file or folder: {spec}", LAYOUTS)
     raise SourceError(f"{spec} is neither a path nor a named dataset", nearest(spec, datasets.NAMES))
@@ -83,7 +83,9 @@ def _expand_braces(spec: str) -> list[str]:
     bounds = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", match[1])
     if bounds:
         if int(bounds[1]) > int(bounds[2]):
-            raise SourceError(f"{spec} ends before it begins", "write a range as train-{000000..000012}.tar")
+            raise SourceError(
+                f"the range in {spec} ends before it begins", "write a range as train-{000000..000012}.tar"
+            )
         width = len(bounds[1]) if bounds[1].startswith("0") else 0
         parts: Iterable[str] = (str(n).zfill(width) for n in range(int(bounds[1]), int(bounds[2]) + 1))
     else:

@@ -1,7 +1,7 @@
 """From a sample's bytes to pixels: decoding, orientation, colour, depth, and the views of a sample.
 
-JPEGs go through libjpeg-turbo (simplejpeg), everything it refuses and all other `kinds` through Pillow. Nothing here
-knows codecs.
+libjpeg-turbo (simplejpeg) decodes JPEGs. Pillow decodes those that it refuses, and all other `kinds`. Nothing here
+knows about codecs.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ RESIZE = "bicubic"  # antialiased, as Pillow does it
 CROP_AREA = (0.35, 1.0)  # of the image, as in random-resized crops (Szegedy et al. 2014, section 6)
 CROP_RATIO = (3 / 4, 4 / 3)
 
-# Reduced-size JPEG decoding keeps at least this many times the pixels that are needed a side, so that the
-# final antialiased resize still decides what the picture looks like (Pillow's `reducing_gap` has the same use).
+# Reduced-size JPEG decoding keeps at least this many times the needed pixels per side, so that the final
+# antialiased resize still decides what the image looks like (as Pillow's `reducing_gap` does).
 _REDUCING_GAP = 2.0
 
-# libjpeg's warnings (jerror.h) that mean part of the picture is lost. Its others are harmless, and Pillow decides.
+# libjpeg's warnings (jerror.h) that mean that part of the image is lost. After all others, Pillow decides.
 _DAMAGE = ("premature end", "bad huffman", "bad arithmetic", "instead of rst")
 
-_LARGE = 1 << 26  # pixels; Pillow's own limit is some more
+_LARGE = 1 << 26  # pixels; Pillow's own limit is a little higher
 _BITS, _PHOTOMETRIC = 258, 262  # TIFF tags
 
-_huge = threading.Lock()  # held while Pillow's limit is away
+_huge = threading.Lock()  # held while Pillow's limit is off
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 
 
 class BadImage(Exception):
-    """Bytes that cannot be made into a picture; the text is the reason, for `errors.jsonl`."""
+    """Bytes that cannot be decoded to an image. The text is the reason, for `errors.jsonl`."""
 
 
 class _Refused(Exception):
-    """A JPEG that libjpeg-turbo does not take, but Pillow may."""
+    """A JPEG that libjpeg-turbo refuses, but Pillow may decode."""
 
 
 def load_views(
@@ -62,10 +62,10 @@ def load_views(
     out: np.ndarray | None = None,
     colour: str = SRGB,
 ) -> np.ndarray:
-    """An encoded image -> u8 [V, size, size, 3] RGB, in `out` if that is given. For `colour` see `decode`.
+    """An encoded image -> u8 [V, size, size, 3] RGB, written to `out` if given. colour: see `decode`.
 
-    View 0 is the canonical one: shorter side resized to `size`, centre crop. Views 1… are random-resized
-    crops, each mirrored or not, drawn from (`seed`, `key`, view) alone.
+    View 0 is the canonical one: the shorter side is resized to `size`, then the centre is cropped. Views 1… are
+    random-resized crops, mirrored or not, drawn from (`seed`, `key`, view) alone.
 
     Raises `BadImage`.
     """
@@ -73,7 +73,7 @@ def load_views(
     out = np.empty((views, size, size, 3), np.uint8) if out is None else out
     canonical = out[0]
     pixels = decode(data, math.ceil(size / smallest), max_pixels, canonical if views == 1 else None, colour)
-    if views == 1 and pixels.shape[:2] == (size, size):  # Pillow's image and back would take half as long as decoding
+    if views == 1 and pixels.shape[:2] == (size, size):  # a Pillow image and back would take half as long as decoding
         if pixels is not canonical:
             canonical[:] = pixels
         return out
@@ -88,12 +88,12 @@ def load_views(
 
 
 def canonical_view(data: bytes, transform: dict[str, Any]) -> np.ndarray:
-    """View 0 as a manifest's ``transform`` says: u8 [size, size, 3] RGB. Raises `BadImage`."""
+    """View 0 by a manifest's ``transform``: u8 [size, size, 3] RGB. Raises `BadImage`."""
     return load_views(data, transform["size"], colour=colour_of(transform))[0]
 
 
 def colour_of(transform: dict[str, Any]) -> str:
-    """`SRGB` or `STORED`: datasets of before it was recorded took the numbers as they are."""
+    """`SRGB` or `STORED`. Older datasets do not record it: they kept colours as stored."""
     return str(transform.get("colour", STORED))
 
 
@@ -106,17 +106,17 @@ def decode(
 ) -> np.ndarray:
     """An encoded image of one of the `kinds` -> u8 [H, W, 3] RGB.
 
-    Upright, as Pillow's `ImageOps.exif_transpose` turns it. Colours are sRGB: an embedded profile is converted from
-    (see `colour`), unless `colour` is `STORED`. Grey is repeated, alpha is composited on white. Of 16 bits a value
-    the whole range becomes 0 to 255; 32-bit integers and floats are refused, for their files do not say what white is.
-    Of several frames or pages the first is taken.
+    The image is turned upright, as by Pillow's `ImageOps.exif_transpose`. Colours are converted from an embedded
+    profile to sRGB, unless `colour` is `STORED`. Grey is repeated, alpha is composited on white. The full range of
+    16-bit values becomes 0 to 255. 32-bit integers and floats are refused, because their files do not say what white
+    is. Of several frames or pages, the first is decoded.
 
-    Where `need_side` is given, a JPEG whose sides are all much larger is decoded at a half, a quarter or an eighth,
-    never below twice that. A JPEG of just the shape of `out`, contiguous u8 [H, W, 3], may be decoded into it, and it
-    is what is returned, if nothing else is to be done.
+    With `need_side`, a JPEG that is much larger on both sides is decoded at a half, a quarter or an eighth of its size,
+    but never below twice `need_side`. A JPEG with exactly the shape of `out`, contiguous u8 [H, W, 3], may be decoded
+    into it; then `out` is returned if nothing else is left to do.
 
-    Raises `BadImage` for bytes that do not decode, are cut short, or hold more than `max_pixels`; the text names the
-    cause.
+    Raises `BadImage` for bytes that cannot be decoded, are cut short, or hold more than `max_pixels`; the text names
+    the cause.
     """
     if data[:3] != b"\xff\xd8\xff":
         return _decode_other(data, max_pixels, colour)
@@ -163,7 +163,7 @@ def _decode_jpeg(
     """u8 [H,W,3] by libjpeg-turbo."""
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data, strict=False)
-    except Exception as error:  # a KeyError for some damaged headers, too
+    except Exception as error:  # even a KeyError for some damaged headers
         raise _Refused("damaged JPEG: no readable header") from error
     _check_pixels(width, height, max_pixels)
     if colours not in ("YCbCr", "RGB", "Gray"):
@@ -193,7 +193,7 @@ def _decode_jpeg(
 
 
 def _decode_other(data: bytes, max_pixels: int, colour: str) -> np.ndarray:
-    """u8 [H,W,3] by Pillow. `BadImage` for everything it cannot read."""
+    """u8 [H,W,3] by Pillow. Raises `BadImage` for everything it cannot read."""
     kind = kind_of(data)
     if kind is None:
         raise BadImage(other_kind(data))
@@ -206,13 +206,13 @@ def _decode_other(data: bytes, max_pixels: int, colour: str) -> np.ndarray:
             return _upright(np.asarray(rgb), _orientation(image))
     except BadImage:
         raise
-    except Exception as error:  # Pillow's plug-ins raise whatever they meet in damaged bytes
+    except Exception as error:  # Pillow's plug-ins raise all kinds of errors for damaged bytes
         reason = " ".join(str(error).split(" <_io", maxsplit=1)[0].split())
         raise BadImage(f"damaged {kind.name}: {reason or type(error).__name__}") from error
 
 
 def _reader(kind: Kind) -> Callable[[Any, str], Image.Image]:
-    """What Pillow opens the kind with: its own plug-in, or another's, which is registered when first needed."""
+    """The function that opens this kind: a plug-in of Pillow or of another package, registered when first needed."""
     for name in kind.modules:
         try:
             module = importlib.import_module(name)
@@ -222,12 +222,12 @@ def _reader(kind: Kind) -> Callable[[Any, str], Image.Image]:
             module.register_heif_opener()
         if getattr(module, "SUPPORTED", True) and kind.format in Image.OPEN:
             return Image.OPEN[kind.format][0]
-    raise BadImage(f"{kind.name} is not read here: pip install {kind.package}")
+    raise BadImage(f"reading {kind.name} needs a package: pip install {kind.package}")
 
 
 @contextmanager
 def _opened(reader: Callable[[Any, str], Image.Image], data: bytes, max_pixels: int) -> Iterator[Image.Image]:
-    """The image, loaded, if it has no more than `max_pixels`, which takes the place of Pillow's own limit."""
+    """The image, loaded, if it has at most `max_pixels`. This limit replaces Pillow's own."""
     try:
         image = reader(io.BytesIO(data), "")
     except Image.DecompressionBombError:
@@ -235,7 +235,7 @@ def _opened(reader: Callable[[Any, str], Image.Image], data: bytes, max_pixels: 
             image = reader(io.BytesIO(data), "")
     with image:
         _check_pixels(*image.size, max_pixels)
-        # another thread may have taken the limit away for a moment, so that what is large must not hang on it alone
+        # another thread may have switched the limit off for a moment, so do not rely on it alone
         if image.width * image.height > min(Image.MAX_IMAGE_PIXELS or _LARGE, _LARGE):
             with _without_pillows_limit():
                 image.load()
@@ -246,7 +246,7 @@ def _opened(reader: Callable[[Any, str], Image.Image], data: bytes, max_pixels: 
 
 @contextmanager
 def _without_pillows_limit() -> Iterator[None]:
-    """One image at a time, so that the limit is back for others of this process as soon as it is done."""
+    """Switch Pillow's limit off for one image at a time, so that it is back on as soon as possible."""
     with _huge:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
@@ -256,14 +256,14 @@ def _without_pillows_limit() -> Iterator[None]:
 
 
 def _orientation(image: Image.Image) -> int:
-    """Of a loaded image. Pillow's TIFFs have been turned by now, and their tag is gone."""
+    """The orientation of a loaded image. Pillow has already turned TIFFs upright and removed their tag."""
     if hasattr(image, "tag_v2"):
         return 1
     return orientation(image.info)
 
 
 def _to_rgb(image: Image.Image, kind: Kind, profile: bytes | None) -> Image.Image:
-    """A loaded image of any mode to sRGB by the profile, on white where it is transparent."""
+    """A loaded image of any mode -> sRGB, converted from the profile, on white if it is transparent."""
     if image.mode.startswith("I") or image.mode == "F":
         image = _eight_bits(image, kind)
     grey = image.mode in ("1", "L", "LA", "La")
@@ -278,15 +278,15 @@ def _to_rgb(image: Image.Image, kind: Kind, profile: bytes | None) -> Image.Imag
 
 
 def _eight_bits(image: Image.Image, kind: Kind) -> Image.Image:
-    """Grey of 16 bits, or of a TIFF's 12, to mode L, or LA where one value is transparent. `BadImage` for deeper."""
+    """Grey with 16 bits, or 12 in a TIFF -> mode L, or LA if one value is transparent. `BadImage` for more bits."""
     top, tags = 65535, getattr(image, "tag_v2", {})
-    if image.mode == "F" or (image.mode == "I" and kind.format not in ("PNG", "PPM")):  # in which it is 16 bits
+    if image.mode == "F" or (image.mode == "I" and kind.format not in ("PNG", "PPM")):  # there, I means 16 bits
         numbers = "floating-point numbers" if image.mode == "F" else "signed or 32-bit integers"
-        raise BadImage(f"{kind.name} of {numbers}, which do not say what is white: save it with 16 bits")
+        raise BadImage(f"{kind.name} with {numbers}, for which white is undefined: save it with 16 bits")
     deep = np.asarray(image).astype(np.uint32)
     if tags.get(_BITS) == (12,):  # Pillow does not scale these
         top = 4095
-    if tags.get(_PHOTOMETRIC) == 0:  # white is zero, which Pillow heeds up to 8 bits
+    if tags.get(_PHOTOMETRIC) == 0:  # white is zero; Pillow handles this only up to 8 bits
         deep = top - np.minimum(deep, top)
     grey = Image.fromarray(((np.minimum(deep, top) * 255 + top // 2) // top).astype(np.uint8))
     clear = image.info.get("transparency")
@@ -297,7 +297,7 @@ def _eight_bits(image: Image.Image, kind: Kind) -> Image.Image:
 
 def _check_pixels(width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
-        raise BadImage(f"{width}×{height} is more than the limit of {max_pixels} pixels; max_pixels allows more")
+        raise BadImage(f"{width}×{height} is more than the limit of {max_pixels} pixels; raise it with max_pixels")
 
 
 def _grey_repeated(pixels: np.ndarray) -> np.ndarray:
@@ -306,8 +306,8 @@ def _grey_repeated(pixels: np.ndarray) -> np.ndarray:
 
 
 def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Apply an EXIF orientation (Exif 2.32, tag 0x0112) to [H,W,3]; unknown values leave it as it is."""
-    if orientation in (5, 6, 7, 8):  # stored on its side
+    """Apply an EXIF orientation (Exif 2.32, tag 0x0112) to [H,W,3]; unknown values change nothing."""
+    if orientation in (5, 6, 7, 8):  # stored sideways
         pixels = pixels.transpose(1, 0, 2)
     if orientation in (2, 3, 6, 7):
         pixels = pixels[:, ::-1]

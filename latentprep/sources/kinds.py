@@ -1,7 +1,7 @@
-"""Which kinds of image there are: the one list that sources look for, and that `images` decodes.
+"""The kinds of image that sources look for and `images` decodes, in one list.
 
-A `Kind` is known by the ends of file names and by the first bytes; `other_kind` names what is none of them. Nothing
-here opens an image.
+A `Kind` is recognized by file endings and by first bytes; `other_kind` says what other bytes are. Nothing here opens
+an image.
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-HEAD_BYTES = 32  # what `kind_of` and `is_image` look at
+HEAD_BYTES = 32  # how much `kind_of` and `is_image` need
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of image that is read.
+    """A kind of image that can be read.
 
-    format: Pillow's name for it. endings: of file names. magic: how its files begin. sure: the same, stricter, where
-    `magic` also begins texts: what it takes for a file whose name is not an image's. modules: the first that can be
-    imported is the reader. package: what to install where none can.
+    format: Pillow's name for it. endings: of its file names. magic: how its files begin. sure: a stricter pattern, if
+    texts can begin like `magic`; a file without an image's name must match it. modules: the first that can be
+    imported reads it. package: what to install if none can.
     """
 
     format: str
@@ -30,11 +30,11 @@ class Kind:
 
     @property
     def name(self) -> str:
-        """As people call it: "HEIC" and "JPEG 2000"."""
+        """Its common name, such as "HEIC" or "JPEG 2000"."""
         return {"HEIF": "HEIC", "JPEG2000": "JPEG 2000", "WEBP": "WebP", "JXL": "JPEG XL"}.get(self.format, self.format)
 
 
-# Left out: formats that run a program (EPS starts Ghostscript) and those in which nobody keeps a data set.
+# Left out: formats that run a program (EPS starts Ghostscript), and those that nobody uses for data sets.
 KINDS = (
     Kind("JPEG", (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"), rb"\xff\xd8\xff", ("PIL.JpegImagePlugin",)),
     Kind("PNG", (".png", ".apng"), rb"\x89PNG\r\n\x1a\n", ("PIL.PngImagePlugin",)),
@@ -57,7 +57,7 @@ KINDS = (
         "JPEG2000", (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"), rb"\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51",
         ("PIL.Jpeg2KImagePlugin",),
     ),
-    Kind(  # `mif1` says only that there is some image: the brands after it say of which kind
+    Kind(  # `mif1` only means that there is an image: the brands after it name the kind
         "AVIF", (".avif",), rb".{4}ftyp(?:avi[fs]|(?:mi[af]f|mif1|msf1).{4}(?:.{4})*?avi[fs])",
         ("PIL.AvifImagePlugin", "pillow_avif"), "pillow-avif-plugin",
     ),
@@ -70,7 +70,7 @@ KINDS = (
 
 IMAGE_EXTENSIONS = frozenset(ending for kind in KINDS for ending in kind.endings)
 
-# Files that hold pictures, too, of kinds that are not read: a source leaves them out, and says so.
+# Image files of kinds that cannot be read: a source leaves them out, and says so.
 UNSUPPORTED_EXTENSIONS = frozenset(
     (
         *(".svg", ".svgz", ".eps", ".ps", ".ai", ".wmf", ".emf", ".cdr"),  # drawings
@@ -99,12 +99,12 @@ def is_image(head: bytes) -> bool:
 
 
 def has_image_name(path: str) -> bool:
-    """Whether the name ends as those of the `KINDS` do, in any case."""
+    """Whether the name has an ending of one of the `KINDS`, in upper or lower case."""
     return _ending(path) in IMAGE_EXTENSIONS
 
 
 def has_unsupported_name(path: str) -> bool:
-    """Whether the name says that it is a picture of a kind that is not read, such as ``.svg`` or ``.cr2``."""
+    """Whether the name is that of an image of a kind that cannot be read, such as ``.svg`` or ``.cr2``."""
     return _ending(path) in UNSUPPORTED_EXTENSIONS
 
 
@@ -113,25 +113,25 @@ def _ending(path: str) -> str:
     return path[dot:].lower() if dot >= 0 else ""
 
 
-# What files that should be images turn out to be: how they begin, in any case, and what is said of them.
+# Other files in place of images: how they begin, in upper or lower case, and how messages describe them.
 _OTHERS = tuple(
     (re.compile(start, re.DOTALL | re.IGNORECASE), what)
     for start, what in (
         (rb"\Z", "an empty file"),
         (rb"\0+\Z", "nothing but zeros"),
-        (rb"version https://git-lfs", "a Git LFS pointer in place of the file; fetch it with git lfs pull"),
-        (rb"\x1f\x8b", "packed by gzip; unpack it"),
+        (rb"version https://git-lfs", "a Git LFS pointer to the file; fetch it with git lfs pull"),
+        (rb"\x1f\x8b", "a gzip file; unpack it"),
         (rb"PK\x03\x04|PK\x05\x06|7z\xbc\xaf|Rar!|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd", "a packed archive; unpack it"),
-        (rb"(?:<!--[^>]*>|\s)*<(?:!doctype\s+html|html|head|body)\b", "an HTML page, as servers send with errors"),
-        (rb"(?:<[?!][^>]*>|\s)*<svg\b", "an SVG drawing; draw it to PNG"),
+        (rb"(?:<!--[^>]*>|\s)*<(?:!doctype\s+html|html|head|body)\b", "an HTML page, perhaps a server's error message"),
+        (rb"(?:<[?!][^>]*>|\s)*<svg\b", "an SVG drawing; convert it to PNG"),
         (rb"\s*<\?xml|\s*<[a-z]+[ >]", "XML"),
-        (rb"%PDF-", "a PDF; draw its pages to PNG"),
-        (rb"%!PS|\xc5\xd0\xd3\xc6", "PostScript, which is a program and never run"),
+        (rb"%PDF-", "a PDF; convert its pages to PNG"),
+        (rb"%!PS|\xc5\xd0\xd3\xc6", "PostScript, a program, which is never run"),
         (rb"8BPS", "a Photoshop file; save it as PNG or TIFF"),
         (rb"II\*\0.{4}CR|II[RU][SO\0]|FUJIFILMCCD|.{4}ftypcrx ", "a raw camera file; develop it to JPEG or TIFF"),
-        (rb"v/1\x01|#\?R(?:ADIANCE|GBE)", "a picture of a high dynamic range; map its tones to 8 or 16 bits"),
+        (rb"v/1\x01|#\?R(?:ADIANCE|GBE)", "a high-dynamic-range image; map its tones to 8 or 16 bits"),
         (rb"\0\0[\x01\x02]\0.\0", "an icon"),
-        (rb"DDS |qoif|P7\n", "a picture of a kind that is not read; save it as PNG"),
+        (rb"DDS |qoif|P7\n", "an image of a kind that cannot be read; save it as PNG"),
         (rb".{4}ftyp|\x1aE\xdf\xa3|RIFF....AVI", "a video"),
         (rb"RIFF....WAVE|ID3|OggS|fLaC", "sound"),
         (rb"\s*[\[{]\s*[\[{\"\d\]}]", "JSON"),
@@ -140,7 +140,7 @@ _OTHERS = tuple(
 
 
 def other_kind(data: bytes) -> str:
-    """What bytes are that are of none of the `KINDS`, and what to do about it, for the reason why they are not read."""
+    """Why bytes that are none of the `KINDS` cannot be read: what they are, and what to do about it."""
     head = data[:1024]
     for start, what in _OTHERS:
         if start.match(data if what == "nothing but zeros" else head):
@@ -151,4 +151,4 @@ def other_kind(data: bytes) -> str:
         text = "\0"
     if all(c.isprintable() or c.isspace() for c in text):
         return f"not an image but text, {' '.join(text.split())[:40]!r}"
-    return f"no image of a kind that is read: it begins with the bytes {data[:8].hex(' ')}"
+    return f"not a known kind of image: it begins with the bytes {data[:8].hex(' ')}"

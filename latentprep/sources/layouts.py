@@ -1,7 +1,7 @@
-"""How the folders of a `Listing` give splits, classes and keys.
+"""From the folders of a `Listing` to splits, classes and keys.
 
-`by_folders` reads a `Tree` off a listing, `latentprep.sources.tars` one off several tars: for each split, images with
-key and class name, and how many images are in none.
+`by_folders` makes a `Tree` from one listing, `latentprep.sources.tars` from several tars: for each split, the images
+with key and class name, and how many images are in no split.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ STRAY = "images beside the class folders"
 
 
 class Found(NamedTuple):
-    """An image before the classes are numbered: its key, its class's name, where its bytes are."""
+    """An image before classes are numbered: its key, its class's name, and where its bytes are."""
 
     key: str
     name: str
@@ -32,7 +32,7 @@ class Found(NamedTuple):
 
 @dataclass
 class Tree:
-    """Images by split; by split the class folders that exist, with or without images; and what was left out.
+    """Images by split; class folders by split, with or without images; and what was left out.
 
     notes: what else a user should know about how the source is read.
     """
@@ -44,10 +44,10 @@ class Tree:
 
 
 def by_folders(spec: str, listing: Listing) -> Tree:
-    """Read splits and classes off the folders: ``{train,val,test}/CLASS/…`` or ``CLASS/…``, inside any wrappers.
+    """Find splits and classes by folders: ``{train,val,test}/CLASS/…`` or ``CLASS/…``, inside any outer folders.
 
-    A folder with a split's name is one only if it holds folders, and all the others beside it are splits too, or at
-    least two splits have a class in common: else it may be a class, and is refused.
+    A folder with a split's name is a split only if it holds folders and, in addition, all folders beside it are splits
+    too, or two splits have a class in common. Otherwise it may be a class, which is an error.
     """
     if not listing.images:
         raise SourceError(f"{spec} holds no images{what_else(listing)}", LAYOUTS)
@@ -79,19 +79,19 @@ def by_folders(spec: str, listing: Listing) -> Tree:
     _read_annotations(tree, listing, splits, depth)
     names = {row.name for rows in tree.found.values() for row in rows}
     if len(names) == 1:
-        raise SourceError(f"{spec} has one class only: {min(names)}{_tables(listing)}", LAYOUTS)
+        raise SourceError(f"{spec} has only one class: {min(names)}{_tables(listing)}", LAYOUTS)
     return tree
 
 
 def what_else(listing: Listing) -> str:
-    """What a listing holds besides images, for the error that it has none that are of use."""
+    """What a listing holds besides images, for the error that it has no usable ones."""
     others = {f"files {ending}": count for ending, count in listing.others.most_common(4)}
-    found = left_out_line({**listing.left_out, **others})
-    return f" (found: {found})" if found else ""
+    rest = left_out_line({**listing.left_out, **others})
+    return f" (it has: {rest})" if rest else ""
 
 
 def _find_splits(spec: str, listing: Listing) -> tuple[int, dict[str, str]]:
-    """How many folders lie around all others, and those inside that are splits: their names and which split each is."""
+    """How many outer folders there are, and which folders inside them are splits, by name."""
     folders = [folder.split("/") for folder in listing.folders]
     depth = 0
     while True:
@@ -111,7 +111,7 @@ def _find_splits(spec: str, listing: Listing) -> tuple[int, dict[str, str]]:
 def _leave_out_beside(
     spec: str, tree: Tree, beside: dict[str, list[Entry]], splits: list[str], listing: Listing
 ) -> None:
-    """Count the images in folders beside the splits, but for those that a link brings into a split."""
+    """Count the images in folders beside the splits, except those that a link brings into a split."""
     read = {_place(row.at) for rows in tree.found.values() for row in rows} if listing.linked else set()
     names = [{row.name for row in rows} for rows in tree.found.values()]
     sure = any(one & two for i, one in enumerate(names) for two in names[:i])
@@ -129,23 +129,23 @@ def _leave_out_beside(
         else:
             raise SourceError(
                 f"{spec} has {top}/ beside {' and '.join(f'{name}/' for name in splits)}: splits or classes?",
-                f"for splits, name them train, val and test or move {top}/ elsewhere; for classes, give {splits[0]}/ "
-                "another name or put all of them into a folder train/",
+                f"for splits, name them train, val and test, or move {top}/ away; for classes, rename {splits[0]}/, "
+                "or put all of them into a folder train/",
             )
 
 
 def _place(at: Any) -> Any:
-    """Where an image's bytes really are, be it reached by links or not."""
+    """Where an image's bytes really are, with links resolved."""
     return os.path.realpath(at) if isinstance(at, str) else at
 
 
 def _in_no_class(spec: str, entry: Entry, listing: Listing) -> SourceError:
-    return SourceError(f"{entry.path} in {spec} lies in no class folder{_tables(listing)}", LAYOUTS)
+    return SourceError(f"{entry.path} in {spec} is in no class folder{_tables(listing)}", LAYOUTS)
 
 
 def _tables(listing: Listing) -> str:
-    found = [ending for ending in (".csv", ".tsv", ".json", ".jsonl", ".xml", ".txt") if listing.others[ending]]
-    return f" (tables of labels are not read: {', '.join(found)})" if found else ""
+    endings = [ending for ending in (".csv", ".tsv", ".json", ".jsonl", ".xml", ".txt") if listing.others[ending]]
+    return f" (tables of labels are not read: {', '.join(endings)})" if endings else ""
 
 
 def _read_annotations(tree: Tree, listing: Listing, splits: dict[str, str], depth: int) -> None:

@@ -1,7 +1,7 @@
-"""What a folder or an archive holds, as a `Listing`: the same for both, so that every layout is read alike from either.
+"""What a folder or an archive holds, as a `Listing`: the same for both, so every layout can be read from either.
 
-No image is decoded; of a file without an image's name the first bytes are looked at. Nothing is passed over without a
-count: hidden files, kinds of images that are not read, links in circles, and the folders that we write ourselves.
+No image is decoded. If a file has no image's name, its first bytes are checked. Everything left out is counted: hidden
+files, kinds of image that cannot be read, links in a circle, and the folders that we write ourselves.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ Progress = Callable[[str, int, "int | None"], None]
 
 HIDDEN = "images in hidden files or folders"
 BESIDE = "archives beside image files"
-ANNOTATIONS = "val_annotations.txt"  # Tiny-ImageNet's: FILE, CLASS and a box a line, between tabs
-_OURS = {  # files that mark a folder as written by us, and how they say so
+ANNOTATIONS = "val_annotations.txt"  # Tiny-ImageNet's: FILE, CLASS and a box per line, separated by tabs
+_OURS = {  # files that mark a folder as written by us, and the text in them that shows it
     "manifest.json": ("a latent dataset", re.compile(rb'"format":\s*"latentprep"')),
     "config.json": ("a training run", re.compile(rb'"format":\s*"latenttrain run"')),
 }
-_HEADS = {"manifest.json": 1 << 16, "config.json": 1 << 16, ANNOTATIONS: 1 << 24}  # bytes looked at; of others 512
-_MOST_LINKS = 3  # to folders, on the way to a file
-LABEL_BYTES = 1024  # the longest `.cls` member taken for a label
+_HEADS = {"manifest.json": 1 << 16, "config.json": 1 << 16, ANNOTATIONS: 1 << 24}  # bytes to check; 512 of other files
+_MOST_LINKS = 3  # links to folders on the path to a file
+LABEL_BYTES = 1024  # the longest `.cls` member that counts as a label
 _UNREAD_ARCHIVES = (".zip", ".7z", ".rar", ".bz2", ".xz", ".zst")
 
 
@@ -44,10 +44,9 @@ class Entry(NamedTuple):
 class Listing:
     """What a folder or an archive holds, by '/'-separated path inside it.
 
-    labels: texts of ``.cls`` files. annotations: texts of `ANNOTATIONS` files. archives: tars, each its `Path`, or,
-    inside a tar, its own `Listing`. ours: folders that we wrote, and what they are. others: files that are none of
-    these, by the ends of their names. left_out: what is not read, and how many of it. linked: whether links to folders
-    were followed.
+    labels: texts of ``.cls`` files. annotations: texts of `ANNOTATIONS` files. archives: tars, each as its `Path` or,
+    inside a tar, as a `Listing` of its own. ours: folders that we wrote, and what they are. others: the number of other
+    files, by ending. left_out: what is not read, and how many. linked: whether links to folders were followed.
     """
 
     images: list[Entry] = field(default_factory=list)
@@ -61,16 +60,16 @@ class Listing:
     linked: bool = False
 
     def add(self, name: str, at: Any, read: Callable[[int], bytes]) -> bytes:
-        """Enter a file. Returns its first bytes if it is none of what is known here.
+        """Add a file. Returns its first bytes if it is none of the known kinds.
 
-        ``read(n)`` gives at most its first n bytes, and is called once at most.
+        ``read(n)`` returns at most its first n bytes, and is called at most once.
         """
         if has_image_name(name):
             self.images.append(Entry(name, at))
             return b""
         ending = PurePosixPath(name).suffix.lower()
         if has_unsupported_name(name):
-            self.leave_out(f"images of a kind that is not read ({ending})")
+            self.leave_out(f"images of a kind that cannot be read ({ending})")
             return b""
         folder, _, base = name.rpartition("/")
         head = read(LABEL_BYTES if ending == ".cls" else _HEADS.get(base, 512))
@@ -91,14 +90,14 @@ class Listing:
             self.left_out[what] += count
 
     def add_other(self, name: str) -> None:
-        """Enter a file that nothing is read from."""
+        """Add a file that is not read."""
         ending = PurePosixPath(name).suffix.lower() or "without an ending"
         self.others[ending] += 1
         if ending in _UNREAD_ARCHIVES:
             self.leave_out(f"archives not read ({ending})")
 
     def leave_out_ours(self) -> None:
-        """Take out the folders that we wrote, and those that hold nothing else."""
+        """Remove the folders that we wrote, and those that hold nothing else."""
         for folder in sorted(self.ours):
             inside, before = f"{folder}/", len(self.images)
             if folder not in self.folders:
@@ -113,7 +112,7 @@ class Listing:
 
 
 def _above(path: str) -> list[str]:
-    """All folders that a path lies in."""
+    """All folders above a path."""
     parts = path.split("/")
     return ["/".join(parts[:depth]) for depth in range(1, len(parts))]
 
@@ -133,7 +132,7 @@ def is_hidden(path: str) -> bool:
 
 
 def text_path(path: str) -> str:
-    """``path`` with undecodable bytes written ``\\xNN``, so that it can be stored as UTF-8."""
+    """``path`` with undecodable bytes written as ``\\xNN``, so that it can be stored as UTF-8."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
@@ -143,7 +142,7 @@ def read_file(at: str) -> bytes:
 
 
 def list_folder(root: Path, out: Path | None = None) -> Listing:
-    """All files below a folder. Links are followed, as if what they lead to were there, but not in circles.
+    """All files below a folder. Links are followed as if they were copies, but not in a circle.
 
     ``out``, a folder that is being written, is left out. Raises SourceError for a folder that cannot be listed.
     """
@@ -151,7 +150,7 @@ def list_folder(root: Path, out: Path | None = None) -> Listing:
     real_out = str(out.resolve()) if out else None
     todo: list[tuple[str, str, tuple[str, ...], int]] = [(str(root), "", (str(root.resolve()),), 0)]
     while todo:
-        # its path, its path inside the root, real paths of it and those above, how many of these are links
+        # its path, its path inside the root, the real paths of it and the folders above, how many of these are links
         folder, inside, above, links = todo.pop()
         try:
             with os.scandir(folder) as items:
@@ -165,9 +164,7 @@ def list_folder(root: Path, out: Path | None = None) -> Listing:
                         if real in above:
                             listing.leave_out("links in a circle")
                             continue
-                        if (
-                            link and links == _MOST_LINKS
-                        ):  # folders full of links to each other have paths without number
+                        if link and links == _MOST_LINKS:  # folders full of links to each other have endless paths
                             listing.leave_out(f"links behind {_MOST_LINKS} others")
                             continue
                         if real == real_out:
@@ -196,14 +193,14 @@ _BROKEN = "broken links"
 
 
 def _fault(item: os.DirEntry[str]) -> str | None:
-    """Why an item is not a file that can be read, if so."""
+    """Why an item is not a readable file; None if it is one."""
     try:
         if item.is_file():
             return None
         item.stat()
     except OSError:
         return _BROKEN
-    return "pipes, sockets or devices"  # which could block
+    return "pipes, sockets or devices"  # reading them could block
 
 
 def _is_folder(item: os.DirEntry[str]) -> bool:
@@ -222,7 +219,7 @@ def _head(path: str, size: int) -> bytes:
 
 
 def _images_named(item: os.DirEntry[str]) -> int:
-    """How many files have an image's name, of a hidden file or in a hidden folder."""
+    """How many files with an image's name a hidden file or folder stands for."""
     if not item.is_dir(follow_symlinks=False):
         return int(has_image_name(item.name))
     return sum(has_image_name(name) for _, _, names in os.walk(item.path) for name in names)

@@ -1,7 +1,7 @@
-"""What image files hold beside pixels and decides how they look: orientation and colour profile.
+"""The metadata of image files that decides how they look: orientation and colour profile.
 
-Both are read apart from the pixels where Pillow would refuse a whole picture for a damaged or a large text, profile
-or EXIF (PNG), or where Pillow does not decode (JPEG). Here ``info`` is what Pillow's images have under that name.
+Both are read apart from the pixels: for PNG, because Pillow refuses a whole image for a damaged or large text, profile
+or EXIF; for JPEG, because Pillow does not decode it. ``info`` here is the dictionary that Pillow's images have.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ _EXIF = "Raw profile type exif"
 _XMP = "XML:com.adobe.xmp"
 _XMP_IN_JPEG = b"http://ns.adobe.com/xap/1.0/\0"
 
-# With a length after them: all but the restarts, the start, the end, a scan, and TEM (ITU-T T.81, table B.1).
+# Markers with a length after them: all but restarts, start, end, scan and TEM (ITU-T T.81, table B.1).
 _SEGMENTS = frozenset(range(0xFF02, 0xFFFF)) - frozenset(range(0xFFD0, 0xFFDB))
 _marker_and_length = struct.Struct(">HH").unpack_from
 
 
 def orientation(info: dict[Any, Any]) -> int:
-    """The orientation, 1 to 8, that Pillow reads off EXIF or XMP; 1 where there is none or it is damaged."""
+    """The orientation, 1 to 8, that Pillow reads from EXIF or XMP; 1 if there is none or it is damaged."""
     carrier = Image.Image()
     carrier.info = info
     try:
         return int(carrier.getexif().get(0x0112, 1))
-    except Exception:  # Pillow raises whatever it meets: broken metadata says nothing about the picture
+    except Exception:  # Pillow raises all kinds of errors; broken metadata says nothing about the pixels
         return 1
 
 
 def jpeg_info(data: bytes) -> dict[str, Any]:
-    """``exif``, ``xmp`` and ``icc_profile`` of a JPEG, wherever they lie before the picture's first scan.
+    """``exif``, ``xmp`` and ``icc_profile`` of a JPEG, anywhere before its first scan.
 
-    A walk over the segments' headers: some ten steps for a plain file.
+    A walk over the segments' headers, about ten steps for a usual file.
     """
     info: dict[str, Any] = {}
     profile: list[bytes] = []
@@ -54,7 +54,7 @@ def jpeg_info(data: bytes) -> dict[str, Any]:
             at = stop
         elif marker in (0xFFD9, 0xFFDA):  # the end, or a scan
             break
-        else:  # fill, or what lies between segments: decoders skip it
+        else:  # fill bytes, or bytes between segments: decoders skip them
             at = data.find(b"\xff", at + 1)
     if not profile:
         return info
@@ -65,10 +65,10 @@ def jpeg_info(data: bytes) -> dict[str, Any]:
 
 
 def split_png(data: bytes) -> tuple[bytes, dict[str, Any]]:
-    """A PNG's bytes -> the same without side chunks but for transparency; and what ``info`` has of those left out.
+    """A PNG's bytes -> the same without optional chunks, except transparency; and what ``info`` has of the others.
 
-    Chunks whose first letter is a capital are needed to decode (PNG, third edition, section 5.4): they all stay. The
-    frames of an animation go: its still picture stays.
+    Chunks whose first letter is a capital are needed to decode (PNG, third edition, section 5.4); all of them stay. The
+    frames of an animation are removed; its still image stays.
     """
     kept: list[bytes] = []
     info: dict[str, Any] = {}
@@ -87,7 +87,7 @@ def split_png(data: bytes) -> tuple[bytes, dict[str, Any]]:
 
 
 def _png_info(kind: bytes, body: bytes) -> dict[str, Any]:
-    """What a side chunk adds to ``info``: nothing if it is of another kind, or damaged."""
+    """What an optional chunk adds to ``info``: nothing if it is of another kind, or damaged."""
     if kind == b"eXIf":
         return {"exif": b"Exif\0\0" + body}
     name, _, rest = body.partition(b"\0")
@@ -102,7 +102,7 @@ def _png_info(kind: bytes, body: bytes) -> dict[str, Any]:
         text = rest
     elif kind == b"zTXt":
         text = _unpacked(rest[1:])
-    elif kind == b"iTXt":  # whether packed, how, the language, the key in it, the text
+    elif kind == b"iTXt":  # compressed or not, how, language, translated key, text
         fields = rest[2:].split(b"\0", 2)
         if len(fields) == 3:
             text = _unpacked(fields[2]) if rest[0] else fields[2]

@@ -1,4 +1,4 @@
-"""Named datasets: where the public archives are, their checksums and class names, and a download that resumes."""
+"""Named datasets: addresses, checksums and class names of public archives, and a download that resumes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _IMAGEWOOF = {
 _URL = "https://s3.amazonaws.com/fast-ai-imageclas/{}"
 # File and MD5. Imagenette's are torchvision's (torchvision/datasets/imagenette.py), Imagewoof's those of catalyst
 # (catalyst/contrib/datasets/cv/imagewoof.py): fast.ai itself publishes only sizes and MD5s of the first MiB
-# (fastai/data/checks.txt). fast.ai has rebuilt the archives under the same names, so older sums are about.
+# (fastai/data/checks.txt). fast.ai has rebuilt the archives under the same names, so other, older sums exist.
 _ARCHIVES = {
     "imagenette": ("imagenette2.tgz", "fe2fc210e6bb7c5664d602c3cd71e612"),
     "imagenette-320": ("imagenette2-320.tgz", "3df6f0d01a2c9592104656642f5e78a3"),
@@ -51,14 +51,14 @@ _ARCHIVES = {
 }
 NAMES = ("shapes", *_ARCHIVES)
 
-_ATTEMPTS = 5  # in a row without a byte received
-_BACKOFF = 1.0  # seconds before the second attempt, doubled for each further one
+_ATTEMPTS = 5  # in a row that receive no byte
+_BACKOFF = 1.0  # seconds before the second attempt; doubled for each further one
 _TIMEOUT = 30  # seconds without an answer or a byte
 _RETRIED = {408, 425, 429, 500, 502, 503, 504}
 
 
 def class_names(name: str, found: tuple[str, ...], path: Path) -> tuple[str, ...]:
-    """Readable names for the class folders ``found`` in a copy of a dataset. Raises SourceError if it is no copy."""
+    """Readable names for the class folders ``found`` in a copy of a dataset. Raises SourceError if it is not a copy."""
     names = _IMAGEWOOF if name.startswith("imagewoof") else _IMAGENETTE
     if found != tuple(names):
         raise SourceError(
@@ -81,7 +81,7 @@ def fetch(name: str, cache: Path | None = None, progress: Progress | None = None
         if not target.exists():
             download(_URL.format(file), target, md5, progress)
     except SourceError as error:
-        way_out = f"or give a copy that you have with {opt('data')} ({_URL.format(file)})"
+        way_out = f"or download {_URL.format(file)} yourself and name the file with {opt('data')}"
         raise SourceError(f"{name}: {error.texts[0]}", f"{error.texts[1]}, {way_out}") from error
     except OSError as error:
         raise system_fault(error) from error
@@ -89,12 +89,12 @@ def fetch(name: str, cache: Path | None = None, progress: Progress | None = None
 
 
 def download(url: str, target: Path, md5: str, progress: Progress | None = None) -> None:
-    """Download ``url`` to ``target``, going on from ``target.part`` if there is one; there in whole or not at all.
+    """Download ``url`` to ``target``, resuming ``target.part`` if it exists. ``target`` is complete or absent.
 
-    Retries with growing pauses while nothing comes. Raises SourceError, OSError.
+    Failed attempts are retried with growing pauses. Raises SourceError, OSError.
     """
     part = target.with_name(target.name + ".part")
-    # Another process may be at it; it may also have finished meanwhile, or been killed.
+    # Another process may be downloading it, or may have finished in the meantime, or been killed.
     with part.open("ab") as file, held(part, wait=True, opened=file.fileno()):
         if target.exists():
             part.unlink(missing_ok=True)
@@ -116,23 +116,23 @@ def download(url: str, target: Path, md5: str, progress: Progress | None = None)
         got = _md5(part, f"checking {target.name}", progress)
         if got != md5:
             part.unlink()
-            raise SourceError(f"{url} has MD5 {got}, not {md5}; it was not kept", "run again to download it anew")
+            raise SourceError(f"{url} has MD5 {got}, not {md5}; it was deleted", "run again to download it again")
         part.replace(target)
 
 
 class _Interruption(Exception):
-    """Worth another attempt."""
+    """A failure that is worth another attempt."""
 
 
 def _transfer(url: str, file: BinaryIO, name: str, progress: Progress | None) -> None:
-    """One request for what ``file`` still lacks, appended to it."""
+    """Request the missing rest of ``file`` once, and append it."""
     import requests
 
     start = file.tell()
     headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={start}-"} if start else {})}
     try:
         with requests.get(url, headers=headers, stream=True, timeout=_TIMEOUT) as answer:
-            if answer.status_code == 416:  # nothing after `start`: the file is whole, or was never this one
+            if answer.status_code == 416:  # nothing after `start`: the file is complete, or another file
                 return
             if answer.status_code in _RETRIED:
                 raise _Interruption(f"the server answered {answer.status_code} {answer.reason}")
@@ -152,7 +152,7 @@ def _transfer(url: str, file: BinaryIO, name: str, progress: Progress | None) ->
 
 
 def _reason(error: Exception) -> str:
-    """The innermost reason of a chain of wrapped network errors: the outer ones repeat the URL and object addresses."""
+    """The innermost of nested network errors: the outer ones only repeat the URL and object addresses."""
     while isinstance(inner := getattr(error, "reason", None) or (error.args[0] if error.args else None), Exception):
         error = inner
     return str(error).rpartition("object at ")[2].partition(">: ")[2] or str(error)

@@ -1,8 +1,8 @@
-"""Bytes of a file by offset, and plain bytes of a gzipped file by offset, for archives that are read in place.
+"""Read a plain or gzipped file by offset, for archives that are read in place.
 
-A plain file is read with one ``pread`` a sample. A gzipped one is inflated once, to index it; on the way a copy of the
-decompressor is kept every 128 KiB or more (zlib's own ``copy()``, about 70 KiB each, at most 2,048 of them), and a
-read inflates from the nearest copy. Measured on two AMD EPYC cores with other work running, Python 3.11, one thread,
+A plain file is read with one ``pread`` per sample. A gzipped file is inflated once, to index it. Meanwhile, a copy of
+the decompressor is kept every 128 KiB or more (zlib's own ``copy()``, about 70 KiB each, at most 2,048 of them); later
+reads inflate from the nearest copy. Measured on two AMD EPYC cores with other work running, Python 3.11, one thread,
 random order, a .tgz of Imagenette at 224 pixels: 2,500 reads/s through `Source.read` (n = 3,000), where indexed_gzip
 1.10.3 gave 612/s at the same spacing and 86/s at its default (n = 2,000), and no more from two threads.
 """
@@ -19,15 +19,15 @@ from typing import Any
 from latentprep.errors import SourceError
 
 AGAIN = "copy or download the archive again"
-_GZIP_SPACING = 128 * 1024  # plain bytes between two kept decompressors, at least
+_GZIP_SPACING = 128 * 1024  # uncompressed bytes between two kept decompressors, at least
 _GZIP_POINTS = 2048  # how many are kept, at most (140 MB)
 CHUNK = 64 * 1024
 
 
 def archive_kind(path: Path, head: bytes | None = None) -> str | None:
-    """``tar``, ``gzip`` (of a tar), a type that is not read in place (``zip``, …) or None; by content, not by name.
+    """``tar``, ``gzip`` (of a tar), a type that is not read in place (``zip``, …), or None. By content, not by name.
 
-    ``head``: the file's first 512 bytes, where they are known.
+    ``head``: the file's first 512 bytes, if they are known.
     """
     if head is None or head.startswith(b"\x1f\x8b"):
         with path.open("rb") as file:
@@ -36,7 +36,7 @@ def archive_kind(path: Path, head: bytes | None = None) -> str | None:
         try:
             inner = zlib.decompressobj(wbits=31).decompress(head, 512)
         except zlib.error:
-            return "gzip"  # a damaged one; reading it says so
+            return "gzip"  # a damaged one; reading it fails with the reason
         return "gzip" if len(inner) < 512 or begins_tar(inner) else None
     others = {
         b"PK\3\4": "zip",
@@ -56,12 +56,12 @@ def begins_tar(head: bytes) -> bool:
     try:
         tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")
     except tarfile.HeaderError:
-        return head == bytes(512)  # a tar of nothing is blocks of zeros
+        return head == bytes(512)  # an empty tar is blocks of zeros
     return True
 
 
 class PlainFile:
-    """Bytes of a file by offset. Opened for each read: no lock, no limit on how many there are, can be pickled."""
+    """Bytes of a file by offset. It is opened for each read: no lock, no limit on open files, can be pickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -80,9 +80,9 @@ class PlainFile:
 
 
 class GzipFile:
-    """Plain bytes of a gzip file by offset, from the decompressors that a first pass (`cursor`) left behind.
+    """Uncompressed bytes of a gzip file by offset, from the decompressors that a first pass (`cursor`) keeps.
 
-    Pickled without them: the copy makes its own first pass at its first read.
+    It is pickled without them: the copy makes its own first pass at its first read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -90,18 +90,18 @@ class GzipFile:
         self.points: list[_GzipCursor] = []
 
     def cursor(self, fd: int) -> _GzipCursor:
-        """A cursor at the start, on an open file, that leaves a decompressor behind every so often."""
+        """A cursor at the start of an open file, which keeps a decompressor at regular distances."""
         spacing = max(_GZIP_SPACING, os.fstat(fd).st_size // _GZIP_POINTS)
         return _GzipCursor(fd, keep=self.points, spacing=spacing)
 
     def pread(self, size: int, offset: int) -> bytes:
-        """At most ``size`` plain bytes from ``offset``; fewer at the end. Raises OSError, EOFError, zlib.error."""
+        """Up to ``size`` uncompressed bytes from ``offset``, fewer at the end. Raises OSError, EOFError, zlib.error."""
         fd = os.open(self.path, os.O_RDONLY)
         try:
             if not self.points:
                 first = GzipFile(self.path)
                 first.cursor(fd).seek_end()
-                self.points = first.points  # in one step: other threads see none or all
+                self.points = first.points  # one assignment: other threads see none or all
             nearest = bisect.bisect_right(self.points, offset, key=_GzipCursor.tell) - 1
             cursor = self.points[nearest].copy(fd)
             cursor.seek(offset)
@@ -114,10 +114,10 @@ class GzipFile:
 
 
 class _GzipCursor:
-    """A place in a gzip file's plain bytes that moves forward only, and can be copied: the copy goes on from there.
+    """A position in a gzip file's uncompressed bytes. It only moves forward, and a copy continues from the same place.
 
-    As much of a file object as tarfile needs. ``keep`` collects copies, one at the first read after each ``spacing``
-    plain bytes; tarfile's reads begin at headers and members, which is where later reads begin too.
+    It has the methods that tarfile needs. ``keep`` collects copies, one at the first read after every ``spacing``
+    uncompressed bytes. tarfile reads from headers and members on, as later reads do.
     """
 
     def __init__(self, fd: int, keep: list[_GzipCursor] | None = None, spacing: int = 0) -> None:
@@ -125,7 +125,7 @@ class _GzipCursor:
         self._keep, self._spacing, self._keep_at = keep, spacing, 0
         self._next = 0  # offset in the file of the input after `_tail`
         self._tail = b""  # input read and not yet inflated
-        self._position = 0  # in plain bytes
+        self._position = 0  # in uncompressed bytes
         self._inflate: Any = zlib.decompressobj(wbits=31)  # None at the end
 
     def copy(self, fd: int) -> _GzipCursor:
@@ -138,7 +138,7 @@ class _GzipCursor:
         return self._position
 
     def compressed(self) -> int:
-        """How far in the file, in bytes."""
+        """The position in the compressed file, in bytes."""
         return self._next - len(self._tail)
 
     def seek(self, offset: int) -> int:
@@ -148,7 +148,7 @@ class _GzipCursor:
         return self._position
 
     def seek_end(self) -> None:
-        """Inflate to the end, where gzip's own checksum is compared. Raises EOFError, zlib.error."""
+        """Inflate to the end, where gzip's own checksum is checked. Raises EOFError, zlib.error."""
         while self.read(4 * CHUNK):
             pass
 
@@ -165,7 +165,7 @@ class _GzipCursor:
             part = self._inflate.decompress(fed, size)
             self._tail = self._inflate.unconsumed_tail
             if not part and not fed and not self._inflate.eof:
-                raise EOFError("the compressed data end early")
+                raise EOFError("the compressed data is cut short")
             parts.append(part)
             size, self._position = size - len(part), self._position + len(part)
             if self._inflate.eof:
@@ -174,7 +174,7 @@ class _GzipCursor:
         return b"".join(parts)
 
     def _next_stream(self) -> None:
-        """A gzip file may hold several streams, and zeros after the last."""
+        """Go to the next stream: a gzip file may hold several, and zeros after the last."""
         while True:
             self._tail = self._tail.lstrip(b"\0")
             if self._tail and not b"\x1f\x8b".startswith(self._tail[:2]):
@@ -190,7 +190,7 @@ class _GzipCursor:
 
 
 def read_member(at: tuple[PlainFile | GzipFile, int, int]) -> bytes:
-    """The bytes of an archive's member from its place. Raises OSError, or SourceError where the archive has changed."""
+    """The bytes of an archive's member at its place. Raises OSError, or SourceError if the archive has changed."""
     file, offset, size = at
     try:
         data = file.pread(size, offset)

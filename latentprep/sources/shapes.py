@@ -1,8 +1,9 @@
-"""`shapes`: ten classes of shapes among clutter, rendered as JPEGs on demand, so that the whole job needs no download.
+"""`shapes`: ten classes of shapes among clutter, rendered as JPEGs on demand. It needs no download.
 
-One image shows one shape of varied size, place, angle, stretch, colours and lighting on a mottled background, among
-strokes, blobs, hatchings and specks that are none of the ten, a few of them in front of it; then noise. So colour and
-place say nothing of the class: a linear classifier on pixels stays near chance, and a small CNN learns it.
+Each image shows one shape, of random size, place, angle, stretch, colours and lighting, on a mottled background. Around
+it, and a few in front of it, are strokes, blobs, hatchings and specks, which are none of the ten shapes. Noise comes
+last. So colour and place say nothing about the class: a linear classifier on pixels stays near chance, and a small CNN
+learns it.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from PIL import Image, ImageDraw
 from latentprep.sources.layouts import Found, Tree
 
 CLASSES = ("arrow", "circle", "crescent", "cross", "heart", "hexagon", "ring", "square", "star", "triangle")
-SIZES = {"train": 5000, "val": 1000}  # samples, as many of each class
+SIZES = {"train": 5000, "val": 1000}  # samples, equally many of each class
 PIXELS = 128  # width and height of an image
 
-_SCALE = 2  # drawn this much larger, then shrunk, for smooth edges
+_SCALE = 2  # drawn larger by this factor, then shrunk, for smooth edges
 _CANVAS = PIXELS * _SCALE
 _RADIUS = (0.22, 0.42)  # of the shape, as a share of the image
 
@@ -40,7 +41,7 @@ def find() -> Tree:
 
 
 def read(at: tuple[str, int]) -> bytes:
-    """The JPEG of image ``(split, index)``, 128×128, of class ``CLASSES[index % 10]``; the same bytes at each call."""
+    """The JPEG of image ``(split, index)``, 128×128, of class ``CLASSES[index % 10]``; always the same bytes."""
     split, index = at
     rng = np.random.default_rng([list(SIZES).index(split), index])
     image = Image.fromarray(render(CLASSES[index % len(CLASSES)], rng))
@@ -99,7 +100,7 @@ def _colour(rng: Generator, lightness: float) -> Colour:
 
 
 def _mottled(rng: Generator, lightness: float, cells: int) -> Image.Image:
-    """A canvas of two or more hues that run into each other, of about one lightness."""
+    """A canvas of two hues that blend into each other, of about the same lightness."""
     hues = [_colour(rng, lightness) for _ in range(2)]
     mix = rng.random((cells, cells, 1))
     grid = np.array(hues[0]) * mix + np.array(hues[1]) * (1 - mix) + rng.normal(0, 8, (cells, cells, 3))

@@ -1,16 +1,15 @@
-"""Where labelled images come from: a folder, tar files, an archive, a named dataset; all behind one class, `Source`.
+"""Where labelled images come from: a folder, tar files, an archive or a named dataset, all behind one class, `Source`.
 
-A source is an index, known without reading any image: for each split, rows of (key, label, place), sorted by key. A
-key is the image's path below the folder that holds the splits (``train/n01440764/x.JPEG``), or below the one that
-holds the class folders (``n01440764/x.JPEG``); for WebDataset tars it is the sample's base name. Folders around these
-(``imagenette2-224/train/…``) do not count, so a folder, its tar and its .tgz give the same rows and fingerprint.
+A source is an index, made without decoding any image: for each split, rows of (key, label, place), sorted by key. A key
+is the image's path below the folder with the splits (``train/n01440764/x.JPEG``), or below the folder with the classes
+(``n01440764/x.JPEG``); in WebDataset tars it is the sample's base name. Outer folders (``imagenette2-224/train/…``) do
+not count, so a folder, its tar and its .tgz have the same rows and fingerprint.
 
-What is an image: a file with an image's name (.jpg, .png, …), or any other that begins like an image. A damaged file
-with an image's name keeps its row, for the encoder to report. Every image that is in no row is counted in `left_out`.
+An image is a file with an image's name (.jpg, .png, …), or any other file that begins like an image. A damaged file
+with an image's name keeps its row, so that encoding reports it. `left_out` counts every image that is in no row.
 
-Classes are the folders below ``train`` in sorted order, or the distinct texts of WebDataset's ``.cls`` members; where
-all are numbers, in numeric order. A class that is empty in ``train`` is an error; one that has no images in ``val`` or
-``test`` only is not.
+Classes are the folders below ``train``, or the distinct texts of WebDataset's ``.cls`` members, sorted; by number if
+all are numbers. A class without images in ``train`` is an error; without images in ``val`` or ``test``, it is not.
 """
 
 from __future__ import annotations
@@ -31,13 +30,13 @@ from latentprep.sources.layouts import LAYOUTS, Found, Tree
 from latentprep.sources.listing import HIDDEN, Progress, left_out_line
 from latentprep.storage.places import path_of
 
-_STATTERS = 8  # threads that ask for files' sizes and times: on a network each answer takes its time
-VAL_FRACTION = 0.1  # of each class, taken from train where a source has no val split
+_STATTERS = 8  # threads that ask for files' sizes and times: on a network, each answer takes a while
+VAL_FRACTION = 0.1  # of each class, taken from train if a source has no val split
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One image of a source: its key, the file's bytes as they are, and its class as an index."""
+    """One image of a source: its key, the bytes of its file, and its class as an index."""
 
     key: str
     data: bytes
@@ -53,8 +52,8 @@ class Row(NamedTuple):
 class Source:
     """An index of labelled images and a way to read one. Can be pickled, and read from many threads at once.
 
-    left_out: what there is besides the rows, and how many: "images in docs/ (not a known split)", "links in a circle".
-    With the rows, all that begin with "images" make up the image files there are; `take` takes nothing from it.
+    left_out: what is in no row, and how many: "images in docs/ (not a known split)", "links in a circle". The rows and
+    the entries that begin with "images" add up to all image files; `take` does not change it.
     notes: what else a user should know about how the source is read.
     """
 
@@ -81,11 +80,11 @@ class Source:
 
     def _split(self, split: str) -> list[Row]:
         if split not in self._rows:
-            raise UsageError(f"{self.spec} has no split {split!r}", f"it has {', '.join(self.splits)}")
+            raise UsageError(f"{self.spec} has no split {split!r}", f"use one of {', '.join(self.splits)}")
         return self._rows[split]
 
     def size(self, split: str) -> int:
-        """Samples in a split. Raises UsageError for a split that the source has not, as all the methods below do."""
+        """Samples in a split. Like all methods below, raises UsageError for a split that the source does not have."""
         return len(self._split(split))
 
     def keys(self, split: str) -> list[str]:
@@ -97,7 +96,7 @@ class Source:
         return [row.label for row in self._split(split)]
 
     def read(self, split: str, i: int) -> Sample:
-        """Sample ``i`` of a split. Raises OSError or SourceError where its file or archive has gone or changed."""
+        """Sample ``i`` of a split. Raises OSError or SourceError if its file or archive is gone or has changed."""
         row = self._split(split)[i]
         try:
             return Sample(row.key, self._load(row.at), row.label)
@@ -105,33 +104,35 @@ class Source:
             raise SourceError(f"{row.key}: {error.texts[0]}", error.texts[1]) from error
 
     def stat(self, split: str) -> list[tuple[int, int]] | None:
-        """Each sample's bytes, and when its file last changed (that of its archive, in one), in ns since 1970; None
-        where samples are not in files. (-1, -1) for a file that has gone, which reading it says."""
+        """Each sample's size in bytes, and when its file (or archive) last changed, in ns since 1970. (-1, -1) for a
+        file that is gone, which reading will report. None if samples are not in files."""
         with ThreadPoolExecutor(_STATTERS) as pool:
-            found = list(pool.map(_stat, [row.at for row in self._split(split)], chunksize=1024))
-        return None if any(one is None for one in found) else [one for one in found if one is not None]
+            stats = list(pool.map(_stat, [row.at for row in self._split(split)], chunksize=1024))
+        return None if any(one is None for one in stats) else [one for one in stats if one is not None]
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over classes, splits, keys and labels: what a resumed run must find unchanged."""
+        """SHA-256 (hex) of classes, splits, keys and labels. To resume, it must be unchanged."""
         return fingerprint(self.classes, {split: [row[:2] for row in rows] for split, rows in self._rows.items()})
 
     def take(self, limit: int) -> Source:
-        """The source with at most ``limit`` samples a split, evenly spaced over its classes and keys.
+        """The source with at most ``limit`` samples per split, evenly spaced over its classes and keys.
 
-        Raises UsageError below 1.
+        Raises UsageError if ``limit`` is below 1.
         """
         if limit < 1:
-            raise UsageError(f"limit must be 1 or more, got {limit}", f"leave {opt('limit')} out for all samples")
+            raise UsageError(
+                f"{opt('limit')} must be 1 or more, got {limit}", f"leave {opt('limit')} out for all samples"
+            )
         rows = {split: _spread(rows, limit) for split, rows in self._rows.items()}
         return Source(self.spec, self.classes, rows, self._load, self.left_out, self.notes)
 
 
 def _stat(at: Any) -> tuple[int, int] | None:
-    """Bytes and time of change of what lies at a path, or at (archive, offset, size)."""
+    """Size and last change of the file at a path, or of the member at (archive, offset, size)."""
     try:
         if isinstance(at, str | Path):
-            found = Path(at).stat()
-            return found.st_size, found.st_mtime_ns
+            stat = Path(at).stat()
+            return stat.st_size, stat.st_mtime_ns
         if isinstance(at, tuple) and len(at) == 3 and hasattr(at[0], "path"):
             return int(at[2]), Path(at[0].path).stat().st_mtime_ns
     except OSError:
@@ -140,7 +141,7 @@ def _stat(at: Any) -> tuple[int, int] | None:
 
 
 def fingerprint(classes: Sequence[str], splits: Mapping[str, Iterable[tuple[str, int]]]) -> str:
-    """SHA-256 (hex) over class names, split names, and the (key, label) of every row of each split."""
+    """SHA-256 (hex) of the class names, the split names, and the (key, label) of every row."""
     digest = hashlib.sha256(json.dumps([list(classes), list(splits)]).encode())
     for rows in splits.values():
         digest.update(json.dumps(list(rows)).encode())
@@ -164,36 +165,39 @@ def open_source(
     out: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Source:
-    """Open a source of labelled images. One that is open already comes back as it is.
+    """Open a source of labelled images. A source that is already open is returned as it is.
 
     ``spec`` is a named dataset (``shapes``, ``imagenette-160``, …), a folder, a .tar or .tar.gz of such a folder, or
-    several tars: WebDataset shards, or a tar for each split or class; in a folder, in a tar, or as a brace pattern
-    ``train-{000000..000012}.tar``. A name goes before a folder of the same name; write ``./shapes`` for the folder.
+    several tars: WebDataset shards, or one tar per split or class; in a folder, in a tar, or as a brace pattern
+    ``train-{000000..000012}.tar``. A named dataset takes precedence over a folder; write ``./shapes`` for the folder.
 
-    ``data``: a copy of the named dataset that is already here (folder or archive), in place of a download to ``cache``.
-    ``val_fraction``: the share of each class, in [0, 1), moved from train to val where there is no val split (0.1 if
-    None; 0 for none). Which samples is decided by ``seed`` and their keys alone.
-    ``out``: a folder that is written to; where it lies in the source, it is left out.
+    ``data``: a local copy of the named dataset (folder or archive), used instead of a download to ``cache``.
+    ``val_fraction``: the share of each class, in [0, 1), to move from train to val if there is no val split (0.1 if
+    None; 0 for no val split). ``seed`` and the keys alone decide which samples.
+    ``out``: a folder that is being written; it is left out if it is inside the source.
     ``progress(description, done_bytes, total_bytes)`` is called during downloads and long scans.
 
-    Raises SourceError for anything wrong with the images, their folders, archives or download; UsageError for an
-    option that does not fit.
+    Raises SourceError for anything wrong with the images, their folders, archives or download; UsageError for a
+    parameter that does not fit.
     """
     from latentprep.sources import named as datasets
 
     if isinstance(spec, Source):
         if data is not None or val_fraction is not None:
-            raise UsageError("data and val fraction are for a source that is still to be opened", "leave them out")
+            raise UsageError(
+                f"{opt('data')} and {opt('val_fraction')} have no effect on an open source", "leave them out"
+            )
         return spec
-    if val_fraction is not None and not 0 <= val_fraction < 1:  # NaN fails it too
+    if val_fraction is not None and not 0 <= val_fraction < 1:  # NaN fails too
         raise UsageError(
-            f"val fraction must be from 0 to below 1, got {val_fraction}", f"use {opt('val_fraction', 0.1)}"
+            f"{opt('val_fraction')} must be 0 or more and below 1, got {val_fraction}",
+            f"use {opt('val_fraction', 0.1)}",
         )
     name = spec if isinstance(spec, str) and spec in datasets.NAMES else None
     if data is not None and name in (None, "shapes"):
         downloads = ", ".join(known for known in datasets.NAMES if known != "shapes")
         raise UsageError(
-            f"{opt('data')} is for a dataset that is downloaded, which {spec} is not", f"use it with {downloads}"
+            f"{opt('data')} is only for datasets that are downloaded, not for {spec}", f"use it with {downloads}"
         )
     if name == "shapes":
         from latentprep.sources import shapes
@@ -222,20 +226,22 @@ def open_own_source(
     out: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Source | None:
-    """The source that a dataset was made of, opened with what it was encoded with; None where there is none.
+    """Open the source that a dataset was made from, with the parameters of its encode. None if ``source`` is None.
 
     Raises UsageError for ``data`` without a source, and as `open_source` and `Source.take` do.
     """
     if source is None:
         if data is not None:
-            raise UsageError("data is a copy of what source names, and no source is given", "name the source too")
+            raise UsageError(
+                f"{opt('data')} needs {opt('source')}: it is a local copy of that dataset", f"give {opt('source')} too"
+            )
         return None
     opened = open_source(source, data=data, val_fraction=val_fraction, seed=seed, out=out, progress=progress)
     return opened if limit is None else opened.take(limit)
 
 
 def _build(spec: str, tree: Tree, load: Load, val_fraction: float | None, seed: int) -> Source:
-    """Number the classes, check them, split off val where there is none, and sort."""
+    """Number the classes, check them, split off val if there is none, and sort."""
     _check_left_out(spec, tree)
     found = {split: sorted(rows, key=lambda row: row.key) for split, rows in tree.found.items()}
     base = "train" if "train" in found else next(iter(found))
@@ -250,7 +256,7 @@ def _build(spec: str, tree: Tree, load: Load, val_fraction: float | None, seed: 
                 way_out = f"add the class to {base}, or remove it from {split}"
                 raise SourceError(f"class {name} of {spec} is in {split} but not in {base}", way_out)
     if len(counts) < 2:
-        raise SourceError(f"{spec} has one class only: {', '.join(counts) or 'none'}", LAYOUTS)
+        raise SourceError(f"{spec} has only one class: {', '.join(counts) or 'none'}", LAYOUTS)
     for split, rows in found.items():
         for one, two in pairwise(rows):
             if one.key == two.key:
@@ -259,10 +265,12 @@ def _build(spec: str, tree: Tree, load: Load, val_fraction: float | None, seed: 
     notes = tree.notes
     if "val" not in found:
         if "test" in found and "train" in found and val_fraction is None:
-            notes += (f"no val split beside train and test: {VAL_FRACTION:.0%} of train is held out as val",)
+            notes += (f"no val split beside train and test: {VAL_FRACTION:.0%} of train becomes val",)
         found = _split_off_val(found, VAL_FRACTION if val_fraction is None else val_fraction, seed)
     elif val_fraction:
-        raise UsageError(f"{spec} has its own val split, so val fraction {val_fraction} has no use", "leave it out")
+        raise UsageError(
+            f"{spec} has its own val split, so {opt('val_fraction')} has no effect", f"leave {opt('val_fraction')} out"
+        )
     numbers = all(name.isascii() and name.isdigit() for name in counts)
     classes = sorted(counts, key=lambda name: (int(name), name)) if numbers else sorted(counts)
     index = {name: label for label, name in enumerate(classes)}
@@ -272,11 +280,11 @@ def _build(spec: str, tree: Tree, load: Load, val_fraction: float | None, seed: 
 
 
 def _check_left_out(spec: str, tree: Tree) -> None:
-    """Raise SourceError where more than half of the images would be left out, of those that are not hidden."""
+    """Raise SourceError if more than half of the images that are not hidden would be left out."""
     lost = {what: n for what, n in tree.left_out.items() if what.startswith("images") and what != HIDDEN}
     total = sum(lost.values()) + sum(map(len, tree.found.values()))
     if sum(lost.values()) > total / 2:
-        way_out = f"{LAYOUTS}; or give the folder that holds the class folders itself"
+        way_out = f"{LAYOUTS}; or give the folder with the class folders directly"
         raise SourceError(f"{spec}: most of its {total} images would be left out: {left_out_line(lost)}", way_out)
 
 

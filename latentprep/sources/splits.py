@@ -1,4 +1,4 @@
-"""The names that people give to splits, as folders and in the names of tars."""
+"""The names of splits, as folders and in the names of tars."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ _IN_NAME = re.compile(rf"(?:^|[-_.])({'|'.join(SPLIT_NAMES)})(?=[-_.\d]|$)", re.
 
 
 def split_of_folder(name: str) -> str | None:
-    """The split that a folder of this name is, in any case of letters, or None."""
+    """The split that a folder of this name is, in upper or lower case, or None."""
     return SPLIT_NAMES.get(name.lower())
 
 
 def splits_of_tars(spec: str, tars: Iterable[str]) -> dict[str, str | None]:
-    """The split of each tar, by its path: off its name, else off the nearest folder that is a split's.
+    """The split of each tar, from its name, or else from the nearest folder with a split's name.
 
-    Looked at are the folder that all the tars lie in, and those inside it. None for each where no path tells a split.
-    Raises SourceError where some tell it and others do not, or a name tells two.
+    Only the folder around all the tars, and those inside it, are considered. None for every tar if no path names a
+    split. Raises SourceError if some paths name a split and others do not, or a name contains two.
     """
     paths = {tar: PurePath(tar) for tar in tars}
     common = os.path.commonpath([path.parent for path in paths.values()])
     outside = max(0, len(PurePath(common).parts) - 1)
     splits: dict[str, str | None] = {}
-    words: dict[str, str] = {}  # what each split is called
+    words: dict[str, str] = {}  # the name in use for each split
     for tar, path in paths.items():
         named = {match.lower() for match in _IN_NAME.findall(path.name)}
         if len({SPLIT_NAMES[word] for word in named}) > 1:
             both = " and ".join(sorted(named))
-            raise SourceError(f"the name of {tar} says both {both}", "rename it after its one split")
+            raise SourceError(f"the name of {tar} contains two splits, {both}", "rename it so that it contains one")
         folders = [part.lower() for part in reversed(path.parent.parts[outside:])]
         word = next((word for word in (*sorted(named), *folders) if word in SPLIT_NAMES), None)
         splits[tar] = split = word and SPLIT_NAMES[word]
@@ -49,7 +49,7 @@ def splits_of_tars(spec: str, tars: Iterable[str]) -> dict[str, str | None]:
         told = next(tar for tar, split in splits.items() if split)
         others = f" and {len(untold) - 1} more" if len(untold) > 1 else ""
         raise SourceError(
-            f"{spec}: {untold[0]}{others} could be of any split, while {told} says {splits[told]}",
-            "put the split into each tar's path, as train-000.tar or train/000.tar, or leave those tars out",
+            f"{spec}: the split of {untold[0]}{others} is unknown, while {told} names {splits[told]}",
+            "put the split into each tar's path, as in train-000.tar or train/000.tar, or leave those tars out",
         )
     return splits

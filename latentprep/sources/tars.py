@@ -1,4 +1,4 @@
-"""How several tars make one source: WebDataset shards, a tar for each split or class, or class folders in parts."""
+"""Make one source from several tars: WebDataset shards, one tar per split or class, or class folders in parts."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from latentprep.sources.splits import split_of_folder, splits_of_tars
 
 _ENDING = re.compile(r"\.(tar|tgz|tar\.gz)$", re.IGNORECASE)
 _SHARDS = (
-    "a WebDataset tar has KEY.jpg and KEY.cls for each sample; other tars hold class folders, or are one class each"
+    "WebDataset tars need KEY.jpg and KEY.cls for each sample; other tars need class folders, or are one class each"
 )
 
 
 def by_tars(spec: str, tars: dict[str, Listing]) -> Tree:
-    """Read the tars of a source, by path: as WebDataset where one holds ``.cls`` members, else as folders."""
+    """Read the tars of a source, by path: as WebDataset if one holds ``.cls`` members, otherwise as folders."""
     tars = _with_inner(tars)
     if any(listing.labels for listing in tars.values()):
         return _by_labels(spec, tars)
@@ -28,27 +28,27 @@ def by_tars(spec: str, tars: dict[str, Listing]) -> Tree:
 
 
 def _with_inner(tars: dict[str, Listing]) -> dict[str, Listing]:
-    """The tars, and in place of one that holds nothing but tars those."""
-    found: dict[str, Listing] = {}
+    """The tars; one that holds only tars is replaced by those."""
+    flat: dict[str, Listing] = {}
     for path, listing in tars.items():
         inner = {f"{_ENDING.sub('', path)}/{name}": inside for name, inside in listing.archives.items()}
         if not inner:
-            found[path] = listing
+            flat[path] = listing
         elif any("/" in entry.path for entry in listing.images) or listing.labels:
-            found[path] = replace(listing, left_out=listing.left_out + Counter({BESIDE: len(inner)}))
+            flat[path] = replace(listing, left_out=listing.left_out + Counter({BESIDE: len(inner)}))
         else:
             left_out = listing.left_out + Counter({"images beside tars": len(listing.images)})
             first = next(iter(inner))
             inner[first] = replace(inner[first], left_out=inner[first].left_out + left_out)
-            found |= _with_inner(inner)
-    return found
+            flat |= _with_inner(inner)
+    return flat
 
 
 def _joined(spec: str, tars: dict[str, Listing]) -> Listing:
     """One listing of all the tars.
 
-    A tar of images without folders is a class, by its name. The folders in other tars are taken together, in the split
-    that the tar's path tells.
+    A tar of images without folders is a class with the tar's name. The folders of other tars are merged, in the split
+    that each tar's path names.
     """
     flat = {path: tar for path, tar in tars.items() if tar.images and not any("/" in i.path for i in tar.images)}
     _check_not_shards(spec, flat)
@@ -75,30 +75,30 @@ def _joined(spec: str, tars: dict[str, Listing]) -> Listing:
 
 
 def _common_folder(tars: dict[str, Listing]) -> str:
-    """What the paths of all tars begin with, up to a slash."""
+    """The common beginning of all tars' paths, up to a slash."""
     first, last = min(tars), max(tars)
     same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
     return first[: first.rfind("/", 0, same) + 1]
 
 
 def _check_not_shards(spec: str, flat: dict[str, Listing]) -> None:
-    """Raise SourceError for tars of images that are no classes: with texts to each image, or numbered on end."""
+    """Raise SourceError for tars of images that are not classes: with texts for each image, or numbered."""
     for path, listing in flat.items():
         texts = [ending for ending in (".txt", ".json") if listing.others[ending] >= len(listing.images)]
         if texts:
-            raise SourceError(f"{path} holds images with {' and '.join(texts)}, but no .cls members", _SHARDS)
+            raise SourceError(f"{path} holds images with {' and '.join(texts)} files, but no .cls files", _SHARDS)
     stems = [re.fullmatch(r"(.*?)(\d+)", _ENDING.sub("", path)) for path in sorted(flat)]
     numbers = [int(stem[2]) for stem in stems if stem]
     if len(numbers) < 2 or len(numbers) < len(stems) or len({stem[1] for stem in stems if stem}) > 1:
         return
     if max(numbers) - min(numbers) == len(numbers) - 1:
-        raise SourceError(f"{spec}: numbered tars of images without folders, and no .cls members", _SHARDS)
+        raise SourceError(f"{spec} stands for numbered tars of images without folders and without .cls files", _SHARDS)
 
 
 def _by_labels(spec: str, tars: dict[str, Listing]) -> Tree:
-    """Read samples off WebDataset tars: members ``KEY.jpg`` and ``KEY.cls`` are one; the split is in the tar's path.
+    """Read samples from WebDataset tars: ``KEY.jpg`` and ``KEY.cls`` are one sample; the tar's path names the split.
 
-    Where keys occur in several tars of a split, all its keys are put behind the tars' names.
+    If a key occurs in several tars of a split, the tars' names are put before all keys of that split.
     """
     splits = splits_of_tars(spec, tars)
     root = _common_folder(tars)
@@ -106,8 +106,8 @@ def _by_labels(spec: str, tars: dict[str, Listing]) -> Tree:
     left_out: Counter[str] = Counter()
     for path, listing in tars.items():
         if not listing.labels:
-            what = f"{path} holds no .cls members{what_else(listing)}"
-            raise SourceError(what, "each sample of a WebDataset tar is KEY.jpg and KEY.cls")
+            what = f"{path} holds no .cls files{what_else(listing)}"
+            raise SourceError(what, "each sample of a WebDataset tar needs KEY.jpg and KEY.cls")
         by_split.setdefault(splits[path] or "train", {})[path] = _samples(path, listing)
         left_out.update(listing.left_out)
     tree = Tree({}, left_out=left_out)
@@ -119,7 +119,7 @@ def _by_labels(spec: str, tars: dict[str, Listing]) -> Tree:
                 for path, own in samples.items()
                 for row in own
             ]
-            tree.notes += (f"keys of {split} occur in several tars, so the tars' names are put before them",)
+            tree.notes += (f"some keys of {split} occur in several tars, so its keys now begin with the tars' names",)
         tree.found[split] = rows
     return tree
 
@@ -129,7 +129,7 @@ def _samples(tar: str, listing: Listing) -> list[Found]:
     for image in listing.images:
         key = _base_name(image.path)
         if key in images:
-            raise SourceError(f"{tar}: sample {key} has two images", "keep one image a sample, or rename the other")
+            raise SourceError(f"{tar}: sample {key} has two images", "keep one image per sample, or rename the other")
         images[key] = image
     labels = {_base_name(path): text for path, text in listing.labels.items()}
     for key in sorted(images.keys() ^ labels.keys())[:1]:
@@ -149,5 +149,5 @@ def _class_text(tar: str, key: str, text: bytes) -> str:
     except UnicodeDecodeError:
         name = ""
     if not name or "\n" in name:
-        raise SourceError(f"{tar}: {key}.cls is {text[:40]!r}", "write a class number or a class name into it")
+        raise SourceError(f"{tar}: {key}.cls holds {text[:40]!r}", "write a class number or a class name into it")
     return str(int(name)) if re.fullmatch(r"\d+", name) else name

@@ -1,4 +1,4 @@
-"""Where bytes lie: a folder, a bucket, a web server, the hub. Whole files or none, one writer at a time, a cache.
+"""Where bytes are stored: a folder, a bucket, a web server, the hub. Atomic writes, one writer at a time, a cache.
 
-May import the ground alone.
+May import only the ground.
 """

@@ -1,4 +1,4 @@
-"""Writing so that a crash at any moment leaves whole files or none, and one writer at a time."""
+"""Atomic writes, so that a crash at any moment leaves only complete files; and one writer at a time."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from latentprep.storage.places import Place, RemotePath
 
 
 def write_atomic(path: Place, data: bytes) -> None:
-    """Write `data` under a temporary name, flush it to the disk, rename. Whoever opens `path` sees all of it.
+    """Write `data` to a temporary file, flush it to the disk, rename it. Readers of `path` never see a part of it.
 
-    An object store does that by itself.
+    Object stores write atomically by themselves.
     """
     if isinstance(path, RemotePath):
         path.write_bytes(data)
@@ -37,7 +37,7 @@ def write_atomic(path: Place, data: bytes) -> None:
 
 
 def make_folder(folder: Place) -> None:
-    """Make a folder, and those above it, so that it survives a power cut: its name is flushed to the disk too."""
+    """Create a folder and its parents so that they survive a power cut: their names are flushed to the disk too."""
     if isinstance(folder, RemotePath) or folder.is_dir():
         return
     make_folder(folder.parent)
@@ -47,7 +47,7 @@ def make_folder(folder: Place) -> None:
 
 @contextlib.contextmanager
 def locked(root: Place) -> Iterator[None]:
-    """Hold the folder `root` for one writer: `locks.held`; what is remote is `leased`.
+    """Lock `root` for one writer: a local folder by `locks.held`, a remote one by `leased`.
 
     Raises `DatasetError` if another process holds it.
     """
@@ -64,7 +64,7 @@ def locked(root: Place) -> Iterator[None]:
 
 
 def sync_folder(folder: Place) -> None:
-    """Make a rename in `folder` survive a power cut, where the platform can."""
+    """Make a rename in `folder` survive a power cut, if the platform supports that."""
     if isinstance(folder, RemotePath):
         return
     with contextlib.suppress(OSError):

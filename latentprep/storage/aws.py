@@ -1,7 +1,7 @@
-"""How an S3 bucket is reached: the environment and the two files below ``~/.aws``, as a few settings for obstore.
+"""Settings to reach an S3 bucket with obstore, from the environment and the two files in ``~/.aws``.
 
-As the AWS command line looks for them, but for what takes a login or another request first: single sign-on, roles and
-programs that give keys are refused with the command that puts their keys into the environment.
+The lookup is that of the AWS command line, except for keys that need a login or another request first. Single sign-on,
+roles and credential programs are refused, with the command that puts their keys into the environment.
 """
 
 from __future__ import annotations
@@ -16,33 +16,33 @@ from xml.sax.saxutils import unescape
 
 from latentprep.errors import SystemFault
 
-_PROBE = 1.0  # seconds that a machine's own metadata service has to answer in; it is on the same machine
+_PROBE = 1.0  # seconds to wait for the machine's metadata service, which is on the same machine
 _ELSEWHERE = ("sso_session", "sso_start_url", "role_arn", "credential_process", "credential_source")
-_CHAIN = (  # of a container or a cluster: obstore follows these by itself
+_CHAIN = (  # in a container or a cluster: obstore uses these by itself
     "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_CONTAINER_CREDENTIALS_FULL_URI",
 )  # fmt: skip
 _PASSING = ("RequestTimeout", "SlowDown", "InternalError", "OperationAborted", "ConditionalRequestConflict")
 KEYS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE to a profile in ~/.aws/credentials"
 _WAYS_OUT = {
-    "ExpiredToken": "get new keys: set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN anew",
-    "InvalidToken": "set AWS_SESSION_TOKEN to the token that came with these keys, or unset it for lasting keys",
-    "InvalidAccessKeyId": "check AWS_ACCESS_KEY_ID, or AWS_ENDPOINT_URL where the keys are of another service than AWS",
+    "ExpiredToken": "get new keys, and set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN to them",
+    "InvalidToken": "set AWS_SESSION_TOKEN to the token that belongs to these keys, or unset it for long-term keys",
+    "InvalidAccessKeyId": "check AWS_ACCESS_KEY_ID; if the keys are not for AWS, set AWS_ENDPOINT_URL to their service",
     "SignatureDoesNotMatch": "check AWS_SECRET_ACCESS_KEY: it does not belong to AWS_ACCESS_KEY_ID",
-    "AccessDenied": f"{KEYS}, of a user who may do this; AWS_SKIP_SIGNATURE=true for a public bucket",
-    "NoSuchBucket": "check the bucket's name; AWS_ENDPOINT_URL says at which service it is, by default AWS",
-    "RequestTimeTooSkewed": "set this machine's clock",
+    "AccessDenied": f"{KEYS}, of a user who may do this; for a public bucket, set AWS_SKIP_SIGNATURE=true",
+    "NoSuchBucket": "check the bucket's name; if it is not on AWS, set AWS_ENDPOINT_URL to its service",
+    "RequestTimeTooSkewed": "correct this machine's clock",
 }
 _MOVED = "<Code>PermanentRedirect</Code><Message>the bucket is in another region</Message>"
 _REGION = ("PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException")
 
 
 def s3_settings(environ: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Settings of obstore's ``S3Store``: endpoint, region, keys or ``skip_signature``; those that are known.
+    """Settings of obstore's ``S3Store``, as far as they are known: endpoint, region, keys or ``skip_signature``.
 
-    Keys are those of the environment, else of the profile that ``AWS_PROFILE`` names, else of ``default``, else of a
-    container's or this machine's role; where there are none of all these, requests are anonymous.
+    Keys come from the environment, else from the profile that ``AWS_PROFILE`` names, else from the profile ``default``,
+    else from the role of a container or of this machine. If there are none, requests are anonymous.
 
-    Raises `SystemFault` for a profile that is absent or has no keys that can be read, and for a damaged file.
+    Raises `SystemFault` for a profile that does not exist or has no keys that can be read, and for a damaged file.
     """
     env = os.environ if environ is None else environ
     profile = _profile(env)
@@ -61,7 +61,7 @@ def s3_settings(environ: Mapping[str, str] | None = None) -> dict[str, Any]:
         here = {short: profile[name] for name, short in names.items() if profile.get(name)}
         token = profile.get("aws_session_token", "")
     if len(here) == 1:
-        raise SystemFault(f"there is only one half of the keys for S3, {next(iter(here))}", KEYS)
+        raise SystemFault(f"only one of the two keys for S3 is set, {next(iter(here))}", KEYS)
     if here:
         return {**settings, **here, **({"session_token": token} if token else {})}
     if any(env.get(name) for name in _CHAIN):
@@ -69,32 +69,34 @@ def s3_settings(environ: Mapping[str, str] | None = None) -> dict[str, Any]:
     if elsewhere := [name for name in _ELSEWHERE if name in profile]:
         name = env.get("AWS_PROFILE") or "default"
         raise SystemFault(
-            f"AWS profile '{name}' has no keys of its own but {elsewhere[0]}, which is not followed here",
+            f"AWS profile '{name}' has no keys but {elsewhere[0]}, which is not supported",
             f'run: eval "$(aws configure export-credentials --profile {name} --format env)"',
         )
     if env.get("AWS_PROFILE"):
-        raise SystemFault(f"AWS profile '{env['AWS_PROFILE']}' has no keys", "put them into ~/.aws/credentials")
+        raise SystemFault(f"AWS profile '{env['AWS_PROFILE']}' has no keys", "put its keys into ~/.aws/credentials")
     return settings if _has_role(env) else {**settings, "skip_signature": True}
 
 
 def refusal(answer: str, where: str, anonymous: bool = False) -> SystemFault | None:
-    """What a service refused and how to go on, from the text of obstore's error with the service's XML in it; None
-    where it is no refusal, or one that may pass."""
-    found = re.search(r"<Code>([^<]+)</Code>", answer)
-    if found is None or found[1] in _PASSING or found[1] == "NoSuchKey":
+    """The error for a request that a service refused, from the XML in obstore's error text. None if it was not
+    refused, or if trying again may help."""
+    reason = re.search(r"<Code>([^<]+)</Code>", answer)
+    if reason is None or reason[1] in _PASSING or reason[1] == "NoSuchKey":
         return None
-    code, message = found[1], re.search(r"<Message>([^<]*)</Message>", answer)
+    code, message = reason[1], re.search(r"<Message>([^<]*)</Message>", answer)
     region = re.search(r"<Region>([\w-]+)</Region>", answer)
     way_out = _WAYS_OUT.get(code, "see the page on credentials in the documentation, docs/credentials.md")
     if code in _REGION:
         way_out = f"set AWS_REGION={region[1]}" if region else "set AWS_REGION to the bucket's region"
     if anonymous and code in ("AccessDenied", "InvalidAccessKeyId"):
-        way_out = f"the request was anonymous, for no keys were found: {KEYS}"
-    return SystemFault(f"{where}: {code}: {unescape(message[1]) if message else 'the service says no more'}", way_out)
+        way_out = f"the request was anonymous, because no keys were found: {KEYS}"
+    return SystemFault(
+        f"{where}: {code}: {unescape(message[1]) if message else 'the service gives no reason'}", way_out
+    )
 
 
 def asked_anew(url: str) -> str:
-    """A service's redirect to a bucket's region, asked for without a signature: obstore keeps nothing of its body."""
+    """The redirect to a bucket's region, requested again without a signature: obstore drops its body."""
     import requests
 
     try:
@@ -107,14 +109,14 @@ def asked_anew(url: str) -> str:
 
 
 def _profile(env: Mapping[str, str]) -> dict[str, str]:
-    """The settings of the profile in use, of the config file and then of the credentials file."""
+    """The settings of the profile in use, from the config file, overridden by the credentials file."""
     name = env.get("AWS_PROFILE") or env.get("AWS_DEFAULT_PROFILE") or "default"
     home = env.get("HOME") or env.get("USERPROFILE") or ""
     files = [
         (env.get("AWS_CONFIG_FILE") or f"{home}/.aws/config", (f"profile {name}", *["default"][: name == "default"])),
         (env.get("AWS_SHARED_CREDENTIALS_FILE") or f"{home}/.aws/credentials", (name,)),
     ]  # fmt: skip
-    found: dict[str, str] = {}
+    settings: dict[str, str] = {}
     known = False
     for file, sections in files:
         path = Path(re.sub(r"^~(?=/)", home, file))
@@ -129,16 +131,16 @@ def _profile(env: Mapping[str, str]) -> dict[str, str]:
         for section in sections:
             if parser.has_section(section):
                 known = True
-                found |= dict(parser.items(section))
+                settings |= dict(parser.items(section))
     if not known and env.get("AWS_PROFILE") and not env.get("AWS_ACCESS_KEY_ID"):
         raise SystemFault(
             f"there is no AWS profile '{name}' in {files[0][0]} or {files[1][0]}", "check AWS_PROFILE, or unset it"
         )
-    return found
+    return settings
 
 
 def _has_role(env: Mapping[str, str]) -> bool:
-    """Whether this machine is one of AWS's with a role, whose keys obstore then fetches."""
+    """Whether this is an AWS machine with a role. Then obstore fetches the role's keys."""
     import requests
 
     if _is_true(env.get("AWS_EC2_METADATA_DISABLED")):
@@ -146,7 +148,7 @@ def _has_role(env: Mapping[str, str]) -> bool:
     service = env.get("AWS_METADATA_ENDPOINT", "http://169.254.169.254").rstrip("/") + "/latest"
     try:
         with requests.Session() as session:
-            session.trust_env = False  # no proxy stands between a machine and itself
+            session.trust_env = False  # no proxy for a request to the machine itself
             lifetime = {"X-aws-ec2-metadata-token-ttl-seconds": "60"}
             token = session.put(f"{service}/api/token", headers=lifetime, timeout=_PROBE)
             token.raise_for_status()

@@ -1,8 +1,8 @@
 """Object stores, web servers and the Hugging Face hub as keys with bytes: `open_bucket(url)`.
 
-Every request is tried again, with growing pauses, after dropped connections, timeouts, bodies cut short and answers of
-500 and more; what is refused or absent is said at once. obstore retries by itself; what it gives up on, a body that
-breaks off in its middle among others, is asked for from the start.
+Requests are retried, with growing pauses, after dropped connections, timeouts, bodies cut short, and status 500 and
+above. Refused or missing objects are reported at once. obstore retries by itself; what it gives up on, such as a body
+that breaks off in the middle, is requested again from the start.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any, Protocol, TypeVar
 from latentprep.errors import SystemFault, UsageError
 from latentprep.storage.aws import KEYS, asked_anew, refusal, s3_settings
 
-MOST = 1 << 34  # bytes of an object that are read
-ATTEMPTS = 4  # of a request that fails in a way that may pass
-PAUSE = 0.25  # seconds before the second one; doubled each time, and somewhat random
+MOST = 1 << 34  # bytes to read of an object, at most
+ATTEMPTS = 4  # of a request whose failure may be temporary
+PAUSE = 0.25  # seconds before the second attempt; doubled each time, and randomized
 _RETRIES = {
     "max_retries": 6,
     "backoff": {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=5), "base": 2},
@@ -32,38 +32,38 @@ T = TypeVar("T")
 
 
 class Changed(Exception):
-    """An object is not in the version that a conditional `Bucket.put` was for, or is there already."""
+    """An object is not the version that a conditional `Bucket.put` should replace, or already exists."""
 
 
 class Bucket(Protocol):
-    """Keys with bytes. Raises `SystemFault` for what stays impossible after all attempts."""
+    """Keys with bytes. Raises `SystemFault` for a request that fails after all attempts."""
 
     @property
     def url(self) -> str:
-        """Of the key ``""``, without a slash at its end."""
+        """The URL of the key ``""``, without a slash at the end."""
 
     def get(self, key: str, most: int = MOST) -> bytes:
         """Raises `FileNotFoundError`, and `SystemFault` for more than `most` bytes."""
 
     def size(self, key: str) -> int | None:
-        """Bytes, None where there is no such object."""
+        """Size in bytes; None if there is no such object."""
 
     def version(self, key: str) -> dict | None:
-        """What changes with every `put`, None where there is no such object."""
+        """An identifier that changes with every `put`; None if there is no such object."""
 
     def put(self, key: str, data: bytes, replaces: dict | str | None = "any") -> dict:
-        """All of it or nothing; returns the new version. replaces: a version, or None for no object; `Changed` if it is
-        another one. By default whatever is there."""
+        """Write all of it or nothing; returns the new version. replaces: the version to replace, or None if no object
+        may exist; raises `Changed` if the bucket has another one. "any", the default, replaces whatever is there."""
 
     def delete(self, key: str) -> None:
-        """Nothing happens where there is no such object."""
+        """Delete the object, if it exists."""
 
     def names(self, key: str) -> list[str]:
-        """The names directly below a key; none where the store cannot list them."""
+        """The names directly below a key; empty if the store cannot list them."""
 
 
 class ObjectStore:
-    """S3, Google Cloud Storage, and, to read only, HTTP, by obstore. url: of a bucket, or of a server."""
+    """S3, Google Cloud Storage and (read-only) HTTP, by obstore. url: of a bucket or a server."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -93,9 +93,9 @@ class ObjectStore:
             self._store = HTTPStore.from_url(url, **options)
         self._writable = scheme in ("s3", "gs")
         self._way_in = {
-            "s3": f"{KEYS}; AWS_SKIP_SIGNATURE=true for a public bucket",
-            "gs": "set GOOGLE_APPLICATION_CREDENTIALS to the file of a service account's key",
-        }.get(scheme, "the server asks for credentials; only public files can be read")
+            "s3": f"{KEYS}; for a public bucket, set AWS_SKIP_SIGNATURE=true",
+            "gs": "set GOOGLE_APPLICATION_CREDENTIALS to the key file of a service account",
+        }.get(scheme, "only public files can be read, and this server asks for credentials")
 
     def get(self, key: str, most: int = MOST) -> bytes:
         def whole() -> bytes:
@@ -106,18 +106,18 @@ class ObjectStore:
                 )
             data = bytes(answer.bytes())
             if len(data) != answer.meta["size"]:
-                raise OSError(f"{len(data)} bytes came instead of {answer.meta['size']}")
+                raise OSError(f"got {len(data)} of {answer.meta['size']} bytes")
             return data
 
         return self._tried("read", key, whole)
 
     def size(self, key: str) -> int | None:
-        found = self._head(key)
-        return None if found is None else found["size"]
+        meta = self._head(key)
+        return None if meta is None else meta["size"]
 
     def version(self, key: str) -> dict | None:
-        found = self._head(key)
-        return None if found is None else _version(found)
+        meta = self._head(key)
+        return None if meta is None else _version(meta)
 
     def put(self, key: str, data: bytes, replaces: dict | str | None = "any") -> dict:
         self._check_writable()
@@ -135,8 +135,8 @@ class ObjectStore:
         if not self._writable:  # web servers do not list
             return []
         prefix = f"{key}/" if key else ""
-        found = self._tried("list", key, lambda: self._obstore.list_with_delimiter(self._store, prefix))
-        paths = [*found["common_prefixes"], *(entry["path"] for entry in found["objects"])]
+        listing = self._tried("list", key, lambda: self._obstore.list_with_delimiter(self._store, prefix))
+        paths = [*listing["common_prefixes"], *(entry["path"] for entry in listing["objects"])]
         return sorted(path.rstrip("/").rpartition("/")[2] for path in paths)
 
     def _head(self, key: str) -> dict | None:
@@ -148,7 +148,7 @@ class ObjectStore:
             except self._exceptions.BaseError:
                 if not self.url.startswith("s3:"):
                     raise
-                return self._obstore.get(self._store, key).meta  # an answer to HEAD has no body to say why in
+                return self._obstore.get(self._store, key).meta  # an answer to HEAD has no body that gives the reason
 
         try:
             return self._tried("look for", key, head)
@@ -174,7 +174,7 @@ class ObjectStore:
         return _tried(f"{verb} {where}", translated, (self._exceptions.BaseError, OSError))
 
     def _meaning(self, error: Exception, verb: str, where: str) -> Exception | None:
-        """What an error of obstore's means; None for one that may pass."""
+        """The error to raise for one of obstore's; None if it may be temporary."""
         kinds, answer = self._exceptions, str(error)
         if isinstance(error, (kinds.AlreadyExistsError, kinds.PreconditionError)):
             return Changed(where)
@@ -192,9 +192,9 @@ class ObjectStore:
 
 
 class HubRepository:
-    """A dataset repository of the Hugging Face hub, to read only. huggingface_hub keeps what it downloads.
+    """A read-only dataset repository of the Hugging Face hub. huggingface_hub caches what it downloads.
 
-    url: ``hf://datasets/OWNER/NAME``, with ``@REVISION`` if it is not the newest.
+    url: ``hf://datasets/OWNER/NAME``, with ``@REVISION`` for another revision than the newest.
     """
 
     def __init__(self, url: str) -> None:
@@ -215,7 +215,7 @@ class HubRepository:
         def whole() -> bytes:
             try:
                 path = self._hub.hf_hub_download(self._name, key, repo_type="dataset", revision=self._revision)
-            except errors.LocalEntryNotFoundError as error:  # neither here nor to be reached
+            except errors.LocalEntryNotFoundError as error:  # not cached, and the hub cannot be reached
                 raise OSError(str(error)) from error
             except (errors.EntryNotFoundError, errors.RepositoryNotFoundError) as error:
                 raise FileNotFoundError(f"{self.url}/{key}") from error
@@ -233,29 +233,29 @@ class HubRepository:
         return None if self.size(key) is None else {}
 
     def put(self, key: str, data: bytes, replaces: dict | str | None = "any") -> dict:
-        raise UsageError(f"{self.url} can only be read", "write to a folder, then use latentprep push")
+        raise UsageError(f"{self.url} can only be read", "write to a folder, then upload it with latentprep push")
 
     def delete(self, key: str) -> None:
-        raise UsageError(f"{self.url} can only be read", "write to a folder, then use latentprep push")
+        raise UsageError(f"{self.url} can only be read", "write to a folder, then upload it with latentprep push")
 
     def names(self, key: str) -> list[str]:
         return []
 
 
 def hub_errors() -> tuple[type[Exception], ...]:
-    """What the hub's client raises where a request fails: its own errors, and those of the HTTP client under it."""
+    """What the hub's client raises if a request fails: its own errors, and those of its HTTP client."""
     from huggingface_hub.errors import HfHubHTTPError
 
     return (*HfHubHTTPError.__bases__, OSError)
 
 
-def _version(found: Any) -> dict:
-    """What obstore takes for a version: those of an object's marks that the store has."""
-    return {name: found[name] for name in ("e_tag", "version") if found[name] is not None}
+def _version(meta: Any) -> dict:
+    """What obstore accepts as a version: the ETag and version number, as far as the store has them."""
+    return {name: meta[name] for name in ("e_tag", "version") if meta[name] is not None}
 
 
 def _tried(what: str, call: Callable[[], T], passing: tuple[type[Exception], ...]) -> T:
-    """What `call` returns, in up to `ATTEMPTS` attempts where it raises one of `passing`."""
+    """What `call` returns, after up to `ATTEMPTS` attempts while it raises one of `passing`."""
     for attempt in range(ATTEMPTS):
         if attempt:
             time.sleep(PAUSE * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
@@ -273,5 +273,5 @@ def _tried(what: str, call: Callable[[], T], passing: tuple[type[Exception], ...
 
 @lru_cache
 def open_bucket(url: str) -> Bucket:
-    """The bucket, server or repository of this URL; one client each."""
+    """The bucket, server or repository at this URL; one client for each."""
     return HubRepository(url) if url.startswith("hf://") else ObjectStore(url)

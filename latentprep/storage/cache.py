@@ -1,4 +1,4 @@
-"""Copies of remote shards on this machine, by checksum; what was not used for longest goes first."""
+"""Local copies of remote shards, by checksum. The least recently used ones are deleted first."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 from latentprep.errors import SystemFault
 from latentprep.storage.places import path_of
 
-LIMIT = 10 << 30  # bytes that the cache holds by default
+LIMIT = 10 << 30  # bytes in the cache, by default
 
 
 def cache_folder() -> Path:
-    """``LATENTPREP_CACHE``, or ``latentprep`` in the user's cache folder. Raises `SystemFault` where there is none."""
+    """``LATENTPREP_CACHE``, or ``latentprep`` in the user's cache folder. Raises `SystemFault` if there is none."""
     if folder := os.environ.get("LATENTPREP_CACHE"):
         return path_of(folder)
     if folder := os.environ.get("XDG_CACHE_HOME"):
@@ -23,15 +23,15 @@ def cache_folder() -> Path:
     try:
         return Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "latentprep"
     except (RuntimeError, KeyError) as error:
-        hint = "set HOME, or LATENTPREP_CACHE to the folder for downloads"
-        raise SystemFault("this user has no home folder to keep downloads in", hint) from error
+        hint = "set HOME, or set LATENTPREP_CACHE to a folder for downloads"
+        raise SystemFault("there is no home folder to keep downloads in", hint) from error
 
 
 class ShardCache:
-    """Files named by the SHA-256 of what they hold, at most `limit` bytes of them. For many threads and processes.
+    """Files named by the SHA-256 of their contents, `limit` bytes at most. Safe for many threads and processes.
 
-    A cache that cannot be written, or a file in it that is damaged, costs time and nothing else: whoever reads compares
-    checksums. So entries of any datasets share a folder, and none is ever stale.
+    If the cache cannot be written, or a file in it is damaged, that only costs time, because readers check checksums.
+    So all datasets share one folder, and no entry is ever stale.
     """
 
     def __init__(self, folder: Path | None = None, limit: int = LIMIT) -> None:
@@ -39,7 +39,7 @@ class ShardCache:
         self._evicting = threading.Lock()
 
     def read(self, sha256: str) -> bytes | None:
-        """The entry, from now on the newest; None where there is none."""
+        """The entry, marked as just used; None if there is none."""
         path = self.folder / sha256
         try:
             data = path.read_bytes()
@@ -49,7 +49,7 @@ class ShardCache:
         return data
 
     def write(self, sha256: str, data: bytes) -> None:
-        """Keep an entry, if it fits at all, and let go of the oldest ones where it is too much."""
+        """Add an entry, unless it is larger than the cache, and delete the oldest ones if the cache is full."""
         if len(data) > self.limit:
             return
         part = self.folder / f"{sha256}.{os.getpid()}-{threading.get_ident()}.tmp"
@@ -66,8 +66,8 @@ class ShardCache:
             entries = []
             for entry in os.scandir(self.folder):
                 with contextlib.suppress(OSError):  # another process was faster
-                    found = entry.stat()
-                    entries.append((found.st_mtime_ns, found.st_size, entry.path))
+                    stat = entry.stat()
+                    entries.append((stat.st_mtime_ns, stat.st_size, entry.path))
             total = sum(size for _, size, _ in entries)
             for _, size, path in sorted(entries):
                 if total <= self.limit:

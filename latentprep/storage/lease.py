@@ -1,4 +1,4 @@
-"""One writer at a time where there is no lock of an operating system: an object that its holder keeps renewing."""
+"""One writer at a time in object stores, which have no locks: an object that its holder keeps renewing."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from latentprep.storage.buckets import Changed
 from latentprep.storage.locks import LOCK
 from latentprep.storage.places import RemotePath
 
-LEASE = 20.0  # seconds after which a lock that nobody renewed is a dead process's
+LEASE = 20.0  # seconds without a renewal after which the holder counts as dead
 
 
 @contextlib.contextmanager
 def leased(root: RemotePath) -> Iterator[None]:
-    """Hold a remote dataset for one writer. Needs conditional writes, which S3, GCS and most of their like have.
+    """Lock a remote dataset for one writer. Needs conditional writes, which S3, GCS and most similar stores have.
 
-    A lock that is there is watched for `LEASE` seconds, by this machine's clock alone: if it is renewed, its holder
-    lives and `DatasetError` is raised; if not, it is taken over. Raises `DatasetError` at the end if somebody took it
-    over meanwhile, as happens to a process that stood still for longer.
+    An existing lock is watched for `LEASE` seconds by this machine's clock. If it is renewed, its holder is alive, and
+    `DatasetError` is raised; if not, it is taken over. Raises `DatasetError` at the end if another process took it over
+    in the meantime, which happens if this one was suspended for longer.
     """
     lock, owner = root / LOCK, uuid.uuid4().hex
     bucket = root.bucket
@@ -35,14 +35,14 @@ def leased(root: RemotePath) -> Iterator[None]:
             {"owner": owner, "host": platform.node(), "process": os.getpid(), "renewed": renewed}
         ).encode()
 
-    def is_ours() -> bool:  # the answer to our own request may have been lost
+    def is_ours() -> bool:  # the answer to our request may have been lost
         try:
             return json.loads(bucket.get(lock.key)).get("owner") == owner
         except (FileNotFoundError, ValueError, AttributeError):
             return False
 
     def taken(replaces: dict | None, renewed: int) -> dict | None:
-        """Write the lock over this version of it: its new version, None if somebody else was faster."""
+        """Overwrite this version of the lock. Returns the new version, or None if another process was faster."""
         try:
             return bucket.put(lock.key, body(renewed), replaces)
         except Changed:
@@ -50,16 +50,16 @@ def leased(root: RemotePath) -> Iterator[None]:
 
     held = taken(None, 0)
     if held is None:
-        found = bucket.version(lock.key)
+        seen = bucket.version(lock.key)
         start = time.monotonic()
-        while found is not None and time.monotonic() - start < LEASE:
+        while seen is not None and time.monotonic() - start < LEASE:
             time.sleep(LEASE / 20)
             now = bucket.version(lock.key)
-            if now is not None and now != found:
+            if now is not None and now != seen:
                 break
-            found = now
+            seen = now
         else:
-            held = taken(found, 0)
+            held = taken(seen, 0)
     if held is None:
         raise DatasetError(f"{root} is being written by another latentprep encode", "wait for it to end")
 
@@ -71,7 +71,7 @@ def leased(root: RemotePath) -> Iterator[None]:
             count += 1
             try:
                 newer = taken(version, count)
-            except SystemFault:  # no network: by and by somebody else may think us dead
+            except SystemFault:  # no network: after a while, others will think us dead
                 newer = version if time.monotonic() - renewed_at < LEASE else None
             else:
                 renewed_at = time.monotonic()
@@ -92,6 +92,6 @@ def leased(root: RemotePath) -> Iterator[None]:
                 bucket.delete(lock.key)
     if lost.is_set():
         raise DatasetError(
-            f"{root} was taken over by another latentprep encode, since this one stood still",
+            f"another latentprep encode took over {root}, because this one stopped for too long",
             "wait for it to end, then run latentprep verify",
         )

@@ -1,4 +1,4 @@
-"""One writer at a time on this machine's folders and files, whatever file system they lie on."""
+"""One writer at a time for local folders and files, on any file system."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from latentprep.errors import LatentWarning
 
 LOCK = ".lock"
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.EBADF}
-_PAUSE = 0.5  # seconds between two looks at a lock file that is waited for
+_PAUSE = 0.5  # seconds between two checks of a lock file
 
 
 class Held(Exception):
-    """Somebody else holds it. Its text says what to do, where that is known."""
+    """Another process holds the lock. The text says what to do, if that is known."""
 
 
 @contextlib.contextmanager
 def held(path: Path, wait: bool = False, opened: int | None = None) -> Iterator[None]:
-    """Hold the folder or file `path` alone. The lock is the operating system's, so it ends with the process.
+    """Lock the folder or file `path`. The operating system holds the lock, so it ends with the process.
 
-    Where the file system gives none (some NFS and FUSE mounts), a file that only one process can make stands for it:
-    ``.lock`` in the folder, or ``NAME.lock`` beside the file. One that a dead process of this machine left is taken
-    over; of other machines nobody can know, so theirs stay.
+    If the file system has no locks (some NFS and FUSE mounts), a file that only one process can create replaces it:
+    ``.lock`` in the folder, or ``NAME.lock`` beside the file. A lock file left by a dead process of this machine is
+    taken over. Those of other machines stay, because nobody can tell whether their process is alive.
 
-    opened: the file's descriptor, for one whose name may be another's by now. Raises `Held` if another process holds
-    it; with `wait`, waits instead.
+    opened: the file's descriptor, if another file may have its name by now. Raises `Held` if another process holds
+    the lock; with `wait`, waits instead.
     """
     try:
         import fcntl
-    except ImportError:  # Windows: no advisory lock on folders; two writers would commit equal bytes
+    except ImportError:  # Windows has no advisory locks on folders; two writers would commit equal bytes
         yield
         return
     file = path / LOCK if path.is_dir() else path.with_name(path.name + LOCK)
@@ -66,11 +66,11 @@ _said: list[str] = []
 
 
 def _say(name: str, file: str) -> None:
-    """Once in a process: it may lock many files of one mount."""
+    """Warn, once per process: it may lock many files of one mount."""
     if _said:
         return
     _said.append(name)
-    text = f"the file system of {name} has no locks; the file {file} stands for one while this runs"
+    text = f"the file system of {name} has no locks; the file {file} replaces one while this runs"
     warnings.warn(text, LatentWarning, stacklevel=4)
 
 
@@ -78,9 +78,9 @@ def _say(name: str, file: str) -> None:
 def _file_held(file: Path, wait: bool) -> Iterator[None]:
     ours = json.dumps({"owner": uuid.uuid4().hex, "process": os.getpid(), **_here(), "begun": _begun(os.getpid())})
     warned = False
-    while not _made(file, ours):
+    while not _created(file, ours):
         text = _read(file)
-        if text is None:  # gone by now
+        if text is None:  # deleted in the meantime
             continue
         if _is_dead(text):
             _take_away(file, text)
@@ -99,7 +99,7 @@ def _file_held(file: Path, wait: bool) -> Iterator[None]:
             file.unlink(missing_ok=True)
 
 
-def _made(file: Path, text: str) -> bool:
+def _created(file: Path, text: str) -> bool:
     try:
         handle = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
     except FileExistsError:
@@ -123,7 +123,7 @@ def _read(file: Path) -> str | None:
 
 
 def _take_away(file: Path, dead: str) -> None:
-    """Remove the lock that says `dead`; one that somebody made meanwhile is put back."""
+    """Remove the lock file with the text `dead`. If another process has replaced it, put that one back."""
     aside = file.with_name(f"{file.name}.{uuid.uuid4().hex}")
     try:
         file.rename(aside)
@@ -136,7 +136,7 @@ def _take_away(file: Path, dead: str) -> None:
 
 
 def _here() -> dict[str, str]:
-    """What tells whether a process number is one of ours: the machine since it was started, and its process space."""
+    """What a process number is valid for: this host, since it was booted, and this process namespace."""
     boot = space = ""
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -145,7 +145,7 @@ def _here() -> dict[str, str]:
 
 
 def _begun(process: int) -> str:
-    """When a process was started, in ticks since the machine was: numbers of processes come again."""
+    """When a process was started, in ticks since boot: process numbers are used again."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
@@ -153,7 +153,7 @@ def _begun(process: int) -> str:
 
 
 def _is_dead(text: str) -> bool:
-    """Whether a lock's process was one of this machine and is no more. Of what cannot be judged: no."""
+    """Whether a lock's process ran on this machine and has ended. False if unknown."""
     try:
         lock = json.loads(text)
         process, begun = int(lock["process"]), lock["begun"]
@@ -175,4 +175,4 @@ def _holder(text: str) -> str:
         lock = json.loads(text)
         return f"process {lock['process']} on {lock['host']}"
     except (ValueError, KeyError, TypeError, RecursionError):
-        return "the process that made it"
+        return "the process that created it"

@@ -1,4 +1,4 @@
-"""Where a dataset lies: a folder, or a URL that is used like one. `place(text)` gives either."""
+"""Where a dataset is stored: a folder, or a URL that works like one. `place(text)` returns either."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class _Stat(NamedTuple):
 
 @dataclass(frozen=True)
 class RemotePath:
-    """A key in a bucket, with as much of `pathlib.Path` as datasets need. There are no folders: all of them exist.
+    """A key in a bucket, with the methods of `pathlib.Path` that datasets need. Every folder counts as existing.
 
-    Raises `SystemFault` where a request stays impossible, `UsageError` for writing to what can only be read.
+    Raises `SystemFault` for a request that fails after all attempts, `UsageError` for writing to a read-only place.
     """
 
     bucket: Bucket
@@ -70,11 +70,11 @@ class RemotePath:
         return self.bucket.get(self.key)
 
     def open(self, mode: str) -> io.BytesIO:
-        """The contents of a small file."""
+        """The contents of a small file, in memory."""
         return io.BytesIO(self.bucket.get(self.key, most=1 << 30))
 
     def write_bytes(self, data: bytes) -> None:
-        """All of it or nothing."""
+        """Write all of it or nothing."""
         self.bucket.put(self.key, data)
 
     def unlink(self, missing_ok: bool = False) -> None:
@@ -85,41 +85,41 @@ Place = Path | RemotePath
 
 
 def path_of(where: str | os.PathLike[str]) -> Path:
-    """The path of a user's, ``~`` and ``~name`` made the home folder they stand for.
+    """A user's path, with ``~`` and ``~name`` replaced by the home folder.
 
-    Raises `UsageError` where there is no such home and no file of that very name, or for a path that none can have.
+    Raises `UsageError` if there is no such home folder (and no file of that name), or the path is invalid.
     """
     path = Path(where)
     if "\0" in str(path):
-        raise UsageError(f"{path} is no path: it has a zero byte")
+        raise UsageError(f"{path} is not a valid path: it contains a zero byte")
     try:
         return path.expanduser()
     except (RuntimeError, KeyError) as error:
         if os.path.lexists(path):
             return path
         user = path.parts[0][1:]
-        hint = "give the whole path" if user else "set HOME, or give the whole path"
-        whose = f"there is no user {user}" if user else "it is not known which folder ~ is: HOME is not set"
+        hint = "give the full path" if user else "set HOME, or give the full path"
+        whose = f"there is no user {user}" if user else "the home folder is unknown: HOME is not set"
         raise UsageError(f"{path}: {whose}", hint) from error
 
 
 def place(where: str | os.PathLike[str] | RemotePath) -> Place:
     """A folder's path, or ``s3://bucket/…``, ``gs://bucket/…``, ``http(s)://server/…``, ``hf://datasets/owner/name/…``.
 
-    Raises `UsageError` for another kind of URL, `SystemFault` where the package for it is missing.
+    Raises `UsageError` for another kind of URL, `SystemFault` if the package for it is missing.
     """
     if isinstance(where, RemotePath):
         return where
     text = os.fspath(where)
-    found = _URL.fullmatch(text)
-    if found is None:
+    url = _URL.fullmatch(text)
+    if url is None:
         return path_of(text)
-    scheme, rest = found[1].lower(), found[2].rstrip("/")
+    scheme, rest = url[1].lower(), url[2].rstrip("/")
     parts = rest.split("/")
     deep = 3 if scheme == "hf" else 1  # parts that name the bucket
     if scheme not in SCHEMES or not all(parts) or len(parts) < deep or (scheme == "hf" and parts[0] != "datasets"):
         raise UsageError(
-            f"{text} is no place for a dataset",
+            f"a dataset cannot be at {text}",
             "use a folder, s3://bucket/…, gs://bucket/…, http(s)://server/… or hf://datasets/owner/name",
         )
     bucket = open_bucket(f"{scheme}://{'/'.join(parts[:deep])}")
@@ -127,8 +127,8 @@ def place(where: str | os.PathLike[str] | RemotePath) -> Place:
 
 
 def local(where: str | os.PathLike[str] | RemotePath, what: str) -> Path:
-    """`place` for what can only be a folder; `UsageError` for a URL."""
-    found = place(where)
-    if isinstance(found, RemotePath):
-        raise UsageError(f"{what} must be a folder on this machine, got {found}")
-    return found
+    """`place` for something that must be a local folder; `UsageError` for a URL."""
+    folder = place(where)
+    if isinstance(folder, RemotePath):
+        raise UsageError(f"{what} must be a folder on this machine, got {folder}")
+    return folder

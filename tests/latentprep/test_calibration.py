@@ -214,7 +214,7 @@ def test_calibration_looks_at_every_column_of_a_large_grid() -> None:
 @pytest.mark.parametrize(
     ("seeds", "warning"),
     [
-        ([0, 1, 2, 3, 4], "calibrated on 5 images; 32 or more are better"),
+        ([0, 1, 2, 3, 4], "calibrated on only 5 images, fewer than 32"),
         ([0] * 40, "all 40 calibration images are alike"),
         (list(range(40)), None),
     ],
@@ -222,7 +222,7 @@ def test_calibration_looks_at_every_column_of_a_large_grid() -> None:
 def test_few_or_equal_calibration_images_are_warned_of(tmp_path: Path, seeds: list[int], warning: str | None) -> None:
     images, said = train_folder(tmp_path / "images", [picture(seed, 32, 32) for seed in seeds]), Notes()
     latentprep.encode(images, codec="dct", size=32, splits=["train"], out=tmp_path / "out", progress=said)
-    assert said.notes == ([f"warning: {warning}; ranges may not fit other images"] if warning else [])
+    assert said.notes == ([f"warning: {warning}; the ranges may not fit other images"] if warning else [])
 
 
 def test_info_names_channels_that_carry_nothing_and_why(tmp_path: Path, make_codes_dataset: Callable) -> None:

@@ -84,7 +84,7 @@ def test_users_mistakes(images: Path, tmp_path: Path) -> None:
 def test_refusal_to_resume_with_other_bits(images: Path, tmp_path: Path) -> None:
     latentprep("encode", images, "--codec", "dct", "--size", 32, "--out", tmp_path / "out")
     message = fails(6, "encode", images, "--codec", "dct", "--size", 32, "--bits", 3, "--out", tmp_path / "out")
-    assert "bits is 4, this command asks for 3" in message
+    assert "bits is 4, but 3 was requested" in message
     assert "--overwrite" in message
 
 

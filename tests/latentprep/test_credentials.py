@@ -140,8 +140,8 @@ def test_files_elsewhere_are_read(files: Path, tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize(
     ("profile", "words"),
     [
-        ("login", r"'login' has no keys of its own but sso_session.*export-credentials --profile login --format env"),
-        ("switched", r"'switched' has no keys of its own but role_arn.*export-credentials --profile switched"),
+        ("login", r"'login' has no keys but sso_session.*export-credentials --profile login --format env"),
+        ("switched", r"'switched' has no keys but role_arn.*export-credentials --profile switched"),
         ("typo", r"there is no AWS profile 'typo' in .*/config or .*/credentials; check AWS_PROFILE"),
     ],
 )
@@ -155,7 +155,7 @@ def test_a_profile_without_keys_is_refused(
 
 def test_a_damaged_file_and_half_of_the_keys_are_refused(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKENV")
-    with pytest.raises(SystemFault, match="only one half of the keys for S3, access_key_id"):
+    with pytest.raises(SystemFault, match="only one of the two keys for S3 is set, access_key_id"):
         s3_settings()
     (files / "config").write_text("region = nowhere\n")
     with pytest.raises(SystemFault, match="cannot read .*config: .*no section"):
@@ -208,7 +208,7 @@ def test_any_of_the_endpoints_names_is_taken_over_http(
 
 
 REFUSALS = [
-    (400, "ExpiredToken", "", "get new keys: .*AWS_SESSION_TOKEN"),
+    (400, "ExpiredToken", "", "get new keys, .*AWS_SESSION_TOKEN"),
     (400, "AuthorizationHeaderMalformed", "<Region>eu-west-1</Region>", "set AWS_REGION=eu-west-1"),
     (301, "PermanentRedirect", "<Endpoint>elsewhere</Endpoint>", "set AWS_REGION=eu-west-1"),
     (404, "NoSuchBucket", "", "check the bucket's name.*AWS_ENDPOINT_URL"),

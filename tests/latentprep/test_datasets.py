@@ -122,7 +122,7 @@ def test_a_busy_server_is_asked_again(server, tmp_path):
 
 def test_a_wrong_checksum_keeps_nothing(server, tmp_path):
     server.payload = b"something else"
-    with pytest.raises(SourceError, match=r"has MD5 .*, not .*; it was not kept"):
+    with pytest.raises(SourceError, match=r"has MD5 .*, not .*; it was deleted"):
         datasets.download(server.url, tmp_path / "set.tgz", MD5)
     assert files(tmp_path) == []
 

@@ -77,7 +77,7 @@ def test_an_encode_to_tars_resumes_and_is_replaced(root: Path, tmp_path: Path) -
         root / "images", codec="dct", size=32, shard_rows=5, out=out, views=3, store="wds"
     ).encoded == 10  # fmt: skip
     assert digest(out) == digest(root / "wds")
-    with pytest.raises(DatasetError, match="store is wds, this command asks for zarr"):
+    with pytest.raises(DatasetError, match="store is wds, but zarr was requested"):
         encode(root / "images", out, views=3)
     encode(root / "images", out, views=3, overwrite=True)
     assert digest(out) == digest(root / "zarr")
@@ -93,7 +93,7 @@ def test_a_conversion_resumes(root: Path, tmp_path: Path) -> None:
     assert latentprep.convert(root / "zarr", out=out, store="wds").encoded == 10
     assert digest(out) == digest(root / "wds")
     encode(root / "images", tmp_path / "other", bits=3)
-    with pytest.raises(DatasetError, match="was made otherwise: bits is 4, this command asks for 3"):
+    with pytest.raises(DatasetError, match="has different settings: bits is 4, but 3 was requested"):
         latentprep.convert(tmp_path / "other", out=out, store="wds")
     with pytest.raises(UsageError, match="is the dataset itself"):
         latentprep.convert(out, out=out, store="zarr")
@@ -110,7 +110,7 @@ def test_a_shard_that_decodes_otherwise_is_not_written(
         return real(manifest, shard, Codes(rows.codes ^ 1, rows.labels, rows.keys), **facts)
 
     monkeypatch.setattr(derived, "encoded_shard", other)
-    with pytest.raises(DatasetError, match="decodes to other codes"):
+    with pytest.raises(DatasetError, match="does not decode to the codes"):
         latentprep.convert(root / "zarr", out=tmp_path / "out", store="wds")
     assert not list((tmp_path / "out").rglob("records/*"))
 
@@ -210,10 +210,10 @@ def test_rows_of_one_split_follow_each_other(root: Path, tmp_path: Path) -> None
     ("options", "what"),
     [
         ({"splits": ["val"]}, r"quantizer.lo is .* quantizer"),
-        ({"bits": 3}, "quantizer.bits is 3 in the one and 4 in the other"),
-        ({"codec": "resample", "factor": 4}, "codec.name is resample in the one and dct"),
+        ({"bits": 3}, "quantizer.bits is 3 in the first and 4 in the second"),
+        ({"codec": "resample", "factor": 4}, "codec.name is resample in the first and dct"),
         ({"size": 48}, "latent is"),
-        ({"views": 2}, "views.train is 2 in the one and 3 in the other"),
+        ({"views": 2}, "views.train is 2 in the first and 3 in the second"),
         ({"seed": 1}, "transform.seed is 1"),
     ],
 )
@@ -225,7 +225,7 @@ def test_parts_that_do_not_fit_are_refused(root: Path, tmp_path: Path, options: 
 
 
 def test_a_quantizer_of_other_latents_is_refused(root: Path, tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match="is for other latents: bits is 4, this command asks for 2"):
+    with pytest.raises(DatasetError, match="does not fit: bits is 4 there, but 2 was requested"):
         encode(root / "images", tmp_path / "out", bits=2, quantizer=root / "zarr")
     encode(root / "images", tmp_path / "out", splits=["val"], quantizer=root / "zarr")
     encode(root / "images", tmp_path / "val", splits=["val"])
@@ -234,7 +234,7 @@ def test_a_quantizer_of_other_latents_is_refused(root: Path, tmp_path: Path) -> 
 
 
 def test_merge_takes_two_or_more(root: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="two datasets or more"):
+    with pytest.raises(UsageError, match="two or more datasets"):
         latentprep.merge([root / "zarr"], out=tmp_path / "x")
 
 

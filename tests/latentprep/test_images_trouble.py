@@ -212,9 +212,9 @@ def test_white_is_zero_in_sixteen_bits_too() -> None:
 @pytest.mark.parametrize(
     ("kind", "values", "reason"),
     [
-        ("TIFF", np.ones((4, 4), np.float32), "TIFF of floating-point numbers, which do not say what is white"),
-        ("TIFF", np.ones((4, 4), np.int32), "TIFF of signed or 32-bit integers"),
-        ("PPM", np.ones((4, 4), np.float32), "PPM of floating-point numbers"),
+        ("TIFF", np.ones((4, 4), np.float32), "TIFF with floating-point numbers, for which white is undefined"),
+        ("TIFF", np.ones((4, 4), np.int32), "TIFF with signed or 32-bit integers"),
+        ("PPM", np.ones((4, 4), np.float32), "PPM with floating-point numbers"),
     ],
 )
 def test_numbers_without_a_range_are_refused(kind: str, values: np.ndarray, reason: str) -> None:
@@ -310,8 +310,8 @@ HEIC = struct.pack(">I", 24) + b"ftypheic" + bytes(4) + b"mif1heic"
 @pytest.mark.parametrize(
     ("data", "module", "reason"),
     [
-        (HEIC, "pillow_heif", "HEIC is not read here: pip install pillow-heif"),
-        (b"\xff\x0a" + bytes(30), "pillow_jxl", "JPEG XL is not read here: pip install pillow-jxl-plugin"),
+        (HEIC, "pillow_heif", "reading HEIC needs a package: pip install pillow-heif"),
+        (b"\xff\x0a" + bytes(30), "pillow_jxl", "reading JPEG XL needs a package: pip install pillow-jxl-plugin"),
     ],
 )
 def test_a_plug_in_that_lacks_is_named(data: bytes, module: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,11 +342,11 @@ def test_a_plug_in_is_registered_when_first_needed(monkeypatch: pytest.MonkeyPat
         (b"", "not an image but an empty file"),
         (bytes(3000), "not an image but nothing but zeros"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "Git LFS pointer.*git lfs pull"),
-        (gzip.compress(jpeg(PIXELS), mtime=0), "packed by gzip; unpack it"),
+        (gzip.compress(jpeg(PIXELS), mtime=0), "a gzip file; unpack it"),
         (b"PK\x03\x04 archive", "a packed archive; unpack it"),
         (b"<!DOCTYPE html>\n<html><body>404 Not Found</body></html>", "an HTML page"),
         (b"\n<!-- error -->\n<HTML><head>", "an HTML page"),
-        (b'<?xml version="1.0"?>\n<!DOCTYPE svg>\n<svg xmlns="x">', "an SVG drawing; draw it to PNG"),
+        (b'<?xml version="1.0"?>\n<!DOCTYPE svg>\n<svg xmlns="x">', "an SVG drawing; convert it to PNG"),
         (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "XML"),
         (b'{"error": "not found"}', "JSON"),
         (b"%PDF-1.7\n", "a PDF"),
@@ -354,7 +354,7 @@ def test_a_plug_in_is_registered_when_first_needed(monkeypatch: pytest.MonkeyPat
         (b"II*\0\x10\0\0\0CR\2\0" + bytes(40), "a raw camera file"),
         (bytes(4) + b"ftypisom" + bytes(20), "a video"),
         ("Datei nicht gefunden: schön".encode(), "not an image but text, 'Datei nicht gefunden: schön'"),
-        (b"\x80\x04\x95\x10\0\0\0", "no image of a kind that is read: it begins with the bytes 80 04 95"),
+        (b"\x80\x04\x95\x10\0\0\0", "not a known kind of image: it begins with the bytes 80 04 95"),
         (saved(PIXELS, "PNG")[:-300], "damaged PNG: .*truncated"),
         (saved(PIXELS, "PNG")[:20], "damaged PNG"),
         (saved(PIXELS, "WEBP")[:60], "damaged WebP"),

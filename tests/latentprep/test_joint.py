@@ -130,7 +130,7 @@ def test_encode_resume_and_refusals(images: Path, tmp_path: Path) -> None:
     (tmp_path / "joint" / "records" / "train-000001.json").unlink()
     encode(images, tmp_path / "joint", joint=True)
     assert {path: path.read_bytes() for path in (tmp_path / "joint").rglob("*") if path.is_file()} == whole
-    with pytest.raises(DatasetError, match="joint is True, this command asks for False") as refused:
+    with pytest.raises(DatasetError, match="joint is True, but False was requested") as refused:
         encode(images, tmp_path / "joint")
     assert "joint=True" in (refused.value.hint or "")
     taken = encode(images, tmp_path / "taken", quantizer=tmp_path / "joint")

@@ -70,7 +70,7 @@ def test_what_a_dead_process_left_is_taken_over_and_what_cannot_be_judged_is_not
             pass
     for text in ("", "no json", "[]", "{}", '{"process": "x"}'):
         (tmp_path / LOCK).write_text(text)
-        with without_locks(), pytest.raises(Held, match="the process that made it"), held(tmp_path):
+        with without_locks(), pytest.raises(Held, match="the process that created it"), held(tmp_path):
             pass
     mine = json.loads(json.dumps(left | {"process": os.getpid(), "begun": "1"}))  # our number, given out anew
     (tmp_path / LOCK).write_text(json.dumps(mine))

@@ -62,7 +62,7 @@ def test_images_smaller_than_the_window_have_no_ssim() -> None:
 
 def test_what_cannot_be_compared_is_refused() -> None:
     one = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
-    with pytest.raises(UsageError, match="one shape"):
+    with pytest.raises(UsageError, match="must have the same shape"):
         psnr(one, one[..., :8])
     with pytest.raises(UsageError, match="use gaussian or uniform"):
         ssim(one, one, window="box")

@@ -99,7 +99,7 @@ def test_commands_of_a_user_without_name_and_home(tmp_path: Path) -> None:
         return done.returncode, done.stderr
 
     code, err = run("encode", "~/photos")
-    assert (code, err.splitlines()[0]) == (2, "error: ~/photos: it is not known which folder ~ is: HOME is not set")
+    assert (code, err.splitlines()[0]) == (2, "error: ~/photos: the home folder is unknown: HOME is not set")
     code, err = run("encode", "imagenette")
-    assert (code, err.splitlines()[0]) == (8, "error: this user has no home folder to keep downloads in")
+    assert (code, err.splitlines()[0]) == (8, "error: there is no home folder to keep downloads in")
     assert run("encode", "shapes", "--limit", "20", "--codec", "dct", "--size", "32")[0] == 0

@@ -246,7 +246,7 @@ def test_a_source_of_other_images_is_refused(dataset: Path, tmp_path: Path, cli:
     other = make_folder(tmp_path / "other", train=2, val=1, classes=3)
     code, _, error = cli("linear-decoder", "fit", dataset, "--source", other)
     assert code == 4
-    assert "is not what the dataset was made of" in error
+    assert "is not the dataset's source" in error
 
 
 def test_sheets() -> None:

@@ -165,5 +165,11 @@ def test_the_card_says_what_the_dataset_is(tmp_path: Path) -> None:
     latentprep.encode(make_folder(tmp_path / "images"), codec="dct", size=32, bits=3, out=tmp_path / "data")
     text = card(latentprep.open(tmp_path / "data"), NAME)
     assert text.startswith('---\npretty_name: "codes"\n')
-    for fact in ("bits a code: 3", '"name": "dct"', "latenttrain fit hf://datasets/someone/codes", "n<1K", '"class_0"'):
+    for fact in (
+        "bits per code: 3",
+        '"name": "dct"',
+        "latenttrain fit hf://datasets/someone/codes",
+        "n<1K",
+        '"class_0"',
+    ):
         assert fact in text

@@ -67,7 +67,7 @@ def test_resume_and_refusals(eight: Path, tmp_path: Path) -> None:
     (out / "val" / "codes" / "c" / "0" / "0" / "0" / "0" / "0").unlink()
     assert latentprep.requantize(eight / "data", bits=3, out=out).encoded == 8
     assert latentprep.verify(out, deep=True).ok
-    with pytest.raises(DatasetError, match="bits is 3, this command asks for 2"):
+    with pytest.raises(DatasetError, match="bits is 3, but 2 was requested"):
         latentprep.requantize(eight / "data", bits=2, out=out)
     with pytest.raises(UsageError, match="would gain nothing"):
         latentprep.requantize(eight / "data", bits=8, out=tmp_path / "x")

@@ -48,7 +48,7 @@ def test_a_replaced_picture_is_named(images: Path, tmp_path: Path, kind: str) ->
     key = replaced(images)
     if kind != "folder":
         packed(images, source)
-    with pytest.raises(DatasetError, match=f"1 of 24 images .* since .*out was made of them: {key}; .*overwrite"):
+    with pytest.raises(DatasetError, match=f"1 of 24 images .* since .*out was made: {key}; .*overwrite"):
         latentprep.encode(source, **OPTIONS, out=tmp_path / "out")
     result = latentprep.encode(source, **OPTIONS, out=tmp_path / "out", overwrite=True)
     assert result.encoded == 24
@@ -72,7 +72,7 @@ def test_a_copy_of_the_source_is_said_and_taken(images: Path, tmp_path: Path) ->
     shutil.copytree(images, tmp_path / "copy", copy_function=shutil.copy)
     result = latentprep.encode(tmp_path / "copy", **OPTIONS, out=tmp_path / "out")
     assert result.encoded == 0
-    assert "all 24 images have other times" in result.note
+    assert "all 24 images have new times" in result.note
     assert latentprep.encode(tmp_path / "copy", **OPTIONS, out=tmp_path / "out").note == ""
 
 
@@ -93,7 +93,7 @@ def test_added_and_removed_pictures_are_named(images: Path, tmp_path: Path) -> N
     latentprep.encode(images, **OPTIONS, out=tmp_path / "out")
     new = images / "train" / "class_0" / "new.jpg"
     shutil.copy(images / "train" / "class_0" / "000.jpg", new)
-    with pytest.raises(DatasetError, match=r"has changed: 1 added to train \(train/class_0/new.jpg\); undo that"):
+    with pytest.raises(DatasetError, match=r"has changed: 1 added to train \(train/class_0/new.jpg\); to resume"):
         latentprep.encode(images, **OPTIONS, out=tmp_path / "out")
     for name in ("002", "003"):
         (images / "val" / "class_1" / f"{name}.jpg").unlink()

@@ -116,7 +116,7 @@ TINY = {
         (images("a", "b", ".thumbs", "b/__MACOSX") | {"a/._0.jpg": b""}, {"train": 2, "val": 2},
          {"images in hidden files or folders": 5}),
         (images("a", "b") | {"a/x.svg": b"<svg/>", "b/y.PSD": b"8BPS"}, {"train": 2, "val": 2},
-         {"images of a kind that is not read (.psd)": 1, "images of a kind that is not read (.svg)": 1}),
+         {"images of a kind that cannot be read (.psd)": 1, "images of a kind that cannot be read (.svg)": 1}),
         (TINY, {"train": 4, "val": 2}, {"images in test/ (in no class folder)": 2}),
         (images("a", "b", "shards/png") | {"shards/manifest.json": b'{\n "format": "latentprep",'},
          {"train": 2, "val": 2}, {"images in shards/ (a latent dataset)": 2}),
@@ -164,14 +164,14 @@ def test_tiny_imagenet_takes_the_classes_of_val_from_its_text(pack):
         (images(*TWO) | images("more/a", count=30), "most of its 38 images would be left out: 30 images in more/"),
         (images("a", "b") | {f"{i}.jpg": JPEG for i in range(9)}, "most of its 13 images would be left out: 9 images"),
         ({f"{i}.jpg": JPEG for i in range(3)} | {"labels.csv": b"0,a"}, "tables of labels are not read: .csv"),
-        ({"a/x.svg": b"<svg/>", "p.parquet": b"PAR1"}, r"no images \(found: 1 image of .*\.svg.; 1 file \.parquet"),
-        ({"train/0.tar": shard(0), "val/0.tar": shard(0), "x/0.tar": shard(0)}, r"x/0\.tar could be of any split"),
-        (images("images") | {"labels.csv": b"0,a"}, r"one class only: images \(tables of labels are not read: .csv\)"),
+        ({"a/x.svg": b"<svg/>", "p.parquet": b"PAR1"}, r"no images \(it has: 1 image of .*\.svg.; 1 file \.parquet"),
+        ({"train/0.tar": shard(0), "val/0.tar": shard(0), "x/0.tar": shard(0)}, r"the split of .*x/0\.tar is unknown"),
+        (images("images") | {"labels.csv": b"0,a"}, r"only one class: images \(tables of labels are not read: .csv\)"),
         ({"train/0.tar": shard(0), "val/0.tar": shard(0), "dev/0.tar": shard(0)}, "tars of dev and val, which are"),
-        ({"train-val-0.tar": shard(0), "val-0.tar": shard(0)}, "says both train and val"),
+        ({"train-val-0.tar": shard(0), "val-0.tar": shard(0)}, "contains two splits, train and val"),
         ({"00000.tar": tar_bytes({"0.jpg": JPEG, "0.txt": b"a cat", "0.json": b"{}"}),
           "1.tar": tar_bytes({"1.jpg": JPEG})},
-         r"00\.tar holds images with \.txt and \.json, but no \.cls"),
+         r"00\.tar holds images with \.txt and \.json files, but no \.cls"),
         ({"x-0.tar": tar_bytes({"0.jpg": JPEG}), "x-1.tar": tar_bytes({"1.jpg": JPEG})}, "numbered tars of images"),
     ],
 )  # fmt: skip
@@ -281,7 +281,7 @@ def test_encoding_the_current_folder_twice_leaves_its_output_out(tmp_path, monke
     assert "left out: " in results[0].stderr
     assert "0 images in shards/ (a latent dataset)" in results[1].stderr
     first, second = (json.loads(result.stdout)["left_out"] for result in results)
-    hidden = {"images in hidden files or folders": 2, "images of a kind that is not read (.svg)": 1}
+    hidden = {"images in hidden files or folders": 2, "images of a kind that cannot be read (.svg)": 1}
     assert first == hidden
     assert second == hidden | {"images in shards/ (a latent dataset)": 0}
     assert latentprep.encode(".", codec="dct", size=16, out=tmp_path / "shards").left_out == second

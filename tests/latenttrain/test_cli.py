@@ -96,7 +96,7 @@ BAD_FIT = [
     (["--limit", "1"], 2, "limit must be 2 or more"),
     (["--device", "abacus"], 2, "unknown device 'abacus'"),
     (["--device", "meta"], 2, "unknown device 'meta'"),
-    (["--device", "cuda:99"], 8, "device 'cuda:99' is not here"),
+    (["--device", "cuda:99"], 8, "device 'cuda:99' is not available"),
     (["--arch", "resnet"], 2, "unknown arch 'resnet'"),
     (["--stem", "affin"], 2, "did you mean affine"),
     (["--resume", "--overwrite"], 2, "exclude each other"),

@@ -203,7 +203,7 @@ def test_images_are_made_into_pixels_as_encode_does(run, fake_codec, tmp_path):
         (b"", "an empty file"),
         (b"<!doctype html><html>", "an HTML page"),
         (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
-        (gzip.compress(b"picture", mtime=0), "packed by gzip"),
+        (gzip.compress(b"picture", mtime=0), "a gzip file"),
         (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "pip install pillow-heif"),
     ],
 )

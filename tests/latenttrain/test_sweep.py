@@ -69,7 +69,7 @@ def test_float_latents_of_another_dataset_are_refused(shapes, tmp_path, codes):
 
 
 def test_latents_of_another_source_or_folder_are_never_made_out_to_be_this_ones(shapes, tmp_path):
-    with pytest.raises(SourceError, match="is not the source that .* was made of"):
+    with pytest.raises(SourceError, match="is not the source that .* was made from"):
         latentprep.write_latents(shapes / "x8", open_source("shapes", seed=1).take(59), out=tmp_path / "floats")
     latentprep.encode("shapes", codec="dct", size=64, limit=30, bits=8, out=tmp_path / "other")
     with pytest.raises(DatasetError, match="latents of another dataset"):

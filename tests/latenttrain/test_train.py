@@ -255,7 +255,7 @@ def test_an_open_dataset_and_the_default_folder(codes, tmp_path, monkeypatch, sm
 def test_no_cuda_here_is_said(codes, tmp_path, small):
     if torch.cuda.is_available():
         pytest.skip("CUDA is here")
-    with pytest.raises(SystemFault, match="device 'cuda' is not here"):
+    with pytest.raises(SystemFault, match="device 'cuda' is not available"):
         latenttrain.fit(codes, **{**small, "device": "cuda"}, out=tmp_path / "run")
 
 
