@@ -45,6 +45,8 @@ def run(app: Any) -> None:
             code = _say(system_fault(error))
         except MemoryError:
             code = _say(SystemFault("out of memory", "close other programs, or use smaller batches or shards"))
+    if ended.signal is not None:  # Python ends by SIGINT, whichever it was, where it met us inside of an exec()
+        os._exit(code)
     sys.exit(code)
 
 

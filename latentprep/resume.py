@@ -70,7 +70,8 @@ def stored_manifest(root: Place, asked: Plan, overwrite: bool, source: Source | 
     others = sorted(entry.name for entry in root.iterdir() if entry.name not in (MANIFEST + ".tmp", LOCK))
     if others:
         raise DatasetError(
-            f"{root} is not empty and holds no latent dataset (it has {others[0]})", f"choose another {opt('out')}"
+            f"{root} is not empty and holds no latent dataset (it has {others[0]})",
+            f"choose another folder as {opt('out')}",
         )
     return None
 
@@ -84,13 +85,13 @@ def _check_same(root: Place, stored: Manifest, asked: Plan, source: Source | Non
             raise DatasetError(
                 f"{root} was made otherwise: the source has changed: {changes}",
                 f"undo that, and give the same {opt('limit')}, {share} and {opt('seed')}, to resume; choose another "
-                f"{opt('out')}, or {opt('overwrite')} to encode all anew",
+                f"folder as {opt('out')}, or {opt('overwrite', True)} to encode all anew",
             )
         hints = {
             "source.sha256": f"its files, labels, or {opt('limit')}, {share} or {opt('seed')} changed; ",
             "joint": f"pass {opt('joint', bool(there))}; ",
             "codec.dtype": f"pass {opt('dtype', there)}; ",
-            "codec.revision": f"an earlier version began it; verify with {opt('repair')} completes it; ",
+            "codec.revision": f"an earlier version began it; verify with {opt('repair', True)} completes it; ",
             "transform.colour": f"from Python, colour={there!r} goes on with it; ",
             **dict.fromkeys((f"splits.{n}" for n in stored.splits), f"{opt('limit')} or {share} may have changed; "),
         }
@@ -102,8 +103,8 @@ def _check_same(root: Place, stored: Manifest, asked: Plan, source: Source | Non
             what = f"{name} is {there}, this command asks for {here}"
         raise DatasetError(
             f"{root} was made otherwise: {what}",
-            hints.get(name, "")
-            + f"give the same options to resume, another {opt('out')}, or {opt('overwrite')} to start anew",
+            hints.get(name, "") + f"give the same options to resume, another folder as {opt('out')}, or "
+            f"{opt('overwrite', True)} to start anew",
         )
 
 

@@ -83,9 +83,9 @@ def check_unchanged(
     ]
     if replaced:
         raise DatasetError(
-            f"{len(replaced)} of {rows} images were replaced since {root} was made of them: {some(replaced)}",
-            f"restore them to resume; choose another {opt('out')}, or {opt('overwrite')} to encode all anew; "
-            f"or, if they are the same pictures, delete {root / SOURCE_FILES}",
+            f"{len(replaced)} of {rows} images replaced since {root} was made of them: {some(replaced)}",
+            f"restore them to resume; choose another folder as {opt('out')}, or {opt('overwrite', True)} to encode all "
+            f"anew; or, if they are the same pictures, delete {root / SOURCE_FILES}",
         )
     if before is None or before.keys() != stats.keys() or not all(np.array_equal(before[s], stats[s]) for s in stats):
         write_stats(root, stats)
@@ -93,7 +93,7 @@ def check_unchanged(
         return ""
     return (
         f"all {rows} images have other times than when {root} was made of them, and the same sizes, as after a copy: "
-        f"they are taken for the same; latentprep verify with {opt('source')} compares some of them"
+        f"they are taken for the same; verify, given the source, compares some of them"
     )
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import replace
 
 from latentprep.errors import SourceError
-from latentprep.layouts import Found, Tree, by_folders, what_else
+from latentprep.layouts import Found, Tree, by_folders, sidecars, what_else
 from latentprep.listing import BESIDE, Entry, Listing
 from latentprep.splits import split_of_folder, splits_of_tars
 
@@ -35,13 +35,18 @@ def _with_inner(tars: dict[str, Listing]) -> dict[str, Listing]:
         if not inner:
             found[path] = listing
         elif any("/" in entry.path for entry in listing.images) or listing.labels:
-            found[path] = replace(listing, left_out=listing.left_out + Counter({BESIDE: len(inner)}))
+            beside = Counter({BESIDE: len(inner), f"images in {BESIDE}": sum(_images(one) for one in inner.values())})
+            found[path] = replace(listing, left_out=listing.left_out + beside)
         else:
             left_out = listing.left_out + Counter({"images beside tars": len(listing.images)})
             first = next(iter(inner))
             inner[first] = replace(inner[first], left_out=inner[first].left_out + left_out)
             found |= _with_inner(inner)
     return found
+
+
+def _images(listing: Listing) -> int:
+    return len(listing.images) + sum(_images(inside) for inside in listing.archives.values())
 
 
 def _joined(spec: str, tars: dict[str, Listing]) -> Listing:
@@ -84,9 +89,9 @@ def _common_folder(tars: dict[str, Listing]) -> str:
 def _check_not_shards(spec: str, flat: dict[str, Listing]) -> None:
     """Raise SourceError for tars of images that are no classes: with texts to each image, or numbered on end."""
     for path, listing in flat.items():
-        texts = [ending for ending in (".txt", ".json") if listing.others[ending] >= len(listing.images)]
-        if texts:
-            raise SourceError(f"{path} holds images with {' and '.join(texts)}, but no .cls members", _SHARDS)
+        if texts := sidecars(listing):
+            what = f"{path} holds images with {' and '.join(texts)}, but no .cls members, as img2dataset writes them"
+            raise SourceError(what, _SHARDS)
     stems = [re.fullmatch(r"(.*?)(\d+)", _ENDING.sub("", path)) for path in sorted(flat)]
     numbers = [int(stem[2]) for stem in stems if stem]
     if len(numbers) < 2 or len(numbers) < len(stems) or len({stem[1] for stem in stems if stem}) > 1:
@@ -129,7 +134,10 @@ def _samples(tar: str, listing: Listing) -> list[Found]:
     for image in listing.images:
         key = _base_name(image.path)
         if key in images:
-            raise SourceError(f"{tar}: sample {key} has two images", "keep one image a sample, or rename the other")
+            raise SourceError(
+                f"{tar}: sample {key} has two images",
+                "keep one image a sample, or rename the other: a sample's name ends at its first dot",
+            )
         images[key] = image
     labels = {_base_name(path): text for path, text in listing.labels.items()}
     for key in sorted(images.keys() ^ labels.keys())[:1]:

@@ -99,8 +99,8 @@ def verify(
     """
     if repair and source is None:
         raise UsageError(
-            f"{opt('repair')} encodes damaged shards again, so it needs their images",
-            f"name them with {opt('source')}",
+            f"{opt('repair', True)} encodes damaged shards again, so it needs their images",
+            f"give them as {opt('source')}",
         )
     if samples < 0:
         raise UsageError(f"samples must be 0 or more, got {samples}", f"use {opt('samples', SAMPLES)}")

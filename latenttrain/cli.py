@@ -371,7 +371,7 @@ def report(
 @app.command()
 def predict(
     run: Run,
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE…", help="Image files.", show_default=False)],
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE…", help="Image files.", show_default=False)],
     top: Annotated[int, typer.Option(help="Classes to name for each image.")] = 5,
     weights: Annotated[
         Path | None,

@@ -196,10 +196,14 @@ def _read(path: str | Path, transform: dict[str, Any]) -> Tensor | str:
     """The canonical view of an image file as the dataset's were made, u8 [3,S,S]; or the reason why there is none."""
     from latentprep.images import BadImage, canonical_view
 
+    if "://" in str(path):
+        return "a URL; download it, and give the path"
     try:
         return torch.from_numpy(canonical_view(path_of(path).read_bytes(), transform)).permute(2, 0, 1)
     except UsageError as error:
-        return error.message
+        return str(error)
+    except IsADirectoryError:
+        return "a folder; give the image files in it"
     except BadImage as error:
         return f"not an image that can be read ({error})"
     except OSError as error:

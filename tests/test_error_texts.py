@@ -58,6 +58,13 @@ def test_no_library_text_spells_an_option() -> None:
     assert not wrong
 
 
+def test_folders_and_switches_read_as_english_in_python_too() -> None:
+    found = [text for path in LIBRARY for text in re.findall(r"(?:another|with) {opt\('out'\)}", path.read_text())]
+    assert not found  # "choose another out"
+    found = [text for path in LIBRARY for text in re.findall(r"(?:with|or|use) {opt\('overwrite'\)}", path.read_text())]
+    assert not found  # "or overwrite to encode all anew"
+
+
 def test_every_parameter_that_an_error_names_exists() -> None:
     functions = [f for m in (latentprep, latenttrain) for f in vars(m).values() if callable(f)]
     functions += [

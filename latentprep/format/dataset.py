@@ -77,7 +77,7 @@ class LatentDataset:
         if record.manifest != self.manifest.sha256:
             raise ForeignRecord(
                 f"{self.root / record.path} belongs to another encode than {self.root / 'manifest.json'}",
-                f"one of them was altered or copied in; restore it, or encode again with {opt('overwrite')}",
+                f"one of them was altered or copied in; restore it, or encode again with {opt('overwrite', True)}",
             )
         start = index * self.manifest.shard_rows
         if (

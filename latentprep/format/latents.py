@@ -39,7 +39,8 @@ def check_latents(folder: Path, dataset: LatentDataset) -> None:
         found = None
     if found != described(dataset):
         raise DatasetError(
-            f"{folder} holds the latents of another dataset than {dataset.root}", f"choose another {opt('out')}"
+            f"{folder} holds the latents of another dataset than {dataset.root}",
+            f"choose another folder as {opt('out')}",
         )
 
 

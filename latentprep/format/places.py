@@ -90,6 +90,8 @@ def path_of(where: str | os.PathLike[str]) -> Path:
     Raises `UsageError` where there is no such home and no file of that very name, or for a path that none can have.
     """
     path = Path(where)
+    if not os.fspath(where):
+        raise UsageError("the path is empty", "give one; write . for the current folder")
     if "\0" in str(path):
         raise UsageError(f"{path} is no path: it has a zero byte")
     try:

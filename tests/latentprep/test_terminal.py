@@ -239,6 +239,13 @@ def test_signals_end_an_encode_in_order(number: signal.Signals, tmp_path: Path) 
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
 
 
+def test_a_signal_inside_of_exec_ends_with_its_own_code() -> None:
+    code = "import os, time; from latentprep.console import run; "
+    code += "run(lambda: exec('os.kill(os.getpid(), 15); time.sleep(9)'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.splitlines()[0]) == (128 + signal.SIGTERM, "error: interrupted")
+
+
 def test_a_signal_ends_a_fit_in_order(made: Path, tmp_path: Path) -> None:
     number = signal.SIGTERM
     command = [sys.executable, "-m", "latenttrain.cli", "fit", str(made), "--epochs", "5", "--width", "0.25"]
