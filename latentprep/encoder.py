@@ -33,7 +33,7 @@ from .format.manifest import (
     ShardRecord,
     train_split,
 )
-from .format.places import Place, place
+from .format.places import Place, place, several
 from .format.quantizer import check_bits
 from .format.stores import code_bytes
 from .format.zarr_store import chunk_rows
@@ -291,7 +291,7 @@ def _check_errors(records: dict[ShardId, ShardRecord], manifest: Manifest, max_f
 
 
 def _split_names(source: Source, splits: list[str] | None) -> list[str]:
-    names = list(source.splits) if not splits else list(dict.fromkeys(splits))
+    names = list(source.splits) if not splits else list(dict.fromkeys(several(splits)))
     for name in names:
         if name not in source.splits:
             raise UsageError(f"{source.spec} has no split '{name}'", f"use {opt('splits')} {','.join(source.splits)}")

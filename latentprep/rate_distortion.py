@@ -28,7 +28,7 @@ from .errors import SourceError, UsageError, opt, system_fault
 from .fitting import NOT_ON_DEVICE, Fitting
 from .format.commit import write_atomic
 from .format.manifest import Manifest, ShardId, train_split
-from .format.places import path_of
+from .format.places import path_of, several
 from .format.quantizer import Quantizer, check_bits
 from .format.shard import Codes, encoded_shard
 from .format.zarr_store import choose_compression, metadata_files
@@ -113,7 +113,7 @@ def rd(
             else "there must be codecs, bits and images",
             f"as in {opt('images', 200)}, {opt('codecs')} dct, {opt('bits')} 1 to 8",
         )
-    built = {spec: _build(spec, device) for spec in dict.fromkeys(codecs)}
+    built = {spec: _build(spec, device) for spec in dict.fromkeys(several(codecs))}
     size = size or default_size(opened, next(iter(built.values())))
     split = shown_split(opened.splits)
     drawn = sorted(np.random.default_rng(seed).permutation(opened.size(split))[:images].tolist())

@@ -19,7 +19,7 @@ from .facts import DatasetInfo, info
 from .format.commit import write_atomic
 from .format.dataset import LatentDataset, open_dataset
 from .format.manifest import INVALID_LABEL
-from .format.places import path_of
+from .format.places import path_of, several
 from .previewer import sample_columns
 from .samples import Decoder, Picked, decode_all, pick
 from .sheet import Column
@@ -73,6 +73,7 @@ def report(
     found = info(opened)
     maker = open_decoder(opened, decoder, weights, device)
     picked = pick(opened, limit=samples)
+    runs = several(runs)
     counts, shards = channel_counts(opened)
     entropies = tuple(map(entropy, counts))
     given = open_own_source(source, data=data)

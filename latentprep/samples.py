@@ -17,6 +17,7 @@ from .errors import LatentError, SourceError, UsageError, nearest, opt
 from .fitting import NOT_ON_DEVICE, Fitting
 from .format.dataset import LatentDataset
 from .format.manifest import INVALID_LABEL
+from .format.places import several
 from .format.quantizer import Quantizer
 from .images import BadImage, canonical_view
 from .quantize import dequantize
@@ -85,7 +86,7 @@ def pick(
                 raise UsageError(f"row {row} of {split} could not be read when it was encoded", "choose another row")
         rows = np.unique(np.array(index, np.int64))
     if classes is not None:
-        wanted = [_class_index(dataset, name) for name in classes]
+        wanted = [_class_index(dataset, name) for name in several(classes)]
         rows = rows[np.isin(labels[rows], wanted)]
     if limit is not None:
         rows = _spread(rows, labels[rows], limit)

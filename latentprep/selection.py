@@ -15,6 +15,7 @@ from .encoder import EncodeResult
 from .errors import DatasetError, UsageError, nearest, opt
 from .format.dataset import Codes, LatentDataset
 from .format.manifest import INVALID_LABEL, Manifest
+from .format.places import several
 from .resume import differences
 from .sources import fingerprint
 
@@ -40,6 +41,7 @@ def subset(
     if not 0 < fraction <= 1:
         raise UsageError(f"{opt('fraction')} must be above 0 and at most 1, got {fraction:g}")
     source = opened(dataset)
+    classes = None if classes is None else several(classes)
     for name in classes or ():
         if name not in source.classes:
             raise UsageError(f"{source.root} has no class '{name}'", nearest(name, source.classes))
@@ -78,6 +80,7 @@ def merge(
     Raises `UsageError` for fewer than two, `DatasetError` naming the first field in which their configurations differ,
     or a sample that two of them hold.
     """
+    datasets = several(datasets)
     if len(datasets) < 2:
         raise UsageError("merge takes two datasets or more", "name all parts")
     parts = [opened(dataset) for dataset in datasets]

@@ -17,7 +17,7 @@ from latentprep.device import full_float32, on_device, pick_device, to_host
 from latentprep.errors import UsageError, opt
 from latentprep.fitting import NOT_ON_DEVICE, Fitting, enough_memory
 from latentprep.format import LatentDataset, open_dataset
-from latentprep.format.places import path_of
+from latentprep.format.places import path_of, several
 
 from .checkpoint import load_net
 from .config import check_dataset
@@ -172,6 +172,7 @@ def predict(
         return net.logits(planes).softmax(1)
 
     fitting = Fitting(probabilities_of, NOT_ON_DEVICE)
+    images = several(images)
     predictions: list[Prediction] = []
     for start in range(0, len(images), _IMAGES):
         views = [(str(path), _read(path, transform)) for path in images[start : start + _IMAGES]]

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..errors import UsageError
 from .buckets import Bucket, open_bucket
@@ -103,6 +103,11 @@ def path_of(where: str | os.PathLike[str]) -> Path:
         hint = "give the whole path" if user else "set HOME, or give the whole path"
         whose = f"there is no user {user}" if user else "it is not known which folder ~ is: HOME is not set"
         raise UsageError(f"{path}: {whose}", hint) from error
+
+
+def several(given: Any) -> list[Any]:
+    """One thing or several, as a list: a text or a path is one, not the letters it is made of."""
+    return [given] if isinstance(given, str | os.PathLike) else list(given)
 
 
 def place(where: str | os.PathLike[str] | RemotePath) -> Place:
