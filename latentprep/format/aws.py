@@ -16,6 +16,7 @@ from xml.sax.saxutils import unescape
 
 from ..errors import SystemFault
 
+_ADDRESS = re.compile(r"https?://([\w.-]+|\[[\da-f:.]+\])(:\d{1,5})?(/[\w./~%+-]*)?", re.ASCII | re.IGNORECASE)
 _PROBE = 1.0  # seconds that a machine's own metadata service has to answer in; it is on the same machine
 _ELSEWHERE = ("sso_session", "sso_start_url", "role_arn", "credential_process", "credential_source")
 _CHAIN = (  # of a container or a cluster: obstore follows these by itself
@@ -42,13 +43,19 @@ def s3_settings(environ: Mapping[str, str] | None = None) -> dict[str, Any]:
     Keys are those of the environment, else of the profile that ``AWS_PROFILE`` names, else of ``default``, else of a
     container's or this machine's role; where there are none of all these, requests are anonymous.
 
-    Raises `SystemFault` for a profile that is absent or has no keys that can be read, and for a damaged file.
+    Raises `SystemFault` for an endpoint that is no address, a profile that is absent or has no keys that can
+    be read, and for a damaged file.
     """
     env = os.environ if environ is None else environ
     profile = _profile(env)
     settings: dict[str, Any] = {}
     endpoint = _first(env, "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT") or profile.get("endpoint_url", "")
     if endpoint:
+        if not _ADDRESS.fullmatch(endpoint):  # obstore ends in a panic
+            raise SystemFault(
+                f"{endpoint} is no address of an S3 service",
+                "set AWS_ENDPOINT_URL to one, as https://HOST or http://HOST:9000",
+            )
         settings["endpoint"] = endpoint.rstrip("/")
     if region := _first(env, "AWS_REGION", "AWS_DEFAULT_REGION") or profile.get("region", ""):
         settings["region"] = region
