@@ -97,8 +97,8 @@ def full_float32() -> Iterator[None]:
 
     Used where results decide codes, or the planes that a network reads. A user's autocast is off inside, and cuDNN does
     not try out kernels, since it might choose others tomorrow. torch's flags, except autocast's, apply to the whole
-    process: while any thread is inside, other threads compute in full float32 too. The last thread to leave restores the
-    user's flags.
+    process: while any thread is inside, other threads compute in full float32 too. The last thread to leave restores
+    the user's flags.
     """
     global _inside, _before
     with _full:

@@ -114,11 +114,11 @@ def system_fault(error: OSError) -> SystemFault:
     hints = {
         errno.ENOSPC: "free some space, then run the same command again: committed shards are kept",
         errno.EDQUOT: "the disk quota is used up; free some space, then run the same command again",
-        errno.EROFS: f"the disk is read-only; choose another folder with {opt('out')}",
-        errno.EACCES: f"check the permissions, or choose another folder with {opt('out')}",
-        errno.EEXIST: f"it is a file where a folder is needed; choose another {opt('out')}",
-        errno.ENOTDIR: f"a part of the path is a file; choose another {opt('out')}",
-        errno.EPERM: f"check the permissions, or choose another folder with {opt('out')}",
+        errno.EROFS: f"the disk is read-only; choose another folder as {opt('out')}",
+        errno.EACCES: f"check the permissions, or choose another folder as {opt('out')}",
+        errno.EEXIST: f"it is a file where a folder is needed; choose another folder as {opt('out')}",
+        errno.ENOTDIR: f"a part of the path is a file; choose another folder as {opt('out')}",
+        errno.EPERM: f"check the permissions, or choose another folder as {opt('out')}",
     }
     where = f": {error.filename}" if error.filename is not None else ""
     reason = error.strerror or str(error)

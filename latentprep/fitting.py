@@ -17,7 +17,7 @@ NOT_ON_DEVICE = f"use {opt('device', 'cpu')}"  # always works, but slowly
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether a device, or the host, ran out of memory. Only torch's allocator of CUDA memory raises a class of its own;
+    """Whether a device, or the host, ran out of memory. Only torch's allocator of CUDA memory raises its own class;
     MPS, cuBLAS, cuDNN, CUDA itself and the host's allocator raise a plain RuntimeError."""
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and any(saying in str(error) for saying in _SAYINGS)

@@ -72,19 +72,20 @@ def check_run_folder(root: Path, config: RunConfig, resume: bool, overwrite: boo
     replaced, `UsageError` if both were asked."""
     if resume and overwrite:
         raise UsageError(
-            f"{opt('resume')} and {opt('overwrite')} exclude each other",
-            f"{opt('resume')} keeps the run, {opt('overwrite')} deletes it",
+            f"{opt('resume', True)} and {opt('overwrite', True)} exclude each other",
+            f"{opt('resume', True)} keeps the run, {opt('overwrite', True)} deletes it",
         )
     if not root.exists() or (root.is_dir() and not any(path.name not in _LEFTOVERS for path in root.iterdir())):
         return
     if not _is_run(root):
-        raise CheckpointError(f"{root} exists and is no run folder", f"choose another folder with {opt('out')}")
+        raise CheckpointError(f"{root} exists and is no run folder", f"choose another folder as {opt('out')}")
     if overwrite:
         return
     if not resume:
         raise CheckpointError(
             f"{root} holds a run already",
-            f"go on with {opt('resume')}, replace it with {opt('overwrite')}, or choose another {opt('out')}",
+            f"go on with {opt('resume', True)}, replace it with {opt('overwrite', True)}, or choose another "
+            f"folder as {opt('out')}",
         )
     earlier, now = read_config(root).to_json(), config.to_json()
     for field in ("net", "recipe", "augment", "dataset"):
@@ -94,7 +95,7 @@ def check_run_folder(root: Path, config: RunConfig, resume: bool, overwrite: boo
             name = name.removeprefix("recipe.").removeprefix("net.")
             raise CheckpointError(
                 f"{root} was trained with {name} = {short(there)}, asked is {short(here)}",
-                f"resume with the same settings, or start another run with {opt('out')}",
+                f"resume with the same settings, or choose another folder as {opt('out')}",
             )
 
 
@@ -114,7 +115,7 @@ def run_folder(root: Path, config: RunConfig, resume: bool) -> Iterator[None]:
         try:
             stack.enter_context(held(root))
         except Held as error:
-            hint = f"choose another {opt('out')}, or {error}"
+            hint = f"choose another folder as {opt('out')}, or {error}"
             raise CheckpointError(f"{root} is being written by another latenttrain fit", hint) from error
         for name in _TEMPORARIES:
             (root / name).unlink(missing_ok=True)
@@ -240,7 +241,9 @@ def restore(root: Path, state: State) -> None:
         restore_optimizer(state.optimizer, part(tensors, "optimizer."))
         state.metrics[:] = notes["metrics"]
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is not of this run: {error}", f"train again with {opt('overwrite')}") from error
+        raise CheckpointError(
+            f"{path} is not of this run: {error}", f"train again with {opt('overwrite', True)}"
+        ) from error
     write_metrics(root, state.metrics)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from latentprep.cli import console
+from latentprep.cli.commands import console
 from latentprep.errors import Interrupted
 from latenttrain import __version__
 from latenttrain.recipe import BASE_BATCH, BASE_EPOCHS, BASE_LR, LR_BY_EPOCHS, Recipe
@@ -368,7 +368,7 @@ def report(
 @app.command()
 def predict(
     run: Run,
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE…", help="Image files.", show_default=False)],
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE…", help="Image files.", show_default=False)],
     top: Annotated[int, typer.Option(help="Classes to name for each image.")] = 5,
     weights: Annotated[
         Path | None,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from latentprep.errors import CheckpointError, UsageError, system_fault
 from latentprep.pictures.plots import COLOURS, INK, drawn
 from latentprep.storage.atomic import write_atomic
-from latentprep.storage.places import path_of
+from latentprep.storage.places import path_of, several
 from latenttrain.checkpoint import METRICS, read_config
 from latenttrain.nets import build_net
 from latenttrain.scaling import count_flops, count_parameters
@@ -105,7 +105,7 @@ def report(runs: Sequence[str | Path], *, out: str | Path = "runs.html") -> list
 
     if not runs:
         raise UsageError("there is no run to report on", "name folders that latenttrain fit made")
-    read = [read_run(run) for run in runs]
+    read = [read_run(run) for run in several(runs)]
     document = page.page(
         "Runs compared", f"{len(read)} run folders of latenttrain fit.", [page.section("Runs", *comparison(read))]
     )

@@ -17,7 +17,7 @@ from latentprep.device import full_float32, on_device, pick_device, to_host
 from latentprep.errors import UsageError, opt
 from latentprep.fitting import NOT_ON_DEVICE, Fitting, enough_memory
 from latentprep.format import LatentDataset, open_dataset
-from latentprep.storage.places import path_of
+from latentprep.storage.places import path_of, several
 from latenttrain.checkpoint import load_net
 from latenttrain.config import check_dataset
 from latenttrain.data import Samples
@@ -170,6 +170,7 @@ def predict(
             return net(codes).softmax(1)
 
     fitting = Fitting(probabilities_of, NOT_ON_DEVICE)
+    images = several(images)
     predictions: list[Prediction] = []
     for start in range(0, len(images), _IMAGES):
         views = [(str(path), _read(path, transform)) for path in images[start : start + _IMAGES]]
@@ -194,10 +195,14 @@ def _read(path: str | Path, transform: dict[str, Any]) -> Tensor | str:
     """The canonical view of an image file as the dataset's were made, u8 [3,S,S]; or the reason why there is none."""
     from latentprep.sources.images import BadImage, canonical_view
 
+    if "://" in str(path):
+        return "a URL; download it, and give the path"
     try:
         return torch.from_numpy(canonical_view(path_of(path).read_bytes(), transform)).permute(2, 0, 1)
     except UsageError as error:
-        return error.message
+        return str(error)
+    except IsADirectoryError:
+        return "a folder; give the image files in it"
     except BadImage as error:
         return f"not an image that can be read ({error})"
     except OSError as error:

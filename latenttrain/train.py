@@ -155,7 +155,7 @@ def fit(
     config.dataset["stream"] = held
     check_run_folder(root, config, resume, overwrite)
     log = open_log(root) if tensorboard else None
-    with enough_memory(target, f"lower {opt('limit')}, or use {opt('stream')}"):
+    with enough_memory(target, f"lower {opt('limit')}, or use {opt('stream', True)}"):
         train, val = (
             load_trained(dataset, target, limit, holdout, floats)
             if in_memory
@@ -294,7 +294,7 @@ def train_epochs(
                 raise UsageError(
                     f"the loss of epoch {epoch + 1} is no number at lr {recipe.lr:g}; "
                     f"epochs before it are kept in {root}",
-                    f"lower {opt('lr')}, with {opt('overwrite')} or another {opt('out')}",
+                    f"lower {opt('lr')}, with {opt('overwrite', True)} or another folder as {opt('out')}",
                 )
             state.metrics.append(
                 {

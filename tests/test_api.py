@@ -183,6 +183,20 @@ def test_functions_that_train_take_a_dataset_as_path_url_or_opened(dataset: Any,
     assert summary.bits == 4
 
 
+def test_one_of_several_need_not_be_in_a_list(site: tuple[Path, str], images: Path, tmp_path: Path) -> None:
+    folder = site[0]
+    assert latentprep.subset(folder, classes="class_1", out=tmp_path / "one").classes == ("class_1",)
+    assert latentprep.encode(images, codec="dct", splits="val", dry_run=True, out=tmp_path / "val").rows == {"val": 12}
+    assert latentprep.decode(folder, classes="class_1", out=tmp_path / "pictures").all.images == 6
+    with pytest.raises(UsageError, match="two datasets or more"):
+        latentprep.merge(folder, out=tmp_path / "both")
+    latenttrain.fit(folder, width=0.25, depth=0.5, batch_size=8, epochs=1, device="cpu", out=tmp_path / "run")
+    assert len(latenttrain.report(str(tmp_path / "run"), out=tmp_path / "runs.html")) == 1
+    photo = next((images / "val").rglob("*.jpg"))
+    for path in (photo, str(photo)):
+        assert [one.image for one in latenttrain.predict(tmp_path / "run", path)] == [str(photo)]
+
+
 def test_functions_take_a_source_as_path_or_opened(
     source: Any, images: Path, site: tuple[Path, str], tmp_path: Path
 ) -> None:

@@ -16,9 +16,9 @@ import latentprep.encoding.encode
 import latentprep.pictures.rd
 import latentprep.pictures.report
 import latenttrain
-from latentprep.cli import commands as latentprep_cli
-from latentprep.cli import datasets as cli_datasets
-from latentprep.cli import pictures as cli_pictures
+from latentprep.cli.commands import commands as latentprep_cli
+from latentprep.cli.commands import datasets as cli_datasets
+from latentprep.cli.commands import pictures as cli_pictures
 from latentprep.codecs.dct import DctCodec
 from latentprep.errors import UsageError, opt
 from latenttrain import cli as latenttrain_cli
@@ -57,6 +57,13 @@ def test_no_library_text_spells_an_option() -> None:
         if re.search(r"(^|[\s(\"'])--[a-z]", text) and not COMMAND.search(text) and path.name != "images.py"
     }
     assert not wrong
+
+
+def test_folders_and_switches_read_as_english_in_python_too() -> None:
+    found = [text for path in LIBRARY for text in re.findall(r"(?:another|with) {opt\('out'\)}", path.read_text())]
+    assert not found  # "choose another out"
+    found = [text for path in LIBRARY for text in re.findall(r"(?:with|or|use) {opt\('overwrite'\)}", path.read_text())]
+    assert not found  # "or overwrite to encode all anew"
 
 
 def test_every_parameter_that_an_error_names_exists() -> None:

@@ -99,7 +99,7 @@ def verify(
     """
     if repair and source is None:
         raise UsageError(
-            f"{opt('repair')} encodes damaged shards again, so it needs the images",
+            f"{opt('repair', True)} encodes damaged shards again, so it needs the images",
             f"say where they are with {opt('source')}",
         )
     if samples < 0:

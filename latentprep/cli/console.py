@@ -9,7 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +46,10 @@ def run(app: Any) -> None:
             code = _say(system_fault(error))
         except MemoryError:
             code = _say(SystemFault("out of memory", "close other programs, or use smaller batches or shards"))
+    if ended.signal is not None:  # Python ends by SIGINT, whichever it was, where it met us inside of an exec()
+        with suppress(Exception):
+            sys.stdout.flush()
+        os._exit(ended.exit_code)
     sys.exit(code)
 
 

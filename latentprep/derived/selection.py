@@ -17,6 +17,7 @@ from latentprep.format.dataset import Codes, LatentDataset
 from latentprep.format.manifest import INVALID_LABEL, Manifest
 from latentprep.progress import ProgressFactory, silent
 from latentprep.sources.source import fingerprint
+from latentprep.storage.places import several
 
 
 def subset(
@@ -40,6 +41,7 @@ def subset(
     if not 0 < fraction <= 1:
         raise UsageError(f"{opt('fraction')} must be above 0 and at most 1, got {fraction:g}")
     source = opened(dataset)
+    classes = None if classes is None else several(classes)
     for name in classes or ():
         if name not in source.classes:
             raise UsageError(f"{source.root} has no class '{name}'", nearest(name, source.classes))
@@ -79,6 +81,7 @@ def merge(
     Raises `UsageError` for fewer than two parts, `DatasetError` naming the first field in which their settings differ,
     or a sample that two of them hold.
     """
+    datasets = several(datasets)
     if len(datasets) < 2:
         raise UsageError("merge takes two or more datasets", "name all parts")
     parts = [opened(dataset) for dataset in datasets]

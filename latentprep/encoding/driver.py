@@ -72,7 +72,7 @@ def stored_manifest(root: Place, asked: Plan, overwrite: bool, source: Source | 
     if others:
         raise DatasetError(
             f"{root} is not empty and holds no latent dataset (it has {others[0]})",
-            f"choose another folder with {opt('out')}",
+            f"choose another folder as {opt('out')}",
         )
     return None
 
@@ -86,13 +86,13 @@ def _check_same(root: Place, stored: Manifest, asked: Plan, source: Source | Non
             raise DatasetError(
                 f"the source of {root} has changed: {changes}",
                 f"to resume, restore the source and use the same {opt('limit')}, {share} and {opt('seed')}; to start "
-                f"again, choose another folder with {opt('out')}, or use {opt('overwrite')}",
+                f"again, choose another folder as {opt('out')}, or use {opt('overwrite', True)}",
             )
         hints = {
             "source.sha256": f"its files or labels changed, or {opt('limit')}, {share} or {opt('seed')} did; ",
             "joint": f"use {opt('joint', bool(stored_value))}; ",
             "codec.dtype": f"use {opt('dtype', stored_value)}; ",
-            "codec.revision": f"an earlier version started it: latentprep verify with {opt('repair')} completes it; ",
+            "codec.revision": f"an earlier version started it: verify with {opt('repair', True)} completes it; ",
             "transform.colour": f"from Python, colour={stored_value!r} resumes it; ",
             **dict.fromkeys((f"splits.{n}" for n in stored.splits), f"{opt('limit')} or {share} may have changed; "),
         }
@@ -105,8 +105,8 @@ def _check_same(root: Place, stored: Manifest, asked: Plan, source: Source | Non
         raise DatasetError(
             what,
             hints.get(name, "")
-            + f"use the same settings to resume; to start again, choose another folder with {opt('out')}, "
-            + f"or use {opt('overwrite')}",
+            + f"use the same settings to resume; to start again, choose another folder as {opt('out')}, "
+            + f"or use {opt('overwrite', True)}",
         )
 
 

@@ -40,7 +40,7 @@ from latentprep.format.stores import code_bytes
 from latentprep.format.zarr_store import chunk_rows
 from latentprep.progress import ProgressFactory, silent
 from latentprep.sources.source import Source, open_source
-from latentprep.storage.places import Place, place
+from latentprep.storage.places import Place, place, several
 
 if TYPE_CHECKING:
     from latentprep.codecs import Codec
@@ -292,7 +292,7 @@ def _check_errors(records: dict[ShardId, ShardRecord], manifest: Manifest, max_f
 
 
 def _split_names(source: Source, splits: list[str] | None) -> list[str]:
-    names = list(source.splits) if not splits else list(dict.fromkeys(splits))
+    names = list(source.splits) if not splits else list(dict.fromkeys(several(splits)))
     for name in names:
         if name not in source.splits:
             raise UsageError(f"{source.spec} has no split '{name}'", f"use {opt('splits')} {','.join(source.splits)}")

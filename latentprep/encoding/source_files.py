@@ -85,7 +85,7 @@ def check_unchanged(
         raise DatasetError(
             f"{len(replaced)} of {rows} images were replaced since {root} was made: {some(replaced)}",
             f"to resume, restore them, or delete {root / SOURCE_FILES} if they are the same images; to start again, "
-            f"choose another folder with {opt('out')}, or use {opt('overwrite')}",
+            f"choose another folder as {opt('out')}, or use {opt('overwrite', True)}",
         )
     if before is None or before.keys() != stats.keys() or not all(np.array_equal(before[s], stats[s]) for s in stats):
         write_stats(root, stats)

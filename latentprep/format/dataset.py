@@ -77,7 +77,7 @@ class LatentDataset:
         if record.manifest != self.manifest.sha256:
             raise ForeignRecord(
                 f"{self.root / record.path} does not belong to {self.root / 'manifest.json'}",
-                f"one was altered or copied from elsewhere; restore it, or encode again with {opt('overwrite')}",
+                f"one was altered or copied from elsewhere; restore it, or encode again with {opt('overwrite', True)}",
             )
         start = index * self.manifest.shard_rows
         if (

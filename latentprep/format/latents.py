@@ -40,7 +40,7 @@ def check_latents(folder: Path, dataset: LatentDataset) -> None:
     if saved != described(dataset):
         raise DatasetError(
             f"{folder} holds the latents of another dataset, not of {dataset.root}",
-            f"choose another folder with {opt('out')}",
+            f"choose another folder as {opt('out')}",
         )
 
 

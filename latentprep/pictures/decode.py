@@ -83,9 +83,11 @@ def decode(
     opened = open_dataset(dataset)
     root = path_of(out)
     if root.exists() and not root.is_dir():
-        raise UsageError(f"{root} is a file", f"choose another folder with {opt('out')}")
+        raise UsageError(f"{root} is a file", f"choose another folder as {opt('out')}")
     if root.is_dir() and any(root.iterdir()) and not overwrite:
-        raise UsageError(f"{root} is not empty", f"choose another folder with {opt('out')}, or use {opt('overwrite')}")
+        raise UsageError(
+            f"{root} is not empty", f"choose another folder as {opt('out')}, or use {opt('overwrite', True)}"
+        )
     picked = pick(opened, split, index=index, classes=classes, limit=limit)
     if not len(picked):
         raise UsageError(f"no valid sample of {picked.split} in {opened.root} matches", "choose other classes or rows")

@@ -38,7 +38,7 @@ from latentprep.quantizing.scalar import code_statistics, dequantize, fit_quanti
 from latentprep.sources.images import BadImage, load_views
 from latentprep.sources.source import Source, open_source
 from latentprep.storage.atomic import write_atomic
-from latentprep.storage.places import path_of
+from latentprep.storage.places import path_of, several
 
 BITS = (1, 2, 3, 4, 5, 6, 7, 8)
 QUALITIES = (5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 95)
@@ -113,7 +113,7 @@ def rd(
             else "there must be codecs, bits and images",
             f"as in {opt('images', 200)}, {opt('codecs')} dct, {opt('bits')} 1 to 8",
         )
-    built = {spec: _build(spec, device) for spec in dict.fromkeys(codecs)}
+    built = {spec: _build(spec, device) for spec in dict.fromkeys(several(codecs))}
     size = size or default_size(opened, next(iter(built.values())))
     split = shown_split(opened.splits)
     drawn = sorted(np.random.default_rng(seed).permutation(opened.size(split))[:images].tolist())

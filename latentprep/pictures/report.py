@@ -23,7 +23,7 @@ from latentprep.pictures.sheet import Column
 from latentprep.progress import ProgressFactory, silent
 from latentprep.sources.source import Source, open_own_source
 from latentprep.storage.atomic import write_atomic
-from latentprep.storage.places import path_of
+from latentprep.storage.places import path_of, several
 from latentprep.text import plural, size
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ def report(
     facts = info(opened)
     maker = open_decoder(opened, decoder, weights, device)
     picked = pick(opened, limit=samples)
+    runs = several(runs)
     counts, shards = channel_counts(opened)
     entropies = tuple(map(entropy, counts))
     given = open_own_source(source, data=data)

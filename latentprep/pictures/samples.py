@@ -22,6 +22,7 @@ from latentprep.format.quantizer import Quantizer
 from latentprep.quantizing.scalar import dequantize
 from latentprep.sources.images import BadImage, canonical_view
 from latentprep.sources.source import Source, open_source
+from latentprep.storage.places import several
 
 _BATCH = 32  # images per batch of a decoder, at most
 _CELLS = (
@@ -87,7 +88,7 @@ def pick(
                 raise UsageError(f"row {row} of {split} could not be read when it was encoded", "choose another row")
         rows = np.unique(np.array(index, np.int64))
     if classes is not None:
-        wanted = [_class_index(dataset, name) for name in classes]
+        wanted = [_class_index(dataset, name) for name in several(classes)]
         rows = rows[np.isin(labels[rows], wanted)]
     if limit is not None:
         rows = _spread(rows, labels[rows], limit)

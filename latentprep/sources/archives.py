@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 from latentprep.errors import SourceError
 from latentprep.sources.kinds import has_image_name
-from latentprep.sources.listing import HIDDEN, Entry, Listing, Progress, is_hidden, text_path
+from latentprep.sources.listing import HIDDEN, TABLES, Entry, Listing, Progress, is_hidden, text_path
 from latentprep.sources.offsets import AGAIN, GzipFile, PlainFile, archive_kind, begins_tar
 
 _HEADER_BYTES = 1 << 20  # of one member, including long names
@@ -30,7 +30,12 @@ def list_archive(path: Path, progress: Progress | None = None) -> Listing:
     kind = archive_kind(path)
     if kind not in ("tar", "gzip"):
         what = "a Parquet file" if kind == "Parquet" else f"a {kind} archive" if kind else "not an archive"
-        raise SourceError(f"{path} is {what}", "give a folder, a .tar or a .tar.gz")
+        if path.suffix.lower() in TABLES:
+            what = f"a table ({path.suffix}), which is not read"
+        raise SourceError(
+            f"{path} is {what}",
+            "give a folder, a .tar or a .tar.gz, with images in class folders or WebDataset samples",
+        )
     file = GzipFile(path) if kind == "gzip" else PlainFile(path)
     total = path.stat().st_size
     try:

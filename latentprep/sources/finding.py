@@ -36,6 +36,8 @@ def find(spec: str, out: Path | None = None, progress: Progress | None = None) -
 def _find(spec: str, path: Path, out: Path | None, progress: Progress | None) -> tuple[Tree, Load]:
     if path.is_dir():
         listing = list_folder(path, out)
+        if what := listing.ours.get(""):
+            raise SourceError(f"{spec} is {what}, not images", "give the images that it was made of")
         if not listing.archives or any("/" in image.path for image in listing.images):
             listing.leave_out(BESIDE, len(listing.archives))
             return by_folders(spec, listing), read_file
@@ -70,6 +72,8 @@ def _check_exists(spec: str, paths: list[Path]) -> None:
         return
     if len(paths) > 1:
         raise SourceError(f"{spec}: {len(missing)} of {len(paths)} files do not exist, the first is {missing[0]}")
+    if "://" in spec:
+        raise SourceError(f"{spec} is a URL: images are read from this machine", "download them, and give the path")
     if "/" in spec or "." in spec:
         raise SourceError(f"no such file or folder: {spec}", LAYOUTS)
     raise SourceError(f"{spec} is neither a path nor a named dataset", nearest(spec, datasets.NAMES))

@@ -7,13 +7,14 @@ with key and class name, and how many images are in no split.
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from latentprep.errors import SourceError
-from latentprep.sources.listing import ANNOTATIONS, Entry, Listing, left_out_line
-from latentprep.sources.splits import split_of_folder
+from latentprep.sources.listing import ANNOTATIONS, TABLES, Entry, Listing, left_out_line
+from latentprep.sources.splits import named_after_splits, split_of_folder
 
 LAYOUTS = (
     "give a folder or archive with train/CLASS/*.jpg and val/CLASS/*.jpg, or with CLASS/*.jpg, or WebDataset tars with "
@@ -77,15 +78,62 @@ def by_folders(spec: str, listing: Listing) -> Tree:
         if len(parts) > level and (not splits or parts[depth] in splits):
             tree.folders.setdefault(splits[parts[depth]] if splits else "train", set()).add(parts[level])
     _read_annotations(tree, listing, splits, depth)
-    names = {row.name for rows in tree.found.values() for row in rows}
-    if len(names) == 1:
-        raise SourceError(f"{spec} has only one class: {min(names)}{_tables(listing)}", LAYOUTS)
+    _check_classes(spec, tree, listing, level, bool(splits))
     return tree
+
+
+def sidecars(listing: Listing) -> list[str]:
+    """The endings of files that there are as many of as images: captions and the like, as img2dataset writes them."""
+    return [ending for ending in (".txt", ".json") if listing.others[ending] >= len(listing.images)]
+
+
+def _check_classes(spec: str, tree: Tree, listing: Listing, level: int, with_splits: bool) -> None:
+    """Raise SourceError where the class folders must be something else, and note what they may not have meant to be."""
+    names = sorted({row.name for rows in tree.found.values() for row in rows})
+    if len(names) > 1 and with_splits:
+        return
+    below: dict[str, set[str]] = {name: set() for name in names}  # paths of folders with images in each class folder
+    for entry in listing.images:
+        parts = entry.path.split("/")
+        if len(parts) > level + 2 and parts[level] in below:
+            below[parts[level]].add("/".join(parts[level + 1 : -1]))
+    deep = next((name for name in names if len(below[name]) > 1), "")
+    if len(names) == 1:
+        way_out = f"give the folder {deep}/ itself if the classes are in it, or {LAYOUTS}" if deep else LAYOUTS
+        raise SourceError(f"{spec} has one class only: {names[0]}{_tables(listing)}", way_out)
+    if both := named_after_splits(names):
+        raise SourceError(
+            f"{spec} has {both[0]}/ and {both[1]}/: splits or classes?{_tables(listing)}",
+            "for splits, use the names train, val and test, with a folder for each class in them; for classes, put all "
+            "of them into a folder train/",
+        )
+    inner = {part: name for name in names for path in below[name] for part in path.split("/") if split_of_folder(part)}
+    if len({split_of_folder(part) for part in inner}) > 1:
+        split = min(inner)
+        raise SourceError(
+            f"{spec} has splits inside what would be its classes, such as {split}/ in {inner[split]}/",
+            "splits lie around the class folders, as train/CLASS/*.jpg: move them there, or give a folder that holds "
+            "just them",
+        )
+    if sidecars(listing) and all(re.fullmatch(r"\d{5,}", name) for name in names):
+        raise SourceError(
+            f"{spec} holds images with {' and '.join(sidecars(listing))} in numbered folders, as img2dataset writes "
+            "them: these are parts, not classes",
+            f"{LAYOUTS}; or give the folders the names of classes",
+        )
+    if words := [name for name in names if split_of_folder(name)]:
+        tree.notes += (f"{words[0]}/ is taken for a class, as the folders beside it are",)
+    if deep:
+        tree.notes += (
+            f"classes are the outer folders, {names[0]}, {names[1]}{', …' * (len(names) > 2)}: those inside them, as "
+            f"{min(below[deep])}/, make no difference",
+        )
 
 
 def what_else(listing: Listing) -> str:
     """What a listing holds besides images, for the error that it has no usable ones."""
-    others = {f"files {ending}": count for ending, count in listing.others.most_common(4)}
+    unread = {ending for ending in listing.others if f"archives not read ({ending})" in listing.left_out}
+    others = {f"files {end}": count for end, count in listing.others.most_common(4) if end not in unread}
     rest = left_out_line({**listing.left_out, **others})
     return f" (it has: {rest})" if rest else ""
 
@@ -144,7 +192,7 @@ def _in_no_class(spec: str, entry: Entry, listing: Listing) -> SourceError:
 
 
 def _tables(listing: Listing) -> str:
-    endings = [ending for ending in (".csv", ".tsv", ".json", ".jsonl", ".xml", ".txt") if listing.others[ending]]
+    endings = [ending for ending in TABLES if listing.others[ending]]
     return f" (tables of labels are not read: {', '.join(endings)})" if endings else ""
 
 

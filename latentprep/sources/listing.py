@@ -28,9 +28,12 @@ _OURS = {  # files that mark a folder as written by us, and the text in them tha
     "config.json": ("a training run", re.compile(rb'"format":\s*"latenttrain run"')),
 }
 _HEADS = {"manifest.json": 1 << 16, "config.json": 1 << 16, ANNOTATIONS: 1 << 24}  # bytes to check; 512 of other files
+_SHADOWS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN")
 _MOST_LINKS = 3  # links to folders on the path to a file
 LABEL_BYTES = 1024  # the longest `.cls` member that counts as a label
-_UNREAD_ARCHIVES = (".zip", ".7z", ".rar", ".bz2", ".xz", ".zst")
+TABLES = (".csv", ".tsv", ".json", ".jsonl", ".xml", ".txt", ".mat", ".parquet")  # may hold labels
+_ARCHIVES = (".tar", ".tgz", ".tar.gz")
+_UNREAD_ARCHIVES = (".zip", ".7z", ".rar", ".bz2", ".xz", ".zst", ".part", ".partial", ".crdownload")
 
 
 class Entry(NamedTuple):
@@ -45,8 +48,9 @@ class Listing:
     """What a folder or an archive holds, by '/'-separated path inside it.
 
     labels: texts of ``.cls`` files. annotations: texts of `ANNOTATIONS` files. archives: tars, each as its `Path` or,
-    inside a tar, as a `Listing` of its own. ours: folders that we wrote, and what they are. others: the number of other
-    files, by ending. left_out: what is not read, and how many. linked: whether links to folders were followed.
+    inside a tar, as a `Listing` of its own. ours: folders that we wrote ("": all of it), and what they are. others: the
+    number of other files, by ending. left_out: what is not read, and how many. linked: whether links to folders were
+    followed.
     """
 
     images: list[Entry] = field(default_factory=list)
@@ -79,7 +83,7 @@ class Listing:
             self.labels[name] = head
         elif base == ANNOTATIONS:
             self.annotations[name] = head
-        elif folder and base in _OURS and _OURS[base][1].search(head):
+        elif base in _OURS and _OURS[base][1].search(head):
             self.ours[folder] = _OURS[base][0]
         else:
             return head
@@ -127,8 +131,8 @@ def left_out_line(left_out: Mapping[str, int]) -> str:
 
 
 def is_hidden(path: str) -> bool:
-    """Whether a part of the path begins with a dot, or is macOS's shadow folder."""
-    return any(part.startswith(".") or part == "__MACOSX" for part in path.split("/"))
+    """Whether a part of the path begins with a dot, or is a shadow folder of macOS, Synology or Windows."""
+    return any(part.startswith(".") or part in _SHADOWS for part in path.split("/"))
 
 
 def text_path(path: str) -> str:
@@ -179,8 +183,9 @@ def list_folder(root: Path, out: Path | None = None) -> Listing:
                             listing.leave_out(fault)
                     else:
                         head = listing.add(name, item.path, lambda size, path=item.path: _head(path, size))  # type: ignore[misc]
-                        if head and archive_kind(Path(item.path), head) in ("tar", "gzip"):
-                            listing.archives[name] = Path(item.path)
+                        kind = archive_kind(Path(item.path), head) if head else None
+                        if kind in ("tar", "gzip") or (kind is None and name.lower().endswith(_ARCHIVES)):
+                            listing.archives[name] = Path(item.path)  # a damaged one, too: reading it says so
                         elif head:
                             listing.add_other(name)
         except OSError as error:

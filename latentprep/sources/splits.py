@@ -14,12 +14,29 @@ SPLIT_NAMES = {
     **dict.fromkeys(("val", "valid", "validate", "validation", "dev"), "val"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
-_IN_NAME = re.compile(rf"(?:^|[-_.])({'|'.join(SPLIT_NAMES)})(?=[-_.\d]|$)", re.IGNORECASE)
+_IN_NAME = re.compile(rf"(?:^|[-_. ])({'|'.join(SPLIT_NAMES)})(?=[-_. \d]|$)", re.IGNORECASE)
 
 
 def split_of_folder(name: str) -> str | None:
     """The split that a folder of this name is, in upper or lower case, or None."""
     return SPLIT_NAMES.get(name.lower())
+
+
+def named_after_splits(names: Iterable[str]) -> tuple[str, str] | None:
+    """Two folders whose names differ in the split alone, as ``seg_train`` and ``seg_test`` do; None if there are none.
+
+    Folders like these are hardly classes, though none is called just what a split is.
+    """
+    seen: dict[str, dict[str, str]] = {}
+    for name in sorted(names):
+        for match in _IN_NAME.finditer(name):
+            rest = f"{name[: match.start(1)]}/{name[match.end(1) :]}".lower()
+            splits = seen.setdefault(rest, {})
+            splits.setdefault(SPLIT_NAMES[match[1].lower()], name)
+            if len(splits) > 1:
+                one, two = splits.values()
+                return one, two
+    return None
 
 
 def splits_of_tars(spec: str, tars: Iterable[str]) -> dict[str, str | None]:

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import replace
 
 from latentprep.errors import SourceError
-from latentprep.sources.layouts import Found, Tree, by_folders, what_else
+from latentprep.sources.layouts import Found, Tree, by_folders, sidecars, what_else
 from latentprep.sources.listing import BESIDE, Entry, Listing
 from latentprep.sources.splits import split_of_folder, splits_of_tars
 
@@ -35,13 +35,18 @@ def _with_inner(tars: dict[str, Listing]) -> dict[str, Listing]:
         if not inner:
             flat[path] = listing
         elif any("/" in entry.path for entry in listing.images) or listing.labels:
-            flat[path] = replace(listing, left_out=listing.left_out + Counter({BESIDE: len(inner)}))
+            beside = Counter({BESIDE: len(inner), f"images in {BESIDE}": sum(_images(one) for one in inner.values())})
+            flat[path] = replace(listing, left_out=listing.left_out + beside)
         else:
             left_out = listing.left_out + Counter({"images beside tars": len(listing.images)})
             first = next(iter(inner))
             inner[first] = replace(inner[first], left_out=inner[first].left_out + left_out)
             flat |= _with_inner(inner)
     return flat
+
+
+def _images(listing: Listing) -> int:
+    return len(listing.images) + sum(_images(inside) for inside in listing.archives.values())
 
 
 def _joined(spec: str, tars: dict[str, Listing]) -> Listing:
@@ -84,9 +89,9 @@ def _common_folder(tars: dict[str, Listing]) -> str:
 def _check_not_shards(spec: str, flat: dict[str, Listing]) -> None:
     """Raise SourceError for tars of images that are not classes: with texts for each image, or numbered."""
     for path, listing in flat.items():
-        texts = [ending for ending in (".txt", ".json") if listing.others[ending] >= len(listing.images)]
-        if texts:
-            raise SourceError(f"{path} holds images with {' and '.join(texts)} files, but no .cls files", _SHARDS)
+        if texts := sidecars(listing):
+            endings = " and ".join(texts)
+            raise SourceError(f"{path} holds images with {endings} files, but no .cls files (img2dataset's?)", _SHARDS)
     stems = [re.fullmatch(r"(.*?)(\d+)", _ENDING.sub("", path)) for path in sorted(flat)]
     numbers = [int(stem[2]) for stem in stems if stem]
     if len(numbers) < 2 or len(numbers) < len(stems) or len({stem[1] for stem in stems if stem}) > 1:

@@ -16,6 +16,7 @@ from xml.sax.saxutils import unescape
 
 from latentprep.errors import SystemFault
 
+_ADDRESS = re.compile(r"https?://([\w.-]+|\[[\da-f:.]+\])(:\d{1,5})?(/[\w./~%+-]*)?", re.ASCII | re.IGNORECASE)
 _PROBE = 1.0  # seconds to wait for the machine's metadata service, which is on the same machine
 _ELSEWHERE = ("sso_session", "sso_start_url", "role_arn", "credential_process", "credential_source")
 _CHAIN = (  # in a container or a cluster: obstore uses these by itself
@@ -42,13 +43,19 @@ def s3_settings(environ: Mapping[str, str] | None = None) -> dict[str, Any]:
     Keys come from the environment, else from the profile that ``AWS_PROFILE`` names, else from the profile ``default``,
     else from the role of a container or of this machine. If there are none, requests are anonymous.
 
-    Raises `SystemFault` for a profile that does not exist or has no keys that can be read, and for a damaged file.
+    Raises `SystemFault` for an endpoint that is not an address, for a profile that does not exist or has no keys that
+    can be read, and for a damaged file.
     """
     env = os.environ if environ is None else environ
     profile = _profile(env)
     settings: dict[str, Any] = {}
     endpoint = _first(env, "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT") or profile.get("endpoint_url", "")
     if endpoint:
+        if not _ADDRESS.fullmatch(endpoint):  # obstore ends in a panic
+            raise SystemFault(
+                f"{endpoint} is no address of an S3 service",
+                "set AWS_ENDPOINT_URL to one, as https://HOST or http://HOST:9000",
+            )
         settings["endpoint"] = endpoint.rstrip("/")
     if region := _first(env, "AWS_REGION", "AWS_DEFAULT_REGION") or profile.get("region", ""):
         settings["region"] = region

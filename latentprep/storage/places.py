@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from latentprep.errors import UsageError
 from latentprep.storage.buckets import Bucket, open_bucket
@@ -90,6 +90,8 @@ def path_of(where: str | os.PathLike[str]) -> Path:
     Raises `UsageError` if there is no such home folder (and no file of that name), or the path is invalid.
     """
     path = Path(where)
+    if not os.fspath(where):
+        raise UsageError("the path is empty", "give one; write . for the current folder")
     if "\0" in str(path):
         raise UsageError(f"{path} is not a valid path: it contains a zero byte")
     try:
@@ -101,6 +103,11 @@ def path_of(where: str | os.PathLike[str]) -> Path:
         hint = "give the full path" if user else "set HOME, or give the full path"
         whose = f"there is no user {user}" if user else "the home folder is unknown: HOME is not set"
         raise UsageError(f"{path}: {whose}", hint) from error
+
+
+def several(given: Any) -> list[Any]:
+    """One thing or several, as a list: a text or a path is one, not the letters it is made of."""
+    return [given] if isinstance(given, str | os.PathLike) else list(given)
 
 
 def place(where: str | os.PathLike[str] | RemotePath) -> Place:

@@ -219,6 +219,21 @@ REFUSALS = [
 ]
 
 
+@pytest.mark.parametrize("endpoint", ["localhost:9000", "ht!tp://x y", "http://a b", "http://x:port", "https://"])
+def test_an_endpoint_that_is_no_address_is_refused(files: Path, monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    with pytest.raises(SystemFault, match=r"is no address of an S3 service; set AWS_ENDPOINT_URL"):
+        s3_settings()
+
+
+@pytest.mark.parametrize(
+    "endpoint", ["http://[::1]:9000", "https://x.r2.example.com/my%20base/", "http://minio_1:9000"]
+)
+def test_endpoints_of_all_shapes_are_taken(files: Path, monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    assert s3_settings()["endpoint"] == endpoint.rstrip("/")
+
+
 @pytest.mark.parametrize(("status", "code", "more", "way_out"), REFUSALS, ids=[code for _, code, _, _ in REFUSALS])
 def test_what_the_service_refuses_is_said_whole(
     service: Service, files: Path, monkeypatch: pytest.MonkeyPatch, status: int, code: str, more: str, way_out: str

@@ -258,7 +258,7 @@ def test_folders_that_hold_other_things_are_left_alone(images: Path, tmp_path: P
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
     with pytest.raises(DatasetError, match=r"not empty and holds no latent dataset \(it has thesis.tex\)"):
         encode(images, tmp_path / "out")
-    with pytest.raises(DatasetError, match="choose another folder with out"):
+    with pytest.raises(DatasetError, match="choose another folder as out"):
         encode(images, tmp_path / "out", overwrite=True)
     with pytest.raises(DatasetError, match="not empty"):
         encode(images, images, overwrite=True)

@@ -73,6 +73,7 @@ def test_a_copy_of_the_source_is_said_and_taken(images: Path, tmp_path: Path) ->
     result = latentprep.encode(tmp_path / "copy", **OPTIONS, out=tmp_path / "out")
     assert result.encoded == 0
     assert "all 24 images have new times" in result.note
+    assert result.note.isprintable()
     assert latentprep.encode(tmp_path / "copy", **OPTIONS, out=tmp_path / "out").note == ""
 
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import latentprep
 from latentprep.cli.commands import app
 from latentprep.codecs.autoencoder import find_weights
-from latentprep.errors import SourceError
+from latentprep.errors import LatentError, SourceError
 from latentprep.sources.listing import left_out_line
 from latentprep.sources.source import Source, open_source
 from pictures import jpeg, picture
@@ -129,6 +129,9 @@ TINY = {
          {"train": 4, "val": 4}, {}),
         ({"cat.tar": tar_bytes({"1.jpg": JPEG, "2.jpg": JPEG}), "dog.tar": tar_bytes({"1.jpg": JPEG, "2.jpg": JPEG})},
          {"train": 2, "val": 2}, {}),
+        (images("a/1", "a/2", "b"), {"train": 4, "val": 2}, {}),
+        (images("cat", "dog", "test"), {"train": 3, "val": 3}, {}),
+        (images("a/@eaDir/x", "b", "a"), {"train": 2, "val": 2}, {"images in hidden files or folders": 2}),
         ({"cat.tar": tar_bytes(images("cat")), "dog.tar": tar_bytes(images("dog")), "x.jpg": JPEG},
          {"train": 2, "val": 2}, {"images beside tars": 1}),
         ({"wds/train/0.tar": shard(0, 15), "wds/val/0.tar": shard(0, 15)}, {"train": 15, "val": 15}, {}),
@@ -172,6 +175,17 @@ def test_tiny_imagenet_takes_the_classes_of_val_from_its_text(pack):
         ({"00000.tar": tar_bytes({"0.jpg": JPEG, "0.txt": b"a cat", "0.json": b"{}"}),
           "1.tar": tar_bytes({"1.jpg": JPEG})},
          r"00\.tar holds images with \.txt and \.json files, but no \.cls"),
+        (images("training_set/training_set/cat", "training_set/training_set/dog", "test_set/test_set/cat"),
+         "has test_set/ and training_set/: splits or classes"),
+        (images("seg_train/a", "seg_test/a", "seg_pred"), "has seg_test/ and seg_train/: splits or classes"),
+        (images("train", "test") | {"train.csv": b"0,a"}, r"has test/ and train/: splits or classes\? \(tables of"),
+        (images("train2017", "val2017") | {"annotations/a.json": b"{}"}, "has train2017/ and val2017/: splits or"),
+        ({"Train Set.tar": tar_bytes({"1.jpg": JPEG}), "Val Set.tar": tar_bytes({"1.jpg": JPEG})}, "splits or classes"),
+        (images("one/train/a", "one/train/b", "one/val/a", "two/train/a"), "such as train/ in (one|two)/"),
+        (images("cat/train", "cat/val", "dog/train", "dog/val"), "such as train/ in (cat|dog)/"),
+        ({f"{i:05d}/{i:05d}{j:04d}.{end}": JPEG if end == "jpg" else b"a" for i in range(2) for j in range(2)
+          for end in ("jpg", "json", "txt")},
+         r"\.txt and \.json in numbered folders, as img2dataset writes them"),
         ({"x-0.tar": tar_bytes({"0.jpg": JPEG}), "x-1.tar": tar_bytes({"1.jpg": JPEG})}, "numbered tars of images"),
     ],
 )  # fmt: skip
@@ -258,6 +272,50 @@ def test_a_tar_in_a_tar_in_a_tar_is_refused(tmp_path):
     (tmp_path / "x.tar").write_bytes(tar_bytes({"mid.tar": inner}))
     with pytest.raises(SourceError, match="tar in a tar in a tar"):
         open_source(tmp_path / "x.tar")
+
+
+def test_a_tar_that_is_none_is_not_passed_over(tmp_path):
+    write_tree(tmp_path, {"train-0.tar": shard(0), "train-1.tar": b""})
+    with pytest.raises(SourceError, match=r"train-1\.tar is not an archive"):
+        open_source(tmp_path)
+    (tmp_path / "train-1.tar").unlink()
+    (tmp_path / "train-1.tar.part").write_bytes(b"begun")
+    assert open_source(tmp_path).left_out == {"archives not read (.part)": 1}
+
+
+def test_images_in_tars_beside_image_folders_are_counted(tmp_path):
+    path = tmp_path / "x.tar"
+    path.write_bytes(tar_bytes(images("a", "b") | {"c.tar": tar_bytes(images("c"))}))
+    source = open_source(path)
+    assert source.left_out == {"archives beside image files": 1, "images in archives beside image files": 2}
+    check_count(source, path)
+
+
+def test_what_the_folders_may_have_meant_is_noted(tmp_path):
+    source = open_source(write_tree(tmp_path / "x", images("a/1", "a/2", "b")))
+    assert source.notes == ("classes are the outer folders, a, b: those inside them, as 1/, make no difference",)
+    source = open_source(write_tree(tmp_path / "y", images("cat", "dog", "test")))
+    assert source.notes == ("test/ is taken for a class, as the folders beside it are",)
+    with pytest.raises(SourceError, match="one class only: Images .*; give the folder Images/ itself"):
+        open_source(write_tree(tmp_path / "z", images("Images/a", "Images/b") | {"Lists/a.txt": b"a"}))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("made", "made is a latent dataset, not images"),
+        ("run", "run is a training run, not images"),
+        ("labels.csv", r"labels.csv is a table \(.csv\), which is not read"),
+        ("https://example.org/x.tar", "is a URL: images are read from this machine"),
+        ("", "the path is empty"),
+    ],
+)
+def test_a_source_that_holds_no_images_is_named(tmp_path, name, message):
+    write_tree(tmp_path, {"labels.csv": b"0,a", "made/manifest.json": b'{"format": "latentprep"'})
+    write_tree(tmp_path, {"run/config.json": b'{"format": "latenttrain run"', "run/curve.png": JPEG})
+    with pytest.raises(LatentError, match=message) as caught:
+        open_source(name if not name or "://" in name else tmp_path / name)
+    assert caught.value.hint
 
 
 def test_tars_beside_image_folders_are_said(tmp_path):

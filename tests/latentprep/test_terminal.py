@@ -18,7 +18,7 @@ from PIL import Image
 import latentprep
 import latenttrain
 from faults import digest
-from latentprep.cli import console
+from latentprep.cli.commands import console
 from latentprep.cli.terminal import orderly_signals
 from latentprep.pictures import page
 from latentprep.pictures.plots import drawn
@@ -238,6 +238,13 @@ def test_signals_end_an_encode_in_order(number: signal.Signals, tmp_path: Path) 
     for out in ("out", "whole"):
         latentprep.encode("shapes", limit=100, codec="dct", size=64, shard_rows=8, out=tmp_path / out)
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+
+
+def test_a_signal_inside_of_exec_ends_with_its_own_code() -> None:
+    code = "import os, time; from latentprep.cli.console import run; "
+    code += "run(lambda: exec('os.kill(os.getpid(), 15); time.sleep(9)'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.splitlines()[0]) == (128 + signal.SIGTERM, "error: interrupted")
 
 
 def test_a_signal_ends_a_fit_in_order(made: Path, tmp_path: Path) -> None:

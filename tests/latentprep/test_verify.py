@@ -226,7 +226,7 @@ def test_images_that_vanished_are_told_apart_from_damage(data: Path, tmp_path: P
 def test_another_source_is_refused(data: Path, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="is not the source"):
         latentprep.verify(data, source=open_source(make_folder(tmp_path / "other", train=3)))
-    with pytest.raises(UsageError, match="repair .* needs the images"):
+    with pytest.raises(UsageError, match="repair=True .* needs the images"):
         latentprep.verify(data, repair=True)
 
 

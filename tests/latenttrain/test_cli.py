@@ -67,6 +67,10 @@ def test_predict_names_what_it_cannot_read_and_ends_with_3(latenttrain, run, tmp
     assert code == 3
     assert "good.png" in out
     assert "bad.jpg: not an image that can be read" in err
+    code, _, err = latenttrain("predict", run, tmp_path, "https://example.org/x.jpg")
+    assert code == 3
+    assert f"{tmp_path}: a folder; give the image files in it" in err
+    assert "https://example.org/x.jpg: a URL; download it, and give the path" in err
     code, out, _ = latenttrain("predict", run, bad, good, "--json")
     first, second = json.loads(out)["predictions"]
     assert (code, "error" in first, len(second["classes"])) == (3, True, 4)
