@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from latentprep.cli.commands import console
+from latentprep.cli import console
 from latentprep.errors import Interrupted
 from latenttrain import __version__
 from latenttrain.recipe import BASE_BATCH, BASE_EPOCHS, BASE_LR, LR_BY_EPOCHS, Recipe

@@ -16,9 +16,9 @@ import latentprep.encoding.encode
 import latentprep.pictures.rd
 import latentprep.pictures.report
 import latenttrain
+from latentprep.cli import datasets as cli_datasets
+from latentprep.cli import pictures as cli_pictures
 from latentprep.cli.commands import commands as latentprep_cli
-from latentprep.cli.commands import datasets as cli_datasets
-from latentprep.cli.commands import pictures as cli_pictures
 from latentprep.codecs.dct import DctCodec
 from latentprep.errors import UsageError, opt
 from latenttrain import cli as latenttrain_cli

@@ -18,7 +18,7 @@ from PIL import Image
 import latentprep
 import latenttrain
 from faults import digest
-from latentprep.cli.commands import console
+from latentprep.cli import console
 from latentprep.cli.terminal import orderly_signals
 from latentprep.pictures import page
 from latentprep.pictures.plots import drawn
