@@ -25,7 +25,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from latentprep.errors import SourceError, UsageError, opt
+from latentprep.errors import SourceError, UsageError, check_number, check_whole, opt
 from latentprep.sources.finding import Load, find
 from latentprep.sources.layouts import LAYOUTS, Found, Tree
 from latentprep.sources.listing import HIDDEN, Progress, left_out_line
@@ -120,8 +120,7 @@ class Source:
 
         Raises UsageError below 1.
         """
-        if limit < 1:
-            raise UsageError(f"limit must be 1 or more, got {limit}", f"leave {opt('limit')} out for all samples")
+        check_whole("limit", limit, 1, hint=f"leave {opt('limit')} out for all samples")
         rows = {split: _spread(rows, limit) for split, rows in self._rows.items()}
         return Source(self.spec, self.classes, rows, self._load, self.left_out, self.notes)
 
@@ -185,10 +184,8 @@ def open_source(
         if data is not None or val_fraction is not None:
             raise UsageError("data and val fraction are for a source that is still to be opened", "leave them out")
         return spec
-    if val_fraction is not None and not 0 <= val_fraction < 1:  # NaN fails it too
-        raise UsageError(
-            f"val fraction must be from 0 to below 1, got {val_fraction}", f"use {opt('val_fraction', 0.1)}"
-        )
+    if val_fraction is not None:
+        check_number("val_fraction", val_fraction, 0, 1, f"use {opt('val_fraction', 0.1)}", below=True)
     name = spec if isinstance(spec, str) and spec in datasets.NAMES else None
     if data is not None and name in (None, "shapes"):
         downloads = ", ".join(known for known in datasets.NAMES if known != "shapes")
