@@ -167,13 +167,13 @@ def check_number(
         enough = low < value if above else low <= value  # false for NaN
         if enough and (value < high if below or high == math.inf else value <= high):
             return
-    least = f"above {low:g}" if above else f"from {low:g}"
+    least = f"above {low:g}" if above else f"from {low:g}" if high < math.inf else f"of {low:g} or more"
     most = "" if high == math.inf else f" to below {high:g}" if below else f" to {high:g}"
-    allowed = f"of {low:g} or more" if not above and not most else least + most
-    raise UsageError(f"{opt(name)} must be a number {allowed}, got {value!r:.60}", hint)
+    raise UsageError(f"{opt(name)} must be a number {least}{most}, got {value!r:.60}", hint)
 
 
-def check_word(name: str, value: object, allowed: list[str] | tuple[str, ...]) -> None:
-    """`UsageError` with the nearest ones unless the parameter's value is one of the words that are allowed."""
+def check_word(name: str, value: object, allowed: list[str] | tuple[str, ...], hint: str = "") -> None:
+    """`UsageError` unless the parameter's value is one of the words that are allowed."""
     if value not in allowed:
-        raise UsageError(f"{opt(name)} must be {' or '.join(allowed)}, got {value!r:.60}", nearest(str(value), allowed))
+        message = f"{opt(name)} must be {' or '.join(allowed)}, got {value!s:.60}"
+        raise UsageError(message, hint or nearest(str(value), allowed))

@@ -17,6 +17,7 @@ from torch import Tensor
 from latentprep.errors import CodecError, UsageError, nearest, opt
 
 GROUP = "latentprep.codecs"
+MAX_SIZE = 1 << 14  # pixels per side that images may be made to have
 
 
 @runtime_checkable
@@ -98,7 +99,7 @@ def parse_codec(spec: str) -> tuple[str, dict[str, Any]]:
         if not equals or not value:
             raise UsageError(
                 f"codec '{spec}' has {repr(pair) if pair else 'nothing'} where option=value is needed",
-                f"write {name}:option=value,option=value; {_takes(name, parameters)}",
+                f"write {name}:option=value,option=value; {_takes(parameters)}",
             )
         _check_option(name, option, parameters)
         if option in options:
@@ -140,7 +141,9 @@ def open_codec(
     name, options = parse_codec(codec)
     if weights is not None:
         if "weights" in options:
-            raise UsageError(f"{opt('weights')} is given, and the codec '{codec}' names weights too", "give one of them")
+            raise UsageError(
+                f"{opt('weights')} is given, and the codec '{codec}' names weights too", "give one of them"
+            )
         options["weights"] = weights
     if seed is not None and "seed" in codec_options(name):
         options.setdefault("seed", seed)
@@ -165,12 +168,12 @@ def _options(kind: type) -> dict[str, inspect.Parameter]:
 
 def _check_option(name: str, option: str, parameters: dict[str, inspect.Parameter]) -> None:
     if option not in parameters:
-        raise UsageError(f"codec '{name}' has no option {option}", _takes(name, parameters))
+        raise UsageError(f"codec '{name}' has no option {option}", _takes(parameters))
 
 
-def _takes(name: str, parameters: dict[str, inspect.Parameter]) -> str:
-    own = [option for option in parameters if option != "revision"]
-    return f"{name} takes {', '.join(own[:-1])}{' and ' * bool(own[1:])}{own[-1]}" if own else f"{name} has no options"
+def _takes(parameters: dict[str, inspect.Parameter]) -> str:
+    *most, last = [option for option in parameters if option != "revision"] or ["no options"]
+    return f"it takes {', '.join(most)} and {last}" if most else f"it takes {last}"
 
 
 def _typed(option: str, text: str, parameter: inspect.Parameter) -> Any:
@@ -179,7 +182,7 @@ def _typed(option: str, text: str, parameter: inspect.Parameter) -> Any:
     Raises `UsageError` if it is none of that type.
     """
     kind = parameter.annotation if parameter.annotation is not parameter.empty else type(parameter.default)
-    words = re.findall(r"\w+", kind if isinstance(kind, str) else getattr(kind, "__name__", str(kind)))
+    words = re.findall(r"\w+", kind.__name__ if isinstance(kind, type) else str(kind))
     if "bool" in words and text in ("true", "false"):
         return text == "true"
     for word, read in (("int", int), ("float", float)):
@@ -214,9 +217,9 @@ def codec_from_config(config: dict, *, device: str | torch.device = "cpu", weigh
     want, have = config.get("weights_sha256"), codec.config().get("weights_sha256")
     if want != have:
         raise CodecError(
-            f"the weights at {options.get('weights')} are not those this dataset was made with "
+            f"the weights at {options.get('weights')} are not the ones this dataset was made with "
             f"(SHA-256 {str(have)[:12]}…, recorded {str(want)[:12]}…)",
-            f"name the right ones with {opt('weights')}",
+            f"set {opt('weights')} to the folder of the right ones",
         )
     return codec
 

@@ -90,7 +90,7 @@ def _check_same(root: Place, stored: Manifest, asked: Plan, source: Source | Non
         hints = {
             "source.sha256": f"its files, labels, or {opt('limit')}, {share} or {opt('seed')} changed; ",
             "joint": f"pass {opt('joint', bool(there))}; ",
-            "codec.dtype": f"pass {opt('dtype', there)}; ",
+            "codec.dtype": f"give the codec the option dtype={there}; ",
             "codec.revision": f"an earlier version began it; verify with {opt('repair')} completes it; ",
             "transform.colour": f"from Python, colour={there!r} goes on with it; ",
             **dict.fromkeys((f"splits.{n}" for n in stored.splits), f"{opt('limit')} or {share} may have changed; "),

@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from latentprep.errors import SourceError
+from latentprep.progress import BYTES, ProgressFactory, silent
 from latentprep.sources.kinds import has_image_name
-from latentprep.sources.listing import HIDDEN, Entry, Listing, Progress, is_hidden, text_path
+from latentprep.sources.listing import HIDDEN, Entry, Listing, is_hidden, text_path
 from latentprep.sources.offsets import AGAIN, GzipFile, PlainFile, archive_kind, begins_tar
 
 _HEADER_BYTES = 1 << 20  # of one member, long names and all
+_LONG_SCAN = 1 << 26  # bytes of an archive whose reading is worth a bar
 _MAX_LINKED = 1 << 20  # images that links to folders may add to an archive
 
 
-def list_archive(path: Path, progress: Progress | None = None) -> Listing:
+def list_archive(path: Path, progress: ProgressFactory = silent) -> Listing:
     """What a tar or gzipped tar holds, in the archive's order, with where the images' bytes are.
 
     Raises SourceError: not an archive, cut short, damaged, followed by other bytes, a member that points outside it, or
@@ -33,14 +35,21 @@ def list_archive(path: Path, progress: Progress | None = None) -> Listing:
         raise SourceError(f"{path} is {what}", "give a folder, a .tar or a .tar.gz")
     file = GzipFile(path) if kind == "gzip" else PlainFile(path)
     total = path.stat().st_size
+    show = progress if total > _LONG_SCAN else silent
     try:
-        with path.open("rb") as raw:
+        with path.open("rb") as raw, show(f"reading {path.name}", total, BYTES, 0) as bar:
             cursor: Any = file.cursor(raw.fileno()) if isinstance(file, GzipFile) else raw
-            done = cursor.compressed if isinstance(file, GzipFile) else cursor.tell
-            tick = (lambda: progress(f"reading {path.name}", done(), total)) if progress else lambda: None
+            done, told = cursor.compressed if isinstance(file, GzipFile) else cursor.tell, 0
+
+            def tick() -> None:
+                nonlocal told
+                bar.advance(done() - told)
+                told = done()
+
             listing = _Lister(path, file, cursor, tick).list(_Headers(cursor))
             if isinstance(file, GzipFile):
                 cursor.seek_end()
+            tick()
             return listing
     except (SourceError, OSError):
         raise

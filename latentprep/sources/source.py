@@ -26,9 +26,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from latentprep.errors import SourceError, UsageError, check_number, check_whole, opt
+from latentprep.progress import ProgressFactory, silent
 from latentprep.sources.finding import Load, find
 from latentprep.sources.layouts import LAYOUTS, Found, Tree
-from latentprep.sources.listing import HIDDEN, Progress, left_out_line
+from latentprep.sources.listing import HIDDEN, left_out_line
 from latentprep.storage.places import path_of
 
 _STATTERS = 8  # threads that ask for files' sizes and times: on a network each answer takes its time
@@ -161,7 +162,7 @@ def open_source(
     seed: int = 0,
     cache: Path | None = None,
     out: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: ProgressFactory = silent,
 ) -> Source:
     """Open a source of labelled images. One that is open already comes back as it is.
 
@@ -173,7 +174,7 @@ def open_source(
     ``val_fraction``: the share of each class, in [0, 1), moved from train to val where there is no val split (0.1 if
     None; 0 for none). Which samples is decided by ``seed`` and their keys alone.
     ``out``: a folder that is written to; where it lies in the source, it is left out.
-    ``progress(description, done_bytes, total_bytes)`` is called during downloads and long scans.
+    ``progress`` hears of downloads and of archives that are read, in bytes.
 
     Raises SourceError for anything wrong with the images, their folders, archives or download; UsageError for an
     option that does not fit.
@@ -217,7 +218,7 @@ def open_own_source(
     seed: int = 0,
     limit: int | None = None,
     out: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: ProgressFactory = silent,
 ) -> Source | None:
     """The source that a dataset was made of, opened with what it was encoded with; None where there is none.
 
