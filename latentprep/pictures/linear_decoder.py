@@ -35,8 +35,6 @@ SAMPLES = 1000  # that it is fitted to, and at most as many others that it is ju
 _BATCH = 64
 _NOTES = "latentprep"  # the one metadata key: safetensors does not keep the order of several
 
-# The talk's matrix: Stable Diffusion 1.4's four latents to red, green and blue.
-TALK_SD14 = ((0.298, 0.207, 0.208), (0.187, 0.286, 0.173), (-0.158, 0.189, 0.264), (-0.184, -0.271, -0.473))
 
 
 @dataclass(frozen=True)
