@@ -36,7 +36,7 @@ def run(app: Any) -> None:
             try:
                 code = _exit_code(app)
             except KeyboardInterrupt:  # before there was anything to lose
-                raise Interrupted("interrupted", "run the same command again to go on") from None
+                raise Interrupted("interrupted", "run the same command again to continue") from None
             sys.stdout.flush()
         except Interrupted as error:
             _say(error)

@@ -1,4 +1,4 @@
-"""The commands of `latentprep` about a dataset that is there: parse, one library call, render."""
+"""The commands of `latentprep` about existing datasets: parse, one library call, render."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def convert(
         str, typer.Argument(help="Folder, s3://… or gs://… to write to; an unfinished one there is resumed.")
     ],
     store: Annotated[str, typer.Option(help="zarr, or wds: tars that any WebDataset reader reads.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the dataset in OUT and start anew.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the dataset in OUT and start over.")] = False,
     as_json: Json = False,
 ) -> None:
     """Convert to the other store, losslessly: converting back gives the same bytes. What is written is read back.

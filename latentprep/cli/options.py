@@ -10,7 +10,7 @@ import typer
 from latentprep.errors import UsageError
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete the dataset in --out and start anew.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete the dataset in --out and start over.")]
 Device = Annotated[str, typer.Option(rich_help_panel="Machine", help="auto, cpu, cuda, cuda:1 or mps.")]
 Workers = Annotated[
     int | None,

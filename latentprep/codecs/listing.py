@@ -29,7 +29,7 @@ class CodecRow:
 
     options: what may follow the name, with defaults; None is one that depends on the machine.
     latent: (C, h, w), or None where the codec cannot be built or cannot take that size.
-    weights: ``none needed``, ``yes`` (at hand), ``no`` (would be downloaded), or what is missing.
+    weights: ``none needed``, ``yes`` (on this machine), ``no`` (would be downloaded), or what is missing.
     """
 
     name: str

@@ -48,10 +48,10 @@ if TYPE_CHECKING:
 
 CALIBRATION = 256  # images, spread evenly over the train split
 SHARD_ROWS = 1024
-MIN_DEFAULT_GRID = 8  # cells of the latents a side: what networks need; smaller images are enlarged for it
+MIN_DEFAULT_GRID = 8  # latent cells per side: what networks need; smaller images are enlarged for it
 MAX_JOINT_CHANNELS = 32  # the filter has 9 weights for each pair of channels, and the search takes as many steps
 RESOLUTION_BASE = 1.15  # gamma of compound scaling
-MAX_DEFAULT_SIZE = 224  # pixels; larger sources are shrunk to it unless --size says otherwise
+MAX_DEFAULT_SIZE = 224  # pixels; larger sources are shrunk to it unless a size is given
 
 
 @dataclass(frozen=True)
@@ -127,13 +127,13 @@ def encode(
     codec: a name, with options as in ``dct:luma=20,chroma=5``, or a `Codec`. Default: ``taesd`` if its weights are at
     hand, else ``dct``. weights: folder or hub id of an autoencoder's weights, short for the codec's option.
     progress: ``latentprep.cli.console.progress_bar`` shows what goes on.
-    size: pixels a side; default suits source and codec. phi: makes it 1.15**phi times as large, the resolution of
+    size: pixels per side; default suits source and codec. phi: makes it 1.15**phi times as large, the resolution of
     compound scaling (https://arxiv.org/abs/1905.11946), to the nearest that the codec takes.
     store: ``zarr``, or ``wds`` for WebDataset tars. quantizer: a dataset whose quantizer is taken instead of a fitted
     one, so that the two can be merged. joint: choose the codes of a sample together, for 1 to 3 dB more (see
     `latentprep.quantizing.joint`); such codes have no exact mirror. Default: as `quantizer` has it, else
     `joint_by_default`.
-    colour: "srgb" converts embedded colour profiles, "stored" takes an image's numbers as they are.
+    colour: "srgb" converts embedded colour profiles, "stored" uses an image's numbers as they are.
     views: of a train sample, see `images.load_views`; other splits have view 0 alone.
     limit: at most that many samples a split, spread over it. batch_size: images the codec takes at once.
     profile: measure where the time goes.
@@ -177,10 +177,10 @@ def encode(
         return encode_result(root, asked, [], code_bytes=most, dry_run=True, left_out=source.left_out)
 
     if sum(map(asked.shard_count, names)) > MAX_SHARDS:
-        raise UsageError(f"{opt('shard_rows')} {shard_rows} makes more than {MAX_SHARDS} shards", "use larger shards")
+        raise UsageError(f"{opt('shard_rows', shard_rows)} makes more than {MAX_SHARDS} shards", "use larger shards")
     if shard_rows * max(int(np.prod(asked.row_shape(split))) for split in names) > MAX_SHARD_CODES:
         raise UsageError(
-            f"{opt('shard_rows')} {shard_rows} makes shards of more than {MAX_SHARD_CODES} codes", "use fewer"
+            f"{opt('shard_rows', shard_rows)} makes shards of more than {MAX_SHARD_CODES} codes", "use fewer rows"
         )
 
     began = time.monotonic()
@@ -193,7 +193,7 @@ def encode(
         records = {
             shard: record
             for shard, record in dataset.whole_records().items()
-            if not any(loads(stages, shard.split, entry["row"]) for entry in record.invalid)  # may be mended by now
+            if not any(loads(stages, shard.split, entry["row"]) for entry in record.invalid)  # may be fixed by now
         }
         note = check_unchanged(dataset, source, source_stats(source, names), records)
         if profile:
@@ -224,7 +224,7 @@ def default_size(source: Source, codec: Codec) -> int:
                 return size
         except UsageError:
             continue
-    raise UsageError(f"codec '{codec.name}' takes no size up to 1024", f"give one with {opt('size')}")
+    raise UsageError(f"codec '{codec.name}' takes no size up to 1024", f"set {opt('size')}")
 
 
 def scaled_size(size: int, phi: float, codec: Codec) -> int:
@@ -266,7 +266,7 @@ def _run(
         total = sum(map(manifest.shard_count, manifest.splits))
         raise Interrupted(
             f"interrupted: {len(records)} of {total} shards are committed",
-            "run the same command again to go on from there",
+            "run the same command again to continue",
         ) from error
     write_errors(dataset.root, list(records.values()))
     return encoded
@@ -280,7 +280,7 @@ def _check_errors(records: dict[ShardId, ShardRecord], manifest: Manifest, max_f
             raise SourceError(
                 f"{len(invalid)} of {rows} samples of split '{split}' cannot be read, more than {max_fraction:g}; "
                 f"the first is {invalid[0]['key']}: {invalid[0]['reason']}",
-                f"mend the images and run the same command again, or raise {opt('max_error_fraction')}: errors.jsonl",
+                f"fix the images listed in errors.jsonl and run again, or raise {opt('max_error_fraction')}",
             )
 
 
@@ -347,7 +347,7 @@ def make_plan(
 
 
 def joint_by_default(bits: int, channels: int, flip: tuple[int, ...] | None) -> bool:
-    """Whether codes are chosen jointly unless asked otherwise: where it gains accuracy and loses no exact mirror."""
+    """Whether codes are chosen jointly by default: where it improves accuracy and no exact mirror is lost."""
     return bits == 1 and channels <= MAX_JOINT_CHANNELS and flip is None
 
 

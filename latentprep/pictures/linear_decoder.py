@@ -36,7 +36,6 @@ _BATCH = 64
 _NOTES = "latentprep"  # the one metadata key: safetensors does not keep the order of several
 
 
-
 @dataclass(frozen=True)
 class Quality:
     """How well a map does. r2: share of the variance of each colour that it explains; psnr: mean over samples, in

@@ -1,4 +1,4 @@
-"""`rd`: what codecs cost and keep, beside JPEG, WebP and AVIF: bits a pixel on disk against PSNR and SSIM."""
+"""`rd`: what codecs cost and keep, beside JPEG, WebP and AVIF: bits per pixel on disk against PSNR and SSIM."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ _TALK = (20, 160)  # the talk's picture: JPEG at 20:1 beside a VAE's codes at 16
 
 @dataclass(frozen=True)
 class Point:
-    """One codec or format at one setting (bits or quality). bytes: an image, with everything that the dataset or file
-    holds for it; bpp: the same in bits a pixel; psnr, ssim: means over the images (None where they have none)."""
+    """One codec or format at one setting (bits or quality). bytes: per image, with everything that the dataset or file
+    holds for it; bpp: the same in bits per pixel; psnr, ssim: means over the images (None where they have none)."""
 
     name: str
     setting: int
@@ -195,7 +195,7 @@ def side_by_side(
 
 
 def draw_rd(points: list[Point], codecs: list[tuple[str, int]], path: Path) -> None:
-    """Quality against bits a pixel: a coloured line a codec, a grey one a format, as a PNG or SVG."""
+    """Quality against bits per pixel: a coloured line per codec, a grey one per format, as a PNG or SVG."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     names = list(dict.fromkeys(point.name for point in points))
@@ -217,7 +217,7 @@ def draw_rd(points: list[Point], codecs: list[tuple[str, int]], path: Path) -> N
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axes.xaxis.set_minor_formatter(NullFormatter())
             axes.set_title(title, loc="left", color=INK)
-            axes.set_xlabel("bits a pixel on disk", color=INK)
+            axes.set_xlabel("bits per pixel on disk", color=INK)
         right.legend(frameon=False, labelcolor=INK, loc="lower right")
 
 
@@ -232,7 +232,7 @@ def _coded(
     bits: Sequence[int],
     seed: int,
 ) -> Iterator[tuple[int, float, Iterator[Tensor]]]:
-    """For each number of bits: bytes an image with all overhead, and the decoded batches, u8 [b,3,S,S]."""
+    """For each number of bits: bytes per image with all overhead, and the decoded batches, u8 [b,3,S,S]."""
     labels = np.array(source.labels(split), np.int32)[rows]
     keys = [source.keys(split)[row] for row in rows]
     channels, height, width = calibration.shape[1:]

@@ -262,3 +262,11 @@ def test_the_colours_of_pages_have_contrast() -> None:
         assert ratio(colours["ink"], hot) >= 4.5
         for line in (f"c{i}" for i in range(6)):
             assert ratio(colours[line], colours["card"]) >= 3  # of graphics
+
+
+def test_codecs_that_differ_in_their_weights_alone_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    from latentprep.pictures import rd
+
+    monkeypatch.setattr(rd, "open_codec", lambda spec, **_: spec)
+    specs = ["dct", "taesd:weights=a", "taesd:weights=b", "sd-vae:weights=c,posterior=sample"]
+    assert list(rd._built(specs, "cpu", 0)) == [*specs[:3], "sd-vae:posterior=sample"]
