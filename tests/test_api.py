@@ -87,8 +87,8 @@ def test_a_command_has_the_names_and_defaults_of_its_function(name: str) -> None
             assert default is inspect.Parameter.empty, option
             continue
         given = options[option].get_default(click.Context(commands()[name]))
-        if isinstance(given, str) and isinstance(default, tuple | list):  # a list, as text
-            given = type(default)(whole_numbers(option, given))
+        if isinstance(given, str) and not isinstance(default, str):  # a list, as text
+            given, default = whole_numbers(option, given), list(default)
         assert (str(given) if isinstance(given, Path) else given) == default, option
 
 
