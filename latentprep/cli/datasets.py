@@ -239,12 +239,13 @@ def info(
     if as_json:
         console.print_json(found.to_json())
         return
-    options = ", ".join(f"{key} {value}" for key, value in found.codec.items() if key not in ("name", "weights_sha256"))
+    unnamed = ("name", "model", "weights_sha256")  # no options, but facts about the weights
+    options = ",".join(f"{key}={value}" for key, value in found.codec.items() if key not in unnamed)
     console.print_facts(
         f"{found.path}" + ("" if found.complete else " (incomplete: run the same encode again)"),
         {
             "source": found.source,
-            "codec": found.codec["name"] + (f" ({options})" if options else ""),
+            "codec": found.codec["name"] + (f":{options}" if options else ""),
             "latents": f"{shape(found.latent)} of {found.size}×{found.size} px at {text.plural(found.bits, 'bit')}"
             + (", chosen jointly" if found.joint else "")
             + (f", {found.views} views" if found.views > 1 else "")

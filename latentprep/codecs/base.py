@@ -78,11 +78,12 @@ def codec_class(name: str) -> type:
 
 
 def codec_options(name: str) -> dict[str, Any]:
-    """The options of a codec and their defaults, in order.
+    """The options of a codec and their defaults, in order; None where there is no default.
 
     Raises `CodecError` for an unknown name.
     """
-    return {key: p.default for key, p in _options(codec_class(name)).items() if key != "revision"}
+    own = {key: p.default for key, p in _options(codec_class(name)).items() if key != "revision"}
+    return {key: None if value is inspect.Parameter.empty else value for key, value in own.items()}
 
 
 def parse_codec(spec: str) -> tuple[str, dict[str, Any]]:

@@ -58,7 +58,8 @@ def _row(name: str, size: int, bits: int) -> CodecRow:
         kind = codec_class(name)
     except LatentError as error:  # a plug-in that does not import must not hide the others
         return CodecRow(name, "", {}, None, None, error.message)
-    about, options = (inspect.getdoc(kind) or "").split("\n")[0].rstrip("."), codec_options(name)
+    about = (inspect.getdoc(kind) or "").split("\n")[0].rstrip(".")
+    options = {key: v if isinstance(v, int | float | str | None) else str(v) for key, v in codec_options(name).items()}
     try:
         if name in _LATENTS:
             channels, factor = _LATENTS[name]

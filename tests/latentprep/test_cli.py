@@ -41,6 +41,7 @@ def test_encode_info_and_resume(images: Path, tmp_path: Path) -> None:
     shown = latentprep("info", out)
     assert "class_1" in shown.stdout
     assert "exact mirror" in shown.stdout
+    assert "dct:luma=10,chroma=3" in shown.stdout  # as --codec takes it
     facts = json.loads(latentprep("info", out, "--json").stdout)
     assert facts["splits"]["train"]["samples"] == {"class_0": 6, "class_1": 6}
     assert facts["complete"] is True
