@@ -236,8 +236,8 @@ def _count(task: Task, unit: str) -> str:
 
 
 def _rate(task: Task, unit: str) -> str:
-    """Per second, as rich measures it: over the last half minute."""
-    if not task.speed:
+    """Per second, as rich measures it: over the last half minute. Nothing for what has hardly begun."""
+    if not task.speed or (task.elapsed or 0) < 0.5:
         return ""
     if unit == BYTES:
         return f"{size(task.speed)}/s"
