@@ -91,7 +91,7 @@ def main() -> None:
     tune_process()
     shards = asked.shards or asked.out / "shapes"
     if asked.shards is None:
-        latentprep.encode("shapes", codec="resample", factor=4, out=shards, progress=progress_bar)
+        latentprep.encode("shapes", codec="resample:factor=4", out=shards, progress=progress_bar)
     settings = [(label, setting, shards) for label, setting in (ALONE | TOGETHER).items()]
     if asked.views:
         settings += [(label, setting, asked.views) for label, setting in VIEWS.items()]

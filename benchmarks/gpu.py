@@ -131,7 +131,7 @@ def bench_codec(make: Callable[[], Codec], device: torch.device, size: int, boun
     bare = [batch / s for s in timed(device, lambda: codec.encode(resident), 3)]
     with tempfile.TemporaryDirectory() as out:
         start = time.perf_counter()
-        encode(source, codec=codec, size=size, out=out, splits=["train"])  # without --profile, which waits
+        encode(source, codec=codec, size=size, out=out, splits=["train"])  # without profile=True, which waits
         whole = images / (time.perf_counter() - start)
     flops, rate = counter.get_total_flops(), spread(bare)
     return {

@@ -97,7 +97,7 @@ def main() -> None:
     asked.out.mkdir(parents=True, exist_ok=True)
     shards = asked.shards or asked.out / "shapes"
     if asked.shards is None:
-        latentprep.encode("shapes", codec="resample", factor=4, out=shards, progress=progress_bar)
+        latentprep.encode("shapes", codec="resample:factor=4", out=shards, progress=progress_bar)
     device, dataset = torch.device("cpu"), latentprep.open(shards)
     learned, judged = load_trained(dataset, device, holdout=asked.holdout)
 

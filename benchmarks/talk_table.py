@@ -134,7 +134,7 @@ def make_shards(asked: argparse.Namespace, source: Source, codec: Codec, name: s
     """The row's latent dataset, encoded unless it is there."""
     if name == "resampled":
         shards = asked.out / "resampled-64"
-        latentprep.encode(source, codec="resample", size=64, bits=8, factor=1, out=shards, progress=progress_bar)
+        latentprep.encode(source, codec="resample:factor=1", size=64, bits=8, out=shards, progress=progress_bar)
     elif asked.shards is not None:
         shards = asked.shards
     else:

@@ -15,8 +15,10 @@ class Progress(Protocol):
     def note(self, text: str) -> None: ...
 
 
-ProgressFactory = Callable[[str, int, str, int], AbstractContextManager[Progress]]
-"""(description, total, unit, already done) -> the `Progress` of one piece of long work."""
+BYTES = "bytes"  # the unit that is shown as KiB, MiB, …
+
+ProgressFactory = Callable[[str, int | None, str, int], AbstractContextManager[Progress]]
+"""(description, total, unit, already done) -> the `Progress` of one piece of long work; a total of None is unknown."""
 
 
 class Silent:
@@ -28,6 +30,6 @@ class Silent:
 
 
 @contextmanager
-def silent(description: str, total: int, unit: str, done: int = 0) -> Iterator[Progress]:
+def silent(description: str, total: int | None, unit: str, done: int = 0) -> Iterator[Progress]:
     """A `ProgressFactory` that shows nothing: the default of the Python calls."""
     yield Silent()

@@ -265,7 +265,7 @@ def _config(folder: Path) -> Target:
 
     root = folder / "run"
     images = make_folder(folder / "learned", train=4, val=2, side=32)
-    latentprep.encode(images, codec="resample", factor=4, size=32, out=folder / "codes", shard_rows=8)
+    latentprep.encode(images, codec="resample:factor=4", size=32, out=folder / "codes", shard_rows=8)
     latenttrain.fit(folder / "codes", epochs=1, width=0.25, depth=0.25, batch_size=4, out=root)
     path = root / "config.json"
     seeds = [path.read_bytes()]

@@ -20,7 +20,7 @@ from latentprep.cli import datasets as cli_datasets
 from latentprep.cli import pictures as cli_pictures
 from latentprep.cli.commands import commands as latentprep_cli
 from latentprep.codecs.dct import DctCodec
-from latentprep.errors import UsageError, opt
+from latentprep.errors import UsageError, check_number, check_whole, check_word, opt
 from latenttrain import cli as latenttrain_cli
 from latenttrain.recipe import Recipe
 
@@ -82,7 +82,8 @@ def test_every_parameter_that_an_error_names_exists() -> None:
         (path.name, call.args[0].value)
         for path in LIBRARY
         for call in ast.walk(ast.parse(path.read_text()))
-        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "opt"
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name)
+        if call.func.id in ("opt", "check_whole", "check_number", "check_word")
         if isinstance(call.args[0], ast.Constant)
     }
     assert len(named) > 40
@@ -104,12 +105,48 @@ def test_a_text_reads_as_python_and_as_options() -> None:
     )
     assert error.field == "shard_rows"
     assert UsageError("no parameter").field is None
+    both = UsageError(f"{opt('dct:luma')} is too large", f"use {opt('dct:luma', 8)} or {opt('splits', ['a', 'b'])}")
+    assert str(both) == "dct:luma is too large; use dct:luma=8 or splits=['a', 'b']"
+    assert both.in_shell() == ("dct:luma is too large", "use dct:luma=8 or --splits a,b")
     again = pickle.loads(pickle.dumps(error))
     assert again.in_shell() == error.in_shell()
 
 
+@pytest.mark.parametrize("value", [1, 8, 5])
+def test_a_number_in_range_passes(value: int) -> None:
+    check_whole("size", value, 1, 8)
+    check_number("phi", value, 1, 8)
+    check_number("phi", value / 2, 0, 8, above=True, below=True)
+    check_whole("size", None, 1, 8, optional=True)
+    check_word("store", "wds", ("zarr", "wds"))
+
+
+@pytest.mark.parametrize("value", [0, 9, True, "3", None, float("nan"), float("inf"), 10**400, [1]])
+def test_a_number_out_of_range_is_a_usage_error(value: object) -> None:
+    with pytest.raises(UsageError, match=r"^size must be a whole number from 1 to 8, got "):
+        check_whole("size", value, 1, 8)
+    with pytest.raises(UsageError, match=r"^phi must be a number from 1 to 8, got "):
+        check_number("phi", value, 1, 8)
+    with pytest.raises(UsageError, match=r"^store must be zarr or wds, got "):
+        check_word("store", value, ("zarr", "wds"))
+
+
+def test_the_allowed_range_is_said() -> None:
+    for check, text in (
+        (lambda: check_whole("limit", 0, 1), "limit must be a whole number of 1 or more, got 0"),
+        (lambda: check_whole("size", 1.0, 1, 8), "size must be a whole number from 1 to 8, got 1.0"),
+        (lambda: check_number("lr", 0, 0, above=True), "lr must be a number above 0, got 0"),
+        (lambda: check_number("decay", -1, 0), "decay must be a number of 0 or more, got -1"),
+        (lambda: check_number("ema", 1, 0, 1, below=True), "ema must be a number from 0 to below 1, got 1"),
+        (lambda: check_number("fraction", 0, 0, 1, above=True), "fraction must be a number above 0 to 1, got 0"),
+    ):
+        with pytest.raises(UsageError) as caught:
+            check()
+        assert caught.value.message == text
+
+
 def test_python_calls_are_told_of_parameters() -> None:
-    with pytest.raises(UsageError, match=r"^shard_rows must be 1 to 16777216, got 0$") as caught:
+    with pytest.raises(UsageError, match=r"^shard_rows must be a whole number from 1 to 16777216, got 0$") as caught:
         latentprep.encode("shapes", shard_rows=0)
     assert caught.value.field == "shard_rows"
     with pytest.raises(UsageError, match=r"^codec 'dct' has no option weights; it takes luma and chroma$"):

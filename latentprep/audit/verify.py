@@ -17,7 +17,7 @@ import numpy as np
 from latentprep.audit.reencode import SAMPLES, Comparison, compare, own_stages
 from latentprep.encoding.driver import committed, writing
 from latentprep.encoding.source_files import read_stats
-from latentprep.errors import DatasetError, UsageError, opt, system_fault
+from latentprep.errors import DatasetError, UsageError, check_whole, opt, system_fault
 from latentprep.format.commit import create_dataset, error_lines, write_errors
 from latentprep.format.dataset import ForeignRecord, LatentDataset, open_dataset
 from latentprep.format.manifest import ERRORS, INVALID_LABEL, MANIFEST, ShardId, ShardRecord
@@ -102,8 +102,7 @@ def verify(
             f"{opt('repair', True)} encodes damaged shards again, so it needs the images",
             f"say where they are with {opt('source')}",
         )
-    if samples < 0:
-        raise UsageError(f"{opt('samples')} must be 0 or more, got {samples}", f"use {opt('samples', SAMPLES)}")
+    check_whole("samples", samples, 0, hint=f"use {opt('samples', SAMPLES)}")
     root = dataset.root if isinstance(dataset, LatentDataset) else dataset  # as it is now
     dataset = open_dataset(root)
     source = open_own_source(source, data=data, val_fraction=val_fraction, seed=seed, limit=limit)

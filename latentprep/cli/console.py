@@ -9,17 +9,19 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentprep.cli.terminal import guard_streams, orderly_signals
 from latentprep.errors import Interrupted, LatentError, LatentWarning, SystemFault, system_fault
-from latentprep.progress import Progress
-from latentprep.text import duration, shown
+from latentprep.progress import BYTES, Progress
+from latentprep.text import duration, shown, size
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress as RichProgress
+    from rich.progress import Task
     from rich.text import Text
 
 
@@ -34,7 +36,7 @@ def run(app: Any) -> None:
             try:
                 code = _exit_code(app)
             except KeyboardInterrupt:  # before there was anything to lose
-                raise Interrupted("interrupted", "run the same command again to go on") from None
+                raise Interrupted("interrupted", "run the same command again to continue") from None
             sys.stdout.flush()
         except Interrupted as error:
             _say(error)
@@ -199,97 +201,81 @@ def show_picture(path: Path) -> None:
 
 
 @contextmanager
-def progress_bar(description: str, total: int, unit: str, done: int = 0) -> Iterator[Progress]:
+def progress_bar(description: str, total: int | None, unit: str, done: int = 0) -> Iterator[Progress]:
     """A bar on stderr with rate, time left and facts; plain lines every few seconds when it is no terminal."""
-    if not sys.stderr.isatty():
-        yield _Lines(description, total, unit, done)
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, ProgressColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as RichProgress
+    from rich.text import Text
 
-    with RichProgress(
+    class Said(ProgressColumn):
+        def __init__(self, say: Callable[[Task, str], str], style: str) -> None:
+            super().__init__()
+            self.say, self.style = say, style
+
+        def render(self, task: Task) -> Text:
+            return Text(self.say(task, unit), self.style)
+
+    bars = RichProgress(
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}", markup=False),
+        Said(_count, "progress.download"),
+        Said(_rate, "progress.data.speed"),
         TimeRemainingColumn(),
         TextColumn("{task.fields[facts]}", style="dim", markup=False),
         console=_rich(stderr=True),
         refresh_per_second=4,
-    ) as bar:
-        task = bar.add_task(shown(description), total=total, completed=done, rate="", facts="")
-        yield _Bar(bar, task, unit)
+    )
+    bars.add_task(shown(description), total=total, completed=done, facts="")
+    task = bars.tasks[0]
+    if not sys.stderr.isatty():
+        yield _Lines(bars, task, unit)
+        return
+    with bars:
+        yield _Bar(bars, task)
 
 
-@contextmanager
-def byte_progress() -> Iterator[Callable[[str, int, int | None], None]]:
-    """``report(description, done_bytes, total_bytes)``: a bar in MiB for each description, and none if never called."""
-    with ExitStack() as stack:
-        shown: dict[str, tuple[Progress, int]] = {}
-
-        def report(description: str, done: int, total: int | None) -> None:
-            if description not in shown:
-                stack.close()
-                shown[description] = stack.enter_context(progress_bar(description, (total or 0) >> 20, "MiB")), 0
-            bar, before = shown[description]
-            bar.advance((done >> 20) - before)
-            shown[description] = bar, done >> 20
-
-        yield report
+def _count(task: Task, unit: str) -> str:
+    said = size if unit == BYTES else "{:.0f}".format
+    return said(task.completed) if task.total is None else f"{said(task.completed)}/{said(task.total)}"
 
 
-class _Rate:
-    """Items a second since the first report, which is where slow starts end."""
-
-    def __init__(self) -> None:
-        self.start: float | None = None
-        self.count = 0
-
-    def add(self, n: int) -> None:
-        if self.start is None:
-            self.start = time.monotonic()
-        else:
-            self.count += n
-
-    def per_second(self) -> float | None:
-        elapsed = time.monotonic() - (self.start or time.monotonic())
-        return self.count / elapsed if self.count and elapsed > 0.5 else None
-
-    def text(self, unit: str) -> str:
-        rate = self.per_second()
-        return "" if rate is None else f"{rate:.0f} {unit}/s" if rate >= 10 else f"{rate:.1f} {unit}/s"
+def _rate(task: Task, unit: str) -> str:
+    """Per second, as rich measures it: over the last half minute. Nothing for what has hardly begun."""
+    if not task.speed or (task.elapsed or 0) < 0.5:
+        return ""
+    if unit == BYTES:
+        return f"{size(task.speed)}/s"
+    return f"{task.speed:.0f} {unit}/s" if task.speed >= 10 else f"{task.speed:.1f} {unit}/s"
 
 
 class _Bar:
-    def __init__(self, bar: Any, task: Any, unit: str) -> None:
-        self.bar, self.task, self.unit, self.rate = bar, task, unit, _Rate()
+    def __init__(self, bars: RichProgress, task: Task) -> None:
+        self.bars, self.task = bars, task
 
     def advance(self, n: int, **facts: str) -> None:
-        self.rate.add(n)
-        self.bar.update(self.task, advance=n, rate=self.rate.text(self.unit), facts=shown(_join(facts)))
+        self.bars.update(self.task.id, advance=n, facts=shown(_join(facts)))
 
     def note(self, text: str) -> None:
-        self.bar.console.print(text)
+        self.bars.console.print(text)
 
 
 class _Lines:
+    """The same as lines; rich's bars count and measure, and are never shown."""
+
     INTERVAL = 5.0  # seconds between lines
 
-    def __init__(self, description: str, total: int, unit: str, done: int) -> None:
-        self.description, self.total, self.unit, self.done = description, total, unit, done
-        self.rate, self.shown = _Rate(), time.monotonic()
+    def __init__(self, bars: RichProgress, task: Task, unit: str) -> None:
+        self.bars, self.task, self.unit, self.shown = bars, task, unit, time.monotonic()
 
     def advance(self, n: int, **facts: str) -> None:
-        self.rate.add(n)
-        self.done += n
+        self.bars.update(self.task.id, advance=n)
         now = time.monotonic()
-        if now - self.shown < self.INTERVAL and self.done < self.total:
+        if now - self.shown < self.INTERVAL and not self.task.finished:
             return
         self.shown = now
-        rate = self.rate.per_second()
-        left = f"{duration((self.total - self.done) / rate)} left" if rate and self.done < self.total else ""
-        parts = (self.rate.text(self.unit), left, _join(facts))
-        self.note(f"{self.description}: {self.done}/{self.total} " + ", ".join(part for part in parts if part))
+        left = self.task.time_remaining
+        parts = (_rate(self.task, self.unit), f"{duration(left)} left" if left else "", _join(facts))
+        self.note(f"{self.task.description}: {_count(self.task, self.unit)} " + ", ".join(filter(None, parts)))
 
     def note(self, text: str) -> None:
         _line(text)

@@ -1,4 +1,4 @@
-"""The commands of `latentprep` about a dataset that is there: parse, one library call, render."""
+"""The commands of `latentprep` about existing datasets: parse, one library call, render."""
 
 from __future__ import annotations
 
@@ -9,7 +9,21 @@ import typer
 
 from latentprep import text
 from latentprep.cli import console
-from latentprep.cli.options import BatchSize, Data, Device, Joint, Json, Made, Out, Overwrite, Weights, Workers
+from latentprep.cli.options import (
+    Data,
+    Dataset,
+    Device,
+    Joint,
+    Json,
+    Out,
+    Overwrite,
+    SameLimit,
+    SameSeed,
+    SameValFraction,
+    Weights,
+    Workers,
+    words,
+)
 from latentprep.cli.showing import open_shown, shape, show_result, show_verified
 from latentprep.errors import DatasetError
 
@@ -19,15 +33,15 @@ app = typer.Typer()
 @app.command()
 def requantize(
     dataset: Annotated[str, typer.Argument(help="Folder or URL that latentprep encode wrote to, with more bits.")],
-    bits: Annotated[int, typer.Option(help="Bits a code, fewer than the dataset has.")],
+    bits: Annotated[int, typer.Option(help="Bits per code, fewer than the dataset has.")],
     out: Out,
     joint: Joint = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Make a dataset of fewer bits from another one's codes, without the images and without the codec.
+    """Make a dataset with fewer bits from a dataset's codes; needs neither the images nor the codec.
 
-    The quantizer's range is fitted anew.
+    The quantizer is fitted again.
 
     Example:
 
@@ -35,21 +49,21 @@ def requantize(
     """
     from latentprep.derived.requantize import requantize as run
 
-    made = run(dataset, bits=bits, out=out, joint=joint, overwrite=overwrite, progress=console.progress_bar)
-    show_result(made, as_json)
+    result = run(dataset, bits=bits, out=out, joint=joint, overwrite=overwrite, progress=console.progress_bar)
+    show_result(result, as_json)
 
 
 @app.command()
 def convert(
-    dataset: Made,
+    dataset: Dataset,
     out: Annotated[
         str, typer.Argument(help="Folder, s3://… or gs://… to write to; an unfinished one there is resumed.")
     ],
     store: Annotated[str, typer.Option(help="zarr, or wds: tars that any WebDataset reader reads.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the dataset in OUT and start anew.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the dataset in OUT and start over.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Store a dataset otherwise. Nothing is lost: there and back gives the same bytes. What is written is read back.
+    """Convert to the other store, losslessly: converting back gives the same bytes. What is written is read back.
 
     Example:
 
@@ -62,15 +76,15 @@ def convert(
 
 @app.command()
 def subset(
-    dataset: Made,
+    dataset: Dataset,
     out: Out,
     classes: Annotated[str | None, typer.Option(help="Comma-separated classes to keep. Default: all.")] = None,
     fraction: Annotated[float, typer.Option(help="Share of each class of each split to keep.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Draws which. A smaller share is part of a larger one.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the draw. A smaller share is part of a larger one.")] = 0,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Make a dataset of some of another one's samples. Those that could not be read are left out.
+    """Make a dataset from some of a dataset's samples. Samples that could not be read are left out.
 
     Example:
 
@@ -78,9 +92,8 @@ def subset(
     """
     from latentprep.derived.selection import subset as run
 
-    names = [name.strip() for name in classes.split(",")] if classes else None
     result = run(
-        dataset, out=out, classes=names, fraction=fraction, seed=seed, overwrite=overwrite,
+        dataset, out=out, classes=words(classes), fraction=fraction, seed=seed, overwrite=overwrite,
         progress=console.progress_bar,
     )  # fmt: skip
     show_result(result, as_json)
@@ -88,14 +101,14 @@ def subset(
 
 @app.command()
 def merge(
-    datasets: Annotated[list[str], typer.Argument(help="Two folders or URLs or more that latentprep encode wrote to.")],
+    datasets: Annotated[list[str], typer.Argument(help="Two or more folders or URLs that latentprep encode wrote to.")],
     out: Out,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Make one dataset of several that were encoded alike: other splits, or other samples of the same ones.
+    """Merge datasets with the same settings into one: other splits, or more samples of the same splits.
 
-    Encode the first part, and the others with --quantizer FIRST. Parts whose codes mean different things are refused.
+    Encode the first part, then the others with --quantizer FIRST. Parts whose codes mean different things are refused.
 
     Example:
 
@@ -111,11 +124,11 @@ def merge(
 @app.command()
 def push(
     dataset: Annotated[str, typer.Argument(help="Folder that latentprep encode wrote to.")],
-    repository: Annotated[str, typer.Argument(help="owner/name on the Hugging Face hub; made if there is none.")],
-    private: Annotated[bool, typer.Option("--private", help="Make the repository a private one.")] = False,
+    repository: Annotated[str, typer.Argument(help="owner/name on the Hugging Face hub; created if needed.")],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Put a dataset on the Hugging Face hub, in one commit, with a card made from its manifest.
+    """Upload a dataset to the Hugging Face hub, in one commit, with a card made from its manifest.
 
     Example:
 
@@ -133,15 +146,14 @@ def push(
 
 @app.command()
 def latents(
-    dataset: Made,
-    source: Annotated[str, typer.Argument(help="The source that it was made of.")],
-    out: Annotated[Path, typer.Option(help="Folder to write to; splits that are there already are left alone.")],
+    dataset: Dataset,
+    source: Annotated[str, typer.Argument(help="The source the dataset was made from.")],
+    out: Annotated[Path, typer.Option(help="Folder to write to; splits already there are left alone.")],
     data: Data = None,
-    val_fraction: Annotated[float | None, typer.Option(help="As it was for the encode.")] = None,
-    limit: Annotated[int | None, typer.Option(help="As it was for the encode.")] = None,
-    seed: Annotated[int, typer.Option(help="As it was for the encode.")] = 0,
+    val_fraction: SameValFraction = None,
+    limit: SameLimit = None,
+    seed: SameSeed = 0,
     weights: Weights = None,
-    batch_size: BatchSize = None,
     workers: Workers = None,
     device: Device = "auto",
     as_json: Json = False,
@@ -156,7 +168,7 @@ def latents(
 
     opened = open_shown(source, data=data, val_fraction=val_fraction, seed=seed)
     folder = run(
-        dataset, opened, out=out, limit=limit, weights=weights, device=device, batch_size=batch_size, workers=workers,
+        dataset, opened, out=out, limit=limit, weights=weights, device=device, workers=workers,
         progress=console.progress_bar,
     )  # fmt: skip
     if as_json:
@@ -167,34 +179,27 @@ def latents(
 
 @app.command()
 def verify(
-    dataset: Made,
+    dataset: Dataset,
     deep: Annotated[bool, typer.Option("--deep", help="Decode every shard, not only some of each split.")] = False,
     source: Annotated[
-        str | None, typer.Option(help="The source that it was made of: compare with it, and encode some images again.")
+        str | None, typer.Option(help="The source the dataset was made from: encode some images again and compare.")
     ] = None,
     repair: Annotated[
-        bool, typer.Option("--repair", help="Encode damaged and missing shards again, from --source.")
+        bool, typer.Option("--repair", help="Encode damaged and missing shards again from --source.")
     ] = False,
     samples: Annotated[int, typer.Option(rich_help_panel="Source", help="Images to encode again and compare.")] = 64,
-    data: Annotated[
-        Path | None, typer.Option(rich_help_panel="Source", help="A copy of the named dataset that you already have.")
-    ] = None,
-    val_fraction: Annotated[
-        float | None, typer.Option(rich_help_panel="Source", help="As it was for the encode.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(rich_help_panel="Source", help="As it was for the encode.")] = None,
-    seed: Annotated[
-        int, typer.Option(rich_help_panel="Source", help="As it was for the encode; it also draws the samples.")
-    ] = 0,
+    data: Data = None,
+    val_fraction: SameValFraction = None,
+    limit: SameLimit = None,
+    seed: SameSeed = 0,
     weights: Weights = None,
-    batch_size: BatchSize = None,
     workers: Workers = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Check every file of a dataset against its checksums, and its rows against what they must be.
+    """Check every file of a dataset against its checksum, and its rows against the manifest.
 
-    Exit code 0: all is well. 6: something is damaged or missing; each shard is named, and --repair makes it again.
+    Exit code 0: intact. 6: something is damaged or missing; each bad shard is named, and --repair makes it again.
 
     Examples:
 
@@ -207,7 +212,7 @@ def verify(
     opened = open_shown(source, data=data, val_fraction=val_fraction, seed=seed, limit=limit)
     found = run(
         dataset, deep=deep, source=opened, samples=samples, seed=seed, repair=repair, weights=weights, device=device,
-        batch_size=batch_size, workers=workers, progress=console.progress_bar,
+        workers=workers, progress=console.progress_bar,
     )  # fmt: skip
     if as_json:
         console.print_json(found.to_json())
@@ -219,10 +224,10 @@ def verify(
 
 @app.command()
 def info(
-    dataset: Made,
+    dataset: Dataset,
     as_json: Json = False,
 ) -> None:
-    """Say what a latent dataset is: codec, bits, samples a class, bytes an image, compression.
+    """Describe a latent dataset: codec, bits, samples per class, bytes per image, compression.
 
     Example:
 
@@ -234,24 +239,27 @@ def info(
     if as_json:
         console.print_json(found.to_json())
         return
-    options = ", ".join(f"{key} {value}" for key, value in found.codec.items() if key not in ("name", "weights_sha256"))
+    unnamed = ("name", "model", "weights_sha256")  # no options, but facts about the weights
+    options = ",".join(f"{key}={value}" for key, value in found.codec.items() if key not in unnamed)
     console.print_facts(
-        f"{found.path}" + ("" if found.complete else " (not complete: run the same encode again)"),
+        f"{found.path}" + ("" if found.complete else " (incomplete: run the same encode again)"),
         {
             "source": found.source,
-            "codec": found.codec["name"] + (f" ({options})" if options else ""),
+            "codec": found.codec["name"] + (f":{options}" if options else ""),
             "latents": f"{shape(found.latent)} of {found.size}×{found.size} px at {text.plural(found.bits, 'bit')}"
             + (", chosen jointly" if found.joint else "")
             + (f", {found.views} views" if found.views > 1 else "")
             + (", exact mirror" if found.mirror else ""),
-            "codes": f"{text.size(found.code_bytes)}, {found.bytes_per_image:.0f} bytes an image, "
-            f"{found.bits_per_value:.2f} bits a value ({found.store}, {found.compression})",
-            "smaller": f"{found.smaller_than_source:.1f} times than the images' files, "
-            f"{found.smaller_than_pixels:.0f} times than their pixels",
+            "codes": f"{text.size(found.code_bytes)}, {found.bytes_per_image:.0f} bytes per image, "
+            f"{found.bits_per_value:.2f} bits per value ({found.store}, {found.compression})",
+            "smaller": f"{found.smaller_than_source:.1f}× than the image files, "
+            f"{found.smaller_than_pixels:.0f}× than their pixels",
             "saturated": " ".join(f"{share:.2%}" for share in found.saturation[:16])
             + (" …" if len(found.saturation) > 16 else "")
-            + " of values, a channel",
-            **{f"channel {poor.channel}": f"{poor.entropy:.2f} bits a code: {poor.cause}" for poor in found.poor[:16]},
+            + " of values, per channel",
+            **{
+                f"channel {poor.channel}": f"{poor.entropy:.2f} bits per code: {poor.cause}" for poor in found.poor[:16]
+            },
         },
     )
     names = list(found.splits)

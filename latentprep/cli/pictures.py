@@ -10,33 +10,33 @@ import typer
 from latentprep import text
 from latentprep.cli import console
 from latentprep.cli.options import (
-    Class,
+    Classes,
     Data,
     Dataset,
     DecoderOption,
     Device,
     Index,
     Json,
-    SourceOption,
+    Limit,
+    OwnSource,
+    Show,
     Split,
     Weights,
+    indices,
+    whole_numbers,
 )
 from latentprep.cli.showing import open_shown
-from latentprep.errors import UsageError
 
 if TYPE_CHECKING:
     from latentprep.sources.source import Source
 
 app = typer.Typer()
 linear = typer.Typer(
-    help="Decode latents by one matrix: fit it, look at what it makes.",
+    help="Decode latents with one matrix: fit it, and look at its pictures.",
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
 app.add_typer(linear, name="linear-decoder")
-
-Limit = Annotated[int, typer.Option(help="At most so many samples, spread over the classes.")]
-Show = Annotated[bool, typer.Option("--show/--no-show", help="Show it in the terminal, where that can.")]
 
 
 @app.command()
@@ -45,10 +45,10 @@ def decode(
     out: Annotated[Path, typer.Option(help="Folder to write to: SPLIT/CLASS/ROW.png and decoded.jsonl.")],
     split: Split = None,
     index: Index = None,
-    class_: Class = None,
-    limit: Annotated[int | None, typer.Option(help="At most so many samples, spread over the classes.")] = None,
+    classes: Classes = None,
+    limit: Annotated[int | None, typer.Option(help="At most this many samples, spread over the classes.")] = None,
     format: Annotated[str, typer.Option(help="png or jpeg.")] = "png",
-    source: SourceOption = None,
+    source: OwnSource = None,
     data: Data = None,
     decoder: DecoderOption = "codec",
     weights: Weights = None,
@@ -56,9 +56,9 @@ def decode(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files of the same name in --out.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Decode codes back to image files, and with --source say how near they are to the originals.
+    """Decode codes back to image files and, with --source, measure how close they are to the originals.
 
-    The folder is one that latentprep encode takes for a source.
+    latentprep encode can read the folder as a source.
 
     Examples:
 
@@ -69,8 +69,8 @@ def decode(
     from latentprep.pictures.decode import decode as run
 
     result = run(
-        dataset, out=out, split=split, index=_rows(index), classes=class_, limit=limit, format=format, decoder=decoder,
-        source=_source(source, data), weights=weights, device=device, overwrite=overwrite,
+        dataset, out=out, split=split, index=indices(index), classes=classes, limit=limit, format=format,
+        decoder=decoder, source=_source(source, data), weights=weights, device=device, overwrite=overwrite,
         progress=console.progress_bar,
     )  # fmt: skip
     if as_json:
@@ -91,12 +91,12 @@ def preview(
     out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("preview.png"),
     split: Split = None,
     index: Index = None,
-    class_: Class = None,
+    classes: Classes = None,
     limit: Limit = 20,
     bits: Annotated[
         str | None, typer.Option(help="Bits to decode at, such as 4,2,1. Default: the stored ones, and 4, 2, 1.")
     ] = None,
-    source: SourceOption = None,
+    source: OwnSource = None,
     data: Data = None,
     decoder: DecoderOption = "codec",
     weights: Weights = None,
@@ -117,8 +117,8 @@ def preview(
     from latentprep.pictures.preview import preview as run
 
     result = run(
-        dataset, out=out, split=split, index=_rows(index), classes=class_, limit=limit,
-        bits=None if bits is None else _whole_numbers("--bits", bits), source=_source(source, data), decoder=decoder,
+        dataset, out=out, split=split, index=indices(index), classes=classes, limit=limit,
+        bits=None if bits is None else whole_numbers("--bits", bits), source=_source(source, data), decoder=decoder,
         weights=weights, device=device, progress=console.progress_bar,
     )  # fmt: skip
     _show_sheet(result.out, result.samples, result.split, result.columns, show, as_json)
@@ -128,14 +128,14 @@ def preview(
 def rd(
     source: Annotated[str, typer.Argument(help="Folder, tars or a named dataset, as for encode.", show_default=False)],
     codecs: Annotated[
-        str, typer.Option(help="Codecs, comma-separated, with options as taesd:weights=FOLDER or dct:luma=20.")
+        str, typer.Option(help="Codecs, comma-separated, with options as in taesd:weights=DIR or dct:luma=20,chroma=5.")
     ] = "dct",
-    bits: Annotated[str, typer.Option(help="Bits a code, such as 1-8 or 2,4.")] = "1-8",
+    bits: Annotated[str, typer.Option(help="Bits per code, such as 1-8 or 2,4.")] = "1-8",
     qualities: Annotated[
         str, typer.Option(help="Qualities of JPEG, WebP and AVIF.")
     ] = "5,10,20,30,40,50,60,70,80,90,95",
     images: Annotated[int, typer.Option(help="Images of val, or of the first split, drawn with the seed.")] = 200,
-    size: Annotated[int | None, typer.Option(help="Pixels a side. Default: suits the source and the codec.")] = None,
+    size: Annotated[int | None, typer.Option(help="Pixels per side. Default: suits source and codec.")] = None,
     data: Data = None,
     seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
     device: Device = "auto",
@@ -146,21 +146,21 @@ def rd(
 ) -> None:
     """Measure rate against distortion: codecs at each number of bits beside JPEG, WebP and AVIF.
 
-    Bytes are those on disk, entropy-coded as encode does it, with labels, keys, metadata and manifest.
+    Bytes are those on disk: compressed as by encode, with labels, keys, metadata and manifest.
 
     Examples:
 
       latentprep rd shapes --images 100
 
-      latentprep rd imagenette --codecs dct,taesd,taesd3:weights=path/to/taesd3 --out rd-imagenette
+      latentprep rd imagenette --codecs taesd,dct,dct:luma=20,chroma=5 --out rd-imagenette
     """
     from latentprep.pictures.rd import rd as run
 
     opened = _source(source, data)
     assert opened is not None
     result = run(
-        opened, codecs=[name.strip() for name in codecs.split(",")], bits=_whole_numbers("--bits", bits),
-        qualities=_whole_numbers("--qualities", qualities), images=images, size=size, seed=seed, device=device,
+        opened, codecs=codecs, bits=whole_numbers("--bits", bits),
+        qualities=whole_numbers("--qualities", qualities), images=images, size=size, seed=seed, device=device,
         out=out, progress=console.progress_bar,
     )  # fmt: skip
     if as_json:
@@ -171,7 +171,7 @@ def rd(
          _number(p.psnr, 2), _number(p.ssim, 4)]
         for p in result.points
     ]  # fmt: skip
-    columns = ["codec", "setting", "bytes", "bits a pixel", "ratio", "PSNR dB", "SSIM"]
+    columns = ["codec", "setting", "bytes", "bits per pixel", "ratio", "PSNR dB", "SSIM"]
     console.print_table(f"{result.images} images of {source} {result.split} at {result.size} px", columns, rows)
     for name, reason in result.skipped.items():
         console.warn(f"{name} is left out: {reason}")
@@ -186,7 +186,7 @@ def report(
     ] = None,
     out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
     samples: Annotated[int, typer.Option(help="Samples to show, spread over the classes.")] = 10,
-    source: SourceOption = None,
+    source: OwnSource = None,
     data: Data = None,
     decoder: DecoderOption = "codec",
     weights: Weights = None,
@@ -195,7 +195,7 @@ def report(
 ) -> None:
     """Write one HTML page: what was encoded and how, what the codes keep, and how runs on them do.
 
-    It needs no network and opens from disk, on a phone too.
+    It needs no network and opens from disk, even on a phone.
 
     Examples:
 
@@ -217,7 +217,7 @@ def report(
         f"wrote {result.out}",
         {
             "page": f"{text.size(result.bytes)}, in one file",
-            "codes": f"{result.bits_per_value:.2f} bits a value, entropy {mean:.2f}",
+            "codes": f"{result.bits_per_value:.2f} bits per value, entropy {mean:.2f}",
             "saturated": f"at most {max(result.saturation):.2%} of a channel's values",
         },
     )
@@ -226,15 +226,15 @@ def report(
 @linear.command("fit")
 def linear_fit(
     dataset: Dataset,
-    source: Annotated[str, typer.Option(help="The source that it was made of.", show_default=False)],
+    source: Annotated[str, typer.Option(help="The source the dataset was made from.", show_default=False)],
     data: Data = None,
-    samples: Annotated[int, typer.Option(help="Samples to fit to, and as many to judge by.")] = 1000,
+    samples: Annotated[int, typer.Option(help="Samples to fit to, and as many to evaluate on.")] = 1000,
     as_json: Json = False,
 ) -> None:
-    """Fit the matrices from latents to pixels by least squares, and keep them beside the manifest.
+    """Fit two matrices from latents to pixels by least squares, and store them beside the manifest.
 
-    One takes a place's C latents to the colour of the image shrunk to the latent grid, the other to all pixels there.
-    Colours are -1 to 1.
+    One maps the C latents of a grid cell to the mean colour of its pixels, the other to all of its pixels.
+    Colours are from -1 to 1.
 
     Example:
 
@@ -256,7 +256,7 @@ def linear_fit(
     names = {"all": (result.small.psnr, result.full.psnr)}
     names |= {n: (p, result.full.per_class[n]) for n, p in result.small.per_class.items() if p is not None}
     console.print_table(
-        f"PSNR in dB, judged by {result.judged}",
+        f"PSNR in dB, evaluated on {result.judged}",
         ["class", "shrunk image", "all pixels"],
         [[name, _number(small, 2), _number(full, 2)] for name, (small, full) in names.items()],
     )
@@ -269,9 +269,9 @@ def linear_show(
     out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("linear-decoder.png"),
     split: Split = None,
     index: Index = None,
-    class_: Class = None,
+    classes: Classes = None,
     limit: Limit = 20,
-    source: SourceOption = None,
+    source: OwnSource = None,
     data: Data = None,
     weights: Weights = None,
     device: Device = "auto",
@@ -287,7 +287,7 @@ def linear_show(
     from latentprep.pictures.preview import linear_preview
 
     result = linear_preview(
-        dataset, out=out, split=split, index=_rows(index), classes=class_, limit=limit, source=_source(source, data),
+        dataset, out=out, split=split, index=indices(index), classes=classes, limit=limit, source=_source(source, data),
         weights=weights, device=device,
     )  # fmt: skip
     _show_sheet(result.out, result.samples, result.split, result.columns, show, as_json)
@@ -305,23 +305,6 @@ def _show_sheet(out: str, samples: int, split: str, columns: tuple[str, ...], sh
 def _source(spec: str | None, data: Path | None) -> Source | None:
     """The source that was named; its splits and limits do not matter, for samples are found by their keys."""
     return open_shown(spec, data=data)
-
-
-def _rows(text: str | None) -> list[int] | None:
-    return None if text is None else _whole_numbers("--index", text)
-
-
-def _whole_numbers(option: str, text: str) -> list[int]:
-    """`1,2,5`, and `1-3` or `1..3` for a range."""
-    numbers: list[int] = []
-    for part in text.split(","):
-        low, dash, high = part.replace("..", "-").partition("-")
-        if not low.strip().isdecimal() or (dash and not high.strip().isdecimal()):
-            raise UsageError(f"{option} takes whole numbers such as 1,2,5 or 1-8, got {text}")
-        if dash and int(high) - int(low) > 1 << 20:
-            raise UsageError(f"{option}: the range {part} is too long")
-        numbers += range(int(low), int(high or low) + 1)
-    return numbers
 
 
 def _number(value: float | None, digits: int) -> str:

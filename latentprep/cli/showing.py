@@ -24,8 +24,7 @@ def open_shown(spec: str | None, **options: Any) -> Source | None:
     from latentprep.sources.listing import left_out_line
     from latentprep.sources.source import open_own_source
 
-    with console.byte_progress() as reading:
-        source = open_own_source(spec, progress=reading, **options)
+    source = open_own_source(spec, progress=console.progress_bar, **options)
     if source is not None:
         for note in source.notes:
             console.note(f"note: {note}")
@@ -47,7 +46,7 @@ def show_result(result: EncodeResult, as_json: bool) -> None:
         "rows": f"{rows} in {text.plural(result.shards, 'shard')}, {len(result.classes)} classes",
         "codec": f"{result.codec['name']}, {text.plural(result.bits, 'bit')}{' (joint)' if result.joint else ''}, "
         f"{result.size} px -> {shape(result.latent)}" + (f", {result.views} views" if result.views > 1 else ""),
-        "codes": f"{most}{text.size(result.code_bytes)}, {result.code_bytes / max(1, samples):.0f} bytes an image",
+        "codes": f"{most}{text.size(result.code_bytes)}, {result.code_bytes / max(1, samples):.0f} bytes per image",
     }
     if result.encoded:
         rate = result.encoded / max(1e-9, result.seconds)
@@ -55,15 +54,6 @@ def show_result(result: EncodeResult, as_json: bool) -> None:
     if not result.dry_run and {"train", "val"} <= set(result.rows):
         facts["next"] = f"latenttrain fit {result.out}"
     console.print_facts(f"{verb} {result.out}", facts)
-    if result.profile and result.encoded:
-        show_profile(result.profile)
-
-
-def show_profile(profile: dict) -> None:
-    rows = [[s["stage"], str(s["threads"]), f"{s['seconds']:.1f}", f"{s['busy']:.0%}"] for s in profile["stages"]]
-    rows += [[name, "1", f"{spent:.1f}", f"{spent / profile['wall']:.0%}"] for name, spent in profile["waits"].items()]
-    console.print_table(f"{profile['wall']:.1f} s", ["stage", "threads", "busy s", "busy"], rows)
-    console.print_facts("", {"bottleneck": f"{profile['bottleneck']}: {profile['hint']}"})
 
 
 def show_verified(found: VerifyResult) -> None:
@@ -76,16 +66,16 @@ def show_verified(found: VerifyResult) -> None:
     if found.compared is not None:
         facts["compared"] = (
             f"{text.plural(found.compared.images, 'image')} encoded again: {found.compared.differing:.3%} of the "
-            f"codes differ, an image by {found.compared.farthest:.3%} of the range at most"
+            f"codes differ, by at most {found.compared.farthest:.3%} of the range per image"
         )
         if found.compared.unreadable:
-            facts["unreadable"] = f"{len(found.compared.unreadable)} now, first {found.compared.unreadable[0]}"
+            facts["unreadable"] = f"{len(found.compared.unreadable)} now, the first {found.compared.unreadable[0]}"
     if found.repaired:
         same = sum(map(bool, found.repaired.values()))
         facts["repaired"] = ", ".join(found.repaired) + (f"; {same} to the recorded bytes" if same else "")
     if not found.ok:
         facts["next"] = "run the same command with --source SOURCE --repair: it encodes just these shards again"
-    console.print_facts(f"{found.path} is " + ("whole" if found.ok else "not whole"), facts)
+    console.print_facts(f"{found.path} is " + ("intact" if found.ok else "damaged"), facts)
     if found.problems:
         rows = [["-" if p.split is None else f"{p.split} {p.index}", p.what] for p in found.problems[:_MOST_SHOWN]]
         if len(found.problems) > _MOST_SHOWN:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from latentprep.codecs.base import check_multiple, to_pixels
 from latentprep.device import full_float32, has_fast_bfloat16
-from latentprep.errors import CodecError, SystemFault, UsageError, opt
+from latentprep.errors import CodecError, SystemFault, UsageError, check_word, opt
 from latentprep.storage.places import path_of
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -46,12 +46,9 @@ class AutoencoderCodec:
         revision: int = REVISION,
         device: torch.device | str = "cpu",
     ) -> None:
-        if posterior not in ("mean", "sample"):
-            raise UsageError(f"{opt('posterior')} must be mean or sample, got {posterior}")
-        if dtype is not None and dtype not in _DTYPES:
-            raise UsageError(
-                f"{opt('dtype')} must be {' or '.join(_DTYPES)}, got {dtype}", "float16 overflows in some VAEs"
-            )
+        check_word(f"{self.name}:posterior", posterior, ("mean", "sample"))
+        if dtype is not None:
+            check_word(f"{self.name}:dtype", dtype, tuple(_DTYPES), "float16 overflows in some VAEs")
         if revision not in range(1, REVISION + 1):
             raise CodecError(
                 f"codec '{self.name}' has revision {revision}, this version knows 1 to {REVISION}",
@@ -94,7 +91,7 @@ class AutoencoderCodec:
             if self.posterior == "sample":
                 z = z + output.latent_dist.std.float() * self._noise(images, z.shape[1:])
         elif self.posterior == "sample":
-            raise UsageError(f"{self.weights} has no posterior to sample from", f"leave out {opt('posterior')}")
+            raise UsageError(f"{self.weights} has no posterior to sample from", "use posterior=mean")
         else:
             z = (output.latents if hasattr(output, "latents") else output.latent).float()
         return ((z - self._shift) * self._scale).contiguous()
@@ -125,7 +122,7 @@ class AutoencoderCodec:
         latents = self.encode(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
         if latents.ndim != 4 or latents.shape[-1] != latents.shape[-2] or 64 % latents.shape[-1]:
             raise CodecError(
-                f"{self.weights} is no image autoencoder: 64×64 pixels give latents {tuple(latents.shape)}"
+                f"{self.weights} is not an image autoencoder: 64×64 pixels give latents {tuple(latents.shape)}"
             )
         return latents.shape[1], 64 // latents.shape[-1]
 
@@ -178,7 +175,7 @@ def find_weights(weights: str, name: str, *, download: bool = True) -> Path:
         inner = folder / "vae"  # of a whole pipeline
         return inner if (inner / "config.json").is_file() and not (folder / "config.json").is_file() else folder
     way_out = (
-        f"name a local folder with {opt('weights')}, or use {opt('codec', 'dct')}, which needs none (codec '{name}')"
+        f"set {opt('weights')} to a local folder for codec '{name}', or use {opt('codec', 'dct')}, which needs none"
     )
     if folder.exists() or weights.startswith((".", "/", "~")) or weights.count("/") != 1:
         raise CodecError(f"no model folder at {weights}", way_out)
@@ -190,7 +187,7 @@ def find_weights(weights: str, name: str, *, download: bool = True) -> Path:
     try:
         return Path(snapshot_download(weights, allow_patterns=patterns, local_files_only=not download))
     except Exception as error:  # the hub client raises its own, requests', httpx's and OS errors
-        raise CodecError(f"the weights {weights} cannot be had: {_first_line(error)}", way_out) from error
+        raise CodecError(f"cannot get the weights {weights}: {_first_line(error)}", way_out) from error
 
 
 def missing_extra(name: str) -> SystemFault:
@@ -213,7 +210,7 @@ def _load(folder: Path, name: str) -> Any:
         config = json.loads((folder / "config.json").read_text())
         kind = str(config.get("_class_name", ""))
     except (OSError, ValueError, AttributeError) as error:
-        raise CodecError(f"{folder} has no readable config.json", "name a diffusers model's folder") from error
+        raise CodecError(f"{folder} has no readable config.json", "give the folder of a diffusers model") from error
     try:
         import diffusers
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""The codec protocol, and the registry of codecs by name.
+"""The codec protocol, and codecs by name: ``dct``, or ``dct:luma=20,chroma=5`` with options.
 
 A codec is registered by an entry point in the group `latentprep.codecs` (ours are too), whose value is a class
 called with keyword options; its docstring's first line is what `latentprep codecs` shows.
@@ -7,6 +7,7 @@ called with keyword options; its docstring's first line is what `latentprep code
 from __future__ import annotations
 
 import inspect
+import re
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,13 +17,17 @@ from torch import Tensor
 from latentprep.errors import CodecError, UsageError, nearest, opt
 
 GROUP = "latentprep.codecs"
+MAX_SIZE = 1 << 14  # pixels per side that images may be made to have
 
 
 @runtime_checkable
 class Codec(Protocol):
     """A lossy transform of images to latents and back.
 
-    A codec class takes ``device`` (a torch device) and its own options, all as keywords with defaults.
+    A codec class takes ``device`` (a torch device) and its own options, all as keywords with defaults. Options in a
+    codec's name become what their annotations say: int, float, bool or str, or one of these or None. An option
+    ``seed`` gets the seed of the encode, unless the name sets it.
+
     ``encode`` is a pure function of image and configuration: which images share a batch changes nothing but
     rounding.
 
@@ -72,6 +77,80 @@ def codec_class(name: str) -> type:
         raise CodecError(f"codec '{name}' ({point.value}) does not import: {error}", "reinstall the package") from error
 
 
+def codec_options(name: str) -> dict[str, Any]:
+    """The options of a codec and their defaults, in order; None where there is no default.
+
+    Raises `CodecError` for an unknown name.
+    """
+    own = {key: p.default for key, p in _options(codec_class(name)).items() if key != "revision"}
+    return {key: None if value is inspect.Parameter.empty else value for key, value in own.items()}
+
+
+def parse_codec(spec: str) -> tuple[str, dict[str, Any]]:
+    """``dct:luma=20,chroma=5`` -> ``("dct", {"luma": 20, "chroma": 5})``, each value of its option's type.
+
+    A value may hold any character but a comma. Raises `CodecError` for an unknown codec, `UsageError` for anything
+    else that is wrong with the text.
+    """
+    name, colon, rest = spec.partition(":")
+    parameters = _options(codec_class(name))
+    options: dict[str, Any] = {}
+    for pair in rest.split(",") if colon else ():
+        option, equals, value = pair.partition("=")
+        if not equals or not value:
+            raise UsageError(
+                f"codec '{spec}' has {repr(pair) if pair else 'nothing'} where option=value is needed",
+                f"write {name}:option=value,option=value; {_takes(parameters)}",
+            )
+        _check_option(name, option, parameters)
+        if option in options:
+            raise UsageError(f"codec '{spec}' sets {option} twice", "set it once")
+        options[option] = _typed(f"{name}:{option}", value, parameters[option])
+    return name, options
+
+
+def codec_spec(name: str, options: dict[str, Any]) -> str:
+    """``("dct", {"luma": 20, "chroma": 5})`` -> ``dct:luma=20,chroma=5``: the inverse of `parse_codec`.
+
+    Raises `UsageError` for a value with a comma, which a codec's name cannot hold.
+    """
+    for option, value in options.items():
+        if "," in str(value) or value == "":
+            raise UsageError(f"a codec's name cannot hold {option} {value!r}", "choose a value without commas")
+    return name + ":" * bool(options) + ",".join(f"{option}={_plain(value)}" for option, value in options.items())
+
+
+def split_codecs(specs: str) -> list[str]:
+    """``dct:luma=20,chroma=5,taesd`` -> ``["dct:luma=20,chroma=5", "taesd"]``: several codecs' names with a comma
+    between them. What follows a comma is an option of the codec before it if it has the form ``option=value``."""
+    return [spec.strip() for spec in re.split(r",(?!\w+=)", specs)]
+
+
+def open_codec(
+    codec: str | Codec, *, device: str | torch.device = "cpu", weights: str | None = None, seed: int | None = None
+) -> Codec:
+    """The codec of a name with options, such as ``dct:luma=20,chroma=5``; a `Codec` comes back as it is.
+
+    weights: the same as the option ``weights`` in the name. seed: of codecs that draw, where the name sets none.
+
+    Raises `CodecError` for an unknown codec or missing weights, `UsageError` for options that it does not take.
+    """
+    if not isinstance(codec, str):
+        if weights is not None:
+            raise UsageError(f"{opt('weights')} is for a codec given by name, not for a codec object", "leave it out")
+        return codec
+    name, options = parse_codec(codec)
+    if weights is not None:
+        if "weights" in options:
+            raise UsageError(
+                f"{opt('weights')} is given, and the codec '{codec}' names weights too", "give one of them"
+            )
+        options["weights"] = weights
+    if seed is not None and "seed" in codec_options(name):
+        options.setdefault("seed", seed)
+    return make_codec(name, device=device, **options)
+
+
 def make_codec(name: str, *, device: str | torch.device = "cpu", **options: Any) -> Codec:
     """Build a codec; options that are None take the codec's default.
 
@@ -79,13 +158,50 @@ def make_codec(name: str, *, device: str | torch.device = "cpu", **options: Any)
     """
     kind = codec_class(name)
     given = {key: value for key, value in options.items() if value is not None}
-    taken = inspect.signature(kind).parameters
-    allowed = [p for p in taken if p not in ("device", "revision")]
-    for key in given:
-        if key not in taken:
-            own = " and ".join(map(opt, allowed)) or "no options"
-            raise UsageError(f"codec '{name}' has no option {opt(key)}", f"it takes {own}")
+    for option in given:
+        _check_option(name, option, _options(kind))
     return kind(device=torch.device(device), **given)
+
+
+def _options(kind: type) -> dict[str, inspect.Parameter]:
+    return {key: p for key, p in inspect.signature(kind).parameters.items() if key != "device"}
+
+
+def _check_option(name: str, option: str, parameters: dict[str, inspect.Parameter]) -> None:
+    if option not in parameters:
+        raise UsageError(f"codec '{name}' has no option {option}", _takes(parameters))
+
+
+def _takes(parameters: dict[str, inspect.Parameter]) -> str:
+    *most, last = [option for option in parameters if option != "revision"] or ["no options"]
+    return f"it takes {', '.join(most)} and {last}" if most else f"it takes {last}"
+
+
+def _typed(option: str, text: str, parameter: inspect.Parameter) -> Any:
+    """The value that `text` writes, of the type of its option: of its annotation, or else of its default.
+
+    Raises `UsageError` if it is none of that type.
+    """
+    kind = parameter.annotation if parameter.annotation is not parameter.empty else type(parameter.default)
+    words = re.findall(r"\w+", kind.__name__ if isinstance(kind, type) else str(kind))
+    if "bool" in words and text in ("true", "false"):
+        return text == "true"
+    for word, read in (("int", int), ("float", float)):
+        if word in words:
+            try:
+                return read(text)
+            except ValueError:
+                continue
+    if "str" in words or not {"bool", "int", "float"} & set(words):
+        return text
+    allowed = {"bool": "true or false", "int": "a whole number", "float": "a number"}
+    raise UsageError(
+        f"{option} must be {' or '.join(what for word, what in allowed.items() if word in words)}, got {text!r:.60}"
+    )
+
+
+def _plain(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def codec_from_config(config: dict, *, device: str | torch.device = "cpu", weights: str | None = None) -> Codec:
@@ -102,9 +218,9 @@ def codec_from_config(config: dict, *, device: str | torch.device = "cpu", weigh
     want, have = config.get("weights_sha256"), codec.config().get("weights_sha256")
     if want != have:
         raise CodecError(
-            f"the weights at {options.get('weights')} are not those this dataset was made with "
+            f"the weights at {options.get('weights')} are not the ones this dataset was made with "
             f"(SHA-256 {str(have)[:12]}…, recorded {str(want)[:12]}…)",
-            f"name the right ones with {opt('weights')}",
+            f"set {opt('weights')} to the folder of the right ones",
         )
     return codec
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from latentprep.codecs.base import check_multiple, to_pixels
 from latentprep.device import full_float32
-from latentprep.errors import UsageError, opt
+from latentprep.errors import check_whole
 
 BLOCK = 8
 _IN_CACHE = 8  # images
@@ -35,9 +35,8 @@ class DctCodec:
     light = True
 
     def __init__(self, *, luma: int = 10, chroma: int = 3, device: torch.device | str = "cpu") -> None:
-        for option, value, least in (("luma", luma, 1), ("chroma", chroma, 0)):
-            if not least <= value <= BLOCK * BLOCK:
-                raise UsageError(f"{opt(option)} must be {least} to {BLOCK * BLOCK}, got {value}")
+        check_whole(f"{self.name}:luma", luma, 1, BLOCK * BLOCK)
+        check_whole(f"{self.name}:chroma", chroma, 0, BLOCK * BLOCK)
         self.luma, self.chroma, self.device = luma, chroma, torch.device(device)
         zigzag = _zigzag()
         kept = [(plane, u, v) for plane, count in enumerate((luma, chroma, chroma)) for u, v in zigzag[:count]]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.util
 import inspect
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from latentprep.codecs.autoencoder import AutoencoderCodec, find_weights
-from latentprep.codecs.base import check_multiple, codec_class, codec_names, make_codec
-from latentprep.errors import LatentError
+from latentprep.codecs.base import MAX_SIZE, check_multiple, codec_class, codec_names, codec_options, make_codec
+from latentprep.errors import LatentError, check_whole
+from latentprep.format.quantizer import check_bits
 
 # Latent channels and factor of our autoencoders, so that listing them loads nothing (their model cards say so).
 _LATENTS = {
@@ -25,12 +27,14 @@ _LATENTS = {
 class CodecRow:
     """One codec: its latent shape and bytes of codes for a square image, and where its weights are.
 
+    options: what may follow the name, with defaults; None is one that depends on the machine.
     latent: (C, h, w), or None where the codec cannot be built or cannot take that size.
-    weights: ``none needed``, ``yes`` (at hand), ``no`` (would be downloaded), or what is missing.
+    weights: ``none needed``, ``yes`` (on this machine), ``no`` (would be downloaded), or what is missing.
     """
 
     name: str
     about: str
+    options: dict[str, Any]
     latent: tuple[int, int, int] | None
     code_bytes: int | None
     weights: str
@@ -40,7 +44,12 @@ class CodecRow:
 
 
 def list_codecs(size: int = 224, bits: int = 4) -> list[CodecRow]:
-    """A row for every installed codec; `code_bytes` before compression, for `size`×`size` pixels at `bits` bits."""
+    """A row for every installed codec; `code_bytes` before compression, for `size`×`size` pixels at `bits` bits.
+
+    Raises `UsageError` for a size or bits out of range.
+    """
+    check_bits(bits)
+    check_whole("size", size, 1, MAX_SIZE)
     return [_row(name, size, bits) for name in codec_names()]
 
 
@@ -48,8 +57,9 @@ def _row(name: str, size: int, bits: int) -> CodecRow:
     try:
         kind = codec_class(name)
     except LatentError as error:  # a plug-in that does not import must not hide the others
-        return CodecRow(name, "", None, None, error.message)
+        return CodecRow(name, "", {}, None, None, error.message)
     about = (inspect.getdoc(kind) or "").split("\n")[0].rstrip(".")
+    options = {key: v if isinstance(v, int | float | str | None) else str(v) for key, v in codec_options(name).items()}
     try:
         if name in _LATENTS:
             channels, factor = _LATENTS[name]
@@ -57,8 +67,9 @@ def _row(name: str, size: int, bits: int) -> CodecRow:
         else:
             latent = make_codec(name).latent_shape(size, size)
     except LatentError:
-        return CodecRow(name, about, None, None, weights_at_hand(name))
-    return CodecRow(name, about, latent, latent[0] * latent[1] * latent[2] * bits // 8, weights_at_hand(name))
+        return CodecRow(name, about, options, None, None, weights_at_hand(name))
+    code_bytes = latent[0] * latent[1] * latent[2] * bits // 8
+    return CodecRow(name, about, options, latent, code_bytes, weights_at_hand(name))
 
 
 def weights_at_hand(name: str) -> str:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from latentprep.codecs.base import check_multiple, to_pixels
-from latentprep.errors import UsageError, opt
+from latentprep.errors import check_whole
 
 
 class ResampleCodec:
@@ -20,8 +20,7 @@ class ResampleCodec:
     light = True
 
     def __init__(self, *, factor: int = 4, device: torch.device | str = "cpu") -> None:
-        if not 1 <= factor <= 64:
-            raise UsageError(f"{opt('factor')} must be 1 to 64, got {factor}")
+        check_whole(f"{self.name}:factor", factor, 1, 64)
         self.factor, self.device = factor, torch.device(device)
 
     def config(self) -> dict:

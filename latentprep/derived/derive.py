@@ -18,7 +18,7 @@ import numpy as np
 from latentprep.encoding.driver import committed, start, stored_manifest, writing
 from latentprep.encoding.encode import EncodeResult, encode_result
 from latentprep.encoding.source_files import read_stats, write_stats
-from latentprep.errors import DatasetError, UsageError, nearest, opt
+from latentprep.errors import DatasetError, UsageError, check_word, opt
 from latentprep.format.commit import write_errors
 from latentprep.format.dataset import LatentDataset, open_dataset
 from latentprep.format.manifest import INVALID_LABEL, STORES, Manifest, ShardId
@@ -55,8 +55,7 @@ def convert(
 
     Raises `UsageError` for an unknown store, `DatasetError` if the dataset is damaged or incomplete.
     """
-    if store not in STORES:
-        raise UsageError(f"{opt('store')} must be {' or '.join(STORES)}, got {store}", nearest(store, STORES))
+    check_word("store", store, STORES)
     source = opened(dataset)
     manifest = replace(source.manifest, store=store)
     return derive(

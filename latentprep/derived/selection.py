@@ -12,7 +12,7 @@ import numpy as np
 from latentprep.derived.derive import Rows, derive, every_row, opened
 from latentprep.encoding.driver import differences
 from latentprep.encoding.encode import EncodeResult
-from latentprep.errors import DatasetError, UsageError, nearest, opt
+from latentprep.errors import DatasetError, UsageError, check_number, nearest, opt
 from latentprep.format.dataset import Codes, LatentDataset
 from latentprep.format.manifest import INVALID_LABEL, Manifest
 from latentprep.progress import ProgressFactory, silent
@@ -38,8 +38,7 @@ def subset(
 
     Raises `UsageError` for an unknown class or a fraction out of range, `DatasetError` if the dataset is damaged.
     """
-    if not 0 < fraction <= 1:
-        raise UsageError(f"{opt('fraction')} must be above 0 and at most 1, got {fraction:g}")
+    check_number("fraction", fraction, 0, 1, above=True)
     source = opened(dataset)
     classes = None if classes is None else several(classes)
     for name in classes or ():

@@ -91,7 +91,7 @@ def _check_same(root: Place, stored: Manifest, asked: Plan, source: Source | Non
         hints = {
             "source.sha256": f"its files or labels changed, or {opt('limit')}, {share} or {opt('seed')} did; ",
             "joint": f"use {opt('joint', bool(stored_value))}; ",
-            "codec.dtype": f"use {opt('dtype', stored_value)}; ",
+            "codec.dtype": f"give the codec the option dtype={stored_value}; ",
             "codec.revision": f"an earlier version started it: verify with {opt('repair', True)} completes it; ",
             "transform.colour": f"from Python, colour={stored_value!r} resumes it; ",
             **dict.fromkeys((f"splits.{n}" for n in stored.splits), f"{opt('limit')} or {share} may have changed; "),

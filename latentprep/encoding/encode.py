@@ -19,7 +19,7 @@ from latentprep import __version__
 from latentprep.encoding.driver import committed, start, stored_manifest, with_quantizer_of, writing
 from latentprep.encoding.profile import Profile
 from latentprep.encoding.source_files import check_unchanged, source_stats
-from latentprep.errors import Interrupted, SourceError, UsageError, nearest, opt
+from latentprep.errors import Interrupted, SourceError, UsageError, check_number, check_whole, check_word, opt
 from latentprep.format.commit import write_errors
 from latentprep.format.dataset import LatentDataset, open_dataset
 from latentprep.format.manifest import (
@@ -48,10 +48,10 @@ if TYPE_CHECKING:
 
 CALIBRATION = 256  # images, spread evenly over the train split
 SHARD_ROWS = 1024
-MIN_DEFAULT_GRID = 8  # cells of the latents a side: what networks need; smaller images are enlarged for it
+MIN_DEFAULT_GRID = 8  # latent cells per side: what networks need; smaller images are enlarged for it
 MAX_JOINT_CHANNELS = 32  # the filter has 9 weights for each pair of channels, and the search takes as many steps
 RESOLUTION_BASE = 1.15  # gamma of compound scaling
-MAX_DEFAULT_SIZE = 224  # pixels; larger sources are shrunk to it unless --size says otherwise
+MAX_DEFAULT_SIZE = 224  # pixels; larger sources are shrunk to it unless a size is given
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,7 @@ def encode(
     source: str | Path | Source,
     *,
     codec: str | Codec | None = None,
+    weights: str | None = None,
     bits: int = 4,
     size: int | None = None,
     phi: float = 0.0,
@@ -119,21 +120,20 @@ def encode(
     overwrite: bool = False,
     profile: bool = False,
     progress: ProgressFactory = silent,
-    **codec_options: Any,
 ) -> EncodeResult:
     """Encode `source` with `codec`, quantize to `bits`, store in `out`, a folder or URL. Run again, it resumes.
 
     source: a folder, archive, tars or named dataset (see `latentprep.sources.source.open_source`), or an open one.
-    codec: a name (default: ``taesd`` if its weights are at hand, else ``dct``) with its options as further
-    keywords (``weights``, ``posterior``, ``luma``, ``chroma``, ``factor``, …), or a `Codec`.
+    codec: a name, with options as in ``dct:luma=20,chroma=5``, or a `Codec`. Default: ``taesd`` if its weights are at
+    hand, else ``dct``. weights: folder or hub id of an autoencoder's weights, short for the codec's option.
     progress: ``latentprep.cli.console.progress_bar`` shows what goes on.
-    size: pixels a side; default suits source and codec. phi: makes it 1.15**phi times as large, the resolution of
+    size: pixels per side; default suits source and codec. phi: makes it 1.15**phi times as large, the resolution of
     compound scaling (https://arxiv.org/abs/1905.11946), to the nearest that the codec takes.
     store: ``zarr``, or ``wds`` for WebDataset tars. quantizer: a dataset whose quantizer is taken instead of a fitted
     one, so that the two can be merged. joint: choose the codes of a sample together, for 1 to 3 dB more (see
     `latentprep.quantizing.joint`); such codes have no exact mirror. Default: as `quantizer` has it, else
     `joint_by_default`.
-    colour: "srgb" converts embedded colour profiles, "stored" takes an image's numbers as they are.
+    colour: "srgb" converts embedded colour profiles, "stored" uses an image's numbers as they are.
     views: of a train sample, see `images.load_views`; other splits have view 0 alone.
     limit: at most that many samples a split, spread over it. batch_size: images the codec takes at once.
     profile: measure where the time goes.
@@ -141,32 +141,28 @@ def encode(
     Raises `UsageError`, `SourceError`, `CodecError`, `DatasetError`, `SystemFault` or `Interrupted`; whatever
     was committed by then stays, and the same call goes on from there.
     """
+    from latentprep.codecs.base import MAX_SIZE
     from latentprep.encoding.pipeline import Stages, calibrate, loads
     from latentprep.sources.images import MAX_PIXELS
 
     check_bits(bits)
-    _check_whole("views", views, 1, 256)
-    _check_whole("shard_rows", shard_rows, 1, 1 << 24)
-    _check_whole("batch_size", batch_size, 1, 1 << 16)
-    _check_whole("workers", workers, 1, 1024)
-    _check_whole("size", size, 1, 1 << 14)
-    _check_whole("max_pixels", max_pixels, 1, 1 << 40)
-    _check_whole("seed", seed, 0, (1 << 63) - 1)
-    if not 0 <= max_error_fraction <= 1:
-        raise UsageError(f"{opt('max_error_fraction')} must be 0 to 1, got {max_error_fraction}")
-    if colour not in COLOURS:
-        raise UsageError(f"colour must be {' or '.join(COLOURS)}, got {colour}", nearest(colour, COLOURS))
-    if store not in STORES:
-        raise UsageError(f"{opt('store')} must be {' or '.join(STORES)}, got {store}", nearest(store, STORES))
+    check_whole("views", views, 1, 256)
+    check_whole("shard_rows", shard_rows, 1, 1 << 24)
+    check_whole("batch_size", batch_size, 1, 1 << 16, optional=True)
+    check_whole("workers", workers, 1, 1024, optional=True)
+    check_whole("size", size, 1, MAX_SIZE, optional=True)
+    check_whole("max_pixels", max_pixels, 1, 1 << 40, optional=True)
+    check_whole("seed", seed, 0, (1 << 63) - 1)
+    check_number("max_error_fraction", max_error_fraction, 0, 1)
+    check_word("colour", colour, COLOURS)
+    check_word("store", store, STORES)
     root = place(out)
 
     source = open_source(source, data=data, val_fraction=val_fraction, seed=seed, out=out)
     if limit is not None:
         source = source.take(limit)
     names = _split_names(source, splits)
-    if codec_options.get("posterior") == "sample":
-        codec_options.setdefault("seed", seed)
-    coder = _open_codec(codec, device, codec_options)
+    coder = _open_codec(codec, device, weights, seed)
     image_size = scaled_size(size or default_size(source, coder), phi, coder)
     latent = coder.latent_shape(image_size, image_size)
     taken = None if quantizer is None else open_dataset(quantizer)
@@ -181,10 +177,10 @@ def encode(
         return encode_result(root, asked, [], code_bytes=most, dry_run=True, left_out=source.left_out)
 
     if sum(map(asked.shard_count, names)) > MAX_SHARDS:
-        raise UsageError(f"{opt('shard_rows')} {shard_rows} makes more than {MAX_SHARDS} shards", "use larger shards")
+        raise UsageError(f"{opt('shard_rows', shard_rows)} makes more than {MAX_SHARDS} shards", "use larger shards")
     if shard_rows * max(int(np.prod(asked.row_shape(split))) for split in names) > MAX_SHARD_CODES:
         raise UsageError(
-            f"{opt('shard_rows')} {shard_rows} makes shards of more than {MAX_SHARD_CODES} codes", "use fewer"
+            f"{opt('shard_rows', shard_rows)} makes shards of more than {MAX_SHARD_CODES} codes", "use fewer rows"
         )
 
     began = time.monotonic()
@@ -197,7 +193,7 @@ def encode(
         records = {
             shard: record
             for shard, record in dataset.whole_records().items()
-            if not any(loads(stages, shard.split, entry["row"]) for entry in record.invalid)  # may be mended by now
+            if not any(loads(stages, shard.split, entry["row"]) for entry in record.invalid)  # may be fixed by now
         }
         note = check_unchanged(dataset, source, source_stats(source, names), records)
         if profile:
@@ -228,15 +224,12 @@ def default_size(source: Source, codec: Codec) -> int:
                 return size
         except UsageError:
             continue
-    raise UsageError(f"codec '{codec.name}' takes no size up to 1024", f"give one with {opt('size')}")
+    raise UsageError(f"codec '{codec.name}' takes no size up to 1024", f"set {opt('size')}")
 
 
 def scaled_size(size: int, phi: float, codec: Codec) -> int:
     """``size * 1.15**phi`` to the nearest that the codec takes; `size` itself at phi 0."""
-    if not -10 <= phi <= 10:
-        raise UsageError(
-            f"{opt('phi')} must be -10 to 10, got {phi}", f"use {opt('phi', 1)} for 1.15 times the resolution"
-        )
+    check_number("phi", phi, -10, 10, f"use {opt('phi', 1)} for 1.15 times the resolution")
     target = size * RESOLUTION_BASE**phi
     for candidate in sorted(range(1, 2 * round(target) + 2), key=lambda side: abs(side - target)) if phi else ():
         try:
@@ -273,7 +266,7 @@ def _run(
         total = sum(map(manifest.shard_count, manifest.splits))
         raise Interrupted(
             f"interrupted: {len(records)} of {total} shards are committed",
-            "run the same command again to go on from there",
+            "run the same command again to continue",
         ) from error
     write_errors(dataset.root, list(records.values()))
     return encoded
@@ -287,7 +280,7 @@ def _check_errors(records: dict[ShardId, ShardRecord], manifest: Manifest, max_f
             raise SourceError(
                 f"{len(invalid)} of {rows} samples of split '{split}' cannot be read, more than {max_fraction:g}; "
                 f"the first is {invalid[0]['key']}: {invalid[0]['reason']}",
-                f"mend the images and run the same command again, or raise {opt('max_error_fraction')}: errors.jsonl",
+                f"fix the images listed in errors.jsonl and run again, or raise {opt('max_error_fraction')}",
             )
 
 
@@ -295,20 +288,18 @@ def _split_names(source: Source, splits: list[str] | None) -> list[str]:
     names = list(source.splits) if not splits else list(dict.fromkeys(several(splits)))
     for name in names:
         if name not in source.splits:
-            raise UsageError(f"{source.spec} has no split '{name}'", f"use {opt('splits')} {','.join(source.splits)}")
+            raise UsageError(f"{source.spec} has no split '{name}'", f"use {opt('splits', list(source.splits))}")
     return names
 
 
-def _open_codec(codec: str | Codec | None, device: str, options: dict) -> Codec:
-    from latentprep.codecs import make_codec
+def _open_codec(codec: str | Codec | None, device: str, weights: str | None, seed: int) -> Codec:
+    from latentprep.codecs import open_codec
     from latentprep.codecs.listing import weights_at_hand
     from latentprep.device import pick_device
 
-    if codec is not None and not isinstance(codec, str):
-        return codec
     if codec is None:
-        codec = "taesd" if options.get("weights") or weights_at_hand("taesd") == "yes" else "dct"
-    return make_codec(codec, device=pick_device(device), **options)
+        codec = "taesd" if weights or weights_at_hand("taesd") == "yes" else "dct"
+    return open_codec(codec, device=pick_device(device), weights=weights, seed=seed)
 
 
 def make_plan(
@@ -356,7 +347,7 @@ def make_plan(
 
 
 def joint_by_default(bits: int, channels: int, flip: tuple[int, ...] | None) -> bool:
-    """Whether codes are chosen jointly unless asked otherwise: where it gains accuracy and loses no exact mirror."""
+    """Whether codes are chosen jointly by default: where it improves accuracy and no exact mirror is lost."""
     return bits == 1 and channels <= MAX_JOINT_CHANNELS and flip is None
 
 
@@ -368,11 +359,6 @@ def check_joint(joint: bool, channels: int) -> bool:
             f"use {opt('joint', False)}",
         )
     return joint
-
-
-def _check_whole(name: str, value: int | None, low: int, high: int) -> None:
-    if value is not None and not low <= value <= high:
-        raise UsageError(f"{opt(name)} must be {low} to {high}, got {value}")
 
 
 def encode_result(root: Place, plan: Plan, records: list[ShardRecord], **facts: Any) -> EncodeResult:

@@ -373,7 +373,7 @@ def _check_finite(batch: _Batch, finite: Tensor, keys: list[str]) -> None:
         if not good and row not in batch.invalid:
             raise CodecError(
                 f"the codec made NaN or infinite latents of {keys[row]}",
-                f"try {opt('dtype', 'float32')}, or leave the image out",
+                "give the codec the option dtype=float32, or leave the image out",
             )
 
 

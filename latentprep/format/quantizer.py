@@ -10,17 +10,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from latentprep.errors import DatasetError, UsageError, opt
+from latentprep.errors import DatasetError, check_whole, opt
 
 FILTER_SIDE = 3  # cells
 
 
 def check_bits(bits: int) -> int:
     """`bits` itself if it is 1 to 8, else a `UsageError`."""
-    if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
-        raise UsageError(
-            f"bits must be 1 to 8, got {bits}", f"use {opt('bits', 4)}, which keeps nearly all of the accuracy"
-        )
+    check_whole("bits", bits, 1, 8, f"use {opt('bits', 4)}, which keeps nearly all of the accuracy")
     return bits
 
 

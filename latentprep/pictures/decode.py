@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from latentprep.errors import UsageError, nearest, opt, system_fault
+from latentprep.errors import UsageError, check_word, opt, system_fault
 from latentprep.format.dataset import LatentDataset, open_dataset
 from latentprep.pictures.linear_decoder import load_linear_decoder
 from latentprep.pictures.metrics import mean, psnr, ssim
@@ -78,8 +78,7 @@ def decode(
     Raises `UsageError` for samples that do not exist or a folder that is not empty (`overwrite` replaces files of the
     same name), `SourceError`, `DatasetError`, `CodecError`.
     """
-    if format not in FORMATS:
-        raise UsageError(f"{opt('format')} must be png or jpeg, got {format}", nearest(format, FORMATS))
+    check_word("format", format, FORMATS)
     opened = open_dataset(dataset)
     root = path_of(out)
     if root.exists() and not root.is_dir():
@@ -119,8 +118,7 @@ def decode(
 
 def open_decoder(dataset: LatentDataset, name: str, weights: str | None = None, device: str = "auto") -> Decoder:
     """The dataset's codec, or the linear decoder that was fitted to it."""
-    if name not in DECODERS:
-        raise UsageError(f"{opt('decoder')} must be codec or linear, got {name}", nearest(name, DECODERS))
+    check_word("decoder", name, DECODERS)
     if name == "linear":
         return load_linear_decoder(dataset)
     from latentprep.codecs import codec_from_config

@@ -1,4 +1,4 @@
-"""`rd`: what codecs cost and keep, beside JPEG, WebP and AVIF: bits a pixel on disk against PSNR and SSIM."""
+"""`rd`: what codecs cost and keep, beside JPEG, WebP and AVIF: bits per pixel on disk against PSNR and SSIM."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from PIL import Image, features
 from torch import Tensor
 
 from latentprep import __version__
-from latentprep.codecs import Codec, flip_signs, make_codec
+from latentprep.codecs import Codec, codec_spec, flip_signs, open_codec, parse_codec, split_codecs
+from latentprep.codecs.base import MAX_SIZE
 from latentprep.device import pick_device
 from latentprep.encoding.encode import CALIBRATION, default_size, joint_by_default
 from latentprep.encoding.pipeline import calibration_rows
-from latentprep.errors import SourceError, UsageError, opt, system_fault
+from latentprep.errors import SourceError, UsageError, check_whole, opt, system_fault
 from latentprep.fitting import NOT_ON_DEVICE, Fitting
 from latentprep.format.manifest import Manifest, ShardId, train_split
 from latentprep.format.quantizer import Quantizer, check_bits
@@ -52,8 +53,8 @@ _TALK = (20, 160)  # the talk's picture: JPEG at 20:1 beside a VAE's codes at 16
 
 @dataclass(frozen=True)
 class Point:
-    """One codec or format at one setting (bits or quality). bytes: an image, with everything that the dataset or file
-    holds for it; bpp: the same in bits a pixel; psnr, ssim: means over the images (None where they have none)."""
+    """One codec or format at one setting (bits or quality). bytes: per image, with everything that the dataset or file
+    holds for it; bpp: the same in bits per pixel; psnr, ssim: means over the images (None where they have none)."""
 
     name: str
     setting: int
@@ -84,7 +85,7 @@ class RdResult:
 def rd(
     source: str | Path | Source,
     *,
-    codecs: Sequence[str] = ("dct",),
+    codecs: str | Sequence[str] = "dct",
     bits: Sequence[int] = BITS,
     qualities: Sequence[int] = QUALITIES,
     images: int = 200,
@@ -98,22 +99,24 @@ def rd(
     """Measure codecs at each number of bits, and JPEG, WebP and AVIF at each quality, on the same images.
 
     images: how many of val (or the first split) are drawn with `seed`, as their canonical view. codecs: names, with
-    options as ``taesd:weights=FOLDER`` or ``dct:luma=20:chroma=6``. A codec runs once; its latents are quantized to
-    each number of bits, by a quantizer fitted to train as `encode` fits it, and become one shard with labels, keys,
-    record, metadata and manifest, all of which count. OUT gets rd.json, rd.png, rd.svg and side-by-side.png.
+    options as ``taesd:weights=FOLDER`` or ``dct:luma=20,chroma=6``; several in a list, or with commas between them.
+    A codec runs once; its latents are quantized to each number of bits, by a quantizer fitted to train as `encode` fits
+    it, and become one shard with labels, keys, record, metadata and manifest, all of which count. OUT gets rd.json,
+    rd.png, rd.svg and side-by-side.png.
     """
     opened = open_source(source, data=data, seed=seed)
     for b in bits:
         check_bits(b)
-    wrong = [q for q in qualities if not 1 <= q <= 100]
-    if wrong or not bits or not codecs or images < 1:
-        raise UsageError(
-            f"{opt('qualities')} must be 1 to 100, got {wrong[0]}"
-            if wrong
-            else "there must be codecs, bits and images",
-            f"as in {opt('images', 200)}, {opt('codecs')} dct, {opt('bits')} 1 to 8",
-        )
-    built = {spec: _build(spec, device) for spec in dict.fromkeys(several(codecs))}
+    for quality in qualities:
+        check_whole("qualities", quality, 1, 100)
+    check_whole("images", images, 1)
+    check_whole("size", size, 1, MAX_SIZE, optional=True)
+    check_whole("seed", seed, 0)
+    specs = split_codecs(codecs) if isinstance(codecs, str) else several(codecs)
+    for name, given in (("bits", bits), ("codecs", specs)):
+        if not given:
+            raise UsageError(f"{opt(name)} is empty", "give at least one")
+    built = _built(list(dict.fromkeys(specs)), device, seed)
     size = size or default_size(opened, next(iter(built.values())))
     split = shown_split(opened.splits)
     drawn = sorted(np.random.default_rng(seed).permutation(opened.size(split))[:images].tolist())
@@ -128,14 +131,14 @@ def rd(
     kept: dict[tuple[str, int], Tensor] = {}  # what those become
     steps = len(built) * (len(bits) + 1) + len(formats) * len(qualities)
     with progress("measuring", steps * len(pixels) + len(built) * len(calibration), "images", 0) as bar:
-        for spec, codec in built.items():
+        for name, codec in built.items():
             start = time.monotonic()
             latents, fitted = (_encoded(codec, part, bar) for part in (pixels, calibration))
             for b, cost, parts in _coded(opened, codec, split, rows, latents, fitted, size, bits, seed):
                 found, pictures = _measure(parts, pixels, shown, bar)
-                points.append(Point(spec.split(":weights=")[0], b, cost, 8 * cost / size**2, *found))
-                kept[points[-1].name, b] = pictures
-            seconds[spec.split(":weights=")[0]] = round(time.monotonic() - start, 2)
+                points.append(Point(name, b, cost, 8 * cost / size**2, *found))
+                kept[name, b] = pictures
+            seconds[name] = round(time.monotonic() - start, 2)
         for name in formats:
             start = time.monotonic()
             for quality in qualities:
@@ -192,7 +195,7 @@ def side_by_side(
 
 
 def draw_rd(points: list[Point], codecs: list[tuple[str, int]], path: Path) -> None:
-    """Quality against bits a pixel: a coloured line a codec, a grey one a format, as a PNG or SVG."""
+    """Quality against bits per pixel: a coloured line per codec, a grey one per format, as a PNG or SVG."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     names = list(dict.fromkeys(point.name for point in points))
@@ -214,7 +217,7 @@ def draw_rd(points: list[Point], codecs: list[tuple[str, int]], path: Path) -> N
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axes.xaxis.set_minor_formatter(NullFormatter())
             axes.set_title(title, loc="left", color=INK)
-            axes.set_xlabel("bits a pixel on disk", color=INK)
+            axes.set_xlabel("bits per pixel on disk", color=INK)
         right.legend(frameon=False, labelcolor=INK, loc="lower right")
 
 
@@ -229,7 +232,7 @@ def _coded(
     bits: Sequence[int],
     seed: int,
 ) -> Iterator[tuple[int, float, Iterator[Tensor]]]:
-    """For each number of bits: bytes an image with all overhead, and the decoded batches, u8 [b,3,S,S]."""
+    """For each number of bits: bytes per image with all overhead, and the decoded batches, u8 [b,3,S,S]."""
     labels = np.array(source.labels(split), np.int32)[rows]
     keys = [source.keys(split)[row] for row in rows]
     channels, height, width = calibration.shape[1:]
@@ -351,13 +354,10 @@ def _load(source: Source, split: str, rows: list[int], size: int) -> tuple[list[
     return [row for row, _ in found], views
 
 
-def _build(spec: str, device: str) -> Codec:
-    """``name`` or ``name:option=value:…`` -> the codec."""
-    name, *pairs = spec.split(":")
-    options: dict[str, Any] = {}
-    for pair in pairs:
-        option, equals, value = pair.partition("=")
-        if not equals:
-            raise UsageError(f"{opt('codecs')} takes names with options as name:option=value, got {spec}")
-        options[option] = int(value) if value.isdecimal() else value
-    return make_codec(name, device=pick_device(device), **options)
+def _built(specs: list[str], device: str, seed: int) -> dict[str, Codec]:
+    """The codecs by what pictures call them: the name without its weights, which are long, unless that is ambiguous."""
+    parsed = [parse_codec(spec) for spec in specs]
+    short = [codec_spec(name, {key: v for key, v in options.items() if key != "weights"}) for name, options in parsed]
+    codecs = [open_codec(spec, device=pick_device(device), seed=seed) for spec in specs]
+    names = [name if short.count(name) == 1 else spec for name, spec in zip(short, specs, strict=True)]
+    return dict(zip(names, codecs, strict=True))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from latentprep.device import on_device
-from latentprep.errors import LatentError, SourceError, UsageError, nearest, opt
+from latentprep.errors import LatentError, SourceError, UsageError, check_whole, nearest
 from latentprep.fitting import NOT_ON_DEVICE, Fitting
 from latentprep.format.dataset import LatentDataset
 from latentprep.format.manifest import INVALID_LABEL
@@ -193,8 +193,7 @@ def _class_index(dataset: LatentDataset, name: str) -> int:
 
 def _spread(rows: np.ndarray, labels: np.ndarray, limit: int) -> np.ndarray:
     """At most `limit` rows, equally many of each class if possible, evenly spaced: i64 [N], i32 [N] -> i64 [n]."""
-    if limit < 1:
-        raise UsageError(f"{opt('limit')} must be 1 or more, got {limit}", "leave it out for all samples")
+    check_whole("limit", limit, 1, hint="leave it out for all samples")
     if limit >= len(rows):
         return rows
     counts = np.bincount(labels)

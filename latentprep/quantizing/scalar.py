@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentprep.errors import CodecError, opt
+from latentprep.errors import CodecError
 from latentprep.format.quantizer import Quantizer, Statistics, check_bits
 from latentprep.quantizing.joint import constants, fit_filter, restore, search
 
@@ -70,7 +70,7 @@ def fit_quantizer(latents: Tensor, bits: int, joint: bool = False) -> Quantizer:
     """
     check_bits(bits)
     if not torch.isfinite(latents).all():
-        raise CodecError("the calibration latents hold NaN or infinity", f"try {opt('dtype', 'float32')}")
+        raise CodecError("the calibration latents hold NaN or infinity", "give the codec the option dtype=float32")
     values = latents.detach().float().cpu().transpose(0, 1).flatten(1)
     values = values[:, _spread(values.shape[1])]
     lows, highs = (values.amin(1).double(), values.amax(1).double())

@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from latentprep.errors import SourceError
+from latentprep.progress import BYTES, ProgressFactory, silent
 from latentprep.sources.kinds import has_image_name
-from latentprep.sources.listing import HIDDEN, TABLES, Entry, Listing, Progress, is_hidden, text_path
+from latentprep.sources.listing import HIDDEN, TABLES, Entry, Listing, is_hidden, text_path
 from latentprep.sources.offsets import AGAIN, GzipFile, PlainFile, archive_kind, begins_tar
 
 _HEADER_BYTES = 1 << 20  # of one member, including long names
+_LONG_SCAN = 1 << 26  # bytes of an archive that takes long enough for a bar
 _MAX_LINKED = 1 << 20  # images that links to folders may add to an archive, at most
 
 
-def list_archive(path: Path, progress: Progress | None = None) -> Listing:
+def list_archive(path: Path, progress: ProgressFactory = silent) -> Listing:
     """List a tar or gzipped tar, in the archive's order, with the places of the images' bytes.
 
     Raises SourceError if the file is no archive, is cut short, damaged or followed by other bytes, or has a member that
@@ -38,14 +40,21 @@ def list_archive(path: Path, progress: Progress | None = None) -> Listing:
         )
     file = GzipFile(path) if kind == "gzip" else PlainFile(path)
     total = path.stat().st_size
+    show = progress if total > _LONG_SCAN else silent
     try:
-        with path.open("rb") as raw:
+        with path.open("rb") as raw, show(f"reading {path.name}", total, BYTES, 0) as bar:
             cursor: Any = file.cursor(raw.fileno()) if isinstance(file, GzipFile) else raw
-            done = cursor.compressed if isinstance(file, GzipFile) else cursor.tell
-            tick = (lambda: progress(f"reading {path.name}", done(), total)) if progress else lambda: None
+            done, told = cursor.compressed if isinstance(file, GzipFile) else cursor.tell, 0
+
+            def tick() -> None:
+                nonlocal told
+                bar.advance(done() - told)
+                told = done()
+
             listing = _Lister(path, file, cursor, tick).list(_Headers(cursor))
             if isinstance(file, GzipFile):
                 cursor.seek_end()
+            tick()
             return listing
     except (SourceError, OSError):
         raise

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from latentprep.errors import SourceError, nearest
+from latentprep.progress import ProgressFactory, silent
 from latentprep.sources.archives import list_archive
 from latentprep.sources.kinds import has_image_name
 from latentprep.sources.layouts import LAYOUTS, Tree, by_folders
-from latentprep.sources.listing import BESIDE, Progress, list_folder, read_file
+from latentprep.sources.listing import BESIDE, list_folder, read_file
 from latentprep.sources.offsets import read_member
 from latentprep.sources.tars import by_tars
 from latentprep.storage.places import path_of
@@ -21,7 +22,7 @@ MAX_TARS = 100_000  # in one brace pattern, at most
 Load = Callable[[Any], bytes]
 
 
-def find(spec: str, out: Path | None = None, progress: Progress | None = None) -> tuple[Tree, Load]:
+def find(spec: str, out: Path | None = None, progress: ProgressFactory = silent) -> tuple[Tree, Load]:
     """The images that ``spec`` names, by split, and the function that reads one. ``out``: a folder to leave out.
 
     Raises SourceError.
@@ -33,7 +34,7 @@ def find(spec: str, out: Path | None = None, progress: Progress | None = None) -
         raise SourceError(f"cannot read {error.filename or spec}: {reason}", "check its permissions") from error
 
 
-def _find(spec: str, path: Path, out: Path | None, progress: Progress | None) -> tuple[Tree, Load]:
+def _find(spec: str, path: Path, out: Path | None, progress: ProgressFactory) -> tuple[Tree, Load]:
     if path.is_dir():
         listing = list_folder(path, out)
         if what := listing.ours.get(""):

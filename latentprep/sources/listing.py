@@ -18,8 +18,6 @@ from latentprep.errors import SourceError
 from latentprep.sources.kinds import has_image_name, has_unsupported_name, is_image
 from latentprep.sources.offsets import archive_kind
 
-Progress = Callable[[str, int, "int | None"], None]
-
 HIDDEN = "images in hidden files or folders"
 BESIDE = "archives beside image files"
 ANNOTATIONS = "val_annotations.txt"  # Tiny-ImageNet's: FILE, CLASS and a box per line, separated by tabs

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from latentprep.errors import SourceError, opt, system_fault
-from latentprep.sources.listing import Progress
+from latentprep.progress import BYTES, ProgressFactory, silent
 from latentprep.storage.cache import cache_folder
 from latentprep.storage.locks import held
 
@@ -68,7 +68,7 @@ def class_names(name: str, found: tuple[str, ...], path: Path) -> tuple[str, ...
     return tuple(names.values())
 
 
-def fetch(name: str, cache: Path | None = None, progress: Progress | None = None) -> Path:
+def fetch(name: str, cache: Path | None = None, progress: ProgressFactory = silent) -> Path:
     """The archive of a named dataset, downloaded to the cache folder on first use.
 
     Raises SourceError (no network, refused, wrong checksum) or SystemFault (disk).
@@ -88,7 +88,7 @@ def fetch(name: str, cache: Path | None = None, progress: Progress | None = None
     return target
 
 
-def download(url: str, target: Path, md5: str, progress: Progress | None = None) -> None:
+def download(url: str, target: Path, md5: str, progress: ProgressFactory = silent) -> None:
     """Download ``url`` to ``target``, resuming ``target.part`` if it exists. ``target`` is complete or absent.
 
     Failed attempts are retried with growing pauses. Raises SourceError, OSError.
@@ -124,7 +124,7 @@ class _Interruption(Exception):
     """A failure that is worth another attempt."""
 
 
-def _transfer(url: str, file: BinaryIO, name: str, progress: Progress | None) -> None:
+def _transfer(url: str, file: BinaryIO, name: str, progress: ProgressFactory) -> None:
     """Request the missing rest of ``file`` once, and append it."""
     import requests
 
@@ -143,10 +143,10 @@ def _transfer(url: str, file: BinaryIO, name: str, progress: Progress | None) ->
                 file.seek(start := 0)
             length = answer.headers.get("Content-Length")
             total = start + int(length) if length else None
-            for chunk in answer.iter_content(1 << 18):
-                file.write(chunk)
-                if progress:
-                    progress(f"downloading {name}", file.tell(), total)
+            with progress(f"downloading {name}", total, BYTES, start) as bar:
+                for chunk in answer.iter_content(1 << 18):
+                    file.write(chunk)
+                    bar.advance(len(chunk))
     except requests.RequestException as error:
         raise _Interruption(_reason(error)) from error
 
@@ -158,11 +158,10 @@ def _reason(error: Exception) -> str:
     return str(error).rpartition("object at ")[2].partition(">: ")[2] or str(error)
 
 
-def _md5(path: Path, description: str, progress: Progress | None) -> str:
+def _md5(path: Path, description: str, progress: ProgressFactory) -> str:
     digest, total = hashlib.md5(usedforsecurity=False), path.stat().st_size
-    with path.open("rb") as file:
+    with path.open("rb") as file, progress(description, total, BYTES, 0) as bar:
         while chunk := file.read(1 << 22):
             digest.update(chunk)
-            if progress:
-                progress(description, file.tell(), total)
+            bar.advance(len(chunk))
     return digest.hexdigest()

@@ -24,10 +24,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from latentprep.errors import SourceError, UsageError, opt
+from latentprep.errors import SourceError, UsageError, check_number, check_whole, opt
+from latentprep.progress import ProgressFactory, silent
 from latentprep.sources.finding import Load, find
 from latentprep.sources.layouts import LAYOUTS, Found, Tree
-from latentprep.sources.listing import HIDDEN, Progress, left_out_line
+from latentprep.sources.listing import HIDDEN, left_out_line
 from latentprep.storage.places import path_of
 
 _STATTERS = 8  # threads that ask for files' sizes and times: on a network, each answer takes a while
@@ -119,10 +120,7 @@ class Source:
 
         Raises UsageError if ``limit`` is below 1.
         """
-        if limit < 1:
-            raise UsageError(
-                f"{opt('limit')} must be 1 or more, got {limit}", f"leave {opt('limit')} out for all samples"
-            )
+        check_whole("limit", limit, 1, hint=f"leave {opt('limit')} out for all samples")
         rows = {split: _spread(rows, limit) for split, rows in self._rows.items()}
         return Source(self.spec, self.classes, rows, self._load, self.left_out, self.notes)
 
@@ -163,7 +161,7 @@ def open_source(
     seed: int = 0,
     cache: Path | None = None,
     out: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: ProgressFactory = silent,
 ) -> Source:
     """Open a source of labelled images. A source that is already open is returned as it is.
 
@@ -175,7 +173,7 @@ def open_source(
     ``val_fraction``: the share of each class, in [0, 1), to move from train to val if there is no val split (0.1 if
     None; 0 for no val split). ``seed`` and the keys alone decide which samples.
     ``out``: a folder that is being written; it is left out if it is inside the source.
-    ``progress(description, done_bytes, total_bytes)`` is called during downloads and long scans.
+    ``progress`` reports downloads and long scans of archives, in bytes.
 
     Raises SourceError for anything wrong with the images, their folders, archives or download; UsageError for a
     parameter that does not fit.
@@ -188,11 +186,8 @@ def open_source(
                 f"{opt('data')} and {opt('val_fraction')} have no effect on an open source", "leave them out"
             )
         return spec
-    if val_fraction is not None and not 0 <= val_fraction < 1:  # NaN fails too
-        raise UsageError(
-            f"{opt('val_fraction')} must be 0 or more and below 1, got {val_fraction}",
-            f"use {opt('val_fraction', 0.1)}",
-        )
+    if val_fraction is not None:
+        check_number("val_fraction", val_fraction, 0, 1, f"use {opt('val_fraction', 0.1)}", below=True)
     name = spec if isinstance(spec, str) and spec in datasets.NAMES else None
     if data is not None and name in (None, "shapes"):
         downloads = ", ".join(known for known in datasets.NAMES if known != "shapes")
@@ -224,7 +219,7 @@ def open_own_source(
     seed: int = 0,
     limit: int | None = None,
     out: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: ProgressFactory = silent,
 ) -> Source | None:
     """Open the source that a dataset was made from, with the parameters of its encode. None if ``source`` is None.
 

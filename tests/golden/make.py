@@ -20,8 +20,7 @@ def main(images: Path, name: str) -> None:
     (images / "train" / "class_1" / "001.jpg").write_bytes(b"\xff\xd8\xff damaged")
     latentprep.encode(
         images,
-        codec="resample",
-        factor=8,
+        codec="resample:factor=8",
         bits=5,
         size=32,
         views=2,

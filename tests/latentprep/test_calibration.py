@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from told import Told
 
 import latentprep
 from latentprep.audit.info import info
@@ -22,27 +23,6 @@ from latentprep.quantizing.scalar import code_statistics, dequantize, fit_quanti
 from pictures import jpeg, make_folder, picture
 
 GOLDEN = Path(__file__).parent.parent / "golden"
-
-
-class Notes:
-    """A progress bar that keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def __call__(self, *_: object) -> Notes:
-        return self
-
-    __enter__ = __call__
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def advance(self, n: int, **facts: str) -> None:
-        pass
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 def autoencoder(kind: str, folder: Path) -> Path:
@@ -73,11 +53,11 @@ def joint(folder: Path) -> dict:
 
 
 def sd_vae(folder: Path) -> dict:
-    return {"codec": "sd-vae", "weights": str(autoencoder("AutoencoderKL", folder)), "dtype": "float32"}
+    return {"codec": "sd-vae:dtype=float32", "weights": str(autoencoder("AutoencoderKL", folder))}
 
 
 def taesd(folder: Path) -> dict:
-    return {"codec": "taesd", "weights": str(autoencoder("AutoencoderTiny", folder)), "dtype": "float32"}
+    return {"codec": "taesd:dtype=float32", "weights": str(autoencoder("AutoencoderTiny", folder))}
 
 
 @pytest.mark.parametrize("codec", [dct, joint, sd_vae, taesd])
@@ -220,7 +200,7 @@ def test_calibration_looks_at_every_column_of_a_large_grid() -> None:
     ],
 )
 def test_few_or_equal_calibration_images_are_warned_of(tmp_path: Path, seeds: list[int], warning: str | None) -> None:
-    images, said = train_folder(tmp_path / "images", [picture(seed, 32, 32) for seed in seeds]), Notes()
+    images, said = train_folder(tmp_path / "images", [picture(seed, 32, 32) for seed in seeds]), Told()
     latentprep.encode(images, codec="dct", size=32, splits=["train"], out=tmp_path / "out", progress=said)
     assert said.notes == ([f"warning: {warning}; the ranges may not fit other images"] if warning else [])
 

@@ -41,6 +41,7 @@ def test_encode_info_and_resume(images: Path, tmp_path: Path) -> None:
     shown = latentprep("info", out)
     assert "class_1" in shown.stdout
     assert "exact mirror" in shown.stdout
+    assert "dct:luma=10,chroma=3" in shown.stdout  # as --codec takes it
     facts = json.loads(latentprep("info", out, "--json").stdout)
     assert facts["splits"]["train"]["samples"] == {"class_0": 6, "class_1": 6}
     assert facts["complete"] is True
@@ -56,7 +57,7 @@ def test_exit_code_three_when_samples_are_invalid(images: Path, tmp_path: Path) 
     (images / "train" / "class_0" / "000.jpg").write_bytes(b"junk")
     done = latentprep("encode", images, "--codec", "dct", "--size", 32, "--out", tmp_path / "out")
     assert done.returncode == 3
-    assert "1 samples could not be read" in done.stderr
+    assert "1 sample could not be read; see " in done.stderr
     assert "errors.jsonl" in done.stderr
     facts = json.loads(latentprep("info", tmp_path / "out", "--json").stdout)
     assert facts["splits"]["train"]["invalid"] == 1
@@ -71,7 +72,7 @@ def test_users_mistakes(images: Path, tmp_path: Path) -> None:
     assert "no model folder" in fails(5, "encode", images, "--codec", "taesd", "--weights", "./absent", *out)
     assert "use --device" in fails(8, "encode", images, "--codec", "dct", "--device", "cuda:99", *out)
     assert "unknown device" in fails(2, "encode", images, "--codec", "dct", "--device", "tpu9", *out)
-    assert "name=value" in fails(2, "encode", images, "--codec", "dct", "--option", "x", *out)
+    assert "dct:luma must be a whole number" in fails(2, "encode", images, "--codec", "dct:luma=x", *out)
     fails(4, "encode", tmp_path / "absent", *out)
     fails(6, "info", tmp_path)
     assert not (tmp_path / "out").exists()
@@ -105,7 +106,7 @@ def test_stdout_that_is_full_or_closed_shows_no_traceback(images: Path, tmp_path
 def test_control_c_ends_cleanly(tmp_path: Path) -> None:
     source = make_folder(tmp_path / "images", train=300, val=5)
     command = [sys.executable, "-m", "latentprep.cli", "encode", str(source), "--codec", "dct", "--size", "256"]
-    command += ["--shard-rows", "16", "--batch-size", "4", "--workers", "1", "--out", str(tmp_path / "out")]
+    command += ["--shard-rows", "16", "--workers", "1", "--out", str(tmp_path / "out")]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
@@ -127,6 +128,25 @@ def test_codecs_listing() -> None:
     assert set(rows) >= {"sd-vae", "sdxl-vae", "taesd", "taesdxl", "taesd3", "taef1", "dct", "resample"}
     assert rows["sd-vae"]["latent"] == [4, 32, 32]
     assert rows["sd-vae"]["code_bytes"] == 1024
+    assert rows["dct"]["options"] == {"luma": 10, "chroma": 3}
+
+
+def test_the_help_of_encode_fits_on_a_screen() -> None:
+    done = latentprep("encode", "--help", env={**os.environ, "COLUMNS": "100"})
+    assert done.returncode == 0
+    assert "--codec" in done.stdout
+    lines = done.stdout.rstrip().splitlines()
+    assert len(lines) <= 50
+    assert max(map(len, lines)) <= 100
+
+
+def test_encode_has_few_options() -> None:
+    import typer
+
+    from latentprep.cli import app
+
+    command = typer.main.get_command(app).commands["encode"]  # type: ignore[attr-defined]
+    assert len([p for p in command.params if p.name != "help"]) <= 22
 
 
 @pytest.mark.parametrize("program", ["latentprep", "latenttrain"])

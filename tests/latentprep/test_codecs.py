@@ -9,10 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from latentprep.codecs import codec_from_config, codec_names, flip_signs, make_codec
+from latentprep.codecs import (
+    base,
+    codec_from_config,
+    codec_names,
+    codec_spec,
+    flip_signs,
+    make_codec,
+    open_codec,
+    parse_codec,
+    split_codecs,
+)
 from latentprep.codecs.listing import list_codecs
 from latentprep.errors import CodecError, UsageError
 from latentprep.sources.images import load_views
@@ -119,7 +129,7 @@ def test_resample_shrinks_without_aliasing() -> None:
 def test_unknown_names_and_options_say_the_way_out() -> None:
     with pytest.raises(CodecError, match="did you mean taesd"):
         make_codec("taesdd")
-    with pytest.raises(UsageError, match="no option factor; it takes luma and chroma"):
+    with pytest.raises(UsageError, match="codec 'dct' has no option factor; it takes luma and chroma"):
         make_codec("dct", factor=3)
     for options in ({"luma": 0}, {"luma": 65}, {"chroma": -1}):
         with pytest.raises(UsageError, match="must be"):
@@ -206,7 +216,7 @@ def test_posterior_samples_depend_on_seed_and_image_only(small_vae: Path) -> Non
 def test_encode_hands_its_seed_to_a_sampling_codec(small_vae: Path, images: Path, tmp_path: Path) -> None:
     import latentprep
 
-    options = {"codec": "sd-vae", "weights": str(small_vae), "dtype": "float32", "size": 32, "posterior": "sample"}
+    options = {"codec": "sd-vae:posterior=sample,dtype=float32", "weights": str(small_vae), "size": 32}
     for seed in (0, 1):
         latentprep.encode(images, out=tmp_path / str(seed), seed=seed, **options)
     zero, one = (latentprep.open(tmp_path / str(seed)) for seed in (0, 1))
@@ -223,7 +233,7 @@ def test_weights_are_checked_by_hash(small_vae: Path, tmp_path: Path) -> None:
     data = bytearray((moved / "diffusion_pytorch_model.safetensors").read_bytes())
     data[-1] ^= 1
     (moved / "diffusion_pytorch_model.safetensors").write_bytes(data)
-    with pytest.raises(CodecError, match="not those this dataset was made with"):
+    with pytest.raises(CodecError, match="not the ones this dataset was made with"):
         codec_from_config(config, weights=str(moved))
 
 
@@ -258,3 +268,98 @@ def test_real_tiny_autoencoders(assets: Path, name: str, channels: int, least: f
     assert psnr(codec.decode(latents), images) > least
     exact = make_codec(name, weights=str(assets / name), dtype="float32").encode(images)
     assert (latents - exact).abs().mean() < 0.05 * exact.std()
+
+
+VALUES = st.text(st.characters(blacklist_characters=",", blacklist_categories=["Cs"]), min_size=1)
+
+
+class Typed:
+    """A codec with an option of each type."""
+
+    def __init__(
+        self,
+        *,
+        number: float = 1.0,
+        count: int | None = None,
+        flag: bool = False,
+        word: str = "a",
+        either: int | str = 1,
+        plain=2,  # no annotation: as its default is
+        device: str = "cpu",
+    ) -> None:
+        self.options = {"number": number, "count": count, "flag": flag, "word": word, "either": either, "plain": plain}
+
+
+@pytest.fixture
+def typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "codec_class", lambda name: Typed)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    options=st.fixed_dictionaries(
+        {},
+        optional={
+            "number": st.floats(allow_nan=False),
+            "count": st.integers(),
+            "flag": st.booleans(),
+            "word": VALUES,
+            "plain": st.integers(),
+        },
+    ),
+    data=st.data(),
+)
+def test_a_codecs_spec_is_parsed_to_what_it_was_made_of(typed: None, options: dict, data: st.DataObject) -> None:
+    order = data.draw(st.permutations(list(options)))
+    options = {name: options[name] for name in order}
+    spec = codec_spec("typed", options)
+    name, again = parse_codec(spec)
+    assert name == "typed"
+    assert list(again.items()) == list(options.items())
+    assert [type(value) for value in again.values()] == [type(value) for value in options.values()]
+    assert split_codecs(f"dct,{spec},taesd:weights=a") == ["dct", spec, "taesd:weights=a"]
+
+
+def test_values_become_what_annotations_say(typed: None) -> None:
+    text = "typed:number=2,count=3,flag=true,word=4,either=5,plain=6"
+    assert parse_codec(text)[1] == {"number": 2.0, "count": 3, "flag": True, "word": "4", "either": 5, "plain": 6}
+    assert parse_codec("typed:either=x")[1] == {"either": "x"}
+    for wrong, message in (
+        ("number=x", "typed:number must be a number, got 'x'"),
+        ("count=1.5", "typed:count must be a whole number, got '1.5'"),
+        ("flag=1", "typed:flag must be true or false, got '1'"),
+        ("other=1", "codec 'typed' has no option other"),
+        ("device=cuda", "codec 'typed' has no option device"),
+        ("word=a,word=b", "sets word twice"),
+        ("word=", "has 'word=' where option=value is needed"),
+        ("word", "has 'word' where option=value is needed"),
+        ("", "has nothing where option=value is needed"),
+        ("word=a,", "has nothing where option=value is needed"),
+    ):
+        with pytest.raises(UsageError) as caught:
+            parse_codec(f"typed:{wrong}")
+        assert message in caught.value.message
+
+
+def test_open_codec_takes_a_spec_or_a_codec(small_vae: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(PLUGIN)
+    codec = open_codec("dct:luma=20,chroma=5")
+    assert codec.config() == {"name": "dct", "luma": 20, "chroma": 5}
+    assert open_codec(codec) is codec
+    assert open_codec("grey:gain=2").config() == {"name": "grey", "gain": 2.0}
+    vae = open_codec("sd-vae:posterior=sample,dtype=float32", weights=str(small_vae), seed=3)
+    assert vae.config() == make_codec(
+        "sd-vae", weights=str(small_vae), posterior="sample", dtype="float32", seed=3
+    ).config()  # fmt: skip
+    inside = open_codec(f"sd-vae:posterior=sample,seed=4,dtype=float32,weights={small_vae}", seed=3)
+    assert inside.config()["seed"] == 4
+    with pytest.raises(CodecError, match="unknown codec 'dtc'; did you mean dct"):
+        open_codec("dtc:luma=1")
+    with pytest.raises(UsageError, match="dct:luma must be a whole number from 1 to 64, got 65"):
+        open_codec("dct:luma=65")
+    with pytest.raises(UsageError, match="weights is for a codec given by name"):
+        open_codec(codec, weights="x")
+    with pytest.raises(UsageError, match="names weights too"):
+        open_codec("taesd:weights=a", weights="b")
+    with pytest.raises(UsageError, match="cannot hold weights 'a,b'"):
+        codec_spec("taesd", {"weights": "a,b"})

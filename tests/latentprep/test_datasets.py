@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from told import Told
 
 from latentprep.errors import SourceError, SystemFault, UsageError
 from latentprep.sources import named as datasets
@@ -73,12 +74,12 @@ def files(folder: Path) -> list[str]:
 
 
 def test_download_with_progress(server, tmp_path):
-    seen: list[tuple[str, int, int | None]] = []
-    datasets.download(server.url, tmp_path / "set.tgz", MD5, lambda *args: seen.append(args))
+    told = Told()
+    datasets.download(server.url, tmp_path / "set.tgz", MD5, told)
     assert (tmp_path / "set.tgz").read_bytes() == PAYLOAD
     assert files(tmp_path) == ["set.tgz"]
-    assert {what for what, _, _ in seen} == {"downloading set.tgz", "checking set.tgz"}
-    assert seen[-1][1:] == (len(PAYLOAD), len(PAYLOAD))
+    assert told.begun == [(f"{what} set.tgz", len(PAYLOAD), "bytes", 0) for what in ("downloading", "checking")]
+    assert sum(told.steps) == 2 * len(PAYLOAD)
 
 
 def test_a_transfer_that_breaks_off_goes_on_where_it_was(server, tmp_path):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import latentprep
-from latentprep.derived import derive as derived
+from latentprep.derived.derive import derive as derived
 from latentprep.encoding import driver as resume
 from latentprep.errors import DatasetError, UsageError
 from latentprep.format import Codes, EncodedShard, LatentDataset, Manifest, ShardId
@@ -167,7 +167,7 @@ def test_a_subset_of_classes_numbers_them_anew(root: Path, tmp_path: Path) -> No
     assert not one.records("train")[0].invalid
     with pytest.raises(UsageError, match="no class 'class_7'.*did you mean class_"):
         latentprep.subset(root / "zarr", out=tmp_path / "x", classes=["class_7"])
-    with pytest.raises(UsageError, match="fraction must be above 0"):
+    with pytest.raises(UsageError, match="fraction must be a number above 0"):
         latentprep.subset(root / "zarr", out=tmp_path / "x", fraction=0)
 
 
@@ -211,7 +211,7 @@ def test_rows_of_one_split_follow_each_other(root: Path, tmp_path: Path) -> None
     [
         ({"splits": ["val"]}, r"quantizer.lo is .* quantizer"),
         ({"bits": 3}, "quantizer.bits is 3 in the first and 4 in the second"),
-        ({"codec": "resample", "factor": 4}, "codec.name is resample in the first and dct"),
+        ({"codec": "resample:factor=4"}, "codec.name is resample in the first and dct"),
         ({"size": 48}, "latent is"),
         ({"views": 2}, "views.train is 2 in the first and 3 in the second"),
         ({"seed": 1}, "transform.seed is 1"),

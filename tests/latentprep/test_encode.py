@@ -46,7 +46,7 @@ def digest(root: Path) -> dict[str, str]:
 
 
 def test_rows_are_the_sources_samples_coded(images: Path, tmp_path: Path) -> None:
-    result = encode(images, tmp_path / "out", codec="resample", factor=8, bits=6)
+    result = encode(images, tmp_path / "out", codec="resample:factor=8", bits=6)
     assert result.rows == {"train": 12, "val": 6}
     assert result.latent == (3, 4, 4)
     assert result.encoded == 18
@@ -91,7 +91,7 @@ def test_views(images: Path, tmp_path: Path) -> None:
     assert np.array_equal(codes[:, :1], one.load("train").codes)
     assert not np.array_equal(codes[:, 1], codes[:, 2])
     assert np.array_equal(three.load("val").codes, one.load("val").codes)
-    assert latentprep.encode(images, codec="resample", factor=8, views=3, out=tmp_path / "x", dry_run=True).views == 3
+    assert latentprep.encode(images, codec="resample:factor=8", views=3, out=tmp_path / "x", dry_run=True).views == 3
 
 
 def test_same_input_same_bytes_whatever_the_threads(images: Path, tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_colours_are_converted_and_that_is_recorded(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "images", train=3, val=1)
     wide = Image.new("RGB", (64, 72), (200, 100, 50))
     wide.save(root / "train" / "class_0" / "000.jpg", icc_profile=profiles.P3_GAMMA, quality=100)
-    exact = {"codec": "resample", "factor": 8, "bits": 8, "size": 64}
+    exact = {"codec": "resample:factor=8", "bits": 8, "size": 64}
     codes = {}
     for colour in ("srgb", "stored"):
         out = tmp_path / colour
@@ -216,7 +216,7 @@ def test_dry_run_writes_nothing_and_bounds_the_bytes(images: Path, tmp_path: Pat
 def test_default_size_suits_source_and_codec(tmp_path: Path) -> None:
     source = make_folder(tmp_path / "images", side=61)
     assert latentprep.encode(source, codec="dct", out=tmp_path / "a", dry_run=True).size == 64  # 8×8 cells at least
-    assert latentprep.encode(source, codec="resample", factor=1, out=tmp_path / "a", dry_run=True).size == 61
+    assert latentprep.encode(source, codec="resample:factor=1", out=tmp_path / "a", dry_run=True).size == 61
     middle = make_folder(tmp_path / "middle", train=2, val=1, side=107)
     assert latentprep.encode(middle, codec="dct", out=tmp_path / "a", dry_run=True).size == 104
     large = make_folder(tmp_path / "large", train=2, val=1, side=300)
@@ -228,7 +228,7 @@ def test_default_size_suits_source_and_codec(tmp_path: Path) -> None:
     [
         ({"bits": 5}, "bits is 4, but 5 was requested"),
         ({"size": 40}, "transform.size is 32, but 40 was requested"),
-        ({"luma": 3}, "codec.luma is 10, but 3 was requested"),
+        ({"codec": "dct:luma=3"}, "codec.luma is 10, but 3 was requested"),
         ({"codec": "resample"}, "codec.name is dct, but resample was requested"),
         ({"views": 2}, "transform.views"),
         ({"seed": 7}, "transform.seed"),
@@ -367,7 +367,7 @@ def test_nan_latents_name_the_sample(images: Path, tmp_path: Path, monkeypatch: 
 
 def test_a_plug_in_codec_encodes(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(PLUGIN)
-    encode(images, tmp_path / "out", codec="grey", gain=0.5)
+    encode(images, tmp_path / "out", codec="grey:gain=0.5")
     dataset = latentprep.open(tmp_path / "out")
     assert dataset.manifest.codec == {"name": "grey", "gain": 0.5}
     assert dataset.manifest.flip == (1,)
@@ -439,9 +439,7 @@ def test_imagenette_with_taesd(assets: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("phi", "size"), [(0, 32), (1, 40), (2, 40), (3, 48), (-2, 24)])
 def test_phi_scales_the_resolution(images: Path, tmp_path: Path, phi: float, size: int) -> None:
     """1.15**phi times 32 pixels, to the nearest that a codec of factor 8 takes."""
-    planned = latentprep.encode(
-        images, codec="resample", factor=8, size=32, phi=phi, out=tmp_path / "out", dry_run=True
-    )
+    planned = latentprep.encode(images, codec="resample:factor=8", size=32, phi=phi, out=tmp_path / "out", dry_run=True)
     assert planned.size == size
     assert scaling.RESOLUTION_BASE == encoder.RESOLUTION_BASE
 

@@ -104,7 +104,7 @@ def test_no_network_and_no_such_model_say_the_way_out(hub: tuple[str, list[str]]
     for endpoint, weights in (("http://127.0.0.1:9", REPOSITORY), (hub[0], "someone/absent")):
         done = encode(images, tmp_path / "out", endpoint, tmp_path / "cache", weights)
         assert done.returncode == 5, done.stderr
-        assert f"the weights {weights} cannot be had" in done.stderr
+        assert f"cannot get the weights {weights}" in done.stderr
         assert "--weights" in done.stderr
         assert "Traceback" not in done.stderr
         assert not (tmp_path / "out").exists()

@@ -137,7 +137,7 @@ def test_encode_resume_and_refusals(images: Path, tmp_path: Path) -> None:
     assert taken.quantizer == joint.quantizer
     assert np.array_equal(taken.load("val").codes, joint.load("val").codes)
     with pytest.raises(UsageError, match="takes up to 32 channels"):
-        encode(images, tmp_path / "wide", codec="dct", luma=40, joint=True)
+        encode(images, tmp_path / "wide", codec="dct:luma=40", joint=True)
     assert latentprep.verify(tmp_path / "joint", source=open_source(images)).ok
     first, other = (images / "train" / name / "000.jpg" for name in ("class_0", "class_1"))
     kept = first.read_bytes()

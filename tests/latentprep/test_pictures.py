@@ -63,7 +63,7 @@ def dataset(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def resampled(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("resample") / "codes"
-    latentprep.encode(images, codec="resample", factor=4, bits=8, size=32, max_error_fraction=0.5, out=out)
+    latentprep.encode(images, codec="resample:factor=4", bits=8, size=32, max_error_fraction=0.5, out=out)
     return out
 
 
@@ -223,7 +223,7 @@ def test_linear_decoder(kind: str, images: Path, request: pytest.FixtureRequest,
 def test_a_linear_decoder_is_bound_to_its_dataset(images: Path, tmp_path: Path, cli: Cli) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     for out, luma in ((first, 3), (second, 4)):
-        latentprep.encode(images, codec="dct", luma=luma, size=32, max_error_fraction=0.5, out=out)
+        latentprep.encode(images, codec=f"dct:luma={luma}", size=32, max_error_fraction=0.5, out=out)
     code, text, _ = cli("linear-decoder", "fit", first, "--source", images)
     assert code == 0
     assert "R²" in text

@@ -118,7 +118,7 @@ def test_quantizing_what_was_dequantized_is_the_identity() -> None:
 
 def test_bad_input() -> None:
     for bits in (0, 9, -1, True):
-        with pytest.raises(UsageError, match="bits must be 1 to 8"):
+        with pytest.raises(UsageError, match="bits must be a whole number from 1 to 8"):
             fit_quantizer(latents(0), bits)
     with pytest.raises(CodecError, match="NaN"):
         fit_quantizer(torch.full((1, 1, 2, 2), float("nan")), 4)

@@ -69,7 +69,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def dataset(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("dct") / "a <dataset> & more"
-    latentprep.encode(images, codec="dct", luma=3, chroma=1, bits=4, size=64, max_error_fraction=0.5, out=out)
+    latentprep.encode(images, codec="dct:luma=3,chroma=1", bits=4, size=64, max_error_fraction=0.5, out=out)
     return out
 
 
@@ -87,7 +87,7 @@ def runs(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 def test_rd(images: Path, tmp_path: Path) -> None:
     result = rd(
-        str(images), codecs=["dct:luma=3:chroma=1", "dct"], bits=[1, 4], qualities=[10, 90], images=9, size=64,
+        str(images), codecs=["dct:luma=3,chroma=1", "dct"], bits=[1, 4], qualities=[10, 90], images=9, size=64,
         out=tmp_path / "rd",
     )  # fmt: skip
     assert result.images in (8, 9)  # one of val cannot be read
@@ -102,9 +102,9 @@ def test_rd(images: Path, tmp_path: Path) -> None:
     files = sorted(path.name for path in (tmp_path / "rd").iterdir())
     assert files == ["rd.json", "rd.png", "rd.svg", "side-by-side.png"]
     first = (tmp_path / "rd" / "rd.svg").read_bytes()
-    assert json.loads((tmp_path / "rd" / "rd.json").read_text())["points"][0]["name"] == "dct:luma=3:chroma=1"
+    assert json.loads((tmp_path / "rd" / "rd.json").read_text())["points"][0]["name"] == "dct:luma=3,chroma=1"
     rd(
-        str(images), codecs=["dct:luma=3:chroma=1", "dct"], bits=[1, 4], qualities=[10, 90], images=9, size=64,
+        str(images), codecs=["dct:luma=3,chroma=1", "dct"], bits=[1, 4], qualities=[10, 90], images=9, size=64,
         out=tmp_path / "again",
     )  # fmt: skip
     assert (tmp_path / "again" / "rd.svg").read_bytes() == first
@@ -262,3 +262,11 @@ def test_the_colours_of_pages_have_contrast() -> None:
         assert ratio(colours["ink"], hot) >= 4.5
         for line in (f"c{i}" for i in range(6)):
             assert ratio(colours[line], colours["card"]) >= 3  # of graphics
+
+
+def test_codecs_that_differ_in_their_weights_alone_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    from latentprep.pictures import rd
+
+    monkeypatch.setattr(rd, "open_codec", lambda spec, **_: spec)
+    specs = ["dct", "taesd:weights=a", "taesd:weights=b", "sd-vae:weights=c,posterior=sample"]
+    assert list(rd._built(specs, "cpu", 0)) == [*specs[:3], "sd-vae:posterior=sample"]

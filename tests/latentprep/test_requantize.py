@@ -73,6 +73,6 @@ def test_resume_and_refusals(eight: Path, tmp_path: Path) -> None:
         latentprep.requantize(eight / "data", bits=8, out=tmp_path / "x")
     with pytest.raises(UsageError, match="is the dataset itself"):
         latentprep.requantize(eight / "data", bits=2, out=eight / "data")
-    with pytest.raises(UsageError, match="bits must be 1 to 8"):
+    with pytest.raises(UsageError, match="bits must be a whole number from 1 to 8"):
         latentprep.requantize(eight / "data", bits=0, out=tmp_path / "x")
     assert not (tmp_path / "x").exists()

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from told import Told
 
 from latentprep.errors import SourceError, UsageError
-from latentprep.sources import offsets
-from latentprep.sources.source import Source, open_source
+from latentprep.sources.source import Source, archives, offsets, open_source
 
 JPEG = b"\xff\xd8\xff\xe0"
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -166,7 +166,7 @@ def test_val_fraction_defaults_to_a_tenth_and_0_means_none(tmp_path):
     assert open_source(tmp_path, val_fraction=0).splits == ("train",)
     assert open_source(tmp_path, seed=1).keys("val") != open_source(tmp_path, seed=2).keys("val")
     for bad in (-0.1, 1, 1.5, float("nan")):
-        with pytest.raises(UsageError, match="val_fraction must be 0 or more and below 1"):
+        with pytest.raises(UsageError, match="val_fraction must be a number from 0 to below 1"):
             open_source(tmp_path, val_fraction=bad)
 
 
@@ -185,7 +185,7 @@ def test_take_is_even_over_classes_and_deterministic(tmp_path):
     assert few.keys("train") == sorted(few.keys("train"))
     assert few.read("train", 5).key == few.keys("train")[5]
     assert source.take(1000).fingerprint() == source.fingerprint()
-    with pytest.raises(UsageError, match="limit must be 1 or more"):
+    with pytest.raises(UsageError, match="limit must be a whole number of 1 or more"):
         source.take(0)
 
 
@@ -226,12 +226,21 @@ def test_gzip_of_several_streams(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
-def test_a_long_scan_reports_bytes(tmp_path, mode):
+def test_a_long_scan_reports_bytes(tmp_path, mode, monkeypatch):
     path = write_tar(tmp_path / "x.tar", {f"{c}/{i}.jpg": JPEG for c in "ab" for i in range(300)}, mode=mode)
-    seen: list[tuple[str, int, int | None]] = []
-    open_source(path, progress=lambda *args: seen.append(args))
-    assert [what for what, _, _ in seen] == ["reading x.tar"] * 2
-    assert all(0 < done <= path.stat().st_size == total for _, done, total in seen)
+    monkeypatch.setattr(archives, "_LONG_SCAN", 100)
+    size, told = path.stat().st_size, Told()
+    open_source(path, progress=told)
+    assert told.begun == [("reading x.tar", size, "bytes", 0)]
+    assert len(told.steps) == 3
+    assert all(step > 0 for step in told.steps[:2])
+    assert size - 10_240 <= sum(told.steps) <= size  # zeros fill the last of tar's blocks
+
+
+def test_a_short_scan_reports_nothing(tmp_path):
+    told = Told()
+    open_source(write_tar(tmp_path / "x.tar", {f"{c}/0.jpg": JPEG for c in "ab"}), progress=told)
+    assert told.begun == []
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from latentprep.cli.terminal import orderly_signals
 from latentprep.pictures import page
 from latentprep.pictures.plots import drawn
 from latentprep.pictures.sheet import Column, draw_sheet
+from latentprep.progress import BYTES
 from latentprep.text import shown
 
 ROOT = Path(__file__).parent.parent.parent
@@ -90,6 +92,22 @@ def test_bars_show_text_as_text(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert "[red]read x[/b]" in err
     assert "note [/b] :smile: \\x1b[31m" in err
     assert "shard x[/b]" in err
+
+
+def test_lines_stand_for_bars_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with console.progress_bar("encoding", 40, "images", 10) as bar:
+        bar.advance(10)
+        bar.note("a note")
+        bar.advance(20, loss="0.5")
+    assert capsys.readouterr().err.splitlines() == ["a note", "encoding: 40/40 loss 0.5"]
+    with console.progress_bar("reading x", 3 << 20, BYTES) as bar:
+        bar.advance(1 << 20)
+        time.sleep(0.6)  # what has hardly begun has no rate
+        bar.advance(2 << 20)
+    assert re.fullmatch(r"reading x: 3.00 MiB/3.00 MiB [1-3]\.\d\d MiB/s\n", capsys.readouterr().err)
+    with console.progress_bar("downloading x", None, BYTES) as bar:
+        bar.advance(1)  # a server that does not say how much there is
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
