@@ -17,6 +17,7 @@ that is not a `LatentError` is a bug of ours and shows its traceback.
 
 from __future__ import annotations
 
+import math
 import re
 from ast import literal_eval
 
@@ -25,7 +26,9 @@ _OPTION = re.compile("\x01([a-z0-9_]+)(?:=([^\x01\x02]*))?\x02")  # what `opt` w
 
 def opt(name: str, value: object = None) -> str:
     """A parameter, and maybe a value of it, in the text of an error: Python says ``shard_rows=8`` of it, the command
-    line ``--shard-rows 8``."""
+    line ``--shard-rows 8``. A codec's option is spelled the same in both: ``dct:luma=8``."""
+    if ":" in name:
+        return name if value is None else f"{name}={value}"
     return f"\x01{name}\x02" if value is None else f"\x01{name}={value!r}\x02"
 
 
@@ -36,6 +39,8 @@ def _in_python(found: re.Match[str]) -> str:
 def _in_shell(found: re.Match[str]) -> str:
     name = found[1].replace("_", "-")
     value = None if found[2] is None else literal_eval(found[2])
+    if isinstance(value, list):
+        value = ",".join(map(str, value))
     given = "" if value is None or isinstance(value, bool) else f" {value}"
     return f"--{'no-' if value is False else ''}{name}{given}"
 
@@ -114,11 +119,11 @@ def system_fault(error: OSError) -> SystemFault:
     hints = {
         errno.ENOSPC: "free some space, then run the same command again: committed shards are kept",
         errno.EDQUOT: "the disk quota is used up; free some space, then run the same command again",
-        errno.EROFS: f"the disk is read-only; choose another folder with {opt('out')}",
-        errno.EACCES: f"check the permissions, or choose another folder with {opt('out')}",
-        errno.EEXIST: f"it is a file where a folder is needed; choose another {opt('out')}",
-        errno.ENOTDIR: f"a part of the path is a file; choose another {opt('out')}",
-        errno.EPERM: f"check the permissions, or choose another folder with {opt('out')}",
+        errno.EROFS: f"the disk is read-only; choose another folder for {opt('out')}",
+        errno.EACCES: f"check the permissions, or choose another folder for {opt('out')}",
+        errno.EEXIST: f"there is a file where a folder is needed; choose another folder for {opt('out')}",
+        errno.ENOTDIR: f"part of the path is a file; choose another folder for {opt('out')}",
+        errno.EPERM: f"check the permissions, or choose another folder for {opt('out')}",
     }
     where = f": {error.filename}" if error.filename is not None else ""
     reason = error.strerror or str(error)
@@ -131,3 +136,44 @@ def nearest(word: str, allowed: list[str] | tuple[str, ...]) -> str:
 
     close = difflib.get_close_matches(word, allowed, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(close)}?" if close else f"use one of {', '.join(allowed)}"
+
+
+def check_whole(
+    name: str, value: object, low: int, high: int | None = None, hint: str = "", *, optional: bool = False
+) -> None:
+    """`UsageError` unless the parameter's value is a whole number from low to high, or, if `optional`, None."""
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+        allowed = f"of {low} or more" if high is None else f"from {low} to {high}"
+        raise UsageError(f"{opt(name)} must be a whole number {allowed}, got {value!r:.60}", hint)
+
+
+def check_number(
+    name: str,
+    value: object,
+    low: float,
+    high: float = math.inf,
+    hint: str = "",
+    *,
+    above: bool = False,
+    below: bool = False,
+) -> None:
+    """`UsageError` unless the parameter's value is a finite number from low to high.
+
+    above, below: low, or high, is itself not allowed.
+    """
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        enough = low < value if above else low <= value  # false for NaN
+        if enough and (value < high if below or high == math.inf else value <= high):
+            return
+    least = f"above {low:g}" if above else f"from {low:g}"
+    most = "" if high == math.inf else f" to below {high:g}" if below else f" to {high:g}"
+    allowed = f"of {low:g} or more" if not above and not most else least + most
+    raise UsageError(f"{opt(name)} must be a number {allowed}, got {value!r:.60}", hint)
+
+
+def check_word(name: str, value: object, allowed: list[str] | tuple[str, ...]) -> None:
+    """`UsageError` with the nearest ones unless the parameter's value is one of the words that are allowed."""
+    if value not in allowed:
+        raise UsageError(f"{opt(name)} must be {' or '.join(allowed)}, got {value!r:.60}", nearest(str(value), allowed))
