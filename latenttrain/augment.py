@@ -1,23 +1,22 @@
 """Augmentation on codes: the whole batch at once, on its device, without waiting for the host.
 
-Moves (shift, mirror) and noise act on codes, mixing and erasing on the planes that the network's stem makes of them;
-where codes were chosen jointly, shifts wait until the stem has filtered them.
-An autoencoder's latents have no mirror image of their own (TAESD: about 1 dB), but they do move by whole cells (23 dB).
+`draw` draws all random numbers of a batch. `augment_codes` moves, mirrors and adds noise to codes; the network's stem
+makes planes of them; `augment_planes` mixes and erases planes. Jointly chosen codes are moved after the stem.
+An autoencoder's mirrored latents are no mirrored image (TAESD: about 1 dB), but moving them by whole cells works
+(23 dB).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Generator, Tensor
 
-from latentprep.errors import UsageError, nearest
+from latentprep.errors import UsageError, check_number, nearest
 
 if TYPE_CHECKING:
     from latenttrain.nets import Net
@@ -40,12 +39,16 @@ class Augment:
     def __post_init__(self) -> None:
         if self.mirror_signs is not None:
             object.__setattr__(self, "mirror_signs", tuple(float(sign) for sign in self.mirror_signs))
-        limits = {"shift": 64, "zoom": 1, "mixup": math.inf, "cutmix": math.inf, "cutout": 1, "channel_drop": 1}
+        limits: dict[str, float] = {
+            "shift": 64,
+            "zoom": 1,
+            "mixup": math.inf,
+            "cutmix": math.inf,
+            "cutout": 1,
+            "channel_drop": 1,
+        }
         for name, limit in limits.items():
-            value = getattr(self, name)
-            if not (0 <= value <= limit) or value == math.inf:
-                allowed = "0 or more" if limit == math.inf else f"0 to {limit}"
-                raise UsageError(f"{name} must be {allowed}, got {value}", "0 turns it off")
+            check_number(name, getattr(self, name), 0, limit, "0 turns it off")
         if any(sign not in (1, -1) for sign in self.mirror_signs or ()):
             raise UsageError(f"mirror_signs must be 1 or -1, got {self.mirror_signs}", "ask the codec for its signs")
 
@@ -65,18 +68,8 @@ class Augment:
         return cls(**fields)
 
 
-def augment(
-    net: Net, codes: Tensor, labels: Tensor, config: Augment, generator: Generator | None
-) -> tuple[Tensor, Tensor]:
-    """u8 [B,C,h,w], i64 [B] -> planes f32 [B,P,h,w], targets f32 [B,classes] whose rows sum to one
-
-    Depends on ``generator`` (on the device of the codes) alone. Gradients flow to a stem that learns.
-    """
-    return augmented(net, codes, labels, config, draw(net, len(codes), config, codes.device, generator))
-
-
 def draw(net: Net, batch: int, config: Augment, device: torch.device, generator: Generator | None) -> dict[str, Tensor]:
-    """All that is random about a batch, uniform in 0…1, f32: what follows is a pure function, which can be compiled."""
+    """All random numbers of a batch, by name, uniform in 0…1, f32. The rest of the step is a pure function of them."""
     planes = int(net.stem.planes)  # type: ignore[arg-type]
     shapes = {  # and what asks for it
         "shift": ((2, batch), config.shift or config.zoom),
@@ -95,24 +88,27 @@ def draw(net: Net, batch: int, config: Augment, device: torch.device, generator:
     }
 
 
-def augmented(
-    net: Net, codes: Tensor, labels: Tensor, config: Augment, random: dict[str, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """What `augment` makes of a batch, given what `draw` drew for it."""
-    device, batch = codes.device, len(codes)
-    move: Callable[[Tensor], Tensor] | None = None
-    if config.shift or config.zoom:
-        shift = (random["shift"] * (2 * config.shift + 1)).long() - config.shift
-        move = partial(moved, shift=shift, scale=(1 + config.zoom) ** (2 * random["zoom"] - 1))
-    if move and not net.reads_neighbours:
-        codes = move(codes)
+def augment_codes(net: Net, codes: Tensor, config: Augment, random: dict[str, Tensor]) -> Tensor:
+    """Moves, mirror images and noise, with what `draw` drew: u8 [B,C,h,w] -> u8, or f32 if noise or signs change it"""
+    if not net.reads_neighbours:
+        codes = _moved(codes, config, random)
     if config.mirror:
         codes = torch.where(random["mirror"] < 0.5, mirrored(net, codes, config.mirror_signs), codes)
     if config.noise:
         codes = codes + random["noise"] - 0.5
-    planes = net.planes(codes)
-    if move and net.reads_neighbours:  # what lies beside a code must be what lay there when it was chosen
-        planes = move(planes)
+    return codes
+
+
+def augment_planes(
+    net: Net, planes: Tensor, labels: Tensor, config: Augment, random: dict[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Mixing and erasing, with what `draw` drew.
+
+    f32 [B,P,h,w], i64 [B] -> f32 [B,P,h,w], targets f32 [B,classes] whose rows sum to one
+    """
+    device, batch = planes.device, len(planes)
+    if net.reads_neighbours:  # the stem's filter needs each code beside the neighbours that it was chosen with
+        planes = _moved(planes, config, random)
     targets = (labels[:, None] == torch.arange(net.config.classes, device=device)).float()
 
     if config.mixup or config.cutmix:
@@ -138,6 +134,13 @@ def augmented(
     if config.channel_drop:
         planes = planes * (random["channel_drop"] >= config.channel_drop)
     return planes, targets
+
+
+def _moved(values: Tensor, config: Augment, random: dict[str, Tensor]) -> Tensor:
+    if not (config.shift or config.zoom):
+        return values
+    shift = (random["shift"] * (2 * config.shift + 1)).long() - config.shift
+    return moved(values, shift, (1 + config.zoom) ** (2 * random["zoom"] - 1))
 
 
 def moved(codes: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

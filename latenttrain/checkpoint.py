@@ -26,10 +26,11 @@ from torch import Tensor
 
 from latentprep.device import to_host
 from latentprep.errors import CheckpointError, LatentError, UsageError, opt
+from latentprep.format.fields import differences, dump_json
 from latentprep.storage.atomic import write_atomic
 from latentprep.storage.locks import LOCK, Held, held
 from latentprep.storage.places import path_of
-from latenttrain.config import FORMAT, VERSION, RunConfig, difference, short
+from latenttrain.config import FORMAT, VERSION, RunConfig, short
 from latenttrain.nets import Net, build_net
 from latenttrain.optimizers import Adam
 
@@ -86,14 +87,12 @@ def check_run_folder(root: Path, config: RunConfig, resume: bool, overwrite: boo
             f"{root} holds a run already",
             f"go on with {opt('resume')}, replace it with {opt('overwrite')}, or choose another {opt('out')}",
         )
-    earlier, now = read_config(root).to_json(), config.to_json()
-    for field in ("net", "recipe", "augment", "dataset"):
-        ours, theirs = ({k: v for k, v in d[field].items() if k != "path"} for d in (now, earlier))
-        if (found := difference(theirs, ours, field)) is not None:
-            name, there, here = found
+    earlier, now = (document.to_json() for document in (read_config(root), config))
+    for name, there, here in differences(earlier, now):
+        if name != "dataset.path" and not name.startswith("versions."):
             name = name.removeprefix("recipe.").removeprefix("net.")
             raise CheckpointError(
-                f"{root} was trained with {name} = {short(there)}, asked is {short(here)}",
+                f"{root} has different settings: {name} is {short(there)}, but {short(here)} was requested",
                 f"resume with the same settings, or start another run with {opt('out')}",
             )
 
@@ -123,10 +122,6 @@ def run_folder(root: Path, config: RunConfig, resume: bool) -> Iterator[None]:
                 (root / name).unlink(missing_ok=True)
             write_atomic(root / CONFIG, dump_json(config.to_json()))
         yield
-
-
-def dump_json(document: dict) -> bytes:
-    return (json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def read_config(root: Path) -> RunConfig:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ import torch
 from torch import Tensor
 
 from latentprep.device import full_float32, on_device, pick_device, to_host
-from latentprep.errors import UsageError, opt
+from latentprep.errors import UsageError, check_whole, opt
 from latentprep.fitting import NOT_ON_DEVICE, Fitting, enough_memory
 from latentprep.format import LatentDataset, open_dataset
 from latentprep.storage.places import path_of
@@ -22,47 +20,12 @@ from latenttrain.checkpoint import load_net
 from latenttrain.config import check_dataset
 from latenttrain.data import Samples
 from latenttrain.nets import Net
+from latenttrain.results import EvalResult, Prediction
 from latenttrain.runtime import autocast, in_bfloat16
 from latenttrain.streaming import judged_split
 
 _CELLS = 1 << 18  # of the latent grid, in a batch for evaluation: 334 samples of 28 x 28
 _IMAGES = 16  # in a batch for the codec
-
-
-@dataclass(frozen=True)
-class EvalResult:
-    """Accuracies are fractions; ``top5`` counts the five (or all, if fewer) likeliest classes.
-
-    loss: mean cross-entropy in nats. epoch: which one the weights are from. per_class: top-1 of each class, None where
-    the split has no sample of it.
-    """
-
-    run: str
-    dataset: str
-    split: str
-    samples: int
-    epoch: int
-    top1: float
-    top5: float
-    loss: float
-    per_class: dict[str, float | None]
-
-    def to_json(self) -> dict:
-        return dataclasses.asdict(self)
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """An image's likeliest classes with their probabilities, likeliest first; or why it could not be read."""
-
-    image: str
-    classes: tuple[tuple[str, float], ...] = ()
-    error: str = ""
-
-    def to_json(self) -> dict:
-        if self.error:
-            return {"image": self.image, "error": self.error}
-        return {"image": self.image, "classes": [{"name": n, "probability": p} for n, p in self.classes]}
 
 
 def evaluate(
@@ -152,8 +115,7 @@ def predict(
     `Prediction` with its ``error``, and the others go on.
     Raises `CheckpointError` for a damaged run, `CodecError` if the codec cannot be had, `UsageError` for a bad `top`.
     """
-    if top < 1:
-        raise UsageError(f"top must be 1 or more, got {top}", f"use {opt('top', 5)}")
+    check_whole("top", top, 1, hint=f"use {opt('top', 5)}")
     target = pick_device(device)
     net, config, _ = load_net(run, checkpoint)
     net = net.to(target)

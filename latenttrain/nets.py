@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latentprep.errors import UsageError, nearest, opt
-from latenttrain.scaling import round_depth, round_width
 from latenttrain.stems import STEMS, AffineStem
 
 
@@ -241,3 +240,40 @@ def mobilenetv2(planes: int, config: NetConfig) -> nn.Sequential:
 ARCHITECTURES = {"latentnet": latentnet, "mobilenetv2": mobilenetv2}
 # Hardswish trains to what SiLU does at nearly the cost of ReLU: Howard et al. 2019, https://arxiv.org/abs/1905.02244
 ACTIVATIONS: dict[str, type[nn.Module]] = {"hardswish": nn.Hardswish, "relu": nn.ReLU}
+
+
+def round_width(channels: int, width: float, divisor: int = 8) -> int:
+    """``channels * width`` to the nearest multiple of ``divisor``, never below 90% of it (EfficientNet's rule)."""
+    scaled = channels * width
+    rounded = max(divisor, int(scaled + divisor / 2) // divisor * divisor)
+    return rounded + divisor if rounded < 0.9 * scaled else rounded
+
+
+def round_depth(blocks: int, depth: float) -> int:
+    """``blocks * depth``, rounded up (EfficientNet's rule), so that no stage ever loses its last block."""
+    return math.ceil(round(blocks * depth, 6))  # 6 digits: 5 * 1.2 is 6 blocks, whatever binary fractions say
+
+
+def count_parameters(net: nn.Module) -> int:
+    """Trainable parameters."""
+    return sum(parameter.numel() for parameter in net.parameters() if parameter.requires_grad)
+
+
+def count_flops(net: Net) -> int:
+    """Forward FLOPs of one sample as torch counts them: convolutions and matrix products only.
+
+    A multiply-add is 2 FLOPs. A training step costs about three times as much: the forward pass and both gradients.
+    torch's own count of the gradients (2.13) ignores groups, and is twenty times too high for depthwise convolutions.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    device = next(net.parameters()).device
+    codes = torch.zeros(1, *net.config.latent, dtype=torch.uint8, device=device)
+    training = net.training
+    net.eval()
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            net(codes)
+    finally:
+        net.train(training)
+    return counter.get_total_flops()
