@@ -1,10 +1,10 @@
-"""The run folder: what a run is, what it learned, and all it needs to go on.
+"""The run folder: a run's configuration, its weights, and everything needed to resume it.
 
     config.json        `RunConfig`: network, recipe, augmentation, dataset, versions
     best.safetensors   the averaged weights of the epoch with the best val top-1
-    last.safetensors   all of the last whole epoch: weights, averaged weights, the optimizer's moments, the metrics
-    metrics.jsonl      the metrics, one line an epoch
-    curve.png          the metrics, drawn
+    last.safetensors   the last whole epoch: weights, averaged weights, the optimizer's moments, the metrics
+    metrics.jsonl      the metrics, one line per epoch
+    curve.png          a plot of the metrics
 
 JSON and safetensors only, so opening a run never runs code. Each file is written whole or not at all, and
 ``last.safetensors`` commits an epoch: ``best.safetensors`` is written just before it, and ``metrics.jsonl``, which
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from latentprep.device import to_host
-from latentprep.errors import CheckpointError, LatentError, UsageError, opt
+from latentprep.errors import CheckpointError, LatentError, UsageError, check_word, opt
 from latentprep.format.fields import differences, dump_json
 from latentprep.storage.atomic import write_atomic
 from latentprep.storage.locks import LOCK, Held, held
@@ -73,19 +73,19 @@ def check_run_folder(root: Path, config: RunConfig, resume: bool, overwrite: boo
     replaced, `UsageError` if both were asked."""
     if resume and overwrite:
         raise UsageError(
-            f"{opt('resume')} and {opt('overwrite')} exclude each other",
+            f"{opt('resume')} and {opt('overwrite')} cannot be combined",
             f"{opt('resume')} keeps the run, {opt('overwrite')} deletes it",
         )
     if not root.exists() or (root.is_dir() and not any(path.name not in _LEFTOVERS for path in root.iterdir())):
         return
     if not _is_run(root):
-        raise CheckpointError(f"{root} exists and is no run folder", f"choose another folder with {opt('out')}")
+        raise CheckpointError(f"{root} exists and is not a run folder", f"choose another folder with {opt('out')}")
     if overwrite:
         return
     if not resume:
         raise CheckpointError(
-            f"{root} holds a run already",
-            f"go on with {opt('resume')}, replace it with {opt('overwrite')}, or choose another {opt('out')}",
+            f"{root} already holds a run",
+            f"continue it with {opt('resume')}, replace it with {opt('overwrite')}, or choose another {opt('out')}",
         )
     earlier, now = (document.to_json() for document in (read_config(root), config))
     for name, there, here in differences(earlier, now):
@@ -128,7 +128,7 @@ def read_config(root: Path) -> RunConfig:
     """The run's configuration. Raises `CheckpointError` if the folder holds none that this version can read."""
     path = root / CONFIG
     if not path.is_file():
-        what = "no run folder (it has no config.json)" if root.exists() else "no such folder"
+        what = "not a run folder (it has no config.json)" if root.exists() else "no such folder"
         raise CheckpointError(f"{root}: {what}", "name a folder that latenttrain fit made")
     try:
         document = json.loads(path.read_bytes())
@@ -143,7 +143,7 @@ def read_config(root: Path) -> RunConfig:
     except CheckpointError:
         raise
     except (LatentError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
-        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        reason = f"it has no field {error}" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(f"{path} is damaged: {reason}", "restore it, or train again") from error
 
 
@@ -166,7 +166,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
         with safetensors.safe_open(path, "pt") as file:
             notes = json.loads((file.metadata() or {})[_NOTES])
             if not isinstance(notes, dict):
-                raise ValueError("its notes are no JSON object")
+                raise ValueError("its notes are not a JSON object")
             return {name: file.get_tensor(name) for name in file.keys()}, notes  # noqa: SIM118 - no mapping
     except (safetensors.SafetensorError, ValueError, KeyError, RecursionError) as error:
         raise CheckpointError(
@@ -181,8 +181,7 @@ def load_net(run: str | Path, checkpoint: str = "best") -> tuple[Net, RunConfig,
     checkpoint: ``best`` (highest val top-1) or ``last``. Raises `CheckpointError` for a damaged run.
     """
     root = path_of(run)
-    if checkpoint not in ("best", "last"):
-        raise UsageError(f"unknown checkpoint '{checkpoint}'", "use best or last")
+    check_word("checkpoint", checkpoint, ("best", "last"))
     config = read_config(root)
     path = root / (BEST if checkpoint == "best" else LAST)
     tensors, notes = load_tensors(path)

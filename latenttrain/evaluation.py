@@ -1,4 +1,4 @@
-"""What a trained network is worth on a split, and what it says of an image."""
+"""`evaluate`: a trained network on a split of a dataset; `predict`: on image files."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def evaluate(
     checkpoint: str = "best",
     device: str = "auto",
 ) -> EvalResult:
-    """How well a run's network does on a split of a dataset encoded like the one it was trained on.
+    """Evaluate a run's network on a split of a dataset that was encoded like its own.
 
     run: the folder that `fit` made. checkpoint: ``best`` (highest val top-1) or ``last``.
-    Raises `CheckpointError` for a damaged run or a dataset whose codes mean something else, `DatasetError` for a
+    Raises `CheckpointError` for a damaged run or a dataset that was encoded differently, `DatasetError` for a
     damaged dataset, `UsageError` for an unknown split or checkpoint.
     """
     target = pick_device(device)
@@ -109,11 +109,12 @@ def predict(
     checkpoint: str = "best",
     device: str = "auto",
 ) -> list[Prediction]:
-    """What a run's network sees in image files: pixels through the codec and quantizer that it was trained with.
+    """Classify image files with a run's network, through the codec and quantizer that it was trained with.
 
-    weights: the codec's weights, where they are not where they were at encoding. An image that cannot be read gives a
-    `Prediction` with its ``error``, and the others go on.
-    Raises `CheckpointError` for a damaged run, `CodecError` if the codec cannot be had, `UsageError` for a bad `top`.
+    top: classes to list for each image. weights: the folder of the codec's weights, if it has moved. An image that
+    cannot be read gives a `Prediction` with an ``error``; the others are classified.
+
+    Raises `CheckpointError` for a damaged run, `CodecError` if the codec is missing, `UsageError` for `top` below 1.
     """
     check_whole("top", top, 1, hint=f"use {opt('top', 5)}")
     target = pick_device(device)

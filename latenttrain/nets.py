@@ -1,4 +1,4 @@
-"""Networks that take codes in and give logits out."""
+"""Networks from codes to logits, and their size."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latentprep.errors import UsageError, nearest, opt
+from latentprep.errors import UsageError, check_number, check_whole, check_word, nearest, opt
 from latenttrain.stems import STEMS, AffineStem
 
 
 @dataclass(frozen=True)
 class NetConfig:
-    """All that is needed to build a network, and to read codes with it."""
+    """Everything needed to build a network, and to interpret codes with it."""
 
     latent: tuple[int, int, int]  # C, h, w
     classes: int
@@ -45,13 +45,12 @@ class NetConfig:
             )
         if self.classes < 2:
             raise UsageError(f"a network needs 2 classes or more, got {self.classes}", "add a second class")
-        if self.bits not in range(1, 9):
-            raise UsageError(f"bits must be 1 to 8, got {self.bits}", f"encode with {opt('bits')} 1 to 8")
+        check_whole("bits", self.bits, 1, 8, f"encode with {opt('bits')} 1 to 8")
         for name in ("lo", "step", *(("mean", "std") if self.mean or self.std else ())):
             values = getattr(self, name)
             if len(values) != self.latent[0] or not all(map(math.isfinite, values)):
                 raise UsageError(
-                    f"{name} must be {self.latent[0]} finite numbers, one a channel, got {values}",
+                    f"{name} must be {self.latent[0]} finite numbers, one per channel, got {values}",
                     "take it from the dataset's manifest",
                 )
         if self.filter and (len(self.filter) != 9 * self.latent[0] ** 2 or not all(map(math.isfinite, self.filter))):
@@ -64,15 +63,10 @@ class NetConfig:
         if min(self.std, default=0) < 0:
             raise UsageError(f"std must be 0 or more, got {self.std}", "take it from the dataset's manifest")
         for name, allowed in (("arch", ARCHITECTURES), ("stem", STEMS), ("activation", ACTIVATIONS)):
-            if getattr(self, name) not in allowed:
-                raise UsageError(
-                    f"unknown {name} {getattr(self, name)!r}", nearest(str(getattr(self, name)), list(allowed))
-                )
-        if self.full_grid not in range(1, 9):
-            raise UsageError(f"{opt('full_grid')} must be 1 to 8, got {self.full_grid}", "leave it out for 1")
+            check_word(name, getattr(self, name), list(allowed))
+        check_whole("full_grid", self.full_grid, 1, 8, "leave it out for 1")
         for name in ("width", "depth"):
-            if not 0.05 <= getattr(self, name) <= 20:
-                raise UsageError(f"{name} must be 0.05 to 20, got {getattr(self, name)}", f"--{name} 1 is the default")
+            check_number(name, getattr(self, name), 0.05, 20, f"{opt(name, 1)} is the default")
 
     def to_json(self) -> dict:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items()}

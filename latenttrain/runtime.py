@@ -1,4 +1,4 @@
-"""How a network runs on its device: in what precision, and so that a seed decides everything."""
+"""How a network runs on its device: precision, compilation, reproducibility, time."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from latentprep.errors import SystemFault, opt
 
 
 def in_bfloat16(net: nn.Module, device: torch.device) -> bool:
-    """Whether a network runs in bfloat16: where the hardware multiplies it faster than float32.
+    """Whether a network runs in bfloat16: if the hardware multiplies it faster than float32.
 
-    A network with strided depthwise convolutions stays in float32 on a CPU: oneDNN (torch 2.13) takes 7 to 80 times as
+    On a CPU, a network with strided depthwise convolutions stays in float32: oneDNN (torch 2.13) takes 7 to 80 times as
     long for their bfloat16 gradients.
     """
     return has_fast_bfloat16(device) and not (device.type == "cpu" and any(map(_strided_depthwise, net.modules())))
 
 
 def autocast(bfloat16: bool, device: torch.device) -> Any:
-    """bfloat16 inside where `in_bfloat16` said so; elsewhere nothing changes."""
+    """A context that computes in bfloat16 if `bfloat16` is true; otherwise it changes nothing."""
     return torch.autocast(device.type, torch.bfloat16) if bfloat16 else contextlib.nullcontext()
 
 
@@ -37,10 +37,10 @@ def compiled(
 ) -> Callable[..., Tensor]:
     """The function as code generated for its arguments' shapes, forward and backward, by torch.compile.
 
-    On CUDA it runs as CUDA graphs, so that a small network does not wait for the host to start some hundred kernels.
-    resident: what it reads besides parameters and stays where it is, such as all codes; a graph has a copy of all else.
+    On CUDA it runs as CUDA graphs, so that a small network does not wait for the host to launch hundreds of kernels.
+    resident: tensors that it reads and that never move, such as all codes; a graph copies every other argument.
 
-    When it is called: raises `SystemFault` where no code can be generated, as without a C++ compiler.
+    A call raises `SystemFault` if no code can be generated, for example without a C++ compiler.
     """
     from torch._dynamo.exc import TorchDynamoException
 
@@ -58,8 +58,8 @@ def compiled(
         except TorchDynamoException as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise SystemFault(
-                f"the training step cannot be compiled here: {reason}",
-                f"leave out {opt('compile')}; on CPUs it needs a C++ compiler",
+                f"the training step cannot be compiled on this machine: {reason}",
+                f"leave {opt('compile')} out; on CPUs it needs a C++ compiler",
             ) from error
 
     return call
@@ -67,10 +67,10 @@ def compiled(
 
 @contextlib.contextmanager
 def reproducible(device: torch.device, seed: int) -> Iterator[None]:
-    """The same seed gives the same bits on the same machine inside; torch's global state is as before outside.
+    """A context in which the same seed gives the same bits on the same machine. torch's global state is restored.
 
-    cuDNN runs its deterministic kernels, chosen without a trial; whether it may run at all, and in TF32, is the user's.
-    A CUDA device is the current one inside.
+    cuDNN runs deterministic kernels, chosen without trials; whether it runs at all, and in TF32, is left as it is.
+    A CUDA device is made the current one.
     """
     cudnn, cuda = torch.backends.cudnn, [device] if device.type == "cuda" else []
     before = cudnn.deterministic, cudnn.benchmark

@@ -27,7 +27,6 @@ from pictures import make_folder
 RENDERED = {"as_json", "show"}  # how a command prints its result
 TEXT = "a comma-separated text or a range on the command line, a sequence in Python"
 CODEC = "handed on to the codec: further keywords of encode"
-CACHE = "in Python the dataset is opened with latentprep.open(cache_dir=, cache_bytes=)"
 STUDY = "for studies, in Python only"
 DIFFERENT = {
     "latentprep encode": {
@@ -45,14 +44,9 @@ DIFFERENT = {
         "index": TEXT, "class_": "classes in Python", "classes": "--class on the command line",
     },
     "latentprep rd": {"codecs": TEXT, "bits": TEXT, "qualities": TEXT},
-    "latentprep report": {"run": "runs in Python", "runs": "--run on the command line"},
-    "latenttrain fit": {
-        **dict.fromkeys(("cache_dir", "cache_size"), CACHE),
-        **dict.fromkeys(("label_smoothing", "warmup", "ema", "augment", "latents"), STUDY),
-    },
-    "latenttrain eval": dict.fromkeys(("cache_dir", "cache_size"), CACHE),
+    "latenttrain fit": dict.fromkeys(("arch", "stem", "full_grid", "augment", "latents", "buffer"), STUDY),
     "latenttrain scale": {"phi": TEXT},
-    "latenttrain sweep": {"bits": TEXT, "stem": "stems in Python", "stems": "--stem on the command line"},
+    "latenttrain sweep": {"bits": TEXT, "stems": TEXT},
 }  # fmt: skip
 FUNCTIONS = {
     "latentprep codecs": latentprep.list_codecs,

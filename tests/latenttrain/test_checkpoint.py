@@ -77,7 +77,7 @@ def test_best_and_last_are_the_epochs_they_say(trained):
     assert not net.training
     assert net.config == config.net
     assert load_net(trained, "last")[2] == epochs[-1]
-    with pytest.raises(UsageError, match="unknown checkpoint 'middle'"):
+    with pytest.raises(UsageError, match="checkpoint must be best or last, got 'middle'"):
         load_net(trained, "middle")
 
 
@@ -173,7 +173,7 @@ def test_a_run_of_a_later_version_is_refused(run):
 def test_what_is_no_run_folder_is_said(tmp_path):
     with pytest.raises(CheckpointError, match="no such folder"):
         read_config(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match="no run folder"):
+    with pytest.raises(CheckpointError, match="not a run folder"):
         read_config(tmp_path)
 
 
