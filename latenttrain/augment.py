@@ -24,16 +24,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Augment:
-    """What happens to a training batch. The defaults are the shipped recipe; `Augment.none` changes nothing."""
+    """How training batches are augmented. `Augment()` is the default recipe; `Augment.none` changes nothing."""
 
-    shift: int = 3  # cells: up to so many in each direction, the border mirrored into the gap
-    zoom: float = 0.2  # each side stretched or squeezed by up to this fraction, to the nearest cells
+    shift: int = 3  # cells, at most, in each direction; the gap is filled by mirroring at the border
+    zoom: float = 0.2  # each side stretched or squeezed by up to this fraction, to whole cells
     mixup: float = 0.0  # alpha of the Beta(alpha, alpha) that weighs two samples; 0 is off
-    cutmix: float = 0.0  # the same for the area of a rectangle from another sample; with mixup, half the samples each
+    cutmix: float = (
+        0.0  # the same for the area of a rectangle from another sample; with mixup, each for half of the samples
+    )
     cutout: float = 0.4  # side of an erased rectangle as a fraction of the grid's side
     noise: bool = False  # uniform noise within the quantizer's step: costs 3 points at 2 bits, docs/results.md
     channel_drop: float = 0.0  # probability that a plane of a sample is zeroed
-    mirror: bool = False  # half of the samples left-right; only where the codec's mirror is exact
+    mirror: bool = False  # half of the samples, left-right; only for codecs whose mirror image is exact
     mirror_signs: tuple[float, ...] | None = None  # a mirrored channel's factor, 1 or -1; None is 1 for all
 
     def __post_init__(self) -> None:
@@ -50,7 +52,7 @@ class Augment:
         for name, limit in limits.items():
             check_number(name, getattr(self, name), 0, limit, "0 turns it off")
         if any(sign not in (1, -1) for sign in self.mirror_signs or ()):
-            raise UsageError(f"mirror_signs must be 1 or -1, got {self.mirror_signs}", "ask the codec for its signs")
+            raise UsageError(f"mirror_signs must be 1 or -1, got {self.mirror_signs}", "take them from the codec")
 
     @classmethod
     def none(cls) -> Augment:
@@ -71,7 +73,7 @@ class Augment:
 def draw(net: Net, batch: int, config: Augment, device: torch.device, generator: Generator | None) -> dict[str, Tensor]:
     """All random numbers of a batch, by name, uniform in 0…1, f32. The rest of the step is a pure function of them."""
     planes = int(net.stem.planes)  # type: ignore[arg-type]
-    shapes = {  # and what asks for it
+    shapes = {  # and the setting that needs it
         "shift": ((2, batch), config.shift or config.zoom),
         "zoom": ((2, batch), config.shift or config.zoom),
         "mirror": ((batch, 1, 1, 1), config.mirror),
@@ -144,7 +146,7 @@ def _moved(values: Tensor, config: Augment, random: dict[str, Tensor]) -> Tensor
 
 
 def moved(codes: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Each sample shifted by its own whole cells and scaled about its centre, the border mirrored into gaps.
+    """Each sample shifted by whole cells and scaled about its centre; gaps are filled by mirroring at the border.
 
     [B,C,h,w], i64 [2,B] down and right, f32 [2,B] of height and width -> [B,C,h,w]
     """
@@ -174,7 +176,9 @@ def mirrored(net: Net, codes: Tensor, signs: tuple[float, ...] | None) -> Tensor
         return flipped
     config = net.config
     if len(signs) != config.latent[0]:
-        raise UsageError(f"mirror_signs has {len(signs)} entries for {config.latent[0]} channels", "give one a channel")
+        raise UsageError(
+            f"mirror_signs has {len(signs)} entries for {config.latent[0]} channels", "give one per channel"
+        )
     # lo + (code + 0.5) * step changes sign at the code -2 * lo / step - 1 - code, seldom a whole number
     channels = [
         plane if sign == 1 else -2 * lo / step - 1 - plane.float()

@@ -36,17 +36,17 @@ from latenttrain.optimizers import Adam
 
 CONFIG, METRICS, BEST, LAST, CURVE = "config.json", "metrics.jsonl", "best.safetensors", "last.safetensors", "curve.png"
 RUN_FILES = (CONFIG, METRICS, BEST, LAST, CURVE)
-_TEMPORARIES = tuple(name + ".tmp" for name in RUN_FILES)  # what a killed `write_atomic` leaves
+_TEMPORARIES = tuple(name + ".tmp" for name in RUN_FILES)  # left over from a killed `write_atomic`
 _LEFTOVERS = (*_TEMPORARIES, LOCK)
 _NOTES = "latenttrain"  # the one metadata key we write: safetensors does not keep the order of several
 
 
 @dataclass
 class State:
-    """A run after some whole epochs. Everything random is drawn from (seed, epoch), so no generator is part of it.
+    """A run after some whole epochs. Random numbers follow from (seed, epoch), so no generator is part of it.
 
     net: the weights that learn; average: their moving average, which is evaluated and kept.
-    metrics: one entry an epoch, as in ``metrics.jsonl``.
+    metrics: one entry per epoch, as in ``metrics.jsonl``.
     """
 
     net: Net
@@ -60,7 +60,7 @@ class State:
         return max(self.metrics, key=lambda epoch: epoch["top1"])
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that a resumed run needs, by name, each where it is."""
+        """Everything that a resumed run needs, by name, on the state's device."""
         tensors = {f"net.{name}": tensor for name, tensor in self.net.state_dict().items()}
         tensors |= {f"average.{name}": tensor for name, tensor in self.average.state_dict().items()}
         for index, entry in self.optimizer.state_dict()["state"].items():
@@ -69,8 +69,11 @@ class State:
 
 
 def check_run_folder(root: Path, config: RunConfig, resume: bool, overwrite: bool) -> None:
-    """Raises before anything is written: `CheckpointError` if a run is there already and may not be continued or
-    replaced, `UsageError` if both were asked."""
+    """Checks the folder before anything is written.
+
+    Raises `CheckpointError` if it holds a run that may not be continued or replaced, or anything else; `UsageError` for
+    both `resume` and `overwrite`.
+    """
     if resume and overwrite:
         raise UsageError(
             f"{opt('resume')} and {opt('overwrite')} cannot be combined",
@@ -98,7 +101,7 @@ def check_run_folder(root: Path, config: RunConfig, resume: bool, overwrite: boo
 
 
 def _is_run(root: Path) -> bool:
-    """Whether `fit` made the folder: many a model's folder holds a config.json."""
+    """Whether `fit` made the folder: other programs write a config.json, too."""
     try:
         return json.loads((root / CONFIG).read_bytes())["format"] == FORMAT
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -107,7 +110,7 @@ def _is_run(root: Path) -> bool:
 
 @contextlib.contextmanager
 def run_folder(root: Path, config: RunConfig, resume: bool) -> Iterator[None]:
-    """Hold the folder, made if need be, for one `fit`; unless resuming, an earlier run's files go first."""
+    """Create and lock the run folder for one `fit`. Unless it resumes, an earlier run's files are deleted."""
     root.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         try:
@@ -171,7 +174,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
     except (safetensors.SafetensorError, ValueError, KeyError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is damaged or was not written by latenttrain ({error})",
-            "restore it, or train again; weights in Python's pickle format are never read",
+            "restore it, or train again; pickle files are never read",
         ) from error
 
 
@@ -203,7 +206,7 @@ def fill(net: Net, tensors: dict[str, Tensor], path: Path) -> None:
         net.load_state_dict(tensors)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
-        raise CheckpointError(f"{path} is not of this network: {reason}", "restore it, or train again") from error
+        raise CheckpointError(f"{path} belongs to another network: {reason}", "restore it, or train again") from error
 
 
 def save_epoch(root: Path, state: State, tensors: dict[str, Tensor]) -> None:
@@ -220,7 +223,7 @@ def write_metrics(root: Path, metrics: list[dict]) -> None:
 
 
 def restore(root: Path, state: State) -> None:
-    """Make `state` what `save_epoch` saw last; nothing happens if no epoch was committed yet.
+    """Make `state` what `save_epoch` last saved; without a committed epoch, leave it as it is.
 
     Raises `CheckpointError` if the file is damaged or of another network.
     """
@@ -234,12 +237,14 @@ def restore(root: Path, state: State) -> None:
         restore_optimizer(state.optimizer, part(tensors, "optimizer."))
         state.metrics[:] = notes["metrics"]
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is not of this run: {error}", f"train again with {opt('overwrite')}") from error
+        raise CheckpointError(
+            f"{path} belongs to another run: {error}", f"train again with {opt('overwrite')}"
+        ) from error
     write_metrics(root, state.metrics)
 
 
 def restore_optimizer(optimizer: Adam, tensors: dict[str, Tensor]) -> None:
-    """Make the optimizer's state what was saved of it. Raises `KeyError` or `RuntimeError` if that is not its own."""
+    """Restore the optimizer's state. Raises `KeyError` or `RuntimeError` if the tensors are not of this optimizer."""
     entries: dict[int, dict[str, Tensor]] = {}
     owned = [(group, parameter) for group in optimizer.param_groups for parameter in group["params"]]
     for index, (group, parameter) in enumerate(owned):

@@ -15,7 +15,7 @@ from latentprep.errors import DatasetError, check_number, check_whole, opt
 from latentprep.format import LatentDataset
 from latentprep.format.latents import read_latents
 
-_COUNTED = 256  # samples whose float latents are counted, at most
+_COUNTED = 256  # samples that float statistics are measured on, at most
 CANONICAL = 0.5  # how often training takes view 0 of several; evaluation always does: docs/results.md
 
 
@@ -101,7 +101,7 @@ class Split:
 
 
 def canonical_excess(views: int) -> float:
-    """How often to take view 0 instead of one drawn from all, so that view 0 comes with probability `CANONICAL`."""
+    """The probability of replacing a view drawn from all by view 0, so that view 0 has probability `CANONICAL`."""
     return (CANONICAL - 1 / views) / (1 - 1 / views)
 
 
@@ -122,7 +122,7 @@ def check_trainable(dataset: LatentDataset, splits: tuple[str, ...] = ("train", 
 def load_split(
     dataset: LatentDataset, split: str, device: torch.device, limit: int | None = None, views: bool = True
 ) -> Split:
-    """A split on the device, with all views or view 0 alone; with `limit`, at most so many samples, spread evenly.
+    """A split on the device, with all views or view 0 only; with `limit`, at most that many samples, spread evenly.
 
     Raises `DatasetError` if shards are missing or damaged or no sample is valid, `UsageError` for a bad limit.
     """
@@ -167,7 +167,7 @@ def load_trained(
 
 
 def float_codes(dataset: LatentDataset, split: str, latents: Path, limit: int | None = None) -> Tensor:
-    """The split's float latents in units of its codes, f32 [n,1,C,h,w]: what dequantizes to them.
+    """The split's float latents in units of its codes, f32 [n,1,C,h,w]: dequantizing them gives the latents.
 
     Raises `DatasetError` if the folder does not hold this dataset's.
     """
@@ -178,7 +178,7 @@ def float_codes(dataset: LatentDataset, split: str, latents: Path, limit: int | 
 def float_statistics(dataset: LatentDataset, latents: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel of train's float latents, in units of codes.
 
-    Of samples spread evenly, as many as `encode` calibrates on.
+    Measured on evenly spread samples, as many as `encode` calibrates on.
 
     Raises `DatasetError` if the folder does not hold this dataset's, or no sample is valid.
     """
@@ -217,5 +217,6 @@ def check_classes(dataset: LatentDataset, train: Samples) -> None:
 
 
 def batches_per_epoch(samples: int, batch_size: int) -> int:
-    """The last, smaller batch is left out, other samples each epoch; fewer samples than a batch make one batch."""
+    """Batches in an epoch. The last one is dropped if it is smaller, with other samples in each epoch; a split smaller
+    than a batch is one batch."""
     return max(1, samples // batch_size)

@@ -66,14 +66,14 @@ def evaluate(
 
 
 def split_logits(net: Net, split: Samples) -> Tensor:
-    """f32 [n,classes] of view 0 of every sample, the network in evaluation mode and at the precision it trains in."""
+    """f32 [n,classes] of view 0 of every sample: the network in evaluation mode, at the precision of training."""
     net.eval()
     size = max(1, _CELLS // math.prod(net.config.latent[1:]))
     bfloat16 = in_bfloat16(net, split.device)
 
     def logits_of(codes: Tensor) -> Tensor:
         with full_float32():
-            planes = net.planes(codes)  # as in training: in float32, whatever the network computes in
+            planes = net.planes(codes)  # in float32, as in training, whatever the body computes in
         with autocast(bfloat16, split.device):
             return net.logits(planes)
 
@@ -88,14 +88,14 @@ def scores(logits: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def counted(logits: Tensor, labels: Tensor) -> list[Tensor]:
-    """What `read_scores` reads, still on the device: samples right at once and among five, i64 [], and the mean
+    """The input of `read_scores`, on the device: samples right at rank 1 and within 5, i64 [], and the mean
     cross-entropy, f32 []."""
     ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
     return [ranked[:, 0].sum(), ranked.any(1).sum(), torch.nn.functional.cross_entropy(logits.float(), labels)]
 
 
 def read_scores(found: Sequence[Tensor], samples: int) -> dict[str, float]:
-    """`scores` from what `counted` found of so many samples, on the host."""
+    """`scores` from the result of `counted` on this many samples, on the host."""
     first, among_five, loss = found
     return {"top1": int(first) / samples, "top5": int(among_five) / samples, "loss": float(loss)}
 

@@ -1,4 +1,4 @@
-"""How much memory a split may take: what is free on the device, within what a container allows."""
+"""Free memory of a device, within a container's limit."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ _GROUPS = (("memory.max", "memory.current", "memory.stat"),
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on the device; on a CPU, what the machine and the container can give without swapping."""
+    """Free bytes on the device; on a CPU, those that the machine and the container can give without swapping."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return min(_machine(), container_memory(Path("/sys/fs/cgroup")))
 
 
 def container_memory(groups: Path) -> int:
-    """Bytes that the container's limit leaves, the files that the kernel caches for it counted as free.
+    """Bytes left within the container's limit; files that the kernel caches for it count as free.
 
-    groups: where control groups are mounted. Without a limit 2**63, as the kernel says it.
+    groups: where control groups are mounted. Without a limit it returns 2**63, as the kernel does.
     """
     for limit, usage, statistics in _GROUPS:
         try:

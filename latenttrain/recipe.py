@@ -27,14 +27,14 @@ class Recipe:
     epochs: int = BASE_EPOCHS
     batch_size: int = BASE_BATCH
     lr: float = BASE_LR  # the peak of Muon's; AdamW's is a fifth of it
-    weight_decay: float = 0.05  # of convolutions and matrices; BatchNorm and biases have none
+    weight_decay: float = 0.05  # of convolutions and matrices, not of BatchNorm and biases
     label_smoothing: float = 0.1
     warmup: float = 0.05  # fraction of all steps in which the learning rate rises
-    ema: float = 0.99  # highest decay a step of the averaged weights, which are those evaluated and kept
+    ema: float = 0.99  # highest decay per step of the averaged weights, which are evaluated and kept
     seed: int = 0
     optimizer: str = "muon"  # or adam
     schedule: str = "cosine"  # or constant, after the warm-up
-    compile: bool = False  # the training step; it rounds differently, so a run goes on as it began
+    compile: bool = False  # the training step; it rounds differently, so a run cannot change it when it resumes
 
     def __post_init__(self) -> None:
         check_word("optimizer", self.optimizer, ("muon", "adam"))
@@ -125,7 +125,7 @@ def make_recipe(recipe: str | Mapping[str, Any] = "default", **given: Any) -> Re
 
 
 def default_lr(batch_size: int, epochs: int) -> float:
-    """The peak learning rate for a batch of so many samples and so many epochs."""
+    """The default peak learning rate for this batch size and number of epochs."""
     batches = math.sqrt(max(1, batch_size) / BASE_BATCH)
     return round(BASE_LR * batches * (BASE_EPOCHS / max(1, epochs)) ** LR_BY_EPOCHS, 6)
 

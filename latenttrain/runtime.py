@@ -88,7 +88,7 @@ def reproducible(device: torch.device, seed: int) -> Iterator[None]:
 
 
 class Stopwatch:
-    """Seconds between its making and `stop` as the device counts them, so that the host need not wait for it."""
+    """Seconds from construction to `stop`, measured by the device, so that the host does not wait."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -99,7 +99,7 @@ class Stopwatch:
         self._end = self._now()
 
     def seconds(self) -> float:
-        """Once the host has waited for what came after `stop`, as for a result of it."""
+        """The time in seconds. Call it after the host has waited for a result computed after `stop`."""
         if self._device.type in ("cuda", "mps"):
             return self._start.elapsed_time(self._end) / 1000
         return self._end - self._start
@@ -117,7 +117,7 @@ class Stopwatch:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all that was asked of it: before and after what is timed."""
+    """Wait until the device has finished all queued work: call it before and after what is timed."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

@@ -85,7 +85,7 @@ class StreamedSplit:
         return torch.from_numpy(labels).to(self.device, torch.int64)
 
     def classes(self) -> list[int]:
-        """Two or more of the labels that occur, or the only one. Looks no further than it must."""
+        """Two or more of the labels that occur, or the only one. Reads as few shards as possible."""
         last, found = len(self._valid) - 1, set[int]()
         for shard in dict.fromkeys((0, last, *range(last))):  # sources are in class order as a rule: the ends differ
             labels = self.dataset.read_labels(self.split, shard)
@@ -158,7 +158,7 @@ class StreamedSplit:
                     codes, labels = codes[len(part) :], labels[len(part) :]
 
     def packed(self) -> PackedSplit:
-        """All of it on the device, bit-packed shard by shard, so that the whole is never unpacked anywhere."""
+        """The whole split on the device, packed shard by shard, so that it is never unpacked as a whole."""
         manifest, bits = self.dataset.manifest, self.dataset.quantizer.bits
         views, channels, height, width = manifest.row_shape(self.split)
         size = packed_bytes(channels * height * width, bits)
@@ -227,10 +227,10 @@ def default_buffer(manifest: Manifest, split: str) -> int:
 
 
 def shards_mixed(rows: np.ndarray, shard_rows: int) -> float:
-    """How many shards neighbours in an epoch are drawn from: rows in the split i64 [n], in order of appearance.
+    """From how many shards neighbours in an epoch are drawn: rows in the split i64 [n], in order of appearance.
 
-    One over the share of neighbours that are of one shard: 1 for no shuffling, the number of shards for a true
-    permutation, and about twice the number held for a buffer much smaller than the split, since shards drain in it.
+    It is one over the share of neighbours from the same shard: 1 for no shuffling, the number of shards for a true
+    permutation, and about twice the buffer for one much smaller than the split, since its shards are partly drawn.
     """
     shards = rows // shard_rows
     return len(rows) / max(1, int((shards[1:] == shards[:-1]).sum()))
@@ -288,7 +288,7 @@ def judged_split(dataset: LatentDataset, split: str, device: torch.device) -> Sa
 
 
 def fits(dataset: LatentDataset, split: str, device: torch.device, packed: bool = False) -> bool:
-    """Whether a split's codes take less than half of the memory that is free: a byte each, or packed."""
+    """Whether a split's codes take less than half of the free memory, at a byte each or packed."""
     views, *latent = dataset.manifest.row_shape(split)
     count = int(np.prod(latent))
     row = views * (packed_bytes(count, dataset.quantizer.bits) if packed else count)
