@@ -29,7 +29,7 @@ LIBRARY = [
     path
     for package in ("latentprep", "latenttrain")
     for path in (ROOT / package).rglob("*.py")
-    if not path.name.startswith("cli") and path.name not in ("options.py", "showing.py", "console.py", "page.py")
+    if "cli" not in path.relative_to(ROOT).with_suffix("").parts and path.name != "page.py"
 ]
 # Whole command lines to type, which stay so from Python too.
 COMMAND = re.compile(r"pip install |tar --|aws configure |latentprep \S+ .*--|latenttrain \S+ .*--")

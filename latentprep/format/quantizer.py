@@ -54,8 +54,8 @@ class Quantizer:
     bits: 1 to 8; codes are u8, each below ``2**bits``.
     lo, step: one float32 value per latent channel, in latent units; ``step`` is positive.
     filter: if there is one, float32 [C,C,3,3] in a row, codes were chosen jointly (`latentprep.quantizing.joint`),
-    and what the formula gives, less the middle of each channel's range, is to be filtered by it (a convolution without flip, zeros
-    outside of the grid) before the middle is added again.
+    and what the formula gives, less the middle of each channel's range, is to be filtered by it (a convolution without
+    flip, zeros outside of the grid) before the middle is added again.
     """
 
     bits: int

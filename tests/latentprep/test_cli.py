@@ -154,19 +154,6 @@ def test_the_format_imports_no_torch() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_latenttrain_imports_only_the_format_and_the_shared_faces() -> None:
-    code = (
-        "import sys, latenttrain, latenttrain.train, latenttrain.evaluation\n"
-        "ours = {name for name in sys.modules if name.startswith('latentprep.')}\n"
-        "shared = ('format', 'errors', 'console', 'device', 'drawing', 'fitting', 'terminal', 'text')\n"
-        "allowed = tuple('latentprep.' + name for name in shared)\n"
-        "assert all(name.startswith(allowed) for name in ours), ours\n"
-        "assert 'diffusers' not in sys.modules\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
 def test_every_command_and_option_has_help_and_an_example() -> None:
     import typer
 

@@ -58,7 +58,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_locks(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore::latentprep.errors.LatentWarning")
 def test_what_a_dead_process_left_is_taken_over_and_what_cannot_be_judged_is_not(tmp_path: Path) -> None:
-    script = "import os, sys; from latentprep.format import locks; from pathlib import Path\n"
+    script = "import os, sys; from latentprep.storage import locks; from pathlib import Path\n"
     script += "lock = locks._file_held(Path(sys.argv[1]), False); lock.__enter__(); os._exit(0)"
     subprocess.run([sys.executable, "-c", script, tmp_path / LOCK], check=True)
     left = json.loads((tmp_path / LOCK).read_text())
