@@ -60,7 +60,8 @@ def test_no_library_text_spells_an_option() -> None:
 
 
 def test_every_parameter_that_an_error_names_exists() -> None:
-    functions = [f for m in (latentprep, latenttrain) for f in vars(m).values() if callable(f)]
+    functions = [getattr(m, name) for m in (latentprep, latenttrain) for name in m.__all__]
+    functions = [function for function in functions if callable(function)]
     functions += [
         DctCodec,
         Recipe,

@@ -73,7 +73,7 @@ def test_with_a_dataset_their_mistakes_are_shown(dataset, runs, tmp_path):
     text = (tmp_path / "runs.html").read_text()
     wrong = [len(diagnose(run, dataset).most_wrong()) + len(diagnose(run, dataset).most_confused()) for run in runs[:2]]
     assert len(check_page(text).pictures) == sum(wrong)
-    assert text.count("Confusion matrix") == 2
+    assert text.count("<figcaption>Confusion matrix") == 2
     assert "Not evaluated: " in text  # the run on 2 bits
     assert "quantizer.bits is 4, but the network was trained with 2" in text
     latenttrain.report(runs, dataset=latentprep.open(dataset), out=tmp_path / "again.html", device="cpu")
