@@ -23,7 +23,7 @@ from common import record
 from latentprep.cli.console import progress_bar, tune_process
 from latentprep.format.stores import code_bytes
 from latentprep.progress import silent
-from latenttrain.augment import Augment, augment
+from latenttrain.augment import Augment, augment_codes, augment_planes, draw
 from latenttrain.checkpoint import load_net, read_config
 from latenttrain.data import Split, load_trained
 from latenttrain.train import start_state, train_epoch
@@ -64,7 +64,9 @@ def cost(run: Path, shards: Path, setting: Augment, rounds: int = 7) -> float:
         steps.append((time.perf_counter() - start) / 5)
         start = time.perf_counter()
         for codes, labels in few.training_batches(64, generator):
-            augment(state.net, codes, labels, setting, generator)
+            random = draw(state.net, len(labels), setting, device, generator)
+            planes = state.net.planes(augment_codes(state.net, codes, setting, random))
+            augment_planes(state.net, planes, labels, setting, random)
         augmented.append((time.perf_counter() - start) / 5)
     spent = statistics.median(augmented)
     return spent / (spent + statistics.median(steps))

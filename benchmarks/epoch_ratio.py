@@ -18,12 +18,10 @@ from common import record, spread
 from latentprep.cli.console import tune_process
 from latentprep.device import pick_device
 from latentprep.sources.source import open_source
-from latenttrain.config import RunConfig
+from latenttrain.config import RunConfig, plan_net, plan_run
 from latenttrain.data import Split, load_trained
-from latenttrain.nets import build_net
+from latenttrain.nets import build_net, count_flops, count_parameters
 from latenttrain.recipe import make_recipe
-from latenttrain.scaling import count_flops, count_parameters
-from latenttrain.train import plan_run
 from talk_table import NARROW, Images, JpegSplit, clocked, pixels_config
 
 
@@ -49,7 +47,7 @@ def main() -> None:
     some = Split(codes.codes[: 16 * asked.images], codes.labels[: 16 * asked.images])
     work: list[tuple[RunConfig, Split | JpegSplit]] = [(pixels_config(asked, source), images)]
     for width in (1.0, NARROW):
-        work.append((plan_run(dataset, make_recipe(epochs=1), width, 1.0, "latentnet", "affine", None), some))
+        work.append((plan_run(dataset, make_recipe(epochs=1), plan_net(dataset, width=width)), some))
     names = ("MobileNetV2 on JPEGs", "default", f"--width {NARROW:g}")
     clocks = clocked(work, device, asked.rounds)
     record(

@@ -43,11 +43,10 @@ from latentprep.sources.source import Row, Source
 from latenttrain.augment import Augment
 from latenttrain.config import RunConfig, versions
 from latenttrain.data import Split
-from latenttrain.nets import NetConfig
+from latenttrain.nets import NetConfig, count_flops
 from latenttrain.recipe import make_recipe
 from latenttrain.runtime import reproducible, synchronize
-from latenttrain.scaling import count_flops
-from latenttrain.train import start_state, train_epoch
+from latenttrain.train import loss_function, start_state, train_epoch
 
 PART_S, ALL_S = 100, 420  # for one part, for all: with the start of processes it ends within eight minutes
 
@@ -176,8 +175,8 @@ def bench_training(device: torch.device, samples: int, batch: int, bound: dict, 
     recipe = make_recipe(epochs=2, batch_size=batch, compile=compile)
     config = RunConfig(net, recipe, Augment(), {}, versions())
     with reproducible(device, 0), silent("", 0, "") as bar:
-        state = start_state(config, device)
-        seconds = timed(device, lambda: train_epoch(state, config, split, 0, bar), 1)
+        state, loss_of = start_state(config, device), loss_function(config, split)
+        seconds = timed(device, lambda: train_epoch(state, config, split, 0, bar, loss_of), 1)
     generator = torch.Generator(device).manual_seed(0)
     loading = timed(device, lambda: [codes.sum() for codes, _ in split.training_batches(batch, generator)], 1)
     rate = samples / min(seconds)

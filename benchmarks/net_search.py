@@ -24,13 +24,12 @@ from common import record
 from latentprep.cli.console import progress_bar, tune_process
 from latentprep.progress import silent
 from latenttrain import nets
-from latenttrain.config import RunConfig
+from latenttrain.config import RunConfig, plan_net, plan_run
 from latenttrain.data import load_trained
 from latenttrain.evaluation import scores, split_logits
-from latenttrain.nets import NetConfig, bottleneck, convolution, dense
+from latenttrain.nets import NetConfig, bottleneck, convolution, count_flops, count_parameters, dense
 from latenttrain.recipe import make_recipe
-from latenttrain.scaling import count_flops, count_parameters
-from latenttrain.train import plan_run, start_state, train_epoch
+from latenttrain.train import start_state, train_epoch
 
 PARAMETERS = 260_000
 # The default network as a point of the space: the search begins there.
@@ -114,7 +113,7 @@ def main() -> None:
         }
         nets.ARCHITECTURES["latentnet"] = candidate(point)
         recipe = make_recipe(epochs=asked.epochs)
-        config: RunConfig = plan_run(dataset, recipe, 1.0, 1.0, "latentnet", "affine", None)
+        config: RunConfig = plan_run(dataset, recipe, plan_net(dataset))
         torch.manual_seed(0)
         state = start_state(config, device)
         parameters = count_parameters(state.net)

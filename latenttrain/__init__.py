@@ -1,7 +1,7 @@
 """Train small networks on the codes of a latent dataset.
 
-`__all__` holds what the command line runs; all of it is imported on first use, so that importing this package stays
-cheap.
+Imports latentprep's `format`, `storage` and ground modules; pyproject.toml lists the few exceptions. `__all__` holds
+what the command line runs; each name is imported on first use, so that importing this package stays cheap.
 """
 
 from __future__ import annotations
@@ -13,21 +13,22 @@ __all__ = ["Augment", "FitResult", "evaluate", "fit", "predict", "report", "scal
 
 if TYPE_CHECKING:
     from latenttrain.augment import Augment
-    from latenttrain.comparison import report
     from latenttrain.evaluation import evaluate, predict
+    from latenttrain.results import FitResult
+    from latenttrain.runs import report
     from latenttrain.scaling import scale_table
-    from latenttrain.sweeping import sweep
-    from latenttrain.train import FitResult, fit
+    from latenttrain.sweeps import sweep
+    from latenttrain.train import fit
 
 _HOMES = {
     "Augment": "augment",
-    "FitResult": "train",
+    "FitResult": "results",
     "evaluate": "evaluation",
     "fit": "train",
     "predict": "evaluation",
-    "report": "comparison",
+    "report": "runs",
     "scale_table": "scaling",
-    "sweep": "sweeping",
+    "sweep": "sweeps",
 }
 
 

@@ -1,23 +1,22 @@
 """Augmentation on codes: the whole batch at once, on its device, without waiting for the host.
 
-Moves (shift, mirror) and noise act on codes, mixing and erasing on the planes that the network's stem makes of them;
-where codes were chosen jointly, shifts wait until the stem has filtered them.
-An autoencoder's latents have no mirror image of their own (TAESD: about 1 dB), but they do move by whole cells (23 dB).
+`draw` draws all random numbers of a batch. `augment_codes` moves, mirrors and adds noise to codes; the network's stem
+makes planes of them; `augment_planes` mixes and erases planes. Jointly chosen codes are moved after the stem.
+An autoencoder's mirrored latents are no mirrored image (TAESD: about 1 dB), but moving them by whole cells works
+(23 dB).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Generator, Tensor
 
-from latentprep.errors import UsageError, nearest
+from latentprep.errors import UsageError, check_number, nearest
 
 if TYPE_CHECKING:
     from latenttrain.nets import Net
@@ -25,29 +24,35 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Augment:
-    """What happens to a training batch. The defaults are the shipped recipe; `Augment.none` changes nothing."""
+    """How training batches are augmented. `Augment()` is the default recipe; `Augment.none` changes nothing."""
 
-    shift: int = 3  # cells: up to so many in each direction, the border mirrored into the gap
-    zoom: float = 0.2  # each side stretched or squeezed by up to this fraction, to the nearest cells
+    shift: int = 3  # cells, at most, in each direction; the gap is filled by mirroring at the border
+    zoom: float = 0.2  # each side stretched or squeezed by up to this fraction, to whole cells
     mixup: float = 0.0  # alpha of the Beta(alpha, alpha) that weighs two samples; 0 is off
-    cutmix: float = 0.0  # the same for the area of a rectangle from another sample; with mixup, half the samples each
+    cutmix: float = (
+        0.0  # the same for the area of a rectangle from another sample; with mixup, each for half of the samples
+    )
     cutout: float = 0.4  # side of an erased rectangle as a fraction of the grid's side
     noise: bool = False  # uniform noise within the quantizer's step: costs 3 points at 2 bits, docs/results.md
     channel_drop: float = 0.0  # probability that a plane of a sample is zeroed
-    mirror: bool = False  # half of the samples left-right; only where the codec's mirror is exact
+    mirror: bool = False  # half of the samples, left-right; only for codecs whose mirror image is exact
     mirror_signs: tuple[float, ...] | None = None  # a mirrored channel's factor, 1 or -1; None is 1 for all
 
     def __post_init__(self) -> None:
         if self.mirror_signs is not None:
             object.__setattr__(self, "mirror_signs", tuple(float(sign) for sign in self.mirror_signs))
-        limits = {"shift": 64, "zoom": 1, "mixup": math.inf, "cutmix": math.inf, "cutout": 1, "channel_drop": 1}
+        limits: dict[str, float] = {
+            "shift": 64,
+            "zoom": 1,
+            "mixup": math.inf,
+            "cutmix": math.inf,
+            "cutout": 1,
+            "channel_drop": 1,
+        }
         for name, limit in limits.items():
-            value = getattr(self, name)
-            if not (0 <= value <= limit) or value == math.inf:
-                allowed = "0 or more" if limit == math.inf else f"0 to {limit}"
-                raise UsageError(f"{name} must be {allowed}, got {value}", "0 turns it off")
+            check_number(name, getattr(self, name), 0, limit, "0 turns it off")
         if any(sign not in (1, -1) for sign in self.mirror_signs or ()):
-            raise UsageError(f"mirror_signs must be 1 or -1, got {self.mirror_signs}", "ask the codec for its signs")
+            raise UsageError(f"mirror_signs must be 1 or -1, got {self.mirror_signs}", "take them from the codec")
 
     @classmethod
     def none(cls) -> Augment:
@@ -65,20 +70,10 @@ class Augment:
         return cls(**fields)
 
 
-def augment(
-    net: Net, codes: Tensor, labels: Tensor, config: Augment, generator: Generator | None
-) -> tuple[Tensor, Tensor]:
-    """u8 [B,C,h,w], i64 [B] -> planes f32 [B,P,h,w], targets f32 [B,classes] whose rows sum to one
-
-    Depends on ``generator`` (on the device of the codes) alone. Gradients flow to a stem that learns.
-    """
-    return augmented(net, codes, labels, config, draw(net, len(codes), config, codes.device, generator))
-
-
 def draw(net: Net, batch: int, config: Augment, device: torch.device, generator: Generator | None) -> dict[str, Tensor]:
-    """All that is random about a batch, uniform in 0…1, f32: what follows is a pure function, which can be compiled."""
+    """All random numbers of a batch, by name, uniform in 0…1, f32. The rest of the step is a pure function of them."""
     planes = int(net.stem.planes)  # type: ignore[arg-type]
-    shapes = {  # and what asks for it
+    shapes = {  # and the setting that needs it
         "shift": ((2, batch), config.shift or config.zoom),
         "zoom": ((2, batch), config.shift or config.zoom),
         "mirror": ((batch, 1, 1, 1), config.mirror),
@@ -95,24 +90,27 @@ def draw(net: Net, batch: int, config: Augment, device: torch.device, generator:
     }
 
 
-def augmented(
-    net: Net, codes: Tensor, labels: Tensor, config: Augment, random: dict[str, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """What `augment` makes of a batch, given what `draw` drew for it."""
-    device, batch = codes.device, len(codes)
-    move: Callable[[Tensor], Tensor] | None = None
-    if config.shift or config.zoom:
-        shift = (random["shift"] * (2 * config.shift + 1)).long() - config.shift
-        move = partial(moved, shift=shift, scale=(1 + config.zoom) ** (2 * random["zoom"] - 1))
-    if move and not net.reads_neighbours:
-        codes = move(codes)
+def augment_codes(net: Net, codes: Tensor, config: Augment, random: dict[str, Tensor]) -> Tensor:
+    """Moves, mirror images and noise, with what `draw` drew: u8 [B,C,h,w] -> u8, or f32 if noise or signs change it"""
+    if not net.reads_neighbours:
+        codes = _moved(codes, config, random)
     if config.mirror:
         codes = torch.where(random["mirror"] < 0.5, mirrored(net, codes, config.mirror_signs), codes)
     if config.noise:
         codes = codes + random["noise"] - 0.5
-    planes = net.planes(codes)
-    if move and net.reads_neighbours:  # what lies beside a code must be what lay there when it was chosen
-        planes = move(planes)
+    return codes
+
+
+def augment_planes(
+    net: Net, planes: Tensor, labels: Tensor, config: Augment, random: dict[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Mixing and erasing, with what `draw` drew.
+
+    f32 [B,P,h,w], i64 [B] -> f32 [B,P,h,w], targets f32 [B,classes] whose rows sum to one
+    """
+    device, batch = planes.device, len(planes)
+    if net.reads_neighbours:  # the stem's filter needs each code beside the neighbours that it was chosen with
+        planes = _moved(planes, config, random)
     targets = (labels[:, None] == torch.arange(net.config.classes, device=device)).float()
 
     if config.mixup or config.cutmix:
@@ -140,8 +138,15 @@ def augmented(
     return planes, targets
 
 
+def _moved(values: Tensor, config: Augment, random: dict[str, Tensor]) -> Tensor:
+    if not (config.shift or config.zoom):
+        return values
+    shift = (random["shift"] * (2 * config.shift + 1)).long() - config.shift
+    return moved(values, shift, (1 + config.zoom) ** (2 * random["zoom"] - 1))
+
+
 def moved(codes: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Each sample shifted by its own whole cells and scaled about its centre, the border mirrored into gaps.
+    """Each sample shifted by whole cells and scaled about its centre; gaps are filled by mirroring at the border.
 
     [B,C,h,w], i64 [2,B] down and right, f32 [2,B] of height and width -> [B,C,h,w]
     """
@@ -171,7 +176,9 @@ def mirrored(net: Net, codes: Tensor, signs: tuple[float, ...] | None) -> Tensor
         return flipped
     config = net.config
     if len(signs) != config.latent[0]:
-        raise UsageError(f"mirror_signs has {len(signs)} entries for {config.latent[0]} channels", "give one a channel")
+        raise UsageError(
+            f"mirror_signs has {len(signs)} entries for {config.latent[0]} channels", "give one per channel"
+        )
     # lo + (code + 0.5) * step changes sign at the code -2 * lo / step - 1 - code, seldom a whole number
     channels = [
         plane if sign == 1 else -2 * lo / step - 1 - plane.float()

@@ -1,10 +1,10 @@
-"""The run folder: what a run is, what it learned, and all it needs to go on.
+"""The run folder: a run's configuration, its weights, and everything needed to resume it.
 
     config.json        `RunConfig`: network, recipe, augmentation, dataset, versions
     best.safetensors   the averaged weights of the epoch with the best val top-1
-    last.safetensors   all of the last whole epoch: weights, averaged weights, the optimizer's moments, the metrics
-    metrics.jsonl      the metrics, one line an epoch
-    curve.png          the metrics, drawn
+    last.safetensors   the last whole epoch: weights, averaged weights, the optimizer's moments, the metrics
+    metrics.jsonl      the metrics, one line per epoch
+    curve.png          a plot of the metrics
 
 JSON and safetensors only, so opening a run never runs code. Each file is written whole or not at all, and
 ``last.safetensors`` commits an epoch: ``best.safetensors`` is written just before it, and ``metrics.jsonl``, which
@@ -25,27 +25,28 @@ import torch
 from torch import Tensor
 
 from latentprep.device import to_host
-from latentprep.errors import CheckpointError, LatentError, UsageError, opt
+from latentprep.errors import CheckpointError, LatentError, UsageError, check_word, opt
+from latentprep.format.fields import differences, dump_json
 from latentprep.storage.atomic import write_atomic
 from latentprep.storage.locks import LOCK, Held, held
 from latentprep.storage.places import path_of
-from latenttrain.config import FORMAT, VERSION, RunConfig, difference, short
+from latenttrain.config import FORMAT, VERSION, RunConfig, short
 from latenttrain.nets import Net, build_net
 from latenttrain.optimizers import Adam
 
 CONFIG, METRICS, BEST, LAST, CURVE = "config.json", "metrics.jsonl", "best.safetensors", "last.safetensors", "curve.png"
 RUN_FILES = (CONFIG, METRICS, BEST, LAST, CURVE)
-_TEMPORARIES = tuple(name + ".tmp" for name in RUN_FILES)  # what a killed `write_atomic` leaves
+_TEMPORARIES = tuple(name + ".tmp" for name in RUN_FILES)  # left over from a killed `write_atomic`
 _LEFTOVERS = (*_TEMPORARIES, LOCK)
 _NOTES = "latenttrain"  # the one metadata key we write: safetensors does not keep the order of several
 
 
 @dataclass
 class State:
-    """A run after some whole epochs. Everything random is drawn from (seed, epoch), so no generator is part of it.
+    """A run after some whole epochs. Random numbers follow from (seed, epoch), so no generator is part of it.
 
     net: the weights that learn; average: their moving average, which is evaluated and kept.
-    metrics: one entry an epoch, as in ``metrics.jsonl``.
+    metrics: one entry per epoch, as in ``metrics.jsonl``.
     """
 
     net: Net
@@ -59,7 +60,7 @@ class State:
         return max(self.metrics, key=lambda epoch: epoch["top1"])
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that a resumed run needs, by name, each where it is."""
+        """Everything that a resumed run needs, by name, on the state's device."""
         tensors = {f"net.{name}": tensor for name, tensor in self.net.state_dict().items()}
         tensors |= {f"average.{name}": tensor for name, tensor in self.average.state_dict().items()}
         for index, entry in self.optimizer.state_dict()["state"].items():
@@ -68,8 +69,11 @@ class State:
 
 
 def check_run_folder(root: Path, config: RunConfig, resume: bool, overwrite: bool) -> None:
-    """Raises before anything is written: `CheckpointError` if a run is there already and may not be continued or
-    replaced, `UsageError` if both were asked."""
+    """Checks the folder before anything is written.
+
+    Raises `CheckpointError` if it holds a run that may not be continued or replaced, or anything else; `UsageError` for
+    both `resume` and `overwrite`.
+    """
     if resume and overwrite:
         raise UsageError(
             f"{opt('resume', True)} and {opt('overwrite', True)} exclude each other",
@@ -87,11 +91,9 @@ def check_run_folder(root: Path, config: RunConfig, resume: bool, overwrite: boo
             f"go on with {opt('resume', True)}, replace it with {opt('overwrite', True)}, or choose another "
             f"folder as {opt('out')}",
         )
-    earlier, now = read_config(root).to_json(), config.to_json()
-    for field in ("net", "recipe", "augment", "dataset"):
-        ours, theirs = ({k: v for k, v in d[field].items() if k != "path"} for d in (now, earlier))
-        if (found := difference(theirs, ours, field)) is not None:
-            name, there, here = found
+    earlier, now = (document.to_json() for document in (read_config(root), config))
+    for name, there, here in differences(earlier, now):
+        if name != "dataset.path" and not name.startswith("versions."):
             name = name.removeprefix("recipe.").removeprefix("net.")
             raise CheckpointError(
                 f"{root} was trained with {name} = {short(there)}, asked is {short(here)}",
@@ -100,7 +102,7 @@ def check_run_folder(root: Path, config: RunConfig, resume: bool, overwrite: boo
 
 
 def _is_run(root: Path) -> bool:
-    """Whether `fit` made the folder: many a model's folder holds a config.json."""
+    """Whether `fit` made the folder: other programs write a config.json, too."""
     try:
         return json.loads((root / CONFIG).read_bytes())["format"] == FORMAT
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -109,7 +111,7 @@ def _is_run(root: Path) -> bool:
 
 @contextlib.contextmanager
 def run_folder(root: Path, config: RunConfig, resume: bool) -> Iterator[None]:
-    """Hold the folder, made if need be, for one `fit`; unless resuming, an earlier run's files go first."""
+    """Create and lock the run folder for one `fit`. Unless it resumes, an earlier run's files are deleted."""
     root.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         try:
@@ -126,15 +128,11 @@ def run_folder(root: Path, config: RunConfig, resume: bool) -> Iterator[None]:
         yield
 
 
-def dump_json(document: dict) -> bytes:
-    return (json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
-
-
 def read_config(root: Path) -> RunConfig:
     """The run's configuration. Raises `CheckpointError` if the folder holds none that this version can read."""
     path = root / CONFIG
     if not path.is_file():
-        what = "no run folder (it has no config.json)" if root.exists() else "no such folder"
+        what = "not a run folder (it has no config.json)" if root.exists() else "no such folder"
         raise CheckpointError(f"{root}: {what}", "name a folder that latenttrain fit made")
     try:
         document = json.loads(path.read_bytes())
@@ -149,7 +147,7 @@ def read_config(root: Path) -> RunConfig:
     except CheckpointError:
         raise
     except (LatentError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
-        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        reason = f"it has no field {error}" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(f"{path} is damaged: {reason}", "restore it, or train again") from error
 
 
@@ -172,12 +170,12 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
         with safetensors.safe_open(path, "pt") as file:
             notes = json.loads((file.metadata() or {})[_NOTES])
             if not isinstance(notes, dict):
-                raise ValueError("its notes are no JSON object")
+                raise ValueError("its notes are not a JSON object")
             return {name: file.get_tensor(name) for name in file.keys()}, notes  # noqa: SIM118 - no mapping
     except (safetensors.SafetensorError, ValueError, KeyError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is damaged or was not written by latenttrain ({error})",
-            "restore it, or train again; weights in Python's pickle format are never read",
+            "restore it, or train again; pickle files are never read",
         ) from error
 
 
@@ -187,8 +185,7 @@ def load_net(run: str | Path, checkpoint: str = "best") -> tuple[Net, RunConfig,
     checkpoint: ``best`` (highest val top-1) or ``last``. Raises `CheckpointError` for a damaged run.
     """
     root = path_of(run)
-    if checkpoint not in ("best", "last"):
-        raise UsageError(f"unknown checkpoint '{checkpoint}'", "use best or last")
+    check_word("checkpoint", checkpoint, ("best", "last"))
     config = read_config(root)
     path = root / (BEST if checkpoint == "best" else LAST)
     tensors, notes = load_tensors(path)
@@ -210,7 +207,7 @@ def fill(net: Net, tensors: dict[str, Tensor], path: Path) -> None:
         net.load_state_dict(tensors)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
-        raise CheckpointError(f"{path} is not of this network: {reason}", "restore it, or train again") from error
+        raise CheckpointError(f"{path} belongs to another network: {reason}", "restore it, or train again") from error
 
 
 def save_epoch(root: Path, state: State, tensors: dict[str, Tensor]) -> None:
@@ -227,7 +224,7 @@ def write_metrics(root: Path, metrics: list[dict]) -> None:
 
 
 def restore(root: Path, state: State) -> None:
-    """Make `state` what `save_epoch` saw last; nothing happens if no epoch was committed yet.
+    """Make `state` what `save_epoch` last saved; without a committed epoch, leave it as it is.
 
     Raises `CheckpointError` if the file is damaged or of another network.
     """
@@ -248,7 +245,7 @@ def restore(root: Path, state: State) -> None:
 
 
 def restore_optimizer(optimizer: Adam, tensors: dict[str, Tensor]) -> None:
-    """Make the optimizer's state what was saved of it. Raises `KeyError` or `RuntimeError` if that is not its own."""
+    """Restore the optimizer's state. Raises `KeyError` or `RuntimeError` if the tensors are not of this optimizer."""
     entries: dict[int, dict[str, Tensor]] = {}
     owned = [(group, parameter) for group in optimizer.param_groups for parameter in group["params"]]
     for index, (group, parameter) in enumerate(owned):

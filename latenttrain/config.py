@@ -1,18 +1,25 @@
-"""What a run is: network, recipe, augmentation and dataset, as one JSON document, and which datasets fit it."""
+"""A run's configuration: made from a dataset and a recipe, kept as one JSON document, compared with other datasets."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from latentprep.errors import CheckpointError
 from latentprep.format import LatentDataset, Quantizer
+from latentprep.format.fields import differences
+from latentprep.storage.places import Place
 from latenttrain import __version__
 from latenttrain.augment import Augment
+from latenttrain.data import float_statistics
 from latenttrain.nets import NetConfig
 from latenttrain.recipe import Recipe
 
@@ -21,18 +28,21 @@ FORMAT, VERSION = "latenttrain run", 1
 
 @dataclass(frozen=True)
 class RunConfig:
-    """All that decides how a run comes out, and all that is needed to use what it learned.
+    """Everything that decides the result of a run, and everything needed to use its network.
 
-    dataset: ``path``, ``source``, ``codec``, ``quantizer``, ``transform``, ``classes``, ``manifest_sha256``,
-    and what of it was used: ``limit``, ``holdout``, ``latents``, and ``stream``, the shards held if it was streamed.
-    versions: of latenttrain, torch and Python. They and the path may differ between a run's start and its resumption.
+    dataset: as `plan_run` makes it. versions: of latenttrain, torch and Python. They and the dataset's path may
+    change before a run is resumed. Both are read-only.
     """
 
     net: NetConfig
     recipe: Recipe
     augment: Augment
-    dataset: dict[str, Any]
-    versions: dict[str, str]
+    dataset: Mapping[str, Any]
+    versions: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        for name in ("dataset", "versions"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
 
     @property
     def classes(self) -> list[str]:
@@ -50,8 +60,8 @@ class RunConfig:
             "net": self.net.to_json(),
             "recipe": self.recipe.to_json(),
             "augment": self.augment.to_json(),
-            "dataset": self.dataset,
-            "versions": self.versions,
+            "dataset": dict(self.dataset),
+            "versions": dict(self.versions),
         }
 
     @classmethod
@@ -60,9 +70,9 @@ class RunConfig:
         dataset = document["dataset"]
         for name, kind in (("codec", dict), ("quantizer", dict), ("transform", dict), ("classes", list)):
             if not isinstance(dataset[name], kind):
-                raise TypeError(f"dataset.{name} is no {kind.__name__}")
+                raise TypeError(f"dataset.{name} is not a JSON {'object' if kind is dict else 'array'}")
         config = cls(
-            NetConfig.from_json({"activation": "relu"} | document["net"]),  # there was no other before it was recorded
+            NetConfig.from_json({"activation": "relu"} | document["net"]),  # older runs do not record it
             Recipe.from_json(document["recipe"]),
             Augment.from_json(document["augment"]),
             dataset,
@@ -73,8 +83,78 @@ class RunConfig:
         return config
 
 
+def plan_net(
+    dataset: LatentDataset,
+    *,
+    width: float = 1.0,
+    depth: float = 1.0,
+    arch: str = "latentnet",
+    stem: str = "affine",
+    full_grid: int = 1,
+    latents: Path | None = None,
+) -> NetConfig:
+    """A network for the dataset's codes, or for its float latents: they have their own statistics and no filter."""
+    manifest = dataset.manifest
+    quantizer, statistics = manifest.quantizer, manifest.statistics
+    mean, std = (statistics.mean, statistics.std) if statistics else ((), ())
+    if latents is not None and std:  # of a dataset without statistics, float latents are used without, too
+        mean, std = float_statistics(dataset, latents)
+    return NetConfig(
+        latent=manifest.latent,
+        classes=len(manifest.classes),
+        bits=quantizer.bits,
+        lo=quantizer.lo,
+        step=quantizer.step,
+        filter=quantizer.filter if latents is None else (),
+        arch=arch,
+        stem=stem,
+        width=width,
+        depth=depth,
+        full_grid=full_grid,
+        mean=mean,
+        std=std,
+    )
+
+
+def plan_run(
+    dataset: LatentDataset,
+    recipe: Recipe,
+    net: NetConfig,
+    *,
+    augment: Augment | None = None,
+    limit: int | None = None,
+    holdout: float = 0.0,
+    latents: Path | None = None,
+    stream: int | None = None,
+) -> RunConfig:
+    """The whole configuration of a run. augment: by default `Augment()`, as the dataset's mirror and views allow.
+
+    limit, holdout, latents, stream: see `describe_dataset`.
+    """
+    manifest = dataset.manifest
+    if augment is None:
+        augment = Augment(mirror=manifest.flip is not None)
+        if manifest.views("train") > 1:  # views are true crops of many sizes: more zoom costs accuracy
+            augment = dataclasses.replace(augment, zoom=0.0)
+    if augment.mirror and augment.mirror_signs is None and manifest.flip is not None:
+        augment = dataclasses.replace(augment, mirror_signs=tuple(map(float, manifest.flip)))
+    used = {"limit": limit, "holdout": holdout or None, "latents": latents and str(latents), "stream": stream}
+    return RunConfig(net, recipe, augment, describe_dataset(dataset) | used, versions())
+
+
+def default_out(dataset: Place, net: NetConfig, seed: int) -> Path:
+    """``runs/imagenette-w1-d1-s0``: dataset, width, depth, seed, and the network and stem if not the defaults."""
+    names = [dataset.resolve().name, f"w{net.width:g}", f"d{net.depth:g}", f"s{seed}"]
+    names += [name for name, default in ((net.arch, "latentnet"), (net.stem, "affine")) if name != default]
+    return Path("runs", "-".join(names))
+
+
 def describe_dataset(dataset: LatentDataset) -> dict[str, Any]:
-    """`RunConfig.dataset`: what of the manifest a run depends on."""
+    """The part of the manifest that a run depends on.
+
+    `plan_run` adds which part of the dataset was used: ``limit``; ``holdout``; ``latents``, the folder of float
+    latents; ``stream``, the shards mixed at a time. Each is None if it does not apply.
+    """
     manifest = dataset.manifest
     return {
         "path": str(dataset.root.resolve()),
@@ -92,40 +172,27 @@ def versions() -> dict[str, str]:
 
 
 def check_dataset(config: RunConfig, dataset: LatentDataset) -> None:
-    """`CheckpointError` naming the first thing in which the dataset's codes mean something else than the network's do.
+    """Raises `CheckpointError`, naming the first difference, if the dataset's codes or labels mean something else.
 
-    The images may be others, and so may the number of views: view 0 is the same whatever their number.
+    The images may differ, and so may the number of views: view 0 does not depend on it.
     """
-    given = meaning(describe_dataset(dataset))
-    for field, trained in meaning(config.dataset).items():
-        if (found := difference(trained, given[field], field)) is not None:
-            name, there, here_value = found
-            raise CheckpointError(
-                f"{dataset.root} does not fit this network: {name} is {short(here_value)}, "
-                f"the network was trained with {short(there)}",
-                "use a dataset encoded with the same codec, quantizer, size and classes, or train on this one",
-            )
+    for name, there, here in differences(meaning(config.dataset), meaning(describe_dataset(dataset))):
+        raise CheckpointError(
+            f"{dataset.root} does not fit this network: {name} is {short(here)}, "
+            f"but the network was trained with {short(there)}",
+            "use a dataset encoded with the same codec, quantizer, size and classes, or train on this one",
+        )
     if tuple(dataset.manifest.latent) != config.net.latent:
         raise CheckpointError(
             f"{dataset.root} has latents {dataset.manifest.latent}, the network takes {config.net.latent}"
         )
 
 
-def meaning(dataset: dict[str, Any]) -> dict[str, Any]:
-    """Of `RunConfig.dataset`, what decides what a code and a label mean: not where weights lie, nor later views."""
+def meaning(dataset: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of `RunConfig.dataset` that decides what codes and labels mean: without weights' paths and views."""
     codec = {k: v for k, v in dataset["codec"].items() if k != "weights" or "weights_sha256" not in dataset["codec"]}
     transform = {k: v for k, v in dataset["transform"].items() if k not in ("views", "seed")}
     return {"classes": dataset["classes"], "codec": codec, "quantizer": dataset["quantizer"], "transform": transform}
-
-
-def difference(first: Any, second: Any, name: str) -> tuple[str, Any, Any] | None:
-    """The first place where two JSON values differ: its dotted name and both values; None if they are equal."""
-    if isinstance(first, dict) and isinstance(second, dict):
-        for key in [*first, *(key for key in second if key not in first)]:
-            if (found := difference(first.get(key), second.get(key), f"{name}.{key}")) is not None:
-                return found
-        return None
-    return None if first == second else (name, first, second)
 
 
 def short(value: Any) -> str:

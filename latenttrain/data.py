@@ -11,19 +11,19 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from latentprep.errors import DatasetError, UsageError, opt
+from latentprep.errors import DatasetError, check_number, check_whole, opt
 from latentprep.format import LatentDataset
 from latentprep.format.latents import read_latents
 
-_COUNTED = 256  # samples whose float latents are counted, at most
-CANONICAL = 0.5  # how often a sample that has several views shows view 0, as all are judged by: docs/results.md
+_COUNTED = 256  # samples that float statistics are measured on, at most
+CANONICAL = 0.5  # how often training takes view 0 of several; evaluation always does: docs/results.md
 
 
 class Samples(Protocol):
-    """What training and evaluation ask of a split: `Split` holds it in memory, `StreamedSplit` reads it from disk.
+    """A split for training and evaluation: `Split` holds it in memory, `StreamedSplit` reads it from disk.
 
-    A training batch comes as `training_rows` names it, with labels i64 [B], and `codes_of` makes codes u8 [B,C,h,w] of
-    that: a pure function, so that it can be compiled together with what follows.
+    A training batch is rows from `training_rows`, with labels i64 [B]; `codes_of` makes codes u8 [B,C,h,w] of the rows.
+    It is a pure function, so that it can be compiled together with the rest of the step.
     """
 
     def __len__(self) -> int: ...
@@ -105,28 +105,28 @@ class Split:
 
 
 def canonical_excess(views: int) -> float:
-    """How often to take view 0 instead of one drawn from all, so that view 0 comes with probability `CANONICAL`."""
+    """The probability of replacing a view drawn from all by view 0, so that view 0 has probability `CANONICAL`."""
     return (CANONICAL - 1 / views) / (1 - 1 / views)
 
 
 def check_trainable(dataset: LatentDataset, splits: tuple[str, ...] = ("train", "val")) -> None:
-    """Raises `DatasetError` if `fit` has no use for the dataset: a split absent or incomplete, or one class only."""
+    """Raises `DatasetError` if `fit` cannot use the dataset: a split absent or incomplete, or one class only."""
     for split in splits:
         if split not in dataset.splits:
             raise DatasetError(
-                f"{dataset.root} has no split '{split}'; it has {', '.join(dataset.splits) or 'none'}",
-                f"encode both: {opt('splits')} train,val, or {opt('val_fraction', 0.1)} where the source has none",
+                f"{dataset.root} has no split '{split}', only {', '.join(dataset.splits) or 'none'}",
+                f"encode both: {opt('splits')} train,val, or {opt('val_fraction', 0.1)} if the source has no val",
             )
         dataset.check_complete(split)
     if len(dataset.classes) < 2:
         only = f"one class only, '{dataset.classes[0]}'" if dataset.classes else "no classes"
-        raise DatasetError(f"{dataset.root} has {only}", "there is nothing to tell apart; encode two classes or more")
+        raise DatasetError(f"{dataset.root} has {only}", "encode two classes or more")
 
 
 def load_split(
     dataset: LatentDataset, split: str, device: torch.device, limit: int | None = None, views: bool = True
 ) -> Split:
-    """A split on the device, with all views or view 0 alone; with `limit`, at most so many samples, spread evenly.
+    """A split on the device, with all views or view 0 only; with `limit`, at most that many samples, spread evenly.
 
     Raises `DatasetError` if shards are missing or damaged or no sample is valid, `UsageError` for a bad limit.
     """
@@ -144,19 +144,14 @@ def load_trained(
     holdout: float = 0.0,
     latents: Path | None = None,
 ) -> tuple[Split, Split]:
-    """What a run learns from and what it is judged by: train with all its views, and val's view 0.
+    """The samples to train on and to evaluate on: train with all views, and view 0 of val.
 
-    holdout: a share of train takes the place of val, the same one each time, so that val stays unseen while choices
-    are made. latents: a folder that ``latentprep latents`` made for this dataset; its float latents in units of
-    codes, view 0, take the place of the codes.
+    holdout: this share of train, always the same samples, takes the place of val. latents: a folder that ``latentprep
+    latents`` made of this dataset; its float latents (view 0), in units of codes, take the place of the codes.
 
     Raises as `load_split` does, and `UsageError` for a holdout out of range.
     """
-    if not 0 <= holdout <= 0.9:
-        raise UsageError(
-            f"{opt('holdout')} must be 0 to 0.9, got {holdout}",
-            f"use {opt('holdout', 0.15)} to choose, 0 to report",
-        )
+    check_number("holdout", holdout, 0, 0.9, f"use {opt('holdout', 0.15)} to compare settings, 0 for final results")
     host = torch.device("cpu")  # where it is divided: on the device the whole and its parts would have to fit
     train = load_split(dataset, "train", host, limit)
     if latents is not None:
@@ -176,7 +171,7 @@ def load_trained(
 
 
 def float_codes(dataset: LatentDataset, split: str, latents: Path, limit: int | None = None) -> Tensor:
-    """The split's float latents in units of its codes, f32 [n,1,C,h,w]: what dequantizes to them.
+    """The split's float latents in units of its codes, f32 [n,1,C,h,w]: dequantizing them gives the latents.
 
     Raises `DatasetError` if the folder does not hold this dataset's.
     """
@@ -187,7 +182,7 @@ def float_codes(dataset: LatentDataset, split: str, latents: Path, limit: int | 
 def float_statistics(dataset: LatentDataset, latents: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel of train's float latents, in units of codes.
 
-    Of samples spread evenly, as many as `encode` calibrates on.
+    Measured on evenly spread samples, as many as `encode` calibrates on.
 
     Raises `DatasetError` if the folder does not hold this dataset's, or no sample is valid.
     """
@@ -206,8 +201,7 @@ def _in_codes(dataset: LatentDataset, values: np.ndarray) -> np.ndarray:
 
 def check_limit(limit: int | None) -> None:
     """Raises `UsageError` for a limit that leaves nothing to learn from."""
-    if limit is not None and limit < 2:
-        raise UsageError(f"limit must be 2 or more, got {limit}", f"leave {opt('limit')} out to use every sample")
+    check_whole("limit", limit, 2, hint=f"leave {opt('limit')} out to use every sample", optional=True)
 
 
 def check_samples(dataset: LatentDataset, split: str, samples: int) -> None:
@@ -222,10 +216,11 @@ def check_classes(dataset: LatentDataset, train: Samples) -> None:
     if len(found) < 2:
         raise DatasetError(
             f"{dataset.root}: all {len(train)} training samples are of one class, '{dataset.classes[found[0]]}'",
-            f"there is nothing to tell apart; encode two classes or more, or raise {opt('limit')}",
+            f"encode two classes or more, or raise {opt('limit')}",
         )
 
 
 def batches_per_epoch(samples: int, batch_size: int) -> int:
-    """The last, smaller batch is left out, other samples each epoch; fewer samples than a batch make one batch."""
+    """Batches in an epoch. The last one is dropped if it is smaller, with other samples in each epoch; a split smaller
+    than a batch is one batch."""
     return max(1, samples // batch_size)

@@ -1,10 +1,10 @@
-"""What a run gets wrong on a split: which classes it confuses, and the samples that it is most wrong about."""
+"""The mistakes of a run on a split: which classes it confuses, and the samples that it is most wrong about."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -16,11 +16,14 @@ from latenttrain.config import check_dataset
 from latenttrain.evaluation import split_logits
 from latenttrain.streaming import judged_split
 
+if TYPE_CHECKING:
+    from latentprep.pictures.samples import Decoder
+
 _CLASSES = 20  # in a confusion matrix for people, at most
 
 
 class Mistake(NamedTuple):
-    """A sample taken for another class. row: in the split; label, predicted: indices of classes; note: how much so."""
+    """A sample taken for another class. row: in the split; label, predicted: indices of classes; note: for people."""
 
     row: int
     label: int
@@ -50,7 +53,7 @@ class Diagnosis:
         return float((self.labels == self.predicted).mean())
 
     def most_confused(self, limit: int = 8) -> list[Mistake]:
-        """Of each of the most frequent (true, predicted) pairs the surest mistake."""
+        """The surest mistake of each of the most frequent (true, predicted) pairs of classes."""
         wrong = self.confusion - np.diag(np.diag(self.confusion))
         found = []
         for pair in np.argsort(-wrong, axis=None, kind="stable")[:limit].tolist():
@@ -71,7 +74,7 @@ class Diagnosis:
         ]
 
     def summary(self) -> list[str]:
-        """The confusion matrix in HTML; of many classes, those that are in the most mistakes."""
+        """Top-1 and the confusion matrix in HTML; of many classes, those with the most mistakes."""
         from latentprep.pictures import page
 
         wrong = self.confusion - np.diag(np.diag(self.confusion))
@@ -102,7 +105,7 @@ def diagnose(
     checkpoint: str = "best",
     device: str = "auto",
 ) -> Diagnosis:
-    """What a run's network gets wrong on a split of a dataset encoded like the one that it was trained on.
+    """The mistakes of a run's network on a split of a dataset that was encoded like its own.
 
     Raises as `evaluate` does.
     """
@@ -126,3 +129,24 @@ def diagnose(
         probability=probability.cpu().numpy(),
         loss=loss.cpu().numpy(),
     )
+
+
+def mistakes(found: Diagnosis, dataset: LatentDataset, decoder: Decoder) -> list[str]:
+    """The most confused pairs of classes and the worst mistakes as decoded pictures, in HTML."""
+    from latentprep.pictures import page
+    from latentprep.pictures.report import picture_tile
+    from latentprep.pictures.samples import decode_all, pick
+
+    parts = []
+    for title, chosen in (("Most confused", found.most_confused()), ("Most wrong", found.most_wrong())):
+        if not chosen:
+            continue
+        picked = pick(dataset, found.split, index=[mistake.row for mistake in chosen])
+        pictures = decode_all(decoder, picked.codes, dataset.quantizer).permute(0, 2, 3, 1).numpy()
+        place = {row: at for at, row in enumerate(picked.rows.tolist())}
+        tiles = []
+        for mistake in chosen:
+            text = f"{found.classes[mistake.label]}, taken for {found.classes[mistake.predicted]} ({mistake.note})"
+            tiles.append(picture_tile(pictures[place[mistake.row]], f"row {mistake.row}: {text}", text))
+        parts.append(page.card(title, tiles))
+    return parts

@@ -1,11 +1,9 @@
-"""What a trained network is worth on a split, and what it says of an image."""
+"""`evaluate`: a trained network on a split of a dataset; `predict`: on image files."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ import torch
 from torch import Tensor
 
 from latentprep.device import full_float32, on_device, pick_device, to_host
-from latentprep.errors import UsageError, opt
+from latentprep.errors import UsageError, check_whole, opt
 from latentprep.fitting import NOT_ON_DEVICE, Fitting, enough_memory
 from latentprep.format import LatentDataset, open_dataset
 from latentprep.storage.places import path_of, several
@@ -22,47 +20,12 @@ from latenttrain.checkpoint import load_net
 from latenttrain.config import check_dataset
 from latenttrain.data import Samples
 from latenttrain.nets import Net
+from latenttrain.results import EvalResult, Prediction
 from latenttrain.runtime import autocast, in_bfloat16
 from latenttrain.streaming import judged_split
 
 _CELLS = 1 << 18  # of the latent grid, in a batch for evaluation: 334 samples of 28 x 28
 _IMAGES = 16  # in a batch for the codec
-
-
-@dataclass(frozen=True)
-class EvalResult:
-    """Accuracies are fractions; ``top5`` counts the five (or all, if fewer) likeliest classes.
-
-    loss: mean cross-entropy in nats. epoch: which one the weights are from. per_class: top-1 of each class, None where
-    the split has no sample of it.
-    """
-
-    run: str
-    dataset: str
-    split: str
-    samples: int
-    epoch: int
-    top1: float
-    top5: float
-    loss: float
-    per_class: dict[str, float | None]
-
-    def to_json(self) -> dict:
-        return dataclasses.asdict(self)
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """An image's likeliest classes with their probabilities, likeliest first; or why it could not be read."""
-
-    image: str
-    classes: tuple[tuple[str, float], ...] = ()
-    error: str = ""
-
-    def to_json(self) -> dict:
-        if self.error:
-            return {"image": self.image, "error": self.error}
-        return {"image": self.image, "classes": [{"name": n, "probability": p} for n, p in self.classes]}
 
 
 def evaluate(
@@ -73,10 +36,10 @@ def evaluate(
     checkpoint: str = "best",
     device: str = "auto",
 ) -> EvalResult:
-    """How well a run's network does on a split of a dataset encoded like the one it was trained on.
+    """Evaluate a run's network on a split of a dataset that was encoded like its own.
 
     run: the folder that `fit` made. checkpoint: ``best`` (highest val top-1) or ``last``.
-    Raises `CheckpointError` for a damaged run or a dataset whose codes mean something else, `DatasetError` for a
+    Raises `CheckpointError` for a damaged run or a dataset that was encoded differently, `DatasetError` for a
     damaged dataset, `UsageError` for an unknown split or checkpoint.
     """
     target = pick_device(device)
@@ -103,7 +66,7 @@ def evaluate(
 
 
 def split_logits(net: Net, split: Samples) -> Tensor:
-    """f32 [n,classes] of view 0 of every sample, the network in evaluation mode and at the precision it trains in."""
+    """f32 [n,classes] of view 0 of every sample: the network in evaluation mode, at the precision of training."""
     net.eval()
     size = max(1, _CELLS // math.prod(net.config.latent[1:]))
     bfloat16 = in_bfloat16(net, split.device)
@@ -125,14 +88,14 @@ def scores(logits: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def counted(logits: Tensor, labels: Tensor) -> list[Tensor]:
-    """What `read_scores` reads, still on the device: samples right at once and among five, i64 [], and the mean
+    """The input of `read_scores`, on the device: samples right at rank 1 and within 5, i64 [], and the mean
     cross-entropy, f32 []."""
     ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
     return [ranked[:, 0].sum(), ranked.any(1).sum(), torch.nn.functional.cross_entropy(logits.float(), labels)]
 
 
 def read_scores(found: Sequence[Tensor], samples: int) -> dict[str, float]:
-    """`scores` from what `counted` found of so many samples, on the host."""
+    """`scores` from the result of `counted` on this many samples, on the host."""
     first, among_five, loss = found
     return {"top1": int(first) / samples, "top5": int(among_five) / samples, "loss": float(loss)}
 
@@ -146,14 +109,14 @@ def predict(
     checkpoint: str = "best",
     device: str = "auto",
 ) -> list[Prediction]:
-    """What a run's network sees in image files: pixels through the codec and quantizer that it was trained with.
+    """Classify image files with a run's network, through the codec and quantizer that it was trained with.
 
-    weights: the codec's weights, where they are not where they were at encoding. An image that cannot be read gives a
-    `Prediction` with its ``error``, and the others go on.
-    Raises `CheckpointError` for a damaged run, `CodecError` if the codec cannot be had, `UsageError` for a bad `top`.
+    top: classes to list for each image. weights: the folder of the codec's weights, if it has moved. An image that
+    cannot be read gives a `Prediction` with an ``error``; the others are classified.
+
+    Raises `CheckpointError` for a damaged run, `CodecError` if the codec is missing, `UsageError` for `top` below 1.
     """
-    if top < 1:
-        raise UsageError(f"top must be 1 or more, got {top}", f"use {opt('top', 5)}")
+    check_whole("top", top, 1, hint=f"use {opt('top', 5)}")
     target = pick_device(device)
     net, config, _ = load_net(run, checkpoint)
     net = net.to(target)

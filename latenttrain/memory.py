@@ -1,4 +1,4 @@
-"""How much memory a split may take: what is free on the device, within what a container allows."""
+"""Free memory of a device, within a container's limit."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _GROUPS = (("memory.max", "memory.current", "memory.stat"),
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on the device; on a CPU, what the machine and the container can give without swapping.
+    """Free bytes on the device; on a CPU, those that the machine and the container can give without swapping.
 
-    On CUDA with what torch keeps of freed memory, or else a second run in one process would find less than the first.
+    On CUDA this counts the freed memory that torch keeps: without it, a second run in a process would find less.
     """
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -24,9 +24,9 @@ def free_memory(device: torch.device) -> int:
 
 
 def container_memory(groups: Path) -> int:
-    """Bytes that the container's limit leaves, the files that the kernel caches for it counted as free.
+    """Bytes left within the container's limit; files that the kernel caches for it count as free.
 
-    groups: where control groups are mounted. Without a limit 2**63, as the kernel says it.
+    groups: where control groups are mounted. Without a limit it returns 2**63, as the kernel does.
     """
     for limit, usage, statistics in _GROUPS:
         try:

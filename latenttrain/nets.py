@@ -1,4 +1,4 @@
-"""Networks that take codes in and give logits out."""
+"""Networks from codes to logits, and their size."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latentprep.errors import UsageError, nearest, opt
-from latenttrain.scaling import round_depth, round_width
+from latentprep.errors import UsageError, check_number, check_whole, check_word, nearest, opt
 from latenttrain.stems import STEMS, AffineStem
 
 
 @dataclass(frozen=True)
 class NetConfig:
-    """All that is needed to build a network, and to read codes with it."""
+    """Everything needed to build a network, and to interpret codes with it."""
 
     latent: tuple[int, int, int]  # C, h, w
     classes: int
@@ -46,13 +45,12 @@ class NetConfig:
             )
         if self.classes < 2:
             raise UsageError(f"a network needs 2 classes or more, got {self.classes}", "add a second class")
-        if self.bits not in range(1, 9):
-            raise UsageError(f"bits must be 1 to 8, got {self.bits}", f"encode with {opt('bits')} 1 to 8")
+        check_whole("bits", self.bits, 1, 8, f"encode with {opt('bits')} 1 to 8")
         for name in ("lo", "step", *(("mean", "std") if self.mean or self.std else ())):
             values = getattr(self, name)
             if len(values) != self.latent[0] or not all(map(math.isfinite, values)):
                 raise UsageError(
-                    f"{name} must be {self.latent[0]} finite numbers, one a channel, got {values}",
+                    f"{name} must be {self.latent[0]} finite numbers, one per channel, got {values}",
                     "take it from the dataset's manifest",
                 )
         if self.filter and (len(self.filter) != 9 * self.latent[0] ** 2 or not all(map(math.isfinite, self.filter))):
@@ -65,15 +63,10 @@ class NetConfig:
         if min(self.std, default=0) < 0:
             raise UsageError(f"std must be 0 or more, got {self.std}", "take it from the dataset's manifest")
         for name, allowed in (("arch", ARCHITECTURES), ("stem", STEMS), ("activation", ACTIVATIONS)):
-            if getattr(self, name) not in allowed:
-                raise UsageError(
-                    f"unknown {name} {getattr(self, name)!r}", nearest(str(getattr(self, name)), list(allowed))
-                )
-        if self.full_grid not in range(1, 9):
-            raise UsageError(f"{opt('full_grid')} must be 1 to 8, got {self.full_grid}", "leave it out for 1")
+            check_word(name, getattr(self, name), list(allowed))
+        check_whole("full_grid", self.full_grid, 1, 8, "leave it out for 1")
         for name in ("width", "depth"):
-            if not 0.05 <= getattr(self, name) <= 20:
-                raise UsageError(f"{name} must be 0.05 to 20, got {getattr(self, name)}", f"--{name} 1 is the default")
+            check_number(name, getattr(self, name), 0.05, 20, f"{opt(name, 1)} is the default")
 
     def to_json(self) -> dict:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items()}
@@ -241,3 +234,40 @@ def mobilenetv2(planes: int, config: NetConfig) -> nn.Sequential:
 ARCHITECTURES = {"latentnet": latentnet, "mobilenetv2": mobilenetv2}
 # Hardswish trains to what SiLU does at nearly the cost of ReLU: Howard et al. 2019, https://arxiv.org/abs/1905.02244
 ACTIVATIONS: dict[str, type[nn.Module]] = {"hardswish": nn.Hardswish, "relu": nn.ReLU}
+
+
+def round_width(channels: int, width: float, divisor: int = 8) -> int:
+    """``channels * width`` to the nearest multiple of ``divisor``, never below 90% of it (EfficientNet's rule)."""
+    scaled = channels * width
+    rounded = max(divisor, int(scaled + divisor / 2) // divisor * divisor)
+    return rounded + divisor if rounded < 0.9 * scaled else rounded
+
+
+def round_depth(blocks: int, depth: float) -> int:
+    """``blocks * depth``, rounded up (EfficientNet's rule), so that no stage ever loses its last block."""
+    return math.ceil(round(blocks * depth, 6))  # 6 digits: 5 * 1.2 is 6 blocks, whatever binary fractions say
+
+
+def count_parameters(net: nn.Module) -> int:
+    """Trainable parameters."""
+    return sum(parameter.numel() for parameter in net.parameters() if parameter.requires_grad)
+
+
+def count_flops(net: Net) -> int:
+    """Forward FLOPs of one sample as torch counts them: convolutions and matrix products only.
+
+    A multiply-add is 2 FLOPs. A training step costs about three times as much: the forward pass and both gradients.
+    torch's own count of the gradients (2.13) ignores groups, and is twenty times too high for depthwise convolutions.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    device = next(net.parameters()).device
+    codes = torch.zeros(1, *net.config.latent, dtype=torch.uint8, device=device)
+    training = net.training
+    net.eval()
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            net(codes)
+    finally:
+        net.train(training)
+    return counter.get_total_flops()

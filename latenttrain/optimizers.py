@@ -2,8 +2,8 @@
 
 K. Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024): an update is replaced by the
 nearest matrix with orthonormal rows or columns, so that directions which gradients seldom show are learned as fast as
-the others. A convolution's filters are taken as one matrix, a row an output channel. What it is worth on codes is
-recorded in ``benchmarks/records/net_search.md``.
+the others. A convolution's filters are one matrix, with a row per output channel. Its gain on codes is measured in
+``benchmarks/records/net_search.md``.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ ADAM_SHARE = 0.2  # AdamW's learning rate as a share of Muon's: their updates di
 
 
 class Adam(torch.optim.AdamW):
-    """AdamW, without decay on BatchNorm and biases; at no decay at all it is Adam.
+    """AdamW, without decay on BatchNorm and biases; with a decay of 0 it is Adam.
 
-    A group's learning rate is ``scale`` times the optimizer's, and ``momentum`` says that it is not AdamW's but Muon's.
+    A group's learning rate is ``scale`` times the optimizer's; a group with ``momentum`` is Muon's.
     """
 
     def __init__(self, net: nn.Module, lr: float, weight_decay: float, **adam: Any) -> None:
@@ -48,7 +48,7 @@ class Adam(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One step from the gradients, which are gone afterwards."""
+        """One step from the gradients, which are then cleared."""
         super().step()
         self.zero_grad()
 
@@ -77,7 +77,7 @@ class Muon(Adam):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One step from the gradients, which are gone afterwards."""
+        """One step from the gradients, which are then cleared."""
         for group in self.param_groups:
             if group["momentum"]:
                 self._muon_step(group)
@@ -104,7 +104,7 @@ class Muon(Adam):
 
 
 def _rows(weights: Tensor) -> Tensor:
-    """f32 [a,...] -> f32 [a,b], a row an output channel, columns in the order of channels-last filters in memory."""
+    """f32 [a,...] -> f32 [a,b], a row per output channel, columns in the order of channels-last filters in memory."""
     return (weights.permute(0, 2, 3, 1) if weights.ndim == 4 else weights).flatten(1)
 
 

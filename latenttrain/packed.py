@@ -33,7 +33,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     """u8 [...,p] -> u8 [...,count]. Inverse of `pack`; shifts on the device, no table."""
     mask = (1 << bits) - 1
-    if 8 % bits == 0:  # no code straddles two bytes, so that all are shifted at once
+    if 8 % bits == 0:  # no code straddles two bytes, so all are shifted at once
         shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
         return ((packed[..., None] >> shifts) & mask).flatten(-2)[..., :count]
     groups = packed.unflatten(-1, (-1, bits))
@@ -48,9 +48,9 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
 
 @dataclass(frozen=True)
 class PackedSplit(Split):
-    """A `Split` whose codes are packed, u8 [n,V,p], and unpacked a batch at a time. Its batches are the same.
+    """A `Split` whose codes are packed, u8 [n,V,p], and unpacked batch by batch. Its batches are the same.
 
-    bits: of a code; latent: (C, h, w) of one view.
+    bits: per code; latent: (C, h, w) of one view.
     """
 
     bits: int

@@ -1,63 +1,58 @@
-"""How a run trains, as plain numbers. No torch here, so that the command line can show the defaults quickly."""
+"""How a run trains, as plain numbers. Imports no torch, so that the command line can show the defaults quickly."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from latentprep.errors import UsageError, nearest, opt
+from latentprep.errors import UsageError, check_number, check_whole, check_word, nearest, opt
 
-BASE_LR, BASE_BATCH, BASE_EPOCHS = 0.045, 64, 15  # a peak learning rate, and the run that it was chosen for
+BASE_LR, BASE_BATCH, BASE_EPOCHS = 0.045, 64, 15  # a peak learning rate, and the run that it was chosen on
 LR_BY_EPOCHS = 0.8  # it falls with the number of epochs to this power: docs/results.md
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The numbers of a run; the defaults train well untouched.
+    """The numbers of a run; the defaults train well as they are.
 
-    Muon and AdamW, the learning rate rising linearly and then falling to zero as a cosine, averaged weights.
+    Muon and AdamW; the learning rate rises linearly and then falls to zero along a cosine; weights are averaged.
     `RECIPES` has others by name.
 
-    Raises `UsageError` for a number out of range, naming it and the option that sets it.
+    Raises `UsageError` naming a value that is out of range.
     """
 
     epochs: int = BASE_EPOCHS
     batch_size: int = BASE_BATCH
     lr: float = BASE_LR  # the peak of Muon's; AdamW's is a fifth of it
-    weight_decay: float = 0.05  # of convolutions and matrices; BatchNorm and biases have none
+    weight_decay: float = 0.05  # of convolutions and matrices, not of BatchNorm and biases
     label_smoothing: float = 0.1
     warmup: float = 0.05  # fraction of all steps in which the learning rate rises
-    ema: float = 0.99  # highest decay a step of the averaged weights, which are those evaluated and kept
+    ema: float = 0.99  # highest decay per step of the averaged weights, which are evaluated and kept
     seed: int = 0
     optimizer: str = "muon"  # or adam
     schedule: str = "cosine"  # or constant, after the warm-up
-    compile: bool = False  # the training step; it rounds differently, so a run goes on as it began
+    compile: bool = False  # the training step; it rounds differently, so a run cannot change it when it resumes
 
     def __post_init__(self) -> None:
-        for name, words in (("optimizer", ("muon", "adam")), ("schedule", ("cosine", "constant"))):
-            if getattr(self, name) not in words:
-                raise UsageError(f"unknown {name} {getattr(self, name)!r}", nearest(str(getattr(self, name)), words))
-        whole = {"epochs": (1, 1 << 20), "batch_size": (2, 1 << 20), "seed": (0, (1 << 63) - 1)}
-        for name, (low, high) in whole.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-                raise out_of_range(name, value, f"a whole number from {low} to {high}")
-        for name in ("lr", "weight_decay", "label_smoothing", "warmup", "ema"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise out_of_range(name, value, "a number")
-            object.__setattr__(self, name, float(value))
-        if not isinstance(self.compile, bool):
-            raise out_of_range("compile", self.compile, "true or false")
-        if not 0 < self.lr < math.inf:
-            raise out_of_range("lr", self.lr, "a number above 0")
-        if not 0 <= self.weight_decay < math.inf:
-            raise out_of_range("weight_decay", self.weight_decay, "0 or more")
+        check_word("optimizer", self.optimizer, ("muon", "adam"))
+        check_word("schedule", self.schedule, ("cosine", "constant"))
+        check_whole("epochs", self.epochs, 1, 1 << 20, _hint("epochs"))
+        check_whole("batch_size", self.batch_size, 2, 1 << 20, _hint("batch_size"))
+        check_whole("seed", self.seed, 0, (1 << 63) - 1, _hint("seed"))
+        check_number(
+            "lr", self.lr, 0, above=True,
+            hint=f"leave {opt('lr')} out for {BASE_LR:g}, scaled by epochs and batch size",
+        )  # fmt: skip
+        check_number("weight_decay", self.weight_decay, 0, hint=_hint("weight_decay"))
         for name in ("label_smoothing", "warmup", "ema"):
-            if not 0 <= getattr(self, name) < 1:
-                raise out_of_range(name, getattr(self, name), "from 0 to below 1")
+            check_number(name, getattr(self, name), 0, 1, _hint(name), below=True)
+        for name in ("lr", "weight_decay", "label_smoothing", "warmup", "ema"):
+            object.__setattr__(self, name, float(getattr(self, name)))
+        if not isinstance(self.compile, bool):
+            raise UsageError(f"{opt('compile')} must be true or false, got {self.compile!r}", "false is the default")
 
     def to_json(self) -> dict:
         return dataclasses.asdict(self)
@@ -81,17 +76,17 @@ class Recipe:
         return self.lr * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
-# What each recipe sets other than `Recipe` does. Only the default's learning rate follows batch size and epochs.
+# What each recipe changes of `Recipe`. Where it sets no learning rate, that follows from batch size and epochs.
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
-    "talk": {  # Jacobellis 2023; with no augmentation, which `fit` sees to
+    "talk": {  # Jacobellis 2023; `fit` then augments nothing by default
         "epochs": 20, "batch_size": 32, "lr": 0.001, "optimizer": "adam", "schedule": "constant",
         "weight_decay": 0.0, "label_smoothing": 0.0, "warmup": 0.0, "ema": 0.0,
     },
 }  # fmt: skip
 
 
-# What `fit --preset` sets, unless it is given itself; docs/results.md has what each comes to.
+# What `fit --preset` sets; explicit options override it. docs/results.md has the results.
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"epochs": 9},
     "best": {"full_grid": 2, "epochs": 40, "batch_size": 32},
@@ -99,9 +94,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def preset_settings(name: str | None) -> dict[str, Any]:
-    """Convolutions on the full grid, epochs and batch size; None is the recipe's own.
+    """full_grid, epochs and batch_size of a preset; None is the recipe's own.
 
-    Raises `UsageError` for a name that is not there.
+    Raises `UsageError` for an unknown name.
     """
     if name is not None and name not in PRESETS:
         raise UsageError(f"unknown preset {name!r}", nearest(name, list(PRESETS)))
@@ -109,29 +104,31 @@ def preset_settings(name: str | None) -> dict[str, Any]:
     return settings | PRESETS.get(name or "", {})
 
 
-def make_recipe(name: str = "default", **given: Any) -> Recipe:
-    """A recipe by its name in `RECIPES`, changed by what is given and not None.
+def make_recipe(recipe: str | Mapping[str, Any] = "default", **given: Any) -> Recipe:
+    """A recipe by its name in `RECIPES`, or from fields of `Recipe`. Values given and not None override a named one's.
 
-    Raises `UsageError` for a name that is not there or a number out of range.
+    Raises `UsageError` for an unknown name or field, one that is set twice, or a number out of range.
     """
-    if name not in RECIPES:
-        raise UsageError(f"unknown recipe {name!r}", nearest(name, list(RECIPES)))
-    settings = RECIPES[name] | {key: value for key, value in given.items() if value is not None}
-    batch_size, epochs = settings.get("batch_size", BASE_BATCH), settings.get("epochs", BASE_EPOCHS)
-    settings.setdefault("lr", default_lr(batch_size, epochs))
-    return Recipe(**settings)
+    given = {key: value for key, value in given.items() if value is not None}
+    if isinstance(recipe, str):
+        if recipe not in RECIPES:
+            raise UsageError(f"unknown recipe {recipe!r}", nearest(recipe, list(RECIPES)))
+        settings = RECIPES[recipe]
+    else:
+        settings = dict(recipe)
+        if twice := settings.keys() & given.keys():
+            raise UsageError(f"{opt('recipe')} sets {min(twice)}, which is also set by itself", "set it once")
+    made = Recipe.from_json(settings | given)
+    if "lr" in settings or "lr" in given:
+        return made
+    return dataclasses.replace(made, lr=default_lr(made.batch_size, made.epochs))
 
 
 def default_lr(batch_size: int, epochs: int) -> float:
-    """The peak learning rate for a batch of so many samples and so many epochs."""
+    """The default peak learning rate for this batch size and number of epochs."""
     batches = math.sqrt(max(1, batch_size) / BASE_BATCH)
     return round(BASE_LR * batches * (BASE_EPOCHS / max(1, epochs)) ** LR_BY_EPOCHS, 6)
 
 
-def out_of_range(name: str, value: object, allowed: str) -> UsageError:
-    hints = {
-        "lr": f"leave {opt('lr')} out: {BASE_LR:g} at {BASE_BATCH} samples a batch, {BASE_EPOCHS} epochs, else scaled"
-    }
-    hints["compile"] = f"leave {opt('compile')} out for false"
-    default = getattr(Recipe, name, None)
-    return UsageError(f"{opt(name)} must be {allowed}, got {value}", hints.get(name, f"use {opt(name, default)}"))
+def _hint(name: str) -> str:
+    return f"the default is {getattr(Recipe, name)}"

@@ -1,4 +1,4 @@
-"""How a network runs on its device: in what precision, and so that a seed decides everything."""
+"""How a network runs on its device: precision, compilation, reproducibility, time."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from latentprep.errors import SystemFault, opt
 
 
 def in_bfloat16(net: nn.Module, device: torch.device) -> bool:
-    """Whether a network runs in bfloat16: where the hardware multiplies it faster than float32.
+    """Whether a network runs in bfloat16: if the hardware multiplies it faster than float32.
 
-    A network with strided depthwise convolutions stays in float32 on a CPU: oneDNN (torch 2.13) takes 7 to 80 times as
+    On a CPU, a network with strided depthwise convolutions stays in float32: oneDNN (torch 2.13) takes 7 to 80 times as
     long for their bfloat16 gradients.
     """
     return has_fast_bfloat16(device) and not (device.type == "cpu" and any(map(_strided_depthwise, net.modules())))
 
 
 def autocast(bfloat16: bool, device: torch.device) -> Any:
-    """bfloat16 inside where `in_bfloat16` said so; elsewhere nothing changes."""
+    """A context that computes in bfloat16 if `bfloat16` is true; otherwise it changes nothing."""
     return torch.autocast(device.type, torch.bfloat16) if bfloat16 else contextlib.nullcontext()
 
 
@@ -37,11 +37,11 @@ def compiled(
 ) -> Callable[..., Tensor]:
     """The function as code generated for its arguments' shapes, forward and backward, by torch.compile.
 
-    On CUDA it runs as CUDA graphs, so that a small network does not wait for the host to start some hundred kernels,
-    and no kernel is chosen by timing it: another would sum in another order.
-    resident: what it reads besides parameters and stays where it is, such as all codes; a graph has a copy of all else.
+    On CUDA it runs as CUDA graphs, so that a small network does not wait for the host to launch hundreds of kernels.
+    No kernel is chosen by timing it: another kernel would sum in another order.
+    resident: tensors that it reads and that never move, such as all codes; a graph copies every other argument.
 
-    When it is called: raises `SystemFault` where no code can be generated, as without a C++ compiler.
+    A call raises `SystemFault` if no code can be generated, for example without a C++ compiler.
     """
     from torch._dynamo.exc import TorchDynamoException
 
@@ -61,8 +61,8 @@ def compiled(
         except TorchDynamoException as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise SystemFault(
-                f"the training step cannot be compiled here: {reason}",
-                f"leave out {opt('compile')}; on CPUs it needs a C++ compiler",
+                f"the training step cannot be compiled on this machine: {reason}",
+                f"leave {opt('compile')} out; on CPUs it needs a C++ compiler",
             ) from error
 
     return call
@@ -70,10 +70,10 @@ def compiled(
 
 @contextlib.contextmanager
 def reproducible(device: torch.device, seed: int) -> Iterator[None]:
-    """The same seed gives the same bits on the same machine inside; torch's global state is as before outside.
+    """A context in which the same seed gives the same bits on the same machine. torch's global state is restored.
 
-    cuDNN runs its deterministic kernels, chosen without a trial; whether it may run at all, and in TF32, is the user's.
-    A CUDA device is the current one inside, and a user's autocast is off.
+    cuDNN runs deterministic kernels, chosen without trials; whether it runs at all, and in TF32, is left as it is.
+    A CUDA device is made the current one, and a user's autocast is off.
     """
     cudnn, cuda = torch.backends.cudnn, [device] if device.type == "cuda" else []
     before = cudnn.deterministic, cudnn.benchmark
@@ -102,7 +102,7 @@ def seed_generators(device: torch.device, seed: int) -> None:
 
 
 class Stopwatch:
-    """Seconds between its making and `stop` as the device counts them, so that the host need not wait for it."""
+    """Seconds from construction to `stop`, measured by the device, so that the host does not wait."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -113,7 +113,7 @@ class Stopwatch:
         self._end = self._now()
 
     def seconds(self) -> float:
-        """Once the host has waited for what came after `stop`, as for a result of it."""
+        """The time in seconds. Call it after the host has waited for a result computed after `stop`."""
         if self._device.type in ("cuda", "mps"):
             return self._start.elapsed_time(self._end) / 1000
         return self._end - self._start
@@ -131,7 +131,7 @@ class Stopwatch:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all that was asked of it: before and after what is timed."""
+    """Wait until the device has finished all queued work: call it before and after what is timed."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

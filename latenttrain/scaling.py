@@ -1,20 +1,14 @@
-"""How networks grow: EfficientNet's compound scaling (https://arxiv.org/abs/1905.11946), parameters and FLOPs."""
+"""How networks grow: EfficientNet's compound scaling (https://arxiv.org/abs/1905.11946)."""
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-from latentprep.errors import UsageError, opt
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from latentprep.format import LatentDataset
-    from latenttrain.nets import Net
+from latentprep.errors import check_number, opt
+from latentprep.format import LatentDataset, open_dataset
+from latenttrain.nets import NetConfig, build_net, count_flops, count_parameters
 
 DEPTH_BASE, WIDTH_BASE, RESOLUTION_BASE = 1.2, 1.1, 1.15  # alpha, beta and gamma of the paper
 
@@ -28,25 +22,9 @@ class Compound(NamedTuple):
 
 
 def compound(phi: float) -> Compound:
-    """The factors at compound coefficient ``phi``; ``phi=0`` is the network as it stands."""
-    if not (math.isfinite(phi) and -10 <= phi <= 10):
-        raise UsageError(
-            f"phi must be a number from -10 to 10, got {phi}", f"use {opt('phi', 0)} for the network as it stands"
-        )
+    """The factors at compound coefficient ``phi``: 1 at 0. Raises `UsageError` outside of -10 to 10."""
+    check_number("phi", phi, -10, 10, f"use {opt('phi', 0)} for the network as it is")
     return Compound(WIDTH_BASE**phi, DEPTH_BASE**phi, RESOLUTION_BASE**phi)
-
-
-def numbers(option: str, text: str) -> list[float]:
-    """``0..3`` or ``1-8`` (whole steps), or ``0,1,2.5`` -> the numbers. `UsageError` naming the option for all else."""
-    try:
-        if found := re.fullmatch(r"(\d+)(?:\.\.|-)(\d+)", text.strip()):
-            first, last = map(int, found.groups())
-            if not first <= last <= first + 1000:
-                raise ValueError
-            return [float(number) for number in range(first, last + 1)]
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise UsageError(f"{option} must be like 0..3 or 0,1,3, got {text!r}", f"use {option} 1..3") from None
 
 
 def scale_table(
@@ -54,14 +32,14 @@ def scale_table(
     phi: Sequence[float] = (0, 1, 2, 3),
     arch: str = "latentnet",
 ) -> list[dict]:
-    """What the network becomes at each compound coefficient, for a dataset's latents or else 28 x 28 x 4 ones.
+    """The network at each compound coefficient, for a dataset's latents or else for latents of 28 x 28 x 4.
 
-    Each entry: phi, width, depth, resolution, latent, parameters, flops; growth: of the FLOPs since phi 0, and
-    expected: what ``depth * width**2 * resolution**2`` says, which whole blocks, channels and cells only come near.
+    ``fit`` and ``encode`` take an entry's factors as ``width``, ``depth`` and ``phi``.
+    Each entry: phi, width, depth, resolution, latent, parameters, flops; growth: FLOPs relative to phi 0; expected:
+    ``depth * width**2 * resolution**2``, which differs because blocks, channels and cells are whole.
+
+    Raises `UsageError` for a coefficient out of range.
     """
-    from latentprep.format import open_dataset
-    from latenttrain.nets import NetConfig, build_net
-
     latent, classes = (4, 28, 28), 10
     if dataset is not None:
         manifest = open_dataset(dataset).manifest
@@ -81,41 +59,3 @@ def scale_table(
 
     base = row(0)["flops"]
     return [{**entry, "growth": entry["flops"] / base} for entry in map(row, phi)]
-
-
-def round_width(channels: int, width: float, divisor: int = 8) -> int:
-    """``channels * width`` to the nearest multiple of ``divisor``, never below 90% of it (EfficientNet's rule)."""
-    scaled = channels * width
-    rounded = max(divisor, int(scaled + divisor / 2) // divisor * divisor)
-    return rounded + divisor if rounded < 0.9 * scaled else rounded
-
-
-def round_depth(blocks: int, depth: float) -> int:
-    """``blocks * depth``, rounded up (EfficientNet's rule), so that no stage ever loses its last block."""
-    return math.ceil(round(blocks * depth, 6))  # 6 digits: 5 * 1.2 is 6 blocks, whatever binary fractions say
-
-
-def count_parameters(net: nn.Module) -> int:
-    """Trainable parameters."""
-    return sum(parameter.numel() for parameter in net.parameters() if parameter.requires_grad)
-
-
-def count_flops(net: Net) -> int:
-    """Forward FLOPs of one sample as torch counts them: convolutions and matrix products only.
-
-    A multiply-add is 2 FLOPs. A training step costs about three times as many (forward, and both gradients); torch
-    2.13's own count of it overlooks groups, and comes to twenty times as many for depthwise convolutions.
-    """
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    device = next(net.parameters()).device
-    codes = torch.zeros(1, *net.config.latent, dtype=torch.uint8, device=device)
-    training = net.training
-    net.eval()
-    try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            net(codes)
-    finally:
-        net.train(training)
-    return counter.get_total_flops()

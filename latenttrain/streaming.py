@@ -1,6 +1,7 @@
-"""Datasets larger than memory: shards read ahead in random order and mixed in a buffer; and which form a split takes.
+"""Datasets larger than memory: shards are read ahead in random order and mixed in a buffer.
 
-Memory is that of the buffer, of the shards read ahead and of no more, whatever the size of the dataset.
+The memory needed is that of the buffer and of the shards read ahead, whatever the size of the dataset. This module also
+decides whether a split is held in memory, held packed, or streamed.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from latentprep.device import sent
-from latentprep.errors import DatasetError, UsageError, opt
+from latentprep.errors import DatasetError, UsageError, check_whole, opt
 from latentprep.format import INVALID_LABEL, LatentDataset, Manifest
 from latentprep.format.packing import packed_bytes
 from latenttrain.data import (
@@ -33,16 +34,16 @@ from latenttrain.data import (
 from latenttrain.memory import free_memory
 from latenttrain.packed import PackedSplit, pack
 
-BUFFER_BYTES = 256 << 20  # of codes that the buffer holds if nobody says otherwise: 64 shards of 1,024 x 4 x 32 x 32
-THREADS = min(4, os.cpu_count() or 1)  # that read, verify and decompress; most of it without the interpreter lock
+BUFFER_BYTES = 256 << 20  # of codes in the buffer by default: 64 shards of 1,024 x 4 x 32 x 32
+THREADS = min(4, os.cpu_count() or 1)  # to read, verify and decompress, mostly without the interpreter lock
 THREAD_NAME = "read-shard"
 
 
 class StreamedSplit:
     """A split that stays on disk. Reads whole shards ahead in threads; batches come to the device.
 
-    held: shards that the buffer holds. limit: at most so many samples, the same ones as `load_split` takes.
-    What the threads do and when changes nothing in what comes out.
+    held: shards that the buffer holds. limit: at most this many samples, the same ones as `load_split` takes.
+    The samples and their order do not depend on the threads.
 
     Opening reads the records alone. Raises `DatasetError` if shards are missing or no sample is valid, `UsageError` for
     a limit or a buffer out of range; while it is read, `DatasetError` naming a shard that is damaged.
@@ -59,7 +60,8 @@ class StreamedSplit:
     ) -> None:
         check_limit(limit)
         self.dataset, self.split, self.device, self.threads = dataset, split, device, threads
-        self.held = check_buffer(default_buffer(dataset.manifest, split) if held is None else held)
+        check_whole("buffer", held, 1, hint=f"leave {opt('buffer')} out for the default", optional=True)
+        self.held = default_buffer(dataset.manifest, split) if held is None else held
         records = [dataset.committed(split, shard) for shard in range(dataset.manifest.shard_count(split))]
         valid = np.array([record.rows - len(record.invalid) for record in records], np.int64)
         self._valid, self._samples = valid, int(valid.sum())
@@ -83,7 +85,7 @@ class StreamedSplit:
         return torch.from_numpy(labels).to(self.device, torch.int64)
 
     def classes(self) -> list[int]:
-        """Two or more of the labels that occur, or the only one. Looks no further than it must."""
+        """Two or more of the labels that occur, or the only one. Reads as few shards as possible."""
         last, found = len(self._valid) - 1, set[int]()
         for shard in dict.fromkeys((0, last, *range(last))):  # sources are in class order as a rule: the ends differ
             labels = self.dataset.read_labels(self.split, shard)
@@ -156,7 +158,7 @@ class StreamedSplit:
                     codes, labels = codes[len(part) :], labels[len(part) :]
 
     def packed(self) -> PackedSplit:
-        """All of it on the device, bit-packed shard by shard, so that the whole is never unpacked anywhere."""
+        """The whole split on the device, packed shard by shard, so that it is never unpacked as a whole."""
         manifest, bits = self.dataset.manifest, self.dataset.quantizer.bits
         views, channels, height, width = manifest.row_shape(self.split)
         size = packed_bytes(channels * height * width, bits)
@@ -204,7 +206,7 @@ class StreamedSplit:
             raise DatasetError(
                 f"{self.dataset.root}: shard {self.split} {shard} has {len(rows)} valid samples, "
                 f"its record {record.path} counts {self._valid[shard]}",
-                f"delete {record.path} and run the same latentprep encode again: it makes just that shard",
+                f"delete {record.path} and run the same latentprep encode again: it makes only that shard",
             )
         if self._limit is None:
             return rows
@@ -220,24 +222,15 @@ class StreamedSplit:
 
 
 def default_buffer(manifest: Manifest, split: str) -> int:
-    """Shards that the buffer holds if nobody says otherwise: `BUFFER_BYTES` of codes, at least 4."""
+    """Shards that the buffer holds by default: `BUFFER_BYTES` of codes, and at least 4."""
     return max(4, BUFFER_BYTES // (manifest.shard_rows * int(np.prod(manifest.latent))))
 
 
-def check_buffer(held: int) -> int:
-    if held < 1:
-        raise UsageError(
-            f"{opt('buffer')} must be 1 or more shards, got {held}",
-            f"leave {opt('buffer')} out to get the default",
-        )
-    return held
-
-
 def shards_mixed(rows: np.ndarray, shard_rows: int) -> float:
-    """How many shards neighbours in an epoch are drawn from: rows in the split i64 [n], in order of appearance.
+    """From how many shards neighbours in an epoch are drawn: rows in the split i64 [n], in order of appearance.
 
-    One over the share of neighbours that are of one shard: 1 for no shuffling, the number of shards for a true
-    permutation, and about twice the number held for a buffer much smaller than the split, since shards drain in it.
+    It is one over the share of neighbours from the same shard: 1 for no shuffling, the number of shards for a true
+    permutation, and about twice the buffer for one much smaller than the split, since its shards are partly drawn.
     """
     shards = rows // shard_rows
     return len(rows) / max(1, int((shards[1:] == shards[:-1]).sum()))
@@ -246,23 +239,19 @@ def shards_mixed(rows: np.ndarray, shard_rows: int) -> float:
 def shards_to_hold(
     dataset: LatentDataset, device: torch.device, stream: bool | None, buffer: int | None, resident_only: bool
 ) -> int | None:
-    """Whether train is streamed: the shards that its buffer then holds, else None.
+    """The shards that the buffer holds if train is streamed; None if it is not.
 
-    stream: None is only where its codes, packed if need be, take more than half of the free memory. resident_only:
-    what else was asked needs all codes in memory. Raises `UsageError` where the two exclude each other.
+    stream: None streams only if the codes, even packed, take more than half of the free memory. resident_only: another
+    setting needs all codes in memory. Raises `UsageError` if the two exclude each other.
     """
     if stream and resident_only:
         raise UsageError(
-            f"{opt('stream')} does not go with {opt('holdout')} or {opt('latents')}",
-            "they need all codes in memory",
+            f"{opt('stream')} cannot be combined with {opt('holdout')} or {opt('latents')}",
+            "they need all codes in memory; leave one of them out",
         )
-    if buffer is not None:
-        check_buffer(buffer)
-        if stream is False or resident_only:
-            raise UsageError(
-                f"{opt('buffer')} is of {opt('stream')}, and this run is not streamed",
-                f"leave {opt('buffer')} out",
-            )
+    check_whole("buffer", buffer, 1, hint=f"leave {opt('buffer')} out for the default", optional=True)
+    if buffer is not None and (stream is False or resident_only):
+        raise UsageError(f"{opt('buffer')} needs {opt('stream')}, and this run is not streamed", "leave it out")
     if stream is None:
         stream = not (resident_only or fits(dataset, "train", device) or fits(dataset, "train", device, packed=True))
     if not stream:
@@ -273,10 +262,10 @@ def shards_to_hold(
 def training_data(
     dataset: LatentDataset, device: torch.device, held: int | None, limit: int | None = None
 ) -> tuple[Samples, Samples]:
-    """What a run learns from, train with all its views, and what it is judged by, val's view 0.
+    """The samples to train on, train with all views, and to evaluate on, view 0 of val.
 
-    held: as `shards_to_hold` says. In memory codes lie a byte each where they fit, else packed; val is streamed where
-    neither fits. Raises as `load_split` does.
+    held: from `shards_to_hold`. In memory a code takes a byte if all fit that way, else they are packed; val is
+    streamed if neither fits. Raises as `load_split` does.
     """
     train: Samples
     if held is not None:
@@ -290,7 +279,7 @@ def training_data(
 
 
 def judged_split(dataset: LatentDataset, split: str, device: torch.device) -> Samples:
-    """What a network is judged by: view 0 of every sample, in memory where it fits, else packed, else read in order."""
+    """View 0 of every sample of a split, to evaluate on: in memory if it fits, else packed, else read in order."""
     dataset.check_complete(split)
     if fits(dataset, split, device):
         return load_split(dataset, split, device, views=False)
@@ -299,7 +288,7 @@ def judged_split(dataset: LatentDataset, split: str, device: torch.device) -> Sa
 
 
 def fits(dataset: LatentDataset, split: str, device: torch.device, packed: bool = False) -> bool:
-    """Whether a split's codes take less than half of the memory that is free: a byte each, or packed."""
+    """Whether a split's codes take less than half of the free memory, at a byte each or packed."""
     views, *latent = dataset.manifest.row_shape(split)
     count = int(np.prod(latent))
     row = views * (packed_bytes(count, dataset.quantizer.bits) if packed else count)

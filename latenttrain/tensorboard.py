@@ -1,4 +1,4 @@
-"""The metrics of a run for TensorBoard, which is an extra."""
+"""A run's metrics for TensorBoard, an optional package."""
 
 from __future__ import annotations
 

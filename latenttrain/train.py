@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import math
 import statistics
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,47 +20,19 @@ from latentprep.errors import CheckpointError, UsageError, opt
 from latentprep.fitting import enough_memory
 from latentprep.format import LatentDataset, open_dataset
 from latentprep.progress import Progress, ProgressFactory, silent
-from latentprep.storage.places import Place, path_of
-from latenttrain.augment import Augment, augmented, draw
+from latentprep.storage.places import path_of
+from latenttrain.augment import Augment, augment_codes, augment_planes, draw
 from latenttrain.checkpoint import CURVE, State, check_run_folder, read_config, restore, run_folder, save_epoch
-from latenttrain.config import RunConfig, describe_dataset, versions
-from latenttrain.data import Samples, batches_per_epoch, check_trainable, float_statistics, load_trained
+from latenttrain.config import RunConfig, default_out, plan_net, plan_run
+from latenttrain.data import Samples, batches_per_epoch, check_trainable, load_trained
 from latenttrain.evaluation import counted, read_scores, split_logits
-from latenttrain.nets import Net, NetConfig, build_net
+from latenttrain.nets import Net, build_net, count_flops, count_parameters
 from latenttrain.optimizers import make_optimizer
-from latenttrain.recipe import Recipe, make_recipe, preset_settings
+from latenttrain.recipe import make_recipe, preset_settings
+from latenttrain.results import FitResult, draw_curve
 from latenttrain.runtime import Stopwatch, autocast, compiled, in_bfloat16, reproducible, seed_generators
-from latenttrain.scaling import compound, count_flops, count_parameters
 from latenttrain.streaming import shards_to_hold, training_data
-from latenttrain.tables import draw_curve
 from latenttrain.tensorboard import MetricsLog, open_log
-
-
-@dataclass(frozen=True)
-class FitResult:
-    """What a run came to. Accuracies are fractions of the val split, of the averaged weights.
-
-    top1, top5: of ``best_epoch``, chosen by val top-1, so a little optimistic; last_top1, last_top5: of the last epoch.
-    parameters: that learn. flops: a sample's forward pass, 2 a multiply-add.
-    seconds_per_epoch: median over this run's epochs, training alone; samples_per_second: the same as a rate.
-    """
-
-    run: str
-    curve: str
-    device: str
-    epochs: int
-    best_epoch: int
-    top1: float
-    top5: float
-    last_top1: float
-    last_top5: float
-    parameters: int
-    flops: int
-    seconds_per_epoch: float
-    samples_per_second: float
-
-    def to_json(self) -> dict:
-        return dataclasses.asdict(self)
 
 
 def fit(
@@ -69,24 +41,19 @@ def fit(
     preset: str | None = None,
     width: float = 1.0,
     depth: float = 1.0,
+    arch: str = "latentnet",
+    stem: str = "affine",
     full_grid: int | None = None,
-    recipe: str = "default",
+    recipe: str | Mapping[str, Any] = "default",
     epochs: int | None = None,
     batch_size: int | None = None,
     lr: float | None = None,
-    weight_decay: float | None = None,
-    label_smoothing: float | None = None,
-    warmup: float | None = None,
-    ema: float | None = None,
+    augment: Augment | None = None,
     seed: int = 0,
     device: str = "auto",
     out: str | Path | None = None,
-    arch: str = "latentnet",
-    stem: str = "affine",
-    augment: Augment | None = None,
     limit: int | None = None,
     holdout: float = 0.0,
-    phi: float = 0.0,
     latents: str | Path | None = None,
     stream: bool | None = None,
     buffer: int | None = None,
@@ -96,63 +63,58 @@ def fit(
     overwrite: bool = False,
     progress: ProgressFactory = silent,
 ) -> FitResult:
-    """Train a network on the train split of a latent dataset, evaluating it on the val split after each epoch.
+    """Train a network on the train split of a latent dataset, and evaluate it on the val split after each epoch.
 
-    dataset: its folder, or what `latentprep.open` returned. preset: one of `PRESETS`: a network, epochs and batch
-    size that go together, in place of the default and the recipe's own. width, depth: see `latenttrain.scaling`.
-    full_grid: how many 3 x 3 convolutions read the whole grid, 1 by default.
-    recipe: one of `RECIPES`; epochs to ema: in place of its own. lr: the peak. augment: None is the recipe's, which is
-    none for ``talk`` and else the default of `Augment`, with mirroring where the dataset's codec has an exact mirror,
-    and without zoom where there are views.
-    limit: train on at most so many samples. holdout: judge by this share of train in place of val, and learn from the
-    rest: for choices, so that val stays unseen. phi: compound scaling, factors on top of width and depth; the
-    resolution is ``encode``'s. latents: a folder that ``latentprep latents`` made, to learn from float latents (view 0)
-    in place of codes.
-    stream: read train from disk in every epoch, by default where its codes take more than half of the free memory.
-    buffer: shards that are then mixed at a time; the more, the closer the order is to a true permutation.
-    compile: generate code for the training step first, gather and unpacking of codes to the loss: `device.compiled`.
-    tensorboard: log the metrics for it too, under the run folder.
-    out: the run folder, by default `default_out`. resume: go on after the last whole epoch, to the same weights
-    as without the break; overwrite: delete an earlier run there. progress: ``latentprep.cli.console.progress_bar``.
+    dataset: a folder, a URL, or what `latentprep.open` returned.
+    preset: one of `PRESETS`, which sets full_grid, epochs and batch_size; explicit arguments override it.
+    width, depth: factors on the network's channels and blocks; `scale_table` lists those of compound scaling.
+    arch, stem: a name in `ARCHITECTURES` and in `STEMS`. full_grid: 3 x 3 convolutions on the whole grid, by default 1.
+    recipe: a name in `RECIPES`, or fields of `Recipe` to set, such as ``{"weight_decay": 0.1}``; epochs, batch_size and
+    lr (the peak) override it. augment: by default `Augment()`, or none for ``talk``, with mirroring if the codec has
+    an exact mirror image and without zoom if the dataset has views.
+    limit: train on at most this many samples. holdout: evaluate on this share of train in place of val, and train on
+    the rest, so that choices are not made on val. latents: a folder written by ``latentprep latents``, to train on
+    float latents (view 0) in place of codes.
+    stream: read train from disk in every epoch; by default only if its codes need more than half of the free memory.
+    buffer: shards mixed at a time when streaming; more of them come closer to a true permutation.
+    compile: generate code for the training step first, from the gather of codes to the loss: `runtime.compiled`.
+    tensorboard: also log the metrics for TensorBoard, in the run folder.
+    out: the run folder, by default `default_out`. resume: continue after the last whole epoch, to the same weights as
+    without the break. overwrite: delete an earlier run there.
 
     The same arguments on the same machine give the same weights, to the last bit.
 
-    Raises `UsageError` for a value out of range or a loss that is no number, `DatasetError` for a dataset that cannot
-    be trained on, `CheckpointError` for a run folder in the way, `SystemFault` for a device absent or too small.
+    Raises `UsageError` for a value out of range or a loss that became NaN or infinite, `DatasetError` for a dataset
+    that cannot be trained on, `CheckpointError` if the run folder holds another run, `SystemFault` for a device that
+    is not available or too small.
     """
     chosen = preset_settings(preset)
-    asked = make_recipe(
+    settings = make_recipe(
         recipe,
         epochs=chosen["epochs"] if epochs is None else epochs,
         batch_size=chosen["batch_size"] if batch_size is None else batch_size,
         lr=lr,
-        weight_decay=weight_decay,
-        label_smoothing=label_smoothing,
-        warmup=warmup,
-        ema=ema,
         seed=seed,
         compile=compile,
     )
-    if augment is None and recipe == "talk":
-        augment = Augment.none()
     target = pick_device(device)
     dataset = open_dataset(dataset)
     check_trainable(dataset, ("train",) if holdout else ("train", "val"))
-    factors, floats = compound(phi), None if latents is None else path_of(latents)
+    floats = None if latents is None else path_of(latents)
     full_grid = chosen["full_grid"] if full_grid is None else full_grid
-    config = plan_run(dataset, asked, width * factors.width, depth * factors.depth, arch, stem, augment, full_grid)
-    if floats is not None:
-        config = dataclasses.replace(config, net=float_net(config.net, dataset, floats))
-    for name, value in (("limit", limit), ("holdout", holdout or None), ("latents", floats and str(floats))):
-        config.dataset[name] = value
-    root = path_of(out) if out is not None else default_out(dataset.root, config)
+    net = plan_net(dataset, width=width, depth=depth, arch=arch, stem=stem, full_grid=full_grid, latents=floats)
+    root = path_of(out) if out is not None else default_out(dataset.root, net, seed)
     in_memory = bool(holdout) or floats is not None
     held = shards_to_hold(dataset, target, stream, buffer, in_memory)
     if resume and stream is None and buffer is None:  # as the run began, whatever memory is free today
         with contextlib.suppress(CheckpointError):
             earlier = read_config(root).dataset.get("stream")
             held = earlier if earlier is None or isinstance(earlier, int) else held
-    config.dataset["stream"] = held
+    if augment is None and recipe == "talk":
+        augment = Augment.none()
+    config = plan_run(
+        dataset, settings, net, augment=augment, limit=limit, holdout=holdout, latents=floats, stream=held
+    )
     check_run_folder(root, config, resume, overwrite)
     log = open_log(root) if tensorboard else None
     with enough_memory(target, f"lower {opt('limit')}, or use {opt('stream', True)}"):
@@ -173,7 +135,7 @@ def run_fit(
     progress: ProgressFactory,
     log: MetricsLog | None = None,
 ) -> FitResult:
-    """The run itself, once its folder was checked and its splits are on their device."""
+    """The run itself, once its folder is checked and its splits are on their device."""
     recipe, target = config.recipe, train.device
     with (
         enough_memory(target, f"lower {opt('batch_size')}, {opt('width')} or {opt('limit')}"),
@@ -204,63 +166,6 @@ def run_fit(
     )
 
 
-def plan_run(
-    dataset: LatentDataset,
-    recipe: Recipe,
-    width: float,
-    depth: float,
-    arch: str,
-    stem: str,
-    augment: Augment | None,
-    full_grid: int = 1,
-) -> RunConfig:
-    """The run's whole configuration, from what was asked and what the dataset is."""
-    manifest = dataset.manifest
-    quantizer, statistics = manifest.quantizer, manifest.statistics
-    if augment is None:
-        augment = Augment(mirror=manifest.flip is not None)
-        if manifest.views("train") > 1:  # true crops of many sizes: more zoom than theirs costs accuracy
-            augment = dataclasses.replace(augment, zoom=0.0)
-    if augment.mirror and augment.mirror_signs is None and manifest.flip is not None:
-        augment = dataclasses.replace(augment, mirror_signs=tuple(map(float, manifest.flip)))
-    net = NetConfig(
-        latent=manifest.latent,
-        classes=len(manifest.classes),
-        bits=quantizer.bits,
-        lo=quantizer.lo,
-        step=quantizer.step,
-        filter=quantizer.filter,
-        arch=arch,
-        stem=stem,
-        width=width,
-        depth=depth,
-        full_grid=full_grid,
-        mean=statistics.mean if statistics else (),
-        std=statistics.std if statistics else (),
-    )
-    return RunConfig(net, recipe, augment, describe_dataset(dataset), versions())
-
-
-def float_net(net: NetConfig, dataset: LatentDataset, latents: Path) -> NetConfig:
-    """The network for float latents: they need no filter to be the latents, and are scaled by their own statistics.
-
-    Where the dataset's codes were not counted, they are not, either.
-    """
-    net = dataclasses.replace(net, filter=())
-    if not net.std:
-        return net
-    mean, std = float_statistics(dataset, latents)
-    return dataclasses.replace(net, mean=mean, std=std)
-
-
-def default_out(dataset: Place, config: RunConfig) -> Path:
-    """``runs/imagenette-w1-d1-s0``: dataset, width, depth, seed, and the network and stem if not the defaults."""
-    net = config.net
-    names = [dataset.resolve().name, f"w{net.width:g}", f"d{net.depth:g}", f"s{config.recipe.seed}"]
-    names += [name for name, default in ((net.arch, "latentnet"), (net.stem, "affine")) if name != default]
-    return Path("runs", "-".join(names))
-
-
 def start_state(config: RunConfig, device: torch.device) -> State:
     """A fresh network on the device, drawn on the CPU so that the device does not matter, and its optimizer."""
     net = build_net(config.net).to(device)
@@ -277,15 +182,15 @@ def train_epochs(
     log: MetricsLog | None = None,
 ) -> None:
     """The epochs that `state` still lacks, each committed to the run folder as it ends; then the curve."""
-    recipe, done = config.recipe, len(state.metrics)
+    recipe, done, loss_of = config.recipe, len(state.metrics), loss_function(config, train)
     batches = batches_per_epoch(len(train), recipe.batch_size)
     with progress("train", recipe.epochs * batches, "batches", done * batches) as bar:
         for epoch in range(done, recipe.epochs):
             watch = Stopwatch(train.device)
-            total = train_epoch(state, config, train, epoch, bar)
+            total = train_epoch(state, config, train, epoch, bar, loss_of)
             watch.stop()
             tensors = state.tensors()
-            # All that the host reads of an epoch, in one transfer: the only time that it waits for the device.
+            # Everything that the host reads of an epoch, in one transfer: the host waits for the device only here.
             numbers = [total, *counted(split_logits(state.average, val), val.labels)]
             host = to_host([*numbers, *tensors.values()])
             loss, found = float(host[0]), read_scores(host[1 : len(numbers)], len(val))
@@ -317,8 +222,26 @@ def train_epochs(
     draw_curve(state.metrics, root / CURVE)
 
 
-def train_epoch(state: State, config: RunConfig, train: Samples, epoch: int, bar: Progress) -> Tensor:
-    """One epoch; the mean training loss, f32 [], still on the device: nothing here waits for it."""
+def loss_function(config: RunConfig, train: Samples) -> Callable[..., Tensor]:
+    """`batch_loss`, compiled if the recipe says so: once a run."""
+    if not config.recipe.compile:
+        return batch_loss
+    return compiled(batch_loss, train.device, [held for held in vars(train).values() if isinstance(held, Tensor)])
+
+
+def train_epoch(
+    state: State,
+    config: RunConfig,
+    train: Samples,
+    epoch: int,
+    bar: Progress,
+    loss_of: Callable[..., Tensor] | None = None,
+) -> Tensor:
+    """One epoch; returns the mean training loss, f32 [], on the device: the host waits for nothing.
+
+    loss_of: what `loss_function` made for the run.
+    """
+    loss_of = loss_of or loss_function(config, train)
     recipe, net, device = config.recipe, state.net.train(), train.device
     batches = batches_per_epoch(len(train), recipe.batch_size)
     order, dropout = np.random.SeedSequence([recipe.seed, epoch]).generate_state(2).tolist()
@@ -327,21 +250,17 @@ def train_epoch(state: State, config: RunConfig, train: Samples, epoch: int, bar
     live, averaged = averaged_tensors(state.net), averaged_tensors(state.average)
     total = torch.zeros((), device=device)
     known = {"val_top-1": f"{state.metrics[-1]['top1']:.1%}"} if state.metrics else {}
-    step = epoch * batches
-    bfloat16, loss_of = in_bfloat16(net, device), batch_loss
-    if recipe.compile:
-        loss_of = compiled(batch_loss, device, [held for held in vars(train).values() if isinstance(held, Tensor)])
-    for rows, labels in train.training_rows(recipe.batch_size, generator):
-        state.optimizer.set_lr(recipe.lr_at(step, batches))
+    bfloat16 = in_bfloat16(net, device)
+    for step, (rows, labels) in enumerate(train.training_rows(recipe.batch_size, generator), epoch * batches):
         random = draw(net, len(labels), config.augment, device, generator)
-        with full_float32():  # for the planes: what else is float32 here, the stem's filter decides
+        with full_float32():  # for the stem; the network's body follows `bfloat16`
             loss = loss_of(net, train, rows, labels, random, config, bfloat16)
         loss.backward()
-        state.optimizer.step()
-        decay = min(recipe.ema, (1 + step) / (10 + step))  # the average forgets the start quickly
+        state.optimizer.set_lr(recipe.lr_at(step, batches))
+        state.optimizer.step()  # clears the gradients, too
+        decay = min(recipe.ema, (1 + step) / (10 + step))  # low at first, so that the average forgets the start
         torch._foreach_lerp_(averaged, live, 1 - decay)
         total += loss.detach()
-        step += 1
         bar.advance(1, epoch=f"{epoch + 1}/{recipe.epochs}", **known)
     for mine, theirs in zip(state.average.buffers(), state.net.buffers(), strict=True):
         if not mine.is_floating_point():
@@ -358,13 +277,16 @@ def batch_loss(
     config: RunConfig,
     bfloat16: bool,
 ) -> Tensor:
-    """From rows of the split to the loss: gather, unpack, augment, dequantize, network. A pure function.
+    """The loss of one batch: a pure function, so that it can be compiled whole.
 
-    rows: i64 [B], or u8 [B,C,h,w] where they are codes already; labels: i64 [B]; random: what `draw` drew -> f32 []
+    rows: i64 [B], or u8 [B,C,h,w] if they are codes already; labels: i64 [B]; random: from `draw` -> f32 []
     """
-    planes, targets = augmented(net, train.codes_of(rows), labels, config.augment, random)
-    with autocast(bfloat16, rows.device):
-        logits = net.logits(planes)
+    codes = train.codes_of(rows)  # u8 [B,C,h,w]: gathered, and unpacked if they are held packed
+    codes = augment_codes(net, codes, config.augment, random)
+    planes = net.planes(codes)  # f32 [B,P,h,w]: the stem
+    planes, targets = augment_planes(net, planes, labels, config.augment, random)  # targets f32 [B,classes]
+    with autocast(bfloat16, planes.device):
+        logits = net.logits(planes)  # f32 [B,classes]
     return F.cross_entropy(logits.float(), targets, label_smoothing=config.recipe.label_smoothing)
 
 

@@ -26,19 +26,12 @@ from latentprep.sources.source import Source
 from pictures import make_folder
 
 RENDERED = {"as_json", "show"}  # how a command prints its result
-CACHE = "in Python the dataset is opened with latentprep.open(cache_dir=, cache_bytes=)"
 STUDY = "for studies, in Python only"
 DIFFERENT = {
     "latentprep encode": dict.fromkeys(("batch_size", "colour", "max_pixels", "phi", "profile", "strict"), STUDY),
     "latentprep latents": {"batch_size": STUDY},
     "latentprep verify": {"batch_size": STUDY},
-    "latentprep report": {"run": "runs in Python", "runs": "--run on the command line"},
-    "latenttrain fit": {
-        **dict.fromkeys(("cache_dir", "cache_size"), CACHE),
-        **dict.fromkeys(("label_smoothing", "warmup", "ema", "augment", "latents"), STUDY),
-    },
-    "latenttrain eval": dict.fromkeys(("cache_dir", "cache_size"), CACHE),
-    "latenttrain sweep": {"stem": "stems in Python", "stems": "--stem on the command line"},
+    "latenttrain fit": dict.fromkeys(("arch", "stem", "full_grid", "augment", "latents", "buffer"), STUDY),
 }  # fmt: skip
 FUNCTIONS = {
     "latentprep codecs": latentprep.list_codecs,

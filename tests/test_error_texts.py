@@ -67,7 +67,8 @@ def test_folders_and_switches_read_as_english_in_python_too() -> None:
 
 
 def test_every_parameter_that_an_error_names_exists() -> None:
-    functions = [f for m in (latentprep, latenttrain) for f in vars(m).values() if callable(f)]
+    functions = [getattr(m, name) for m in (latentprep, latenttrain) for name in m.__all__]
+    functions = [function for function in functions if callable(function)]
     functions += [
         DctCodec,
         Recipe,

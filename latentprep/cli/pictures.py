@@ -181,9 +181,6 @@ def rd(
 @app.command()
 def report(
     dataset: Dataset,
-    run: Annotated[
-        list[Path] | None, typer.Option("--run", help="A run folder of latenttrain fit; may be repeated.")
-    ] = None,
     out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
     samples: Annotated[int, typer.Option(help="Samples to show, spread over the classes.")] = 10,
     source: OwnSource = None,
@@ -193,20 +190,18 @@ def report(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Write one HTML page: what was encoded and how, what the codes keep, and how runs on them do.
+    """Write one HTML page: what was encoded and how, and what the codes keep.
 
-    It needs no network and opens from disk, even on a phone.
+    It needs no network and opens from disk, even on a phone. latenttrain report makes such a page about runs.
 
-    Examples:
+    Example:
 
-      latentprep report shards
-
-      latentprep report shards --run runs/first --run runs/second --out report.html
+      latentprep report shards --out report.html
     """
     from latentprep.pictures.report import report as write
 
     result = write(
-        dataset, out=out, runs=run or [], samples=samples, decoder=decoder, source=_source(source, data),
+        dataset, out=out, samples=samples, decoder=decoder, source=_source(source, data),
         weights=weights, device=device, progress=console.progress_bar,
     )  # fmt: skip
     if as_json:

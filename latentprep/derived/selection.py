@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from latentprep.derived.derive import Rows, derive, every_row, opened
-from latentprep.encoding.driver import differences
 from latentprep.encoding.encode import EncodeResult
 from latentprep.errors import DatasetError, UsageError, check_number, nearest, opt
 from latentprep.format.dataset import Codes, LatentDataset
+from latentprep.format.fields import differences
 from latentprep.format.manifest import INVALID_LABEL, Manifest
 from latentprep.progress import ProgressFactory, silent
 from latentprep.sources.source import fingerprint

@@ -6,12 +6,12 @@ import contextlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
 
 from latentprep.encoding.source_files import added_and_removed
 from latentprep.errors import DatasetError, opt, system_fault
 from latentprep.format.commit import commit_shard, create_dataset, remove_dataset
 from latentprep.format.dataset import LatentDataset, open_dataset
+from latentprep.format.fields import differences
 from latentprep.format.manifest import MANIFEST, STORED, Manifest, Plan, ShardRecord
 from latentprep.format.shard import EncodedShard
 from latentprep.sources.source import Source
@@ -147,12 +147,3 @@ def _decided(plan: Plan, fitted: bool) -> dict:
     if fitted and isinstance(plan, Manifest):
         decided |= {"quantizer": plan.quantizer.to_json(), "compression": plan.compression}
     return decided
-
-
-def differences(have: Any, want: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Where two JSON values differ: the dotted name and both values."""
-    if isinstance(have, dict) and isinstance(want, dict):
-        for key in dict.fromkeys([*have, *want]):
-            yield from differences(have.get(key), want.get(key), f"{name}.{key}".lstrip("."))
-    elif have != want:
-        yield name, have, want

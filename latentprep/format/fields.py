@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from latentprep.errors import DatasetError
@@ -93,3 +94,12 @@ def parse_json(data: bytes, where: str, way_out: str) -> Fields:
 def dump_json(document: dict) -> bytes:
     """JSON as we write it: fields in order, one space of indent, a newline at the end."""
     return (json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def differences(have: Any, want: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Where two JSON values differ: the dotted name and both values."""
+    if isinstance(have, dict) and isinstance(want, dict):
+        for key in dict.fromkeys([*have, *want]):
+            yield from differences(have.get(key), want.get(key), f"{name}.{key}".lstrip("."))
+    elif have != want:
+        yield name, have, want

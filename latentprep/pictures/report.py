@@ -5,29 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from latentprep.audit.info import DatasetInfo, info
-from latentprep.errors import CheckpointError, system_fault
+from latentprep.errors import system_fault
 from latentprep.format.dataset import LatentDataset, open_dataset
 from latentprep.format.manifest import INVALID_LABEL
 from latentprep.pictures import page
 from latentprep.pictures.decode import open_decoder
 from latentprep.pictures.plots import BLUE, INK, drawn
 from latentprep.pictures.preview import sample_columns
-from latentprep.pictures.samples import Decoder, Picked, decode_all, pick
+from latentprep.pictures.samples import Picked, pick
 from latentprep.pictures.sheet import Column
 from latentprep.progress import ProgressFactory, silent
 from latentprep.sources.source import Source, open_own_source
 from latentprep.storage.atomic import write_atomic
-from latentprep.storage.places import path_of, several
+from latentprep.storage.places import path_of
 from latentprep.text import plural, size
-
-if TYPE_CHECKING:
-    from latenttrain.diagnosis import Diagnosis
 
 SAMPLES = 10
 _SHARDS = 64  # shards that histograms are counted from, at most
@@ -45,7 +41,6 @@ class ReportResult:
     bits_per_value: float
     entropy: tuple[float, ...]
     saturation: tuple[float, ...]
-    runs: tuple[str, ...]
 
     def to_json(self) -> dict:
         return asdict(self)
@@ -55,7 +50,6 @@ def report(
     dataset: str | Path | LatentDataset,
     *,
     out: str | Path = "report.html",
-    runs: Sequence[str | Path] = (),
     samples: int = SAMPLES,
     decoder: str = "codec",
     source: str | Path | Source | None = None,
@@ -64,17 +58,14 @@ def report(
     device: str = "auto",
     progress: ProgressFactory = silent,
 ) -> ReportResult:
-    """Write one HTML page about a dataset, and about runs on it. It opens in any browser, without a network.
+    """Write one HTML page about a dataset. It opens in any browser, without a network.
 
-    samples: how many to show. runs: folders that ``latenttrain fit`` made. Curves are drawn for all runs. Runs that
-    learned this dataset's codes are also evaluated on it, with a confusion matrix and their worst mistakes as images.
-    Raises what `preview` raises, and `CheckpointError` for a folder that is not a run.
+    samples: how many to show. Raises what `preview` raises.
     """
     opened = open_dataset(dataset)
     facts = info(opened)
     maker = open_decoder(opened, decoder, weights, device)
     picked = pick(opened, limit=samples)
-    runs = several(runs)
     counts, shards = channel_counts(opened)
     entropies = tuple(map(entropy, counts))
     given = open_own_source(source, data=data)
@@ -84,7 +75,6 @@ def report(
         page.section("What the codes keep", *_samples(opened, picked, columns)),
         page.section("Latents", *_latents(opened, facts, counts, entropies, shards)),
         page.section("Errors", *_errors(opened)),
-        *_runs(opened, maker, runs, device),
     ]
     name = opened.root.resolve().name
     lead = (
@@ -95,9 +85,7 @@ def report(
         write_atomic(path_of(out), document)
     except OSError as error:
         raise system_fault(error) from error
-    return ReportResult(
-        str(out), len(document), facts.bits_per_value, entropies, facts.saturation, tuple(map(str, runs))
-    )
+    return ReportResult(str(out), len(document), facts.bits_per_value, entropies, facts.saturation)
 
 
 def channel_counts(dataset: LatentDataset) -> tuple[np.ndarray, tuple[int, int]]:
@@ -123,15 +111,18 @@ def entropy(counts: np.ndarray) -> float:
 
 def picture_tiles(names: Sequence[str], columns: Sequence[Column], at: int, what: str) -> list[str]:
     """One sample's pictures, each under its column's name."""
-    tiles = []
-    for name, column in zip(names, columns, strict=True):
-        picture = column.pictures[at]
-        exact = max(picture.shape[:2]) < _TILE
-        image = Image.fromarray(np.ascontiguousarray(picture))
-        if not exact:
-            image.thumbnail((_TILE, _TILE), Image.Resampling.LANCZOS)
-        tiles.append(page.tile(image, f"{what}: {name}", name, exact))
-    return tiles
+    return [
+        picture_tile(column.pictures[at], f"{what}: {name}", name) for name, column in zip(names, columns, strict=True)
+    ]
+
+
+def picture_tile(picture: np.ndarray, alt: str, caption: str) -> str:
+    """A picture u8 [h,w,3] on a page: a large one as a thumbnail, a small one in exact pixels."""
+    image = Image.fromarray(np.ascontiguousarray(picture))
+    exact = max(picture.shape[:2]) < _TILE
+    if not exact:
+        image.thumbnail((_TILE, _TILE), Image.Resampling.LANCZOS)
+    return page.tile(image, alt, caption, exact)
 
 
 def _facts(found: DatasetInfo) -> dict[str, str]:
@@ -239,44 +230,3 @@ def _errors(dataset: LatentDataset) -> list[str]:
     shown = f", the first {_ERRORS} of {len(lines)}" if len(lines) > _ERRORS else ""
     title = f"Samples that could not be read{shown}"
     return [page.table(title, ["row", "split", "key", "reason"], lines[:_ERRORS])]
-
-
-def _runs(dataset: LatentDataset, decoder: Decoder, runs: Sequence[str | Path], device: str) -> list[str]:
-    if not runs:
-        return []
-    from latenttrain.comparison import comparison, read_run
-    from latenttrain.diagnosis import diagnose
-
-    read = [read_run(run) for run in runs]
-    sections = [page.section("Runs", *comparison(read))]
-    for number, run in enumerate(read, 1):
-        title = f"Run {number}: {run.name}"
-        try:
-            found = diagnose(run.run, dataset, device=device)
-        except CheckpointError:  # read_run accepted it, so it is the codes that do not fit
-            sections.append(
-                page.section(title, page.paragraph("Not evaluated on this dataset: it learned other codes."))
-            )
-            continue
-        sections.append(page.section(title, *found.summary(), *_mistakes(dataset, decoder, found)))
-    return sections
-
-
-def _mistakes(dataset: LatentDataset, decoder: Decoder, found: Diagnosis) -> list[str]:
-    """The samples that the run got most wrong, and one sample for each pair of classes that it confuses most."""
-    parts = []
-    for title, chosen in (("Most confused", found.most_confused()), ("Most wrong", found.most_wrong())):
-        if not chosen:
-            continue
-        picked = pick(dataset, found.split, index=[mistake.row for mistake in chosen])
-        pictures = decode_all(decoder, picked.codes, dataset.quantizer).permute(0, 2, 3, 1).numpy()
-        place = {row: at for at, row in enumerate(picked.rows.tolist())}
-        tiles = []
-        for mistake in chosen:
-            truth, said = dataset.classes[mistake.label], dataset.classes[mistake.predicted]
-            image = Image.fromarray(np.ascontiguousarray(pictures[place[mistake.row]]))
-            image.thumbnail((_TILE, _TILE), Image.Resampling.LANCZOS)
-            text = f"{truth}, classified as {said} ({mistake.note})"
-            tiles.append(page.tile(image, f"row {mistake.row}: {text}", text))
-        parts.append(page.card(title, tiles))
-    return parts

@@ -1,11 +1,10 @@
-"""rd, and the HTML page about a dataset and its runs."""
+"""rd, and the HTML page about a dataset."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -14,49 +13,14 @@ import torch
 from PIL import Image
 
 import latentprep
-import latenttrain
-from latentprep.errors import CheckpointError, CodecError, UsageError
+from latentprep.errors import CodecError, UsageError
 from latentprep.format.manifest import SOURCE_FILES
 from latentprep.pictures import page
 from latentprep.pictures.plots import drawn
 from latentprep.pictures.rd import FORMATS, _file, _file_of_at_most, rd
 from latentprep.pictures.report import channel_counts, entropy
-from latenttrain.diagnosis import diagnose
+from pages import Strict, check_page
 from pictures import make_folder, picture
-
-SMALL = {"width": 0.25, "depth": 0.5, "batch_size": 16, "device": "cpu"}
-
-
-class Strict(HTMLParser):
-    """Collects what a page refers to, the names it gives, and whether its elements nest."""
-
-    VOID = frozenset({"meta", "link", "img", "br"})
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.links: list[str] = []
-        self.names: list[str] = []
-        self.pictures: list[dict[str, str | None]] = []
-        self.feed(text)
-        assert not self.open
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        found = dict(attrs)
-        self.links += [str(found[name]) for name in ("src", "href") if name in found]
-        self.names += [str(found["id"])] if "id" in found else []
-        if tag == "img":
-            self.pictures.append(found)
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-        if tag not in self.VOID:
-            self.open.pop()
 
 
 @pytest.fixture(scope="module")
@@ -71,18 +35,6 @@ def dataset(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("dct") / "a <dataset> & more"
     latentprep.encode(images, codec="dct:luma=3,chroma=1", bits=4, size=64, max_error_fraction=0.5, out=out)
     return out
-
-
-@pytest.fixture(scope="module")
-def runs(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two runs on the dataset at 4 bits, one on it at 2."""
-    root = tmp_path_factory.mktemp("runs")
-    latentprep.requantize(dataset, bits=2, out=root / "two")
-    folders = []
-    for name, data, epochs in (("first", dataset, 2), ("second", dataset, 1), ("two-bits", root / "two", 2)):
-        latenttrain.fit(data, epochs=epochs, out=root / name, **SMALL)  # type: ignore[arg-type]
-        folders.append(root / name)
-    return folders
 
 
 def test_rd(images: Path, tmp_path: Path) -> None:
@@ -154,68 +106,18 @@ def test_entropy_and_counts(dataset: Path) -> None:
     assert shards == (2, 2)
 
 
-def test_a_report_stands_alone(dataset: Path, runs: list[Path], tmp_path: Path) -> None:
+def test_a_report_stands_alone(dataset: Path, tmp_path: Path) -> None:
     out = tmp_path / "report.html"
-    result = latentprep.report(dataset, out=out, runs=runs, samples=4)
+    result = latentprep.report(dataset, out=out, samples=4)
     text = out.read_text()
-    found = Strict(text)
-    assert all(link.startswith(("data:", "#")) for link in found.links)
-    assert "<script" not in text
-    assert not re.search(r"https?://(?!www\.w3\.org/)", text)
-    assert len(found.names) == len(set(found.names))
-    for link in found.links:
-        if link.startswith("#"):
-            assert link[1:] in found.names
-    assert found.pictures
-    assert all(picture["alt"] for picture in found.pictures)
+    assert check_page(text).pictures
     assert "a &lt;dataset&gt; &amp; more" in text
     assert "<dataset>" not in text
     assert "class_1/003.jpg" in text  # the one that could not be read
-    assert "Confusion matrix" in text
-    assert "Not evaluated on this dataset" in text  # the run on 2 bits
-    assert text.count("<svg") == result_charts(latentprep.open(dataset).manifest.latent[0])
+    assert text.count("<svg") == latentprep.open(dataset).manifest.latent[0]  # a histogram per channel
     assert result.bytes == out.stat().st_size
-    latentprep.report(dataset, out=tmp_path / "again.html", runs=runs, samples=4)
+    latentprep.report(dataset, out=tmp_path / "again.html", samples=4)
     assert (tmp_path / "again.html").read_bytes() == out.read_bytes()
-
-
-def result_charts(channels: int) -> int:
-    return channels + 3  # a histogram a channel; loss, accuracy, accuracy against bits
-
-
-def test_diagnosis_agrees_with_evaluation(dataset: Path, runs: list[Path]) -> None:
-    found = diagnose(runs[0], dataset)
-    measured = latenttrain.evaluate(runs[0], dataset)
-    assert found.top1 == pytest.approx(measured.top1)
-    assert found.loss.mean() == pytest.approx(measured.loss, rel=1e-4)
-    assert found.confusion.sum() == len(found.rows) == measured.samples == 11
-    assert found.confusion.trace() == (found.labels == found.predicted).sum()
-    wrong = found.most_wrong()
-    assert all(mistake.label != mistake.predicted for mistake in wrong + found.most_confused())
-    labels = latentprep.open(dataset).load("val").labels
-    assert (found.labels == labels).all()
-    losses = [float(found.loss[found.rows.tolist().index(mistake.row)]) for mistake in wrong]
-    assert losses == sorted(losses, reverse=True)
-
-
-def test_runs_are_compared(runs: list[Path], tmp_path: Path) -> None:
-    from latenttrain.comparison import report, runs_table
-
-    found = report(runs, out=tmp_path / "runs.html")
-    assert [run.bits for run in found] == [4, 4, 2]
-    assert [run.epochs for run in found] == [2, 1, 2]
-    lines = [json.loads(line) for line in (runs[0] / "metrics.jsonl").read_text().splitlines()]
-    assert found[0].top1 == max(line["top1"] for line in lines)
-    assert found[0].last_top1 == lines[-1]["top1"]
-    columns, rows = runs_table(found)
-    assert all(len(row) == len(columns) for row in rows)
-    Strict((tmp_path / "runs.html").read_text())
-    with pytest.raises(CheckpointError):
-        report([tmp_path], out=tmp_path / "none.html")
-    (runs[1] / "metrics.jsonl").write_text("")
-    with pytest.raises(CheckpointError, match="empty"):
-        report(runs, out=tmp_path / "none.html")
-    assert not (tmp_path / "none.html").exists()
 
 
 def test_pages_escape_and_describe() -> None:

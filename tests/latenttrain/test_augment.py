@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from latentprep.errors import UsageError
-from latenttrain.augment import Augment, augment, symmetric_beta
+from latenttrain.augment import Augment, augment_codes, augment_planes, draw, symmetric_beta
 from latenttrain.nets import NetConfig, build_net
 from latenttrain.stems import STEMS
 
@@ -16,6 +16,13 @@ ALL = Augment(shift=2, zoom=0.2, mixup=0.4, cutmix=1.0, cutout=0.3, noise=True, 
 def make_net(stem="affine", lo=(-2.0, -1.0), step=(0.25, 0.125)):
     torch.manual_seed(0)
     return build_net(NetConfig((2, 12, 9), 5, 4, lo, step, stem=stem))
+
+
+def augment(net, codes, labels, config, generator):
+    """A batch as the training step augments it: planes and targets."""
+    random = draw(net, len(codes), config, codes.device, generator)
+    planes = net.planes(augment_codes(net, codes, config, random))
+    return augment_planes(net, planes, labels, config, random)
 
 
 def make_batch(batch=64):
@@ -173,9 +180,9 @@ def test_config_survives_json():
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"shift": -1}, "shift must be 0 to 64"),
-        ({"mixup": float("nan")}, "mixup must be 0 or more"),
-        ({"cutout": 2}, "cutout must be 0 to 1"),
+        ({"shift": -1}, "shift must be a number from 0 to 64"),
+        ({"mixup": float("nan")}, "mixup must be a number of 0 or more"),
+        ({"cutout": 2}, "cutout must be a number from 0 to 1"),
         ({"mirror_signs": [2, 1]}, "mirror_signs must be 1 or -1"),
         ({"mixupp": 1}, "mixup"),
     ],

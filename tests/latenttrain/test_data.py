@@ -133,5 +133,5 @@ def test_a_split_without_a_valid_sample_is_refused(make_dataset):
 
 @pytest.mark.parametrize("limit", [1, 0, -5])
 def test_a_limit_below_2_is_refused(codes, limit):
-    with pytest.raises(UsageError, match=f"limit must be 2 or more, got {limit}"):
+    with pytest.raises(UsageError, match=f"limit must be a whole number of 2 or more, got {limit}"):
         load_split(open_dataset(codes), "train", CPU, limit=limit)

@@ -173,7 +173,7 @@ def test_top_and_weights_are_passed_on(run, images, fake_codec):
     (prediction,) = latenttrain.predict(run, images[:1], top=2, weights="/somewhere")
     assert len(prediction.classes) == 2
     assert fake_codec[0].weights == "/somewhere"
-    with pytest.raises(UsageError, match="top must be 1 or more, got 0"):
+    with pytest.raises(UsageError, match="top must be a whole number of 1 or more, got 0"):
         latenttrain.predict(run, images, top=0)
 
 

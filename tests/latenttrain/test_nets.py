@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from latentprep.errors import UsageError
-from latenttrain.nets import ARCHITECTURES, NetConfig, build_net
-from latenttrain.scaling import count_parameters
+from latenttrain.nets import ARCHITECTURES, NetConfig, build_net, count_parameters
 from latenttrain.stems import STEMS
 
 GRIDS = [(8, 8), (9, 31), (28, 28), (40, 24), (64, 64)]
@@ -92,7 +91,7 @@ def test_the_activation_is_that_of_the_configuration():
     codes = random_codes(nets["relu"].config)
     assert nets["relu"].state_dict().keys() == nets["hardswish"].state_dict().keys()
     assert not torch.allclose(nets["relu"](codes), nets["hardswish"](codes))
-    with pytest.raises(UsageError, match="unknown activation 'swish'"):
+    with pytest.raises(UsageError, match="activation must be hardswish or relu, got 'swish'"):
         config(activation="swish")
 
 
@@ -100,7 +99,7 @@ def test_further_convolutions_on_the_full_grid_keep_within_the_parameters():
     nets = [build_net(config(full_grid=count)).eval() for count in (1, 2)]
     assert [count_parameters(net) for net in nets] == [240_010, 249_290]
     assert nets[1](random_codes(nets[1].config)).shape == (2, 10)
-    with pytest.raises(UsageError, match="full_grid must be 1 to 8"):
+    with pytest.raises(UsageError, match="full_grid must be a whole number from 1 to 8"):
         config(full_grid=0)
 
 

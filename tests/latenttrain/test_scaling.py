@@ -2,8 +2,8 @@ import pytest
 from torch import nn
 
 from latentprep.errors import UsageError
-from latenttrain.nets import NetConfig, build_net
-from latenttrain.scaling import compound, count_flops, count_parameters, round_depth, round_width
+from latenttrain.nets import NetConfig, build_net, count_flops, count_parameters, round_depth, round_width
+from latenttrain.scaling import compound
 
 
 def net(width=1.0, depth=1.0, grid=28):

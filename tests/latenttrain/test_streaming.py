@@ -210,9 +210,9 @@ def test_classes_are_found_without_reading_every_shard():
 
 def test_what_cannot_be_streamed_is_said(make_dataset):
     dataset = Numbered(10)
-    with pytest.raises(UsageError, match="buffer must be 1 or more shards, got 0"):
+    with pytest.raises(UsageError, match="buffer must be a whole number of 1 or more, got 0"):
         StreamedSplit(dataset, "train", CPU, 0)
-    with pytest.raises(UsageError, match="limit must be 2 or more"):
+    with pytest.raises(UsageError, match="limit must be a whole number of 2 or more"):
         StreamedSplit(dataset, "train", CPU, limit=1)
     with pytest.raises(DatasetError, match="shard train 1 is not committed"):
         StreamedSplit(open_dataset(make_dataset(skip=("train", 1))), "train", CPU)
@@ -233,7 +233,7 @@ def test_a_streamed_run_learns_and_resumes_to_the_same_bytes(codes, tmp_path, sm
     assert (tmp_path / "broken/best.safetensors").read_bytes() == (tmp_path / "whole/best.safetensors").read_bytes()
     ours, theirs = (load_tensors(tmp_path / run / "last.safetensors")[0] for run in ("broken", "whole"))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    with pytest.raises(CheckpointError, match="stream = 2, asked is 3"):
+    with pytest.raises(CheckpointError, match="stream is 2, but 3 was requested"):
         latenttrain.fit(codes, **{**settings, "buffer": 3}, out=tmp_path / "whole", resume=True)
 
 
@@ -284,18 +284,18 @@ def test_a_containers_limit_counts(tmp_path, prefix):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--stream", "--holdout", "0.2"], "--stream does not go with --holdout or --latents"),
-        (["--stream", "--buffer", "0"], "--buffer must be 1 or more shards, got 0"),
-        (["--no-stream", "--buffer", "3"], "--buffer is of --stream"),
+        ({"stream": True, "holdout": 0.2}, "stream cannot be combined with holdout or latents"),
+        ({"stream": True, "buffer": 0}, "buffer must be a whole number of 1 or more, got 0"),
+        ({"stream": False, "buffer": 3}, "buffer needs stream"),
     ],
 )
-def test_options_that_exclude_each_other_are_one_line(latenttrain, codes, tmp_path, options, words):
-    code, _, err = latenttrain("fit", codes, "--out", tmp_path / "run", *options)
-    assert (code, words in err, "Traceback" in err) == (2, True, False)
+def test_settings_that_exclude_each_other_touch_nothing(codes, tmp_path, options, words):
+    with pytest.raises(UsageError, match=words):
+        latenttrain.fit(codes, out=tmp_path / "run", **options)
     assert not (tmp_path / "run").exists()
 
 
 def test_the_command_line_streams(latenttrain, codes, tmp_path, small_options):
-    code, _, err = latenttrain("fit", codes, *small_options, "--stream", "--buffer", 2, "--out", tmp_path / "run")
+    code, _, err = latenttrain("fit", codes, *small_options, "--stream", "--out", tmp_path / "run")
     assert code == 0, err
-    assert read_config(tmp_path / "run").dataset["stream"] == 2
+    assert read_config(tmp_path / "run").dataset["stream"] > 4

@@ -13,10 +13,12 @@ from latentprep.errors import DatasetError, SourceError, UsageError
 from latentprep.quantizing.scalar import quantize
 from latentprep.sources.source import open_source
 from latenttrain.checkpoint import load_net, read_config
+from latenttrain.cli import _numbers
 from latenttrain.data import float_codes, load_trained
 from latenttrain.recipe import default_lr, preset_settings
-from latenttrain.scaling import numbers, scale_table
-from latenttrain.sweeping import FLOAT, Group, recommended, sweep
+from latenttrain.results import FLOAT
+from latenttrain.scaling import scale_table
+from latenttrain.sweeps import Group, recommended, sweep
 
 CPU = torch.device("cpu")
 
@@ -77,7 +79,7 @@ def test_latents_of_another_source_or_folder_are_never_made_out_to_be_this_ones(
 
 
 def test_what_cannot_be_compared_is_refused_before_anything_is_made(make_dataset, shapes, tmp_path):
-    with pytest.raises(UsageError, match="3 views, float latents are of view 0"):
+    with pytest.raises(UsageError, match="3 views, but float latents have view 0"):
         sweep(make_dataset(views=3), bits=[2], latents=shapes / "floats", out=tmp_path / "sweep")
     for bits, stems, words in (([2], ["affin"], "unknown stem 'affin'"), ([2.5], ["affine"], "got 2.5")):
         with pytest.raises(UsageError, match=words):
@@ -134,7 +136,7 @@ def test_a_held_out_part_of_train_takes_the_place_of_val(codes, tmp_path, small)
     assert torch.equal(again.codes, judged.codes)
     latenttrain.fit(codes, holdout=0.25, out=tmp_path / "run", **small)
     assert read_config(tmp_path / "run").dataset["holdout"] == 0.25
-    with pytest.raises(UsageError, match="holdout must be 0 to 0.9"):
+    with pytest.raises(UsageError, match="holdout must be a number from 0 to 0.9"):
         latenttrain.fit(codes, holdout=1, out=tmp_path / "other", **small)
 
 
@@ -180,13 +182,13 @@ def test_the_talks_recipe_resumes_to_the_same_weights(codes, tmp_path):
 
 @pytest.mark.parametrize(("text", "found"), [("0..3", [0, 1, 2, 3]), ("1-8", list(range(1, 9))), ("0,2.5", [0, 2.5])])
 def test_numbers_as_people_write_them(text, found):
-    assert numbers("--bits", text) == found
+    assert _numbers("--bits", text) == found
 
 
 @pytest.mark.parametrize("text", ["", "3..1", "a", "1..", "1...4"])
 def test_numbers_that_are_none_are_refused(text):
     with pytest.raises(UsageError, match="--phi must be like"):
-        numbers("--phi", text)
+        _numbers("--phi", text)
 
 
 def test_flops_grow_by_alpha_beta_squared_gamma_squared_within_rounding():

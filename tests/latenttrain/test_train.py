@@ -14,6 +14,7 @@ from latentprep.errors import CheckpointError, SystemFault, UsageError
 from latentprep.format import open_dataset
 from latenttrain.augment import Augment
 from latenttrain.checkpoint import load_tensors, read_config
+from latenttrain.config import plan_run
 from latenttrain.recipe import Recipe, default_lr, make_recipe
 
 
@@ -137,12 +138,12 @@ def test_resuming_a_run_that_ended_changes_nothing(whole, codes, small):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"lr": 0.5}, r"lr = [\d.]+, asked is 0\.5"),
-        ({"epochs": 6}, "epochs = 5, asked is 6"),
-        ({"width": 0.5}, "width = 0.25, asked is 0.5"),
-        ({"limit": 64}, "dataset.limit = null, asked is 64"),
-        ({"compile": True}, "compile = false, asked is true"),
-        ({"augment": Augment(shift=1)}, r"augment.shift = \d, asked is 1"),
+        ({"lr": 0.5}, r"lr is [\d.]+, but 0\.5 was requested"),
+        ({"epochs": 6}, "epochs is 5, but 6 was requested"),
+        ({"width": 0.5}, "width is 0.25, but 0.5 was requested"),
+        ({"limit": 64}, "dataset.limit is null, but 64 was requested"),
+        ({"compile": True}, "compile is false, but true was requested"),
+        ({"augment": Augment(shift=1)}, r"augment.shift is \d, but 1 was requested"),
     ],
 )
 def test_resuming_with_other_settings_names_the_field_and_both_values(whole, codes, change, words, small):
@@ -159,7 +160,7 @@ def test_resuming_on_another_dataset_is_refused(whole, make_dataset, small):
 def test_a_run_in_the_way_is_kept_unless_asked(codes, tmp_path, small):
     out = tmp_path / "run"
     latenttrain.fit(codes, **{**small, "epochs": 2}, out=out)
-    with pytest.raises(CheckpointError, match="holds a run already") as caught:
+    with pytest.raises(CheckpointError, match="already holds a run") as caught:
         latenttrain.fit(codes, **{**small, "epochs": 1}, out=out)
     assert "resume" in caught.value.hint
     assert len(metrics(out)) == 2
@@ -169,12 +170,12 @@ def test_a_run_in_the_way_is_kept_unless_asked(codes, tmp_path, small):
 
 def test_a_folder_of_something_else_is_never_overwritten(codes, tmp_path, small):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(CheckpointError, match="is no run folder"):
+    with pytest.raises(CheckpointError, match="is not a run folder"):
         latenttrain.fit(codes, **small, out=tmp_path, overwrite=True)
-    with pytest.raises(CheckpointError, match="is no run folder"):
+    with pytest.raises(CheckpointError, match="is not a run folder"):
         latenttrain.fit(codes, **small, out=tmp_path / "thesis.tex", overwrite=True)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(CheckpointError, match="is no run folder"):
+    with pytest.raises(CheckpointError, match="is not a run folder"):
         latenttrain.fit(codes, **small, out=tmp_path, overwrite=True)
     assert {path.name for path in tmp_path.iterdir()} == {"thesis.tex", "config.json"}
 
@@ -215,7 +216,8 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_what_it_had(codes, tmp
         return honest(*arguments, **options) * (math.nan if calls > 10 else 1)
 
     monkeypatch.setattr("torch.nn.functional.cross_entropy", failing)
-    with pytest.raises(UsageError, match=r"epoch 2 is no number at lr [\d.]+; epochs before it are kept") as caught:
+    words = r"became NaN or infinite in epoch 2 at lr [\d.]+; earlier epochs are kept"
+    with pytest.raises(UsageError, match=words) as caught:
         latenttrain.fit(codes, **small, out=out)
     assert "lower lr" in caught.value.hint
     assert len(metrics(out)) == 1
@@ -223,7 +225,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_what_it_had(codes, tmp
 
 
 def test_an_absurd_learning_rate_ends_in_that_error(codes, tmp_path, small):
-    with pytest.raises(UsageError, match="is no number at lr 1e\\+30"):
+    with pytest.raises(UsageError, match="became NaN or infinite in epoch 1 at lr 1e\\+30"):
         latenttrain.fit(codes, **{**small, "lr": 1e30}, out=tmp_path / "run")
 
 
@@ -271,6 +273,30 @@ def test_the_learning_rate_rises_then_falls_to_zero():
 def test_a_recipe_survives_json():
     recipe = Recipe(epochs=3, lr=0.1, seed=9)
     assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
+
+
+def test_a_recipes_fields_may_be_given_as_such():
+    recipe = make_recipe({"weight_decay": 0.1, "ema": 0.9}, epochs=3, lr=None)
+    assert recipe == Recipe(weight_decay=0.1, ema=0.9, epochs=3, lr=default_lr(64, 3))
+    assert make_recipe({"lr": 0.2}).lr == 0.2
+    for wrong, words in (
+        ({"weight_dekay": 0.1}, "did you mean weight_decay"),
+        ({"epochs": 4}, "recipe sets epochs, which is also set by itself"),
+        ({"weight_decay": -1}, "weight_decay must be a number of 0 or more, got -1"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            make_recipe(wrong, epochs=3)
+
+
+def test_a_runs_configuration_is_whole_from_the_start_and_read_only(codes, tmp_path, small):
+    latenttrain.fit(codes, **{**small, "epochs": 1}, limit=100, out=tmp_path / "run")
+    config = read_config(tmp_path / "run")
+    assert [config.dataset[name] for name in ("limit", "holdout", "latents", "stream")] == [100, None, None, None]
+    planned = plan_run(open_dataset(codes), config.recipe, config.net, limit=100)
+    assert planned == config
+    for fields in (planned.dataset, planned.versions):
+        with pytest.raises(TypeError):
+            fields["limit"] = 3
 
 
 def test_larger_batches_and_shorter_runs_get_a_higher_rate():

@@ -1,4 +1,4 @@
-"""`sweep`: what fewer bits and other stems cost, over seeds, against the float latents."""
+"""`sweep`: the accuracy that fewer bits and other stems cost, over seeds, compared with float latents."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from latentprep.errors import UsageError, nearest, opt
+from latentprep.errors import UsageError, check_whole, nearest, opt
 from latentprep.format import LatentDataset, open_dataset
 from latentprep.pictures.plots import COLOURS, GREY, GRID, INK, draw
 from latentprep.progress import ProgressFactory, silent
 from latentprep.storage.atomic import write_atomic
 from latentprep.storage.places import path_of
+from latenttrain.results import FLOAT
 from latenttrain.stems import STEMS
 from latenttrain.train import fit
-
-FLOAT = 32  # "bits" of the reference
 
 
 class Point(NamedTuple):
@@ -37,7 +36,7 @@ class Point(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Runs that differ in their seed only: mean and standard deviation (0 for one run) of their accuracies."""
+    """Runs that differ in their seed only: mean and standard deviation (0 for a single run) of their accuracies."""
 
     bits: int
     stem: str
@@ -49,7 +48,7 @@ class Group(NamedTuple):
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What came of a sweep. recommended: the bits that `advice` names, None where none is near enough."""
+    """The result of a sweep. recommended: the bits that `advice` names, None if none is near enough."""
 
     points: list[Point]
     groups: list[Group]
@@ -69,7 +68,7 @@ class SweepResult:
              f"{g.bytes_per_image:,.0f}"]
             for g in self.groups
         ]  # fmt: skip
-        return ["bits", "stem", "top-1", "± points", "n", "bytes an image"], rows
+        return ["bits", "stem", "top-1", "± points", "n", "bytes per image"], rows
 
 
 def sweep(
@@ -87,23 +86,25 @@ def sweep(
     out: str | Path | None = None,
     progress: ProgressFactory = silent,
 ) -> SweepResult:
-    """Train at each number of bits, with each stem and seed, and compare. Run again, it goes on where it stopped.
+    """Train at each number of bits with each stem and seed, and compare. If it is run again, it continues.
 
-    Datasets of fewer bits are made from `dataset` by `latentprep.requantize`. latents: what ``latentprep latents``
-    made, the reference; without it, the most bits are. margin: points of accuracy that the recommended bits may lose.
-    holdout: a share of train to judge by in place of val. Accuracies are of each run's last epoch.
+    Datasets of fewer bits are made from `dataset` by `latentprep.requantize`. latents: a folder written by
+    ``latentprep latents``, the reference; without it, the reference is the most bits. margin: points of accuracy that
+    the recommended bits may lose. holdout: evaluate on this share of train in place of val. Accuracies are those of
+    each run's last epoch.
 
-    Raises as `fit` and `requantize` do, and `UsageError` for more bits than the dataset has or more views than latents.
+    Raises as `fit` and `requantize` do, and `UsageError` for more bits than the dataset has, or for latents of a
+    dataset with several views.
     """
-    from latentprep import requantize
     from latentprep.audit.info import info
+    from latentprep.derived.requantize import requantize
 
     source = open_dataset(dataset)
     most = source.quantizer.bits
     wrong = [b for b in bits if b not in range(1, most + 1)]
     if wrong or not bits:
         raise UsageError(
-            f"{opt('bits')} must be 1 to {most}, as {source.root} has, got {f'{wrong[0]:g}' if wrong else 'none'}",
+            f"{opt('bits')} must be 1 to {most}, the bits of {source.root}, got {f'{wrong[0]:g}' if wrong else 'none'}",
             f"use {opt('bits')} 1..{most}, or encode with {opt('bits', 8)}",
         )
     for stem in stems:
@@ -111,18 +112,17 @@ def sweep(
             raise UsageError(f"unknown stem {stem!r}", nearest(stem, list(STEMS)))
     if latents is not None and source.manifest.views("train") > 1:
         raise UsageError(
-            f"{source.root} has {source.manifest.views('train')} views, float latents are of view 0 only",
-            f"compare on a dataset of one view, or leave {opt('latents')} out",
+            f"{source.root} has {source.manifest.views('train')} views, but float latents have view 0 only",
+            f"use a dataset with one view, or leave {opt('latents')} out",
         )
-    if not 1 <= seeds <= 1000:
-        raise UsageError(f"{opt('seeds')} must be 1 to 1000, got {seeds}", f"use {opt('seeds', 3)}")
+    check_whole("seeds", seeds, 1, 1000, f"use {opt('seeds', 3)}")
     root = path_of(out) if out is not None else Path("sweeps", source.root.resolve().name)
     sizes: dict[int, float] = {}
     points = []
     grid = [(b, stem) for b in sorted(set(map(int, bits)), reverse=True) for stem in stems]
     if latents is not None:
         grid.insert(0, (FLOAT, "affine"))
-    for seed in range(seeds):  # one of each first, so that a sweep cut short still shows every one
+    for seed in range(seeds):  # seed by seed, so that an interrupted sweep has runs of every kind
         for b, stem in grid:
             codes = str(source.root if b in (most, FLOAT) else root / f"{b}bit")
             if b not in sizes:
@@ -175,7 +175,7 @@ def recommended(groups: list[Group], margin: float) -> tuple[int | None, str]:
     if not near:
         return (
             None,
-            f"none: every number of bits tried loses more than {margin:g} points against {name(reference.bits)}",
+            f"none: every number of bits loses more than {margin:g} points compared with {name(reference.bits)}",
         )
     fewest = min(near, key=lambda g: (g.bits, -g.mean))
     bits = f"{fewest.bits} bit{'s' if fewest.bits > 1 else ''}"
@@ -183,12 +183,12 @@ def recommended(groups: list[Group], margin: float) -> tuple[int | None, str]:
     return fewest.bits, (
         f"{bits} with stem {fewest.stem}: {abs(lost):.2f} points {'below' if lost > 0 else 'above'} "
         f"{'float latents' if reference.bits == FLOAT else f'{reference.bits} bits'}, "
-        f"{fewest.bytes_per_image:,.0f} bytes an image"
+        f"{fewest.bytes_per_image:,.0f} bytes per image"
     )
 
 
 def draw_sweep(groups: list[Group], path: Path, judged_by: str) -> None:
-    """Accuracy against bits, and against bytes an image: a line a stem, bars of one standard deviation, as a PNG."""
+    """Accuracy against bits and bytes per image, as a PNG: one line per stem, bars of one standard deviation."""
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     stems = list(dict.fromkeys(g.stem for g in groups))
@@ -207,8 +207,8 @@ def draw_sweep(groups: list[Group], path: Path, judged_by: str) -> None:
                 axes.axhspan(low, high, color=GRID, zorder=0)
             axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
             axes.legend(frameon=False, labelcolor=INK, loc="lower right")
-        left.set_title(f"top-1 on {judged_by}, against bits a code", loc="left", color=INK)
+        left.set_title(f"top-1 on {judged_by}, against bits per code", loc="left", color=INK)
         left.set_xlabel("bits", color=INK)
         left.xaxis.set_major_locator(MaxNLocator(integer=True))
-        right.set_title("against bytes an image", loc="left", color=INK)
-        right.set_xlabel("bytes an image on disk", color=INK)
+        right.set_title("against bytes per image", loc="left", color=INK)
+        right.set_xlabel("bytes per image on disk", color=INK)

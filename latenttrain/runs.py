@@ -1,4 +1,4 @@
-"""`report`: runs side by side, as a table and as one HTML page."""
+"""`report`: runs side by side, as a table and as one HTML page; with a dataset, the mistakes of each."""
 
 from __future__ import annotations
 
@@ -10,28 +10,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from latentprep.errors import CheckpointError, UsageError, system_fault
+from latentprep.errors import CheckpointError, UsageError, opt, system_fault
+from latentprep.format import LatentDataset, open_dataset
 from latentprep.pictures.plots import COLOURS, INK, drawn
 from latentprep.storage.atomic import write_atomic
 from latentprep.storage.places import path_of, several
 from latenttrain.checkpoint import METRICS, read_config
-from latenttrain.nets import build_net
-from latenttrain.scaling import count_flops, count_parameters
-from latenttrain.tables import count
+from latenttrain.diagnosis import diagnose, mistakes
+from latenttrain.nets import build_net, count_flops, count_parameters
+from latenttrain.results import FLOAT, count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-FLOAT = 32  # "bits" of float latents
 BRIEF = ("run", "codec", "bits", "epochs", "best top-1", "last top-1", "params", "s/epoch")  # what 80 columns hold
 _MARKS = ("-", "--", ":", "-.")
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """A run and what it came to. top1: of the best epoch; last_top1, last_top5: of the last; fractions of val.
+    """A run's settings and results. top1: of the best epoch; last_top1, last_top5: of the last; fractions of val.
 
-    bits: of the codes, 32 for float latents. seconds_per_epoch: median. metrics: one entry an epoch.
+    bits: per code, 32 for float latents. planned: epochs asked for. seconds_per_epoch: median. metrics: one entry per
+    epoch, as in ``metrics.jsonl``.
     """
 
     run: str
@@ -59,7 +60,7 @@ class RunSummary:
 
 
 def read_run(run: str | Path) -> RunSummary:
-    """A run folder's configuration and metrics. Raises `CheckpointError` if it is none or no epoch has ended."""
+    """The summary of a run folder. Raises `CheckpointError` if it is not a run or no epoch has ended."""
     root = path_of(run)
     config = read_config(root)
     path = root / METRICS
@@ -96,24 +97,62 @@ def read_run(run: str | Path) -> RunSummary:
     )
 
 
-def report(runs: Sequence[str | Path], *, out: str | Path = "runs.html") -> list[RunSummary]:
-    """Write one HTML page that compares runs, and return what they came to.
+def report(
+    runs: Sequence[str | Path],
+    *,
+    dataset: str | Path | LatentDataset | None = None,
+    out: str | Path = "runs.html",
+    decoder: str = "codec",
+    weights: str | None = None,
+    device: str = "auto",
+) -> list[RunSummary]:
+    """Write one HTML page that compares runs, and return their summaries.
 
-    Raises `UsageError` for no run, `CheckpointError` for a folder that is none.
+    dataset: show each run's mistakes on its val split, too: the confusion matrix, and the worst ones as pictures. A run
+    on other codes is compared, but not evaluated. decoder: ``codec``, or ``linear`` for the matrix that
+    ``latentprep linear-decoder fit`` made. weights: the folder of the codec's weights, if it has moved.
+
+    Raises `UsageError` for no run, `CheckpointError` for a folder that is not a run, and as `latentprep.preview` does.
     """
     from latentprep.pictures import page
 
     if not runs:
         raise UsageError("there is no run to report on", "name folders that latenttrain fit made")
-    read = [read_run(run) for run in several(runs)]
-    document = page.page(
-        "Runs compared", f"{len(read)} run folders of latenttrain fit.", [page.section("Runs", *comparison(read))]
-    )
+    if dataset is None and (decoder != "codec" or weights is not None):
+        raise UsageError(
+            f"{opt('decoder')} and {opt('weights')} are for pictures of a dataset", f"name it with {opt('dataset')}"
+        )
+    summaries = [read_run(run) for run in several(runs)]
+    sections = [page.section("Runs", *comparison(summaries))]
+    if dataset is not None:
+        sections += _diagnoses(summaries, open_dataset(dataset), decoder, weights, device)
+    lead = f"{len(summaries)} run {'folder' if len(summaries) == 1 else 'folders'} of latenttrain fit."
+    document = page.page("Runs compared", lead, sections)
     try:
         write_atomic(path_of(out), document)
     except OSError as error:
         raise system_fault(error) from error
-    return read
+    return summaries
+
+
+def _diagnoses(
+    runs: Sequence[RunSummary], dataset: LatentDataset, decoder: str, weights: str | None, device: str
+) -> list[str]:
+    """A section for each run: its mistakes on the val split of a dataset, in HTML."""
+    from latentprep.pictures import page
+    from latentprep.pictures.decode import open_decoder
+
+    opened = open_decoder(dataset, decoder, weights, device)
+    sections = []
+    for number, run in enumerate(runs, 1):
+        try:
+            found = diagnose(run.run, dataset, device=device)
+        except CheckpointError as error:
+            parts = [page.paragraph(f"Not evaluated: {error.message}.")]
+        else:
+            parts = [*found.summary(), *mistakes(found, dataset, opened)]
+        sections.append(page.section(f"Run {number}: {run.name}", *parts))
+    return sections
 
 
 def runs_table(runs: Sequence[RunSummary]) -> tuple[list[str], list[list[str]]]:
@@ -184,7 +223,7 @@ def _against_bits(runs: Sequence[RunSummary]) -> str:
         axes.set_xticks(range(len(places)), ["float" if bits == FLOAT else str(bits) for bits in places])
         axes.margins(x=0.1)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-        axes.set_xlabel("bits a code", color=INK)
+        axes.set_xlabel("bits per code", color=INK)
         axes.set_title("last val top-1 against bits", loc="left", color=INK)
         _legend(axes, len(runs))
     values = "; ".join(f"run {n}: {run.bits} bits, {run.last_top1:.1%}" for n, run in enumerate(runs, 1))
