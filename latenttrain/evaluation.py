@@ -78,6 +78,9 @@ def evaluate(
     run: the folder that `fit` made. checkpoint: ``best`` (highest val top-1) or ``last``.
     Raises `CheckpointError` for a damaged run or a dataset whose codes mean something else, `DatasetError` for a
     damaged dataset, `UsageError` for an unknown split or checkpoint.
+
+    >>> latenttrain.evaluate("runs/first", "shards").samples
+    60
     """
     target = pick_device(device)
     net, config, epoch = load_net(run, checkpoint)

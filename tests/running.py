@@ -17,6 +17,7 @@ _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(
     [f"latentprep.{name}" for name in ("cli", "encoding.encode", "pictures.rd", "pictures.report")]
     + [f"latenttrain.{name}" for name in ("cli", "train", "comparison", "evaluation")]
+    + ["torch._dynamo", "torch.utils.flop_counter", "matplotlib.figure", "matplotlib.backends.backend_agg"]
 )
 
 

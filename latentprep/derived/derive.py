@@ -54,6 +54,10 @@ def convert(
     """Make `out`, the same dataset in another store. Run again, it resumes; there and back gives the same bytes.
 
     Raises `UsageError` for an unknown store, `DatasetError` if the dataset is damaged or not complete.
+
+    >>> made = latentprep.convert("shards", out="shards-tars", store="wds")
+    >>> latentprep.open("shards-tars").manifest.store
+    'wds'
     """
     if store not in STORES:
         raise UsageError(f"{opt('store')} must be {' or '.join(STORES)}, got {store}", nearest(store, STORES))

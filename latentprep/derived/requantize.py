@@ -41,6 +41,9 @@ def requantize(
     `encode` does.
 
     Raises `UsageError` if the dataset has no more than `bits` bits, `DatasetError` if it is damaged or not complete.
+
+    >>> latentprep.requantize("shards", bits=2, out="shards-2bit").bits
+    2
     """
     check_bits(bits)
     source = opened(dataset)

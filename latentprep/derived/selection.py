@@ -36,6 +36,9 @@ def subset(
     out.
 
     Raises `UsageError` for an unknown class or a fraction out of range, `DatasetError` if the dataset is damaged.
+
+    >>> latentprep.subset("shards", classes=["circle", "star"], fraction=0.5, out="few").rows
+    {'train': 6, 'val': 6}
     """
     if not 0 < fraction <= 1:
         raise UsageError(f"{opt('fraction')} must be above 0 and at most 1, got {fraction:g}")

@@ -265,6 +265,10 @@ def open_dataset(
 
     Raises `DatasetError` if there is none, or one that this version cannot read; `UsageError` for a URL of no kind that
     is known, `SystemFault` for one that cannot be reached.
+
+    >>> val = latentprep.open("shards").load("val")
+    >>> val.codes.shape, str(val.codes.dtype), val.keys[0]
+    ((60, 1, 16, 16, 16), 'uint8', 'val/arrow/0080.jpg')
     """
     if isinstance(path, LatentDataset):
         return path

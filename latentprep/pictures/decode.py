@@ -77,6 +77,9 @@ def decode(
     ``decoded.jsonl`` says of each file its row, key, class and, with a `source`, PSNR and SSIM.
     Raises `UsageError` for a choice that is not there or a folder that is in use (`overwrite` replaces files of the
     same name), `SourceError`, `DatasetError`, `CodecError`.
+
+    >>> latentprep.decode("shards", out="decoded", limit=10).all.images
+    10
     """
     if format not in FORMATS:
         raise UsageError(f"{opt('format')} must be png or jpeg, got {format}", nearest(format, FORMATS))
