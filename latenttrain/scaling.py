@@ -58,9 +58,6 @@ def scale_table(
 
     Each entry: phi, width, depth, resolution, latent, parameters, flops; growth: of the FLOPs since phi 0, and
     expected: what ``depth * width**2 * resolution**2`` says, which whole blocks, channels and cells only come near.
-
-    >>> [(row["phi"], row["latent"], row["parameters"]) for row in latenttrain.scale_table(phi=(0, 1))]
-    [(0, (4, 28, 28), 240010), (1, (4, 32, 32), 446074)]
     """
     from latentprep.format import open_dataset
     from latenttrain.nets import NetConfig, build_net

@@ -117,12 +117,12 @@ def fit(
 
     The same arguments on the same machine give the same weights, to the last bit.
 
-    Raises `UsageError` for a value out of range or a loss that is no number, `DatasetError` for a dataset that cannot
-    be trained on, `CheckpointError` for a run folder in the way, `SystemFault` for a device absent or too small.
-
     >>> run = latenttrain.fit("shards", width=0.25, epochs=1, out="runs/narrow")
     >>> run.parameters, run.flops, run.epochs
     (20538, 1991296, 1)
+
+    Raises `UsageError` for a value out of range or a loss that is no number, `DatasetError` for a dataset that cannot
+    be trained on, `CheckpointError` for a run folder in the way, `SystemFault` for a device absent or too small.
     """
     chosen = preset_settings(preset)
     asked = make_recipe(

@@ -40,11 +40,7 @@ class CodecRow:
 
 
 def list_codecs(size: int = 224, bits: int = 4) -> list[CodecRow]:
-    """A row for every installed codec; `code_bytes` before compression, for `size`×`size` pixels at `bits` bits.
-
-    >>> [row.latent for row in latentprep.list_codecs(size=224) if row.name == "dct"]
-    [(16, 28, 28)]
-    """
+    """A row for every installed codec; `code_bytes` before compression, for `size`×`size` pixels at `bits` bits."""
     return [_row(name, size, bits) for name in codec_names()]
 
 
