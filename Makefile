@@ -16,7 +16,7 @@ help:
 	@echo "make demo   encode the built-in shapes with the block DCT, train on the codes, print the table"
 	@echo "make test   run the tests"
 	@echo "make lint   ruff, mypy and import-linter"
-	@echo "make docs   write docs/cli.md from the commands"
+	@echo "make docs   write docs/cli.md and docs/architecture.svg from the code"
 	@echo "make bench  run the benchmarks under benchmarks/; make bench-gpu what is to be measured and tested on a GPU"
 	@echo "make chaos  kill, cut off, fill up and rob an encode hundreds of times: nothing may be lost"
 
@@ -46,8 +46,9 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-docs: $(VENV)/run.stamp
+docs: $(VENV)/dev.stamp
 	$(BIN)/python docs/cli.py
+	$(BIN)/python docs/architecture.py
 
 bench: $(VENV)/dev.stamp
 	@for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python benchmarks/$$script.py || exit 1; done

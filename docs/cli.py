@@ -14,8 +14,23 @@ PROGRAMS = ("latentprep", "latenttrain")
 INTRODUCTION = """# Commands
 
 Written by `python docs/cli.py` (`make docs`) from the programs' own help; do not edit it by hand. Results go to stdout,
-progress and errors to stderr; every command has `--json`; the exit codes are in the [README](../README.md).
-`--install-completion` sets up completion in bash, zsh, fish and PowerShell.
+progress and errors to stderr. Every command has `--json`. `--install-completion` sets up completion in bash, zsh, fish
+and PowerShell.
+
+## Exit codes
+
+| code | meaning |
+| --- | --- |
+| 0 | done |
+| 2 | an option's value is not allowed |
+| 3 | done, but some samples could not be read |
+| 4 | the source: no such path, an empty class, a damaged archive, too many unreadable images |
+| 5 | the codec: unknown, weights missing, latents that are not finite |
+| 6 | the latent dataset: absent, incomplete, damaged (also what `verify` found), or with different settings |
+| 7 | the run folder: absent, damaged, or not of this dataset |
+| 8 | the machine: disk full, no permission, package or device missing, output that cannot be written |
+| 130, 143, 129 | interrupted by Ctrl-C, SIGTERM or SIGHUP: whole shards are kept; run the same command again |
+| 141 | the reader of the output went away, as `head` does |
 """
 
 

@@ -41,6 +41,9 @@ def evaluate(
     run: the folder that `fit` made. checkpoint: ``best`` (highest val top-1) or ``last``.
     Raises `CheckpointError` for a damaged run or a dataset that was encoded differently, `DatasetError` for a
     damaged dataset, `UsageError` for an unknown split or checkpoint.
+
+    >>> latenttrain.evaluate("runs/first", "shards").samples
+    60
     """
     target = pick_device(device)
     net, config, epoch = load_net(run, checkpoint)

@@ -84,6 +84,10 @@ def fit(
 
     The same arguments on the same machine give the same weights, to the last bit.
 
+    >>> run = latenttrain.fit("shards", width=0.25, epochs=1, out="runs/narrow")
+    >>> run.parameters, run.flops, run.epochs
+    (20538, 1991296, 1)
+
     Raises `UsageError` for a value out of range or a loss that became NaN or infinite, `DatasetError` for a dataset
     that cannot be trained on, `CheckpointError` if the run folder holds another run, `SystemFault` for a device that
     is not available or too small.

@@ -1,4 +1,4 @@
-"""docs/cli.md says what the commands say, and completion knows them."""
+"""docs/cli.md says what the commands say, the drawing what the code imports, and completion knows the commands."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -14,12 +15,24 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 
 def test_the_reference_of_the_commands_is_fresh() -> None:
-    specification = importlib.util.spec_from_file_location("write_cli", DOCS / "cli.py")
+    assert (DOCS / "cli.md").read_text() == script("cli").document(), "run make docs"
+
+
+def test_the_drawing_of_the_packages_is_fresh() -> None:
+    drawn = script("architecture")
+    assert (DOCS / "architecture.svg").read_text() == drawn.drawing(), "run make docs"
+    pairs = drawn.imports(drawn.layers())
+    assert ("latenttrain", "latentprep.format") in pairs
+    assert ("latentprep.format", "latentprep.encoding") not in pairs
+
+
+def script(name: str) -> ModuleType:
+    specification = importlib.util.spec_from_file_location(f"write_{name}", DOCS / f"{name}.py")
     assert specification is not None
     assert specification.loader is not None
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
-    assert (DOCS / "cli.md").read_text() == module.document(), "run make docs"
+    return module
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,9 @@ import latentprep.encoding.encode
 import latentprep.pictures.rd
 import latentprep.pictures.report
 import latenttrain
+from latentprep.cli import commands as latentprep_cli
 from latentprep.cli import datasets as cli_datasets
 from latentprep.cli import pictures as cli_pictures
-from latentprep.cli import commands as latentprep_cli
 from latentprep.codecs.dct import DctCodec
 from latentprep.errors import UsageError, check_number, check_whole, check_word, opt
 from latenttrain import cli as latenttrain_cli

@@ -96,6 +96,9 @@ def verify(
 
     Raises `DatasetError` if there is no dataset or its manifest is damaged (then nothing can be checked or repaired),
     `SourceError` if the source is not the dataset's, `UsageError` for `repair` without a source.
+
+    >>> latentprep.verify("shards", deep=True).problems
+    ()
     """
     if repair and source is None:
         raise UsageError(

@@ -54,6 +54,10 @@ def convert(
     """Convert a dataset to another store, losslessly: converting back gives the same bytes. Run again, it resumes.
 
     Raises `UsageError` for an unknown store, `DatasetError` if the dataset is damaged or incomplete.
+
+    >>> made = latentprep.convert("shards", out="shards-tars", store="wds")
+    >>> latentprep.open("shards-tars").manifest.store
+    'wds'
     """
     check_word("store", store, STORES)
     source = opened(dataset)

@@ -41,6 +41,9 @@ def requantize(
     of `encode`.
 
     Raises `UsageError` unless the dataset has more than `bits` bits, `DatasetError` if it is damaged or incomplete.
+
+    >>> latentprep.requantize("shards", bits=2, out="shards-2bit").bits
+    2
     """
     check_bits(bits)
     source = opened(dataset)

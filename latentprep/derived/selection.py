@@ -37,6 +37,9 @@ def subset(
     not be read are left out.
 
     Raises `UsageError` for an unknown class or a fraction out of range, `DatasetError` if the dataset is damaged.
+
+    >>> latentprep.subset("shards", classes=["circle", "star"], fraction=0.5, out="few").rows
+    {'train': 6, 'val': 6}
     """
     check_number("fraction", fraction, 0, 1, above=True)
     source = opened(dataset)

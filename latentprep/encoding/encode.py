@@ -140,6 +140,10 @@ def encode(
 
     Raises `UsageError`, `SourceError`, `CodecError`, `DatasetError`, `SystemFault` or `Interrupted`; whatever
     was committed by then stays, and the same call goes on from there.
+
+    >>> made = latentprep.encode("shapes", codec="dct", bits=4, limit=60, out="shards")
+    >>> made.rows, made.latent
+    ({'train': 60, 'val': 60}, (16, 16, 16))
     """
     from latentprep.codecs.base import MAX_SIZE
     from latentprep.encoding.pipeline import Stages, calibrate, loads

@@ -269,6 +269,10 @@ def open_dataset(
 
     Raises `DatasetError` if there is none, or this version cannot read it; `UsageError` for an unknown kind of URL,
     `SystemFault` for a URL that cannot be reached.
+
+    >>> val = latentprep.open("shards").load("val")
+    >>> val.codes.shape, str(val.codes.dtype), val.keys[0]
+    ((60, 1, 16, 16, 16), 'uint8', 'val/arrow/0080.jpg')
     """
     if isinstance(path, LatentDataset):
         return path

@@ -77,6 +77,9 @@ def decode(
     linear decoder. ``decoded.jsonl`` lists each file's row, key, class and, with a `source`, PSNR and SSIM.
     Raises `UsageError` for samples that do not exist or a folder that is not empty (`overwrite` replaces files of the
     same name), `SourceError`, `DatasetError`, `CodecError`.
+
+    >>> latentprep.decode("shards", out="decoded", limit=10).all.images
+    10
     """
     check_word("format", format, FORMATS)
     opened = open_dataset(dataset)

@@ -177,6 +177,10 @@ def open_source(
 
     Raises SourceError for anything wrong with the images, their folders, archives or download; UsageError for a
     parameter that does not fit.
+
+    >>> source = latentprep.open_source("shapes")
+    >>> source.splits, source.read("val", 0).key
+    (('train', 'val'), 'val/arrow/0000.jpg')
     """
     from latentprep.sources import named as datasets
 
