@@ -25,7 +25,7 @@ from latentprep.pictures.plots import drawn
 from latentprep.pictures.sheet import Column, draw_sheet
 from latentprep.text import shown
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[3]
 NAMES = ["<b>", ":smile:", "cat [a]", "cat [b]", "x[", "[/b]", "$x_1$", "a\x1b[31mb\nc"]
 
 

@@ -32,7 +32,7 @@ from latentprep.sources.source import open_source
 from latenttrain import scaling
 from pictures import jpeg, make_folder, picture
 
-PLUGIN = Path(__file__).parent.parent / "plugin"
+PLUGIN = Path(__file__).parents[2] / "plugin"
 
 
 def encode(source: Path, out: Path, **options: object) -> EncodeResult:

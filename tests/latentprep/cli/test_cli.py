@@ -12,7 +12,7 @@ import pytest
 
 from pictures import make_folder
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[3]
 
 
 def latentprep(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:

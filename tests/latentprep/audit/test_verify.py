@@ -23,7 +23,7 @@ from latentprep.progress import silent
 from latentprep.sources.source import Source, open_source
 from pictures import make_folder
 
-GOLDEN = Path(__file__).parent.parent / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 
 
 @pytest.fixture(scope="module")
