@@ -12,6 +12,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from unittest import mock
 
@@ -58,6 +59,20 @@ def command(
                 signal.signal(number, handler)
         written = [_text(file) for file in (out, err)]
     return subprocess.CompletedProcess([program, *map(str, arguments)], code, *written)
+
+
+def at_hub(endpoint: str, cache: Path) -> AbstractContextManager[object]:
+    """What HF_ENDPOINT and HF_HUB_CACHE would do, which the hub's client reads as it is imported; and it is online."""
+    from huggingface_hub import constants
+
+    return mock.patch.multiple(
+        constants,
+        ENDPOINT=endpoint,
+        HUGGINGFACE_CO_URL_TEMPLATE=endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+        HF_HUB_CACHE=str(cache),
+        HF_HUB_OFFLINE=False,
+        HF_HUB_DISABLE_XET=True,
+    )
 
 
 def _exit_code(main: object) -> int:

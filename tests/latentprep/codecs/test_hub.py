@@ -13,7 +13,7 @@ from subprocess import CompletedProcess
 import pytest
 import torch
 
-from inprocess import command
+from inprocess import at_hub, command
 
 REPOSITORY, COMMIT = "someone/tiny-vae", "a" * 40
 
@@ -79,24 +79,14 @@ def hub(files: dict[str, bytes]) -> Iterator[tuple[str, list[str]]]:
 
 
 @pytest.fixture
-def encode(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., CompletedProcess[str]]:
-    """``encode(out, endpoint, weights)`` as a command whose environment names this hub, and an empty cache.
-
-    In this process, since diffusers takes seconds to import: the client reads its environment as it is imported.
-    """
-    constants = pytest.importorskip("huggingface_hub").constants
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+def encode(images: Path, tmp_path: Path) -> Callable[..., CompletedProcess[str]]:
+    """``encode(out, endpoint, weights)``, the command, with the hub at `endpoint` and a cache of the test's own."""
 
     def run(out: Path, endpoint: str, weights: str) -> CompletedProcess[str]:
-        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        return command(
-            "latentprep", "encode", images, "--codec", "taesd", "--weights", weights, "--size", 32, "--out", out
-        )
+        with at_hub(endpoint, tmp_path / "cache"):
+            return command(
+                "latentprep", "encode", images, "--codec", "taesd", "--weights", weights, "--size", 32, "--out", out
+            )
 
     return run
 
