@@ -423,9 +423,9 @@ def test_an_out_that_cannot_be_written_is_a_system_fault(images: Path, tmp_path:
 def test_imagenette_with_taesd(assets: Path, tmp_path: Path) -> None:
     tar = assets / "imagenette2-224.tar"
     result = latentprep.encode(
-        "imagenette", data=tar, codec="taesd", weights=str(assets / "taesd"), limit=20, out=tmp_path, bits=4
+        "imagenette", data=tar, codec="taesd", weights=str(assets / "taesd"), limit=10, out=tmp_path, bits=4
     )
-    assert result.rows == {"train": 20, "val": 20}
+    assert result.rows == {"train": 10, "val": 10}
     assert result.latent == (4, 28, 28)
     dataset = latentprep.open(tmp_path)
     assert "tench" in dataset.classes
