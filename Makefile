@@ -35,7 +35,7 @@ demo: $(VENV)/run.stamp
 	$(BIN)/latenttrain fit $(DEMO)/shards --epochs 15 --out $(DEMO)/run --overwrite
 
 test: $(VENV)/dev.stamp
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
