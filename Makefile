@@ -8,7 +8,7 @@ DEMO ?= demo
 BENCHMARKS := startup encode_ratio requantize epoch_ratio talk_table time_to_accuracy loader_peers disk_peers scale
 
 # What computes on --device auto, which is CUDA where there is a card.
-GPU_TESTS := tests/latenttrain $(patsubst %,tests/latentprep/test_%.py,device codecs encode joint quantize calibration requantize pictures verify)
+GPU_TESTS := tests/latenttrain $(patsubst %,tests/latentprep/%,test_device.py codecs derived encoding pictures quantizing audit/test_verify.py)
 
 .PHONY: demo test lint docs bench bench-gpu chaos clean help
 
@@ -38,7 +38,7 @@ demo: $(VENV)/run.stamp
 	$(BIN)/latenttrain fit $(DEMO)/shards --epochs 15 --out $(DEMO)/run --overwrite
 
 test: $(VENV)/dev.stamp
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

@@ -94,7 +94,14 @@ def test_latents_again_leave_whole_splits_alone(shapes):
 
 
 def test_a_sweep_measures_every_bit_stem_and_seed_and_goes_on_where_it_stopped(shapes, tmp_path):
-    asked = {"seeds": 2, "epochs": 1, "device": "cpu", "out": tmp_path / "sweep", "latents": shapes / "floats"}
+    asked = {
+        "seeds": 2,
+        "epochs": 1,
+        "limit": 20,
+        "device": "cpu",
+        "out": tmp_path / "sweep",
+        "latents": shapes / "floats",
+    }
     result = sweep(shapes / "x8", bits=[1, 8], stems=["affine", "bitplane"], **asked)
     want = {(FLOAT, "affine"), (1, "affine"), (1, "bitplane"), (8, "affine"), (8, "bitplane")}
     assert {(g.bits, g.stem) for g in result.groups} == want

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import latentprep
 import latenttrain
+from inprocess import command
 from latentprep.codecs.autoencoder import find_weights
 from latentprep.errors import CodecError, SourceError, SystemFault, UsageError
 from latentprep.pictures.preview import preview
@@ -87,14 +85,9 @@ def test_no_home_at_all(homeless: None, tmp_path: Path) -> None:
     assert latentprep.verify(tmp_path / "out").ok
 
 
-def test_commands_of_a_user_without_name_and_home(tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_CACHE_HOME")}
-    script = "import pwd\ndef unknown(number): raise KeyError(number)\npwd.getpwuid = unknown\n"
-    script += "from latentprep.cli.commands import main\nmain()"
-
+def test_commands_of_a_user_without_name_and_home(homeless: None) -> None:
     def run(*arguments: str) -> tuple[int, str]:
-        command = [sys.executable, "-c", script, *arguments]
-        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        done = command("latentprep", *arguments)
         assert "Traceback" not in done.stderr
         return done.returncode, done.stderr
 

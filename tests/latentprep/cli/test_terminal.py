@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from PIL import Image
 import latentprep
 import latenttrain
 from faults import digest
+from inprocess import command
 from latentprep.cli import console
 from latentprep.cli.terminal import orderly_signals
 from latentprep.pictures import page
@@ -27,14 +29,18 @@ from latentprep.pictures.sheet import Column, draw_sheet
 from latentprep.progress import BYTES
 from latentprep.text import shown
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[3]
 NAMES = ["<b>", ":smile:", "cat [a]", "cat [b]", "x[", "[/b]", "$x_1$", "a\x1b[31mb\nc"]
 
 
 def run(*arguments: object, program: str = "latentprep", shell: str = "", **environment: str) -> tuple[int, str, str]:
-    """Run a command, with `shell` (redirections) after it: exit code, stdout, stderr."""
-    command = ["sh", "-c", f'exec "$@" {shell}', "-", sys.executable, "-m", f"{program}.cli", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, env=os.environ | environment, timeout=120)
+    """Run a command, with `shell` (redirections) after it: exit code, stdout, stderr. In this process if it can be."""
+    if not shell and not environment:
+        ended = command(program, *arguments)
+        assert "Traceback" not in ended.stderr, ended.stderr
+        return ended.returncode, ended.stdout, ended.stderr
+    line = ["sh", "-c", f'exec "$@" {shell}', "-", sys.executable, "-m", f"{program}.cli", *map(str, arguments)]
+    done = subprocess.run(line, capture_output=True, env=os.environ | environment, timeout=120)
     assert b"Traceback" not in done.stderr, done.stderr.decode()
     assert b"Exception ignored" not in done.stderr, done.stderr.decode()
     return done.returncode, done.stdout.decode(), done.stderr.decode()
@@ -206,8 +212,8 @@ def test_a_reader_that_goes_away_is_no_error(made: Path) -> None:
     for arguments in (["info", made], ["info", made, "--json"], ["encode", "--help"]):
         reader, writer = os.pipe()
         os.close(reader)
-        command = [sys.executable, "-m", "latentprep.cli", *map(str, arguments)]
-        done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, timeout=120)
+        line = [sys.executable, "-m", "latentprep.cli", *map(str, arguments)]
+        done = subprocess.run(line, stdout=writer, stderr=subprocess.PIPE, timeout=120)
         os.close(writer)
         assert (done.returncode, done.stderr) == (141, b"")
 
@@ -234,7 +240,10 @@ def test_signals_that_are_ignored_stay_so_and_the_first_is_orderly() -> None:
 
 def stopped(command: list[str], number: signal.Signals, begun: Path) -> tuple[int, str]:
     """Run, send the signal once `begun` is there: exit code and stderr."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # a shell's background jobs ignore SIGINT
+    )  # fmt: skip
     try:
         while process.poll() is None and not begun.exists():
             time.sleep(0.002)
@@ -246,16 +255,49 @@ def stopped(command: list[str], number: signal.Signals, begun: Path) -> tuple[in
     return process.returncode, err
 
 
+def stopped_here(arguments: list[str], number: signal.Signals, begun: Path) -> tuple[int, str]:
+    """The same in this process, whose own handler is one that does nothing."""
+    over = threading.Event()
+
+    def send() -> None:
+        while not over.is_set() and not begun.exists():
+            time.sleep(0.002)
+        os.kill(os.getpid(), number)
+
+    before = signal.signal(number, lambda *_: None)
+    sender = threading.Thread(target=send)
+    sender.start()
+    try:
+        done = command("latentprep", *arguments)
+    finally:
+        over.set()
+        sender.join()
+        signal.signal(number, before)
+    assert "Traceback" not in done.stderr
+    return done.returncode, done.stderr
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the encode below makes that nobody stops."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    latentprep.encode("shapes", limit=100, codec="dct", size=64, shard_rows=8, out=out)
+    return out
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_signals_end_an_encode_in_order(number: signal.Signals, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "latentprep.cli", "encode", "shapes", "--limit", "100", "--codec", "dct"]
-    command += ["--size", "64", "--shard-rows", "8", "--out"]
-    code, err = stopped([*command, str(tmp_path / "out")], number, tmp_path / "out" / "records")
+def test_signals_end_an_encode_in_order(number: signal.Signals, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ["encode", "shapes", "--limit", "100", "--codec", "dct", "--size", "64", "--shard-rows", "8"]
+    arguments += ["--out", str(out)]
+    if number == signal.SIGTERM:
+        code, err = stopped([sys.executable, "-m", "latentprep.cli", *arguments], number, out / "records")
+    else:
+        code, err = stopped_here(arguments, number, out / "records")
     assert code == 128 + number
     assert "shards are committed\nhint:  run the same command again" in err
-    for out in ("out", "whole"):
-        latentprep.encode("shapes", limit=100, codec="dct", size=64, shard_rows=8, out=tmp_path / out)
-    assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+    latentprep.encode("shapes", limit=100, codec="dct", size=64, shard_rows=8, out=out)
+    assert digest(out) == digest(whole)
 
 
 def test_a_signal_inside_of_exec_ends_with_its_own_code() -> None:
@@ -267,9 +309,9 @@ def test_a_signal_inside_of_exec_ends_with_its_own_code() -> None:
 
 def test_a_signal_ends_a_fit_in_order(made: Path, tmp_path: Path) -> None:
     number = signal.SIGTERM
-    command = [sys.executable, "-m", "latenttrain.cli", "fit", str(made), "--epochs", "5", "--width", "0.25"]
-    command += ["--depth", "0.5", "--batch-size", "4", "--resume", "--out"]
-    code, err = stopped([*command, str(tmp_path / "run")], number, tmp_path / "run" / "metrics.jsonl")
+    fit = [sys.executable, "-m", "latenttrain.cli", "fit", str(made), "--epochs", "5", "--width", "0.25"]
+    fit += ["--depth", "0.5", "--batch-size", "4", "--resume", "--out"]
+    code, err = stopped([*fit, str(tmp_path / "run")], number, tmp_path / "run" / "metrics.jsonl")
     assert code == 128 + number
     assert "error: interrupted; whole epochs are kept" in err
     for out in ("run", "whole"):

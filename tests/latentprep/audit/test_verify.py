@@ -5,7 +5,6 @@ import json
 import random
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 
 import latentprep
+from inprocess import command
 from latentprep.audit.verify import VerifyResult
 from latentprep.errors import DatasetError, SourceError, UsageError
 from latentprep.format import LatentDataset, ShardRecord, open_dataset
@@ -23,7 +23,7 @@ from latentprep.progress import silent
 from latentprep.sources.source import Source, open_source
 from pictures import make_folder
 
-GOLDEN = Path(__file__).parent.parent / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +49,7 @@ def source(made: tuple[Path, Path]) -> Source:
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "latentprep.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return command("latentprep", *arguments)
 
 
 def shards(found: VerifyResult) -> list[tuple[str | None, int | None]]:

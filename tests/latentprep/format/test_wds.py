@@ -25,7 +25,7 @@ from latentprep.format.wds_store import (
 )
 from latentprep.format.zarr_store import CANDIDATES
 
-GOLDEN = Path(__file__).parent.parent / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 KEYS = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=150)
 
 

@@ -6,16 +6,16 @@ import base64
 import hashlib
 import json
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 
 import latentprep
+from inprocess import at_hub, command
 from latentprep.audit.hub import card
 from pictures import make_folder
 
@@ -100,12 +100,10 @@ def hub() -> Iterator[FakeHub]:
     fake.server.shutdown()
 
 
-def latentprep_cli(endpoint: str, home: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
-    environment |= {"HF_TOKEN": "hf_test", "LATENTPREP_CACHE": str(home / "cache")}
-    environment.pop("HF_HUB_OFFLINE", None)
-    command = [sys.executable, "-m", "latentprep.cli", *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+def latentprep_cli(endpoint: str, home: Path, *arguments: object) -> CompletedProcess[str]:
+    environment = {**os.environ, "HF_TOKEN": "hf_test", "LATENTPREP_CACHE": str(home / "cache")}
+    with at_hub(endpoint, home / "hub"):
+        return command("latentprep", *arguments, env=environment)
 
 
 def files_of(root: Path) -> dict[str, bytes]:
@@ -129,8 +127,8 @@ def test_what_is_pushed_is_read_again(hub: FakeHub, tmp_path: Path, store: str) 
     assert hub.files == ours
 
     hub.faults = 1
-    command = ("convert", f"hf://datasets/{NAME}", tmp_path / "back", "--store", store)
-    done = latentprep_cli(hub.endpoint, tmp_path / "home", *command)
+    line = ("convert", f"hf://datasets/{NAME}", tmp_path / "back", "--store", store)
+    done = latentprep_cli(hub.endpoint, tmp_path / "home", *line)
     assert done.returncode == 0, done.stderr
     assert hub.faults == 0
     assert {

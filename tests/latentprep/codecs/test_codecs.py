@@ -28,7 +28,7 @@ from latentprep.errors import CodecError, UsageError
 from latentprep.sources.images import load_views
 from pictures import picture
 
-PLUGIN = Path(__file__).parent.parent / "plugin"
+PLUGIN = Path(__file__).parents[2] / "plugin"
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from latentprep.format.quantizer import Statistics
 from latentprep.quantizing.scalar import code_statistics, dequantize, fit_quantizer, quantize
 from pictures import jpeg, make_folder, picture
 
-GOLDEN = Path(__file__).parent.parent / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 
 
 def autoencoder(kind: str, folder: Path) -> Path:

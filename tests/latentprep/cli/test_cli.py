@@ -2,22 +2,20 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
+from inprocess import command
 from pictures import make_folder
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[3]
 
 
 def latentprep(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "latentprep.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)  # type: ignore[call-overload]
+    return command("latentprep", *arguments, **options)  # type: ignore[arg-type]
 
 
 def fails(code: int, *arguments: object, **options: object) -> str:
@@ -98,28 +96,9 @@ def test_read_only_out(images: Path, tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_stdout_that_is_full_or_closed_shows_no_traceback(images: Path, tmp_path: Path) -> None:
     latentprep("encode", images, "--codec", "dct", "--size", 32, "--out", tmp_path / "out")
-    command = f"{sys.executable} -m latentprep.cli info {tmp_path / 'out'}"
-    done = subprocess.run(f"{command} | true", shell=True, capture_output=True, text=True)
+    shown = f"{sys.executable} -m latentprep.cli info {tmp_path / 'out'}"
+    done = subprocess.run(f"{shown} | true", shell=True, capture_output=True, text=True)
     assert "Traceback" not in done.stderr
-
-
-def test_control_c_ends_cleanly(tmp_path: Path) -> None:
-    source = make_folder(tmp_path / "images", train=300, val=5)
-    command = [sys.executable, "-m", "latentprep.cli", "encode", str(source), "--codec", "dct", "--size", "256"]
-    command += ["--shard-rows", "16", "--workers", "1", "--out", str(tmp_path / "out")]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
-    )  # fmt: skip
-    deadline = time.monotonic() + 60
-    while not list((tmp_path / "out" / "records").glob("*.json")) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130, stderr
-    assert "Traceback" not in stderr
-    assert "run the same command again" in stderr
-    assert latentprep(*command[3:]).returncode == 0
 
 
 def test_codecs_listing() -> None:
@@ -143,7 +122,7 @@ def test_the_help_of_encode_fits_on_a_screen() -> None:
 def test_encode_has_few_options() -> None:
     import typer
 
-    from latentprep.cli import app
+    from latentprep.cli.commands import app
 
     command = typer.main.get_command(app).commands["encode"]  # type: ignore[attr-defined]
     assert len([p for p in command.params if p.name != "help"]) <= 22
@@ -182,13 +161,13 @@ def test_every_command_and_option_has_help_and_an_example() -> None:
         module = __import__(f"{name}.cli", fromlist=["app"])
         groups = [typer.main.get_command(module.app)]
         for group in groups:
-            for command in group.commands.values():  # type: ignore[attr-defined]
-                assert command.help, command.name
-                if getattr(command, "commands", None):
-                    groups.append(command)
+            for one in group.commands.values():  # type: ignore[attr-defined]
+                assert one.help, one.name
+                if getattr(one, "commands", None):
+                    groups.append(one)
                     continue
                 found += 1
-                assert f"{name} " in command.help.partition("Example")[2], command.name
-                for parameter in command.params:
-                    assert getattr(parameter, "help", None), f"{name} {command.name} {parameter.name}"
+                assert f"{name} " in one.help.partition("Example")[2], one.name
+                for parameter in one.params:
+                    assert getattr(parameter, "help", None), f"{name} {one.name} {parameter.name}"
     assert found > 15

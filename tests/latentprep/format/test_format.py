@@ -26,7 +26,7 @@ from latentprep.format.zarr_store import (
 )
 from latentprep.storage.atomic import locked, write_atomic
 
-GOLDEN = Path(__file__).parent.parent / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 
 
 def manifest(rows: int = 10, shard: int = 4, views: int = 2, compression: int = 0, **changes: object) -> Manifest:

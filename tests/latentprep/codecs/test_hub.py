@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
+
+from inprocess import at_hub, command
 
 REPOSITORY, COMMIT = "someone/tiny-vae", "a" * 40
 
@@ -78,31 +78,38 @@ def hub(files: dict[str, bytes]) -> Iterator[tuple[str, list[str]]]:
     server.shutdown()
 
 
-def encode(images: Path, out: Path, endpoint: str, cache: Path, weights: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1"}
-    environment.pop("HF_HUB_OFFLINE", None)
-    command = [sys.executable, "-m", "latentprep.cli", "encode", str(images), "--codec", "taesd", "--weights", weights]
-    command += ["--size", "32", "--out", str(out)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+@pytest.fixture
+def encode(images: Path, tmp_path: Path) -> Callable[..., CompletedProcess[str]]:
+    """``encode(out, endpoint, weights)``, the command, with the hub at `endpoint` and a cache of the test's own."""
+
+    def run(out: Path, endpoint: str, weights: str) -> CompletedProcess[str]:
+        with at_hub(endpoint, tmp_path / "cache"):
+            return command(
+                "latentprep", "encode", images, "--codec", "taesd", "--weights", weights, "--size", 32, "--out", out
+            )
+
+    return run
 
 
 def test_weights_are_fetched_once_and_only_what_is_needed(
-    hub: tuple[str, list[str]], images: Path, tmp_path: Path
+    hub: tuple[str, list[str]], encode: Callable[..., CompletedProcess[str]], tmp_path: Path
 ) -> None:
     endpoint, asked = hub
-    done = encode(images, tmp_path / "a", endpoint, tmp_path / "cache", REPOSITORY)
+    done = encode(tmp_path / "a", endpoint, REPOSITORY)
     assert done.returncode == 0, done.stderr
     fetched = {path.rpartition("/")[2] for path in asked if "/resolve/" in path}
     assert fetched == {"config.json", "diffusion_pytorch_model.safetensors"}
     asked.clear()
-    assert encode(images, tmp_path / "b", endpoint, tmp_path / "cache", REPOSITORY).returncode == 0
+    assert encode(tmp_path / "b", endpoint, REPOSITORY).returncode == 0
     assert not [path for path in asked if path.endswith(".safetensors")]
     assert (tmp_path / "a" / "manifest.json").read_bytes() == (tmp_path / "b" / "manifest.json").read_bytes()
 
 
-def test_no_network_and_no_such_model_say_the_way_out(hub: tuple[str, list[str]], images: Path, tmp_path: Path) -> None:
+def test_no_network_and_no_such_model_say_the_way_out(
+    hub: tuple[str, list[str]], encode: Callable[..., CompletedProcess[str]], tmp_path: Path
+) -> None:
     for endpoint, weights in (("http://127.0.0.1:9", REPOSITORY), (hub[0], "someone/absent")):
-        done = encode(images, tmp_path / "out", endpoint, tmp_path / "cache", weights)
+        done = encode(tmp_path / "out", endpoint, weights)
         assert done.returncode == 5, done.stderr
         assert f"cannot get the weights {weights}" in done.stderr
         assert "--weights" in done.stderr
