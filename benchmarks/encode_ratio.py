@@ -21,7 +21,7 @@ from PIL import Image
 from common import assets, record, spread
 from latentprep.cli import console
 from latentprep.codecs import make_codec
-from latentprep.encoding.driver import committed, start
+from latentprep.encoding.driver import commit_shards, start
 from latentprep.encoding.encode import make_plan
 from latentprep.encoding.pipeline import LocalEngine, Stages, calibrate
 from latentprep.progress import silent
@@ -71,8 +71,8 @@ def main() -> None:
             dataset = start(Path(out), manifest)
             began = time.perf_counter()
             with silent("", 0, "") as quiet:
-                for _ in committed(dataset, LocalEngine(manifest, stages, quiet).run(manifest.shards())):
-                    pass
+                shards = LocalEngine(manifest, stages, quiet).run(manifest.shards())
+                commit_shards(dataset, shards, lambda record: None)
             whole.append(options.images / (time.perf_counter() - began))
     record(
         f"encode_ratio_{options.codec}" + (f"_{options.enlarge:g}x" if options.enlarge != 1 else ""),

@@ -11,9 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentprep.device import full_float32, on_device, pick_device, to_host
+from latentprep.device import NOT_ON_DEVICE, Fitting, enough_memory, full_float32, on_device, pick_device, to_host
 from latentprep.errors import UsageError, check_whole, opt
-from latentprep.fitting import NOT_ON_DEVICE, Fitting, enough_memory
 from latentprep.format import LatentDataset, open_dataset
 from latentprep.storage.places import path_of, several
 from latenttrain.checkpoint import load_net

@@ -15,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from latentprep.device import full_float32, pick_device, to_host
+from latentprep.device import enough_memory, full_float32, pick_device, to_host
 from latentprep.errors import CheckpointError, UsageError, opt
-from latentprep.fitting import enough_memory
 from latentprep.format import LatentDataset, open_dataset
 from latentprep.progress import Progress, ProgressFactory, silent
 from latentprep.storage.places import path_of

@@ -36,6 +36,7 @@ def command(
         tempfile.TemporaryFile() as err,
         mock.patch.object(sys, "argv", [program, *map(str, arguments)]),
         mock.patch.dict(os.environ, {} if env is None else env, clear=env is not None),
+        mock.patch.object(os, "_exit", sys.exit),  # after a signal; these tests' own process goes on
         warnings.catch_warnings(),
     ):
         try:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from latentprep.audit.reencode import SAMPLES, Comparison, compare, own_stages
-from latentprep.encoding.driver import committed, writing
+from latentprep.encoding.driver import commit_shards, writing
 from latentprep.encoding.source_files import read_stats
 from latentprep.errors import DatasetError, UsageError, check_whole, opt, system_fault
 from latentprep.format.commit import create_dataset, error_lines, write_errors
@@ -256,13 +256,17 @@ def _repair(
     """Encode the bad shards again, and write the derived files again."""
     from latentprep.encoding.pipeline import LocalEngine
 
-    manifest, jobs, repaired = dataset.manifest, list(bad), {}
+    manifest, jobs = dataset.manifest, list(bad)
+    repaired: dict[str, bool | None] = {}
     total = sum(manifest.rows_in_shard(shard.split, shard.index) for shard in jobs)
     with writing(dataset.root), progress("repairing", total, "images", 0) as bar:
         create_dataset(dataset.root, manifest)
-        for record in committed(dataset, LocalEngine(manifest, stages, bar).run(jobs)):
+
+        def done(record: ShardRecord) -> None:
             before = bad[record.shard]
             repaired[str(record.shard)] = None if before is None else before.files == record.files
+
+        commit_shards(dataset, LocalEngine(manifest, stages, bar).run(jobs), done)
         write_errors(dataset.root, [record for split in dataset.splits for record in dataset.records(split)])
     return repaired
 

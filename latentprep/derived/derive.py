@@ -15,13 +15,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from latentprep.encoding.driver import committed, start, stored_manifest, writing
+from latentprep.encoding.driver import commit_shards, start, stored_manifest, writing
 from latentprep.encoding.encode import EncodeResult, encode_result
 from latentprep.encoding.source_files import read_stats, write_stats
 from latentprep.errors import DatasetError, UsageError, check_word, opt
 from latentprep.format.commit import write_errors
 from latentprep.format.dataset import LatentDataset, open_dataset
-from latentprep.format.manifest import INVALID_LABEL, STORES, Manifest, ShardId
+from latentprep.format.manifest import INVALID_LABEL, STORES, Manifest, ShardId, ShardRecord
 from latentprep.format.shard import Codes, EncodedShard, encoded_shard
 from latentprep.format.stores import store_of
 from latentprep.progress import ProgressFactory, silent
@@ -101,7 +101,7 @@ def derive(
     Every shard is decoded again before it is written, and its files are read back afterwards. Raises `UsageError` if
     `out` is one of the parts, `DatasetError` if it holds another dataset, `SystemFault` if the disk is full.
     """
-    root, start_time, encoded = place(out), time.monotonic(), 0
+    root, start_time = place(out), time.monotonic()
     for part in parts:
         if root.resolve() == part.root.resolve():
             raise UsageError(f"{opt('out')} is the dataset itself, {root}", "choose another folder")
@@ -119,16 +119,19 @@ def derive(
             return _checked(manifest, shard, taken)
 
         jobs = [shard for shard in manifest.shards() if shard not in records]
-        done = sum(record.rows for record in records.values())
-        with progress(title, sum(manifest.splits.values()), "samples", done) as bar:
-            for record in committed(target, map(encode, jobs)):
+        before = sum(record.rows for record in records.values())
+        with progress(title, sum(manifest.splits.values()), "samples", before) as bar:
+
+            def done(record: ShardRecord) -> None:
                 target.check_files(record)
                 records[record.shard] = record
-                encoded += record.rows
                 bar.advance(record.rows)
+
+            commit_shards(target, (encode(shard) for shard in jobs), done)
         if manifest.source == parts[0].manifest.source and (stats := read_stats(parts[0].root)) is not None:
             write_stats(root, stats)  # the rows are the same
         write_errors(root, list(records.values()))
+    encoded = sum(record.rows for record in records.values()) - before
     seconds = time.monotonic() - start_time
     return encode_result(root, manifest, list(records.values()), encoded=encoded, seconds=seconds)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from latentprep.encoding.source_files import added_and_removed
@@ -39,19 +39,22 @@ def start(root: Place, manifest: Manifest) -> LatentDataset:
     return open_dataset(root)
 
 
-def committed(dataset: LatentDataset, shards: Iterable[EncodedShard]) -> Iterator[ShardRecord]:
-    """Commit shards in a thread, as they come, and yield the record of each committed one.
+def commit_shards(
+    dataset: LatentDataset, shards: Generator[EncodedShard, None, None], done: Callable[[ShardRecord], None]
+) -> None:
+    """Commit shards in a thread, as they come, and call `done` with the record of each committed one.
 
-    Shards whose writing has begun are committed completely, even after an error.
+    Shards whose writing has begun are committed completely, even after an error. `shards` is closed at the end: left to
+    the garbage collector, it could be closed in a thread for which its own threads wait.
     """
     waiting: deque[Future[ShardRecord]] = deque()
-    with ThreadPoolExecutor(1) as writer:
+    with ThreadPoolExecutor(1) as writer, contextlib.closing(shards):
         for shard in shards:
             waiting.append(writer.submit(commit_shard, dataset.root, shard))
             while waiting and (waiting[0].done() or len(waiting) > _UNCOMMITTED):
-                yield dataset.remember(waiting.popleft().result())
+                done(dataset.remember(waiting.popleft().result()))
         while waiting:
-            yield dataset.remember(waiting.popleft().result())
+            done(dataset.remember(waiting.popleft().result()))
 
 
 def stored_manifest(root: Place, asked: Plan, overwrite: bool, source: Source | None = None) -> Manifest | None:

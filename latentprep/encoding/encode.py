@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from latentprep import __version__
-from latentprep.encoding.driver import committed, start, stored_manifest, with_quantizer_of, writing
+from latentprep.encoding.driver import commit_shards, start, stored_manifest, with_quantizer_of, writing
 from latentprep.encoding.profile import Profile
 from latentprep.encoding.source_files import check_unchanged, source_stats
 from latentprep.errors import Interrupted, SourceError, UsageError, check_number, check_whole, check_word, opt
@@ -254,18 +254,20 @@ def _run(
     """Encode and commit the shards that `records` lacks, and add theirs; returns how many samples that were."""
     from latentprep.encoding.pipeline import LocalEngine
 
-    manifest, encoded = dataset.manifest, 0
+    manifest = dataset.manifest
     jobs = [shard for shard in manifest.shards() if shard not in records]
-    done = sum(record.rows for record in records.values())
+    before = sum(record.rows for record in records.values())
+
+    def done(record: ShardRecord) -> None:
+        records[record.shard] = record
+        if record.invalid:
+            write_errors(dataset.root, list(records.values()))
+        _check_errors(records, manifest, max_fraction)
+
     try:
         _check_errors(records, manifest, max_fraction)
-        with progress("encoding", sum(manifest.splits.values()), "images", done) as bar:
-            for record in committed(dataset, LocalEngine(manifest, stages, bar).run(jobs)):
-                encoded += record.rows
-                records[record.shard] = record
-                if record.invalid:
-                    write_errors(dataset.root, list(records.values()))
-                _check_errors(records, manifest, max_fraction)
+        with progress("encoding", sum(manifest.splits.values()), "images", before) as bar:
+            commit_shards(dataset, LocalEngine(manifest, stages, bar).run(jobs), done)
     except KeyboardInterrupt as error:
         total = sum(map(manifest.shard_count, manifest.splits))
         raise Interrupted(
@@ -273,7 +275,7 @@ def _run(
             "run the same command again to continue",
         ) from error
     write_errors(dataset.root, list(records.values()))
-    return encoded
+    return sum(record.rows for record in records.values()) - before
 
 
 def _check_errors(records: dict[ShardId, ShardRecord], manifest: Manifest, max_fraction: float) -> None:

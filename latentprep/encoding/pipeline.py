@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -22,10 +22,9 @@ import torch
 from torch import Tensor
 
 from latentprep.codecs import Codec
-from latentprep.device import on_device, queues, sent
+from latentprep.device import NOT_ON_DEVICE, Fitting, on_device, queues, sent
 from latentprep.encoding.profile import CODEC, DECODE, QUANTIZE, WAIT_DECODE, WAIT_WRITE, WRITE, Profile
 from latentprep.errors import CodecError, SourceError, opt
-from latentprep.fitting import NOT_ON_DEVICE, Fitting
 from latentprep.format.manifest import INVALID_LABEL, Manifest, Plan, ShardId, train_split
 from latentprep.format.quantizer import Quantizer
 from latentprep.format.shard import Codes, EncodedShard, encoded_shard
@@ -203,7 +202,7 @@ def loads(stages: Stages, split: str, row: int) -> bool:
 class Engine(Protocol):
     """Where shards are made: this process, several, or other machines. The bytes are the same."""
 
-    def run(self, jobs: Iterable[ShardId]) -> Iterator[EncodedShard]:
+    def run(self, jobs: Iterable[ShardId]) -> Generator[EncodedShard, None, None]:
         """Make the shards, in any order."""
         ...
 
@@ -216,7 +215,7 @@ class LocalEngine:
     stages: Stages
     progress: Progress
 
-    def run(self, jobs: Iterable[ShardId]) -> Iterator[EncodedShard]:
+    def run(self, jobs: Iterable[ShardId]) -> Generator[EncodedShard, None, None]:
         """Raises `CodecError` naming a sample whose latents are not finite and, if the stages are strict, `SourceError`
         for one that cannot be read."""
         jobs, manifest, stages = list(jobs), self.manifest, self.stages

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from latentprep.derived.requantize import recoder, requantized_manifest
+from latentprep.device import NOT_ON_DEVICE, Fitting
 from latentprep.errors import SourceError, UsageError, opt, system_fault
-from latentprep.fitting import NOT_ON_DEVICE, Fitting
 from latentprep.format.dataset import LatentDataset, open_dataset
 from latentprep.format.quantizer import check_bits
 from latentprep.pictures.decode import open_decoder

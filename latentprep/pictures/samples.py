@@ -13,9 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentprep.device import on_device
+from latentprep.device import NOT_ON_DEVICE, Fitting, on_device
 from latentprep.errors import LatentError, SourceError, UsageError, check_whole, nearest
-from latentprep.fitting import NOT_ON_DEVICE, Fitting
 from latentprep.format.dataset import LatentDataset
 from latentprep.format.manifest import INVALID_LABEL
 from latentprep.format.quantizer import Quantizer

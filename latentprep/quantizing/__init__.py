@@ -1,4 +1,4 @@
 """From latents to codes and back, on tensors: scalar and joint quantizers.
 
-May import `format`, `storage` and the ground (`errors`, `progress`, `device`, `fitting`, `text`).
+May import `format`, `storage` and the ground (`errors`, `progress`, `device`, `text`).
 """

@@ -16,13 +16,12 @@ from torch import Tensor
 import latentprep
 from latentprep.codecs import codec_from_config, make_codec
 from latentprep.codecs.dct import DctCodec
-from latentprep.device import full_float32, has_fast_bfloat16, sent, to_host
+from latentprep.device import Fitting, full_float32, has_fast_bfloat16, out_of_memory, sent, to_host
 from latentprep.encoding import driver as resume
 from latentprep.encoding import encode as encoder
 from latentprep.encoding.encode import encode
 from latentprep.encoding.pipeline import Stages
 from latentprep.errors import DatasetError, SystemFault
-from latentprep.fitting import Fitting, out_of_memory
 from latentprep.format import Quantizer
 from latentprep.pictures.samples import decoded
 from latentprep.quantizing import joint as joint_codes
