@@ -21,8 +21,7 @@ from pathlib import Path
 
 import latentprep
 from common import assets, record
-from latentprep.encoding import driver as resume
-from latentprep.encoding import pipeline
+from latentprep.encoding import driver, pipeline
 from latentprep.errors import DatasetError, SystemFault
 from latentprep.format import EncodedShard, ShardRecord
 from latentprep.sources.source import Source, open_source
@@ -103,7 +102,7 @@ class Chaos:
         """At random moments, several things that a disk could have kept; some of them are gone on with."""
         root = self.scratch / "disk"
         root.mkdir()
-        real, done, states, kept, events = resume.commit_shard, set(), 0, [], 900
+        real, done, states, kept, events = driver.commit_shard, set(), 0, [], 900
 
         def commit_shard(root: Path, shard: EncodedShard) -> ShardRecord:
             record = real(root, shard)
@@ -125,12 +124,12 @@ class Chaos:
                     shutil.rmtree(left)
 
         disk = Disk(root, self.scratch / "attic", at)
-        resume.commit_shard = commit_shard
+        driver.commit_shard = commit_shard
         try:
             with disk.watching():
                 encode(self.source, root / "out")
         finally:
-            resume.commit_shard = real
+            driver.commit_shard = real
         assert digest(root / "out") == self.whole
         for out in kept:
             self.finish(out)
@@ -242,7 +241,7 @@ class Chaos:
         """A reader's or the writer's thread that fails with an error nobody expects."""
         for number in range(times):
             out = self.scratch / f"worker{number}"
-            module, name = self.draw.choice(((pipeline, "load_views"), (resume, "commit_shard")))
+            module, name = self.draw.choice(((pipeline, "load_views"), (driver, "commit_shard")))
             real = getattr(module, name)
             most = len(list(self.source.rglob("*.jpg"))) if name == "load_views" else len(self.shards)
             left = [self.draw.randrange(1, most)]

@@ -76,19 +76,19 @@ def check_run_folder(root: Path, config: RunConfig, resume: bool, overwrite: boo
     """
     if resume and overwrite:
         raise UsageError(
-            f"{opt('resume', True)} and {opt('overwrite', True)} exclude each other",
+            f"{opt('resume', True)} and {opt('overwrite', True)} cannot be combined",
             f"{opt('resume', True)} keeps the run, {opt('overwrite', True)} deletes it",
         )
     if not root.exists() or (root.is_dir() and not any(path.name not in _LEFTOVERS for path in root.iterdir())):
         return
     if not _is_run(root):
-        raise CheckpointError(f"{root} exists and is no run folder", f"choose another folder as {opt('out')}")
+        raise CheckpointError(f"{root} exists and is not a run folder", f"choose another folder as {opt('out')}")
     if overwrite:
         return
     if not resume:
         raise CheckpointError(
-            f"{root} holds a run already",
-            f"go on with {opt('resume', True)}, replace it with {opt('overwrite', True)}, or choose another "
+            f"{root} already holds a run",
+            f"continue it with {opt('resume', True)}, replace it with {opt('overwrite', True)}, or choose another "
             f"folder as {opt('out')}",
         )
     earlier, now = (document.to_json() for document in (read_config(root), config))
@@ -96,7 +96,7 @@ def check_run_folder(root: Path, config: RunConfig, resume: bool, overwrite: boo
         if name != "dataset.path" and not name.startswith("versions."):
             name = name.removeprefix("recipe.").removeprefix("net.")
             raise CheckpointError(
-                f"{root} was trained with {name} = {short(there)}, asked is {short(here)}",
+                f"{root} has different settings: {name} is {short(there)}, but {short(here)} was requested",
                 f"resume with the same settings, or choose another folder as {opt('out')}",
             )
 
@@ -239,7 +239,7 @@ def restore(root: Path, state: State) -> None:
         state.metrics[:] = notes["metrics"]
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{path} is not of this run: {error}", f"train again with {opt('overwrite', True)}"
+            f"{path} belongs to another run: {error}", f"train again with {opt('overwrite', True)}"
         ) from error
     write_metrics(root, state.metrics)
 

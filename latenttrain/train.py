@@ -200,9 +200,9 @@ def train_epochs(
             tensors, seconds = dict(zip(tensors, host[len(numbers) :], strict=True)), watch.seconds()
             if not math.isfinite(loss) or not math.isfinite(found["loss"]):
                 raise UsageError(
-                    f"the loss of epoch {epoch + 1} is no number at lr {recipe.lr:g}; "
-                    f"epochs before it are kept in {root}",
-                    f"lower {opt('lr')}, with {opt('overwrite', True)} or another folder as {opt('out')}",
+                    f"the loss became NaN or infinite in epoch {epoch + 1} at lr {recipe.lr:g}; "
+                    f"earlier epochs are kept in {root}",
+                    f"train with a lower {opt('lr')}, and {opt('overwrite', True)} or another folder as {opt('out')}",
                 )
             state.metrics.append(
                 {

@@ -219,8 +219,8 @@ def _archives(folder: Path) -> dict[str, Target]:
     for kind in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w", format=kind) as tar:
-            tar.add(images / "train", "x" * 120 + "/train")
-            tar.add(images / "val", "ä" * 60 + "/val")
+            for split in ("train", "val"):
+                tar.add(images / split, "x" * 120 + "ä" * 60 + "/" + split)
         seeds.append(buffer.getvalue().rstrip(b"\0") + bytes(1024 + 512))
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:  # WebDataset

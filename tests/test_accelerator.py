@@ -47,10 +47,10 @@ def test_an_encode_makes_the_same_bytes_again(shards: dict[bool, Path], tmp_path
     latentprep.encode(
         "shapes", codec="dct", size=64, bits=2, limit=40, joint=joint, device=LAST, out=tmp_path / "again"
     )
-    manifests = [(root / "manifest.json").read_bytes() for root in (shards[joint], tmp_path / "b")]
+    manifests = [(root / "manifest.json").read_bytes() for root in (shards[joint], tmp_path / "again")]
     assert manifests[0] == manifests[1]
     for split in ("train", "val"):
-        first, again = (latentprep.open(root).load(split).codes for root in (shards[joint], tmp_path / "b"))
+        first, again = (latentprep.open(root).load(split).codes for root in (shards[joint], tmp_path / "again"))
         assert (first == again).all()
 
 

@@ -93,7 +93,7 @@ def check_unchanged(
         return ""
     return (
         f"all {rows} images have new times but the same sizes as when {root} was made, as after a copy: "
-        f"they are taken to be the same; to compare some of them, use latentprep verify with {opt('source')}"
+        f"they are taken to be the same; latentprep verify, given the source, compares some of them"
     )
 
 

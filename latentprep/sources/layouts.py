@@ -100,7 +100,7 @@ def _check_classes(spec: str, tree: Tree, listing: Listing, level: int, with_spl
     deep = next((name for name in names if len(below[name]) > 1), "")
     if len(names) == 1:
         way_out = f"give the folder {deep}/ itself if the classes are in it, or {LAYOUTS}" if deep else LAYOUTS
-        raise SourceError(f"{spec} has one class only: {names[0]}{_tables(listing)}", way_out)
+        raise SourceError(f"{spec} has only one class: {names[0]}{_tables(listing)}", way_out)
     if both := named_after_splits(names):
         raise SourceError(
             f"{spec} has {both[0]}/ and {both[1]}/: splits or classes?{_tables(listing)}",

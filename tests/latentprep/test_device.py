@@ -17,7 +17,7 @@ import latentprep
 from latentprep.codecs import codec_from_config, make_codec
 from latentprep.codecs.dct import DctCodec
 from latentprep.device import Fitting, full_float32, has_fast_bfloat16, out_of_memory, sent, to_host
-from latentprep.encoding import driver as resume
+from latentprep.encoding import driver
 from latentprep.encoding import encode as encoder
 from latentprep.encoding.encode import encode
 from latentprep.encoding.pipeline import Stages
@@ -49,14 +49,14 @@ def test_no_batch_makes_the_host_wait(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, joint: bool
 ) -> None:
     """Batches go to the device and come back in passing, and the codec's own stream says when they are there."""
-    create = resume.create_dataset
+    create = driver.create_dataset
 
     def calibrated(*arguments) -> None:
         watched.waits.clear()
         watched.passing = 0
         create(*arguments)
 
-    monkeypatch.setattr(resume, "create_dataset", calibrated)
+    monkeypatch.setattr(driver, "create_dataset", calibrated)
 
     def under_guard(encode, pixels):
         guards.add(torch.cuda.current_stream())

@@ -78,7 +78,7 @@ def test_best_and_last_are_the_epochs_they_say(trained):
     assert not net.training
     assert net.config == config.net
     assert load_net(trained, "last")[2] == epochs[-1]
-    with pytest.raises(UsageError, match="checkpoint must be best or last, got 'middle'"):
+    with pytest.raises(UsageError, match="checkpoint must be best or last, got middle"):
         load_net(trained, "middle")
 
 

@@ -196,7 +196,7 @@ def test_training_needs_no_codec_and_no_diffusers():
     assert "diffusers" not in loaded
     ours = {name for name in loaded if name.startswith("latentprep.")}
     assert {name.split(".")[1] for name in ours} == {
-        "format", "storage", "errors", "progress", "device", "fitting", "text", "pictures",
+        "format", "storage", "errors", "progress", "device", "text", "pictures",
     }  # fmt: skip
     assert {name for name in ours if "pictures." in name} == {"latentprep.pictures.plots"}
 

@@ -91,7 +91,7 @@ def test_predicting_with_other_weights_than_the_datasets_is_refused(run, images,
     document = json.loads((copy / "config.json").read_text())
     document["dataset"]["codec"] = {"name": "resample", "factor": 8, "weights_sha256": "0" * 64}
     (copy / "config.json").write_text(json.dumps(document))
-    with pytest.raises(CodecError, match="not those this dataset was made with"):
+    with pytest.raises(CodecError, match="not the ones this dataset was made with"):
         latenttrain.predict(copy, images)
 
 

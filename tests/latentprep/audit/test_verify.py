@@ -279,7 +279,7 @@ def test_zarr_metadata_that_names_another_codec_is_never_used(data: Path) -> Non
 def test_exit_codes_and_json(data: Path, made: tuple[Path, Path]) -> None:
     done = run("verify", data)
     assert done.returncode == 0, done.stderr
-    assert "is whole" in done.stdout
+    assert "is intact" in done.stdout
     flip(data / shard_files("train", 1)["codes"], 77)
     done = run("verify", data)
     assert done.returncode == 6

@@ -50,7 +50,8 @@ def test_home_is_meant_everywhere(home: Path, tmp_path: Path) -> None:
     image = next((home / "decoded").rglob("*.png"))
     (home / "x.png").write_bytes(image.read_bytes())
     assert latenttrain.predict("~/run", ["~/x.png", "~nosuchuser/x.png"])[0].classes
-    report("~/shards", out="~/r.html", runs=["~/run"], samples=2)
+    report("~/shards", out="~/r.html", samples=2)
+    latenttrain.report(["~/run"], dataset="~/shards", out="~/runs.html")
     with pytest.raises(SourceError, match=f"no such file or folder: {home}/none"):
         open_source("imagenette", data="~/none")
     with pytest.raises(CodecError, match="no model folder"):
@@ -62,6 +63,7 @@ def test_home_is_meant_everywhere(home: Path, tmp_path: Path) -> None:
         "run",
         "x.png",
         "r.html",
+        "runs.html",
     }
     assert not list(tmp_path.glob("~*"))
 

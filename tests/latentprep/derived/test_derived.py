@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import latentprep
-from latentprep.derived.derive import derive as derived
-from latentprep.encoding import driver as resume
+from latentprep.derived import derive as derived
+from latentprep.encoding import driver
 from latentprep.errors import DatasetError, UsageError
 from latentprep.format import Codes, EncodedShard, LatentDataset, Manifest, ShardId
 from pictures import make_folder
@@ -118,13 +118,13 @@ def test_a_shard_that_decodes_otherwise_is_not_written(
 def test_a_file_that_reads_back_otherwise_is_not_kept_quiet(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = resume.commit_shard
+    real = driver.commit_shard
 
     def other(target: Path, shard: EncodedShard) -> object:
         changed = {path: data.replace(b"ustar", b"Ustar") for path, data in shard.files.items()}
         return real(target, replace(shard, files=changed))
 
-    monkeypatch.setattr(resume, "commit_shard", other)
+    monkeypatch.setattr(driver, "commit_shard", other)
     with pytest.raises(DatasetError, match="was altered"):
         latentprep.convert(root / "zarr", out=tmp_path / "out", store="wds")
 

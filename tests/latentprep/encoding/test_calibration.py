@@ -49,7 +49,7 @@ def dct(folder: Path) -> dict:
 
 
 def joint(folder: Path) -> dict:
-    return {"codec": "dct", "luma": 2, "chroma": 0, "joint": True}
+    return {"codec": "dct:luma=2,chroma=0", "joint": True}
 
 
 def sd_vae(folder: Path) -> dict:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -17,9 +17,10 @@ import pytest
 
 import latentprep
 from faults import Disk, committed, digest, full_after, read_only
-from latentprep.encoding import driver as resume
-from latentprep.encoding import pipeline
+from latentprep.codecs import make_codec
+from latentprep.encoding import driver, pipeline
 from latentprep.encoding.encode import EncodeResult
+from latentprep.encoding.pipeline import encode_shard
 from latentprep.errors import DatasetError, SourceError, SystemFault
 from latentprep.format import EncodedShard, ShardRecord, zarr_store
 from latentprep.sources.source import Sample, Source, open_source
@@ -33,7 +34,7 @@ def encode(source: Path | Source, out: Path, **options: object) -> EncodeResult:
 @pytest.fixture
 def commits(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[tuple[str, int]]]:
     """The shards whose commit has returned."""
-    real, done = resume.commit_shard, set()
+    real, done = driver.commit_shard, set()
 
     def commit_shard(root: Path, shard: EncodedShard) -> ShardRecord:
         done.discard((shard.record.split, shard.record.index))
@@ -41,7 +42,7 @@ def commits(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[tuple[str, int]]]:
         done.add((record.split, record.index))
         return record
 
-    monkeypatch.setattr(resume, "commit_shard", commit_shard)
+    monkeypatch.setattr(driver, "commit_shard", commit_shard)
     yield done
 
 
@@ -211,3 +212,27 @@ def test_of_two_encodes_at_once_the_second_is_refused_and_a_dead_one_holds_nothi
     encode(source, tmp_path / "out", size=None)
     encode(source, tmp_path / "whole", size=None)
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+
+
+def test_what_makes_shards_is_closed_when_a_commit_fails(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its threads wait for zarr's, in which the garbage collector may close it: both would stop for ever."""
+    encode(images, tmp_path / "whole")
+    dataset, closed = latentprep.open(tmp_path / "whole"), []
+
+    def shards() -> Generator[EncodedShard, None, None]:
+        try:
+            for shard in dataset.manifest.shards():
+                yield encode_shard(dataset.manifest, open_source(images), make_codec("dct"), shard)
+        finally:
+            closed.append(True)
+
+    def full(root: Path, shard: EncodedShard) -> ShardRecord:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(driver, "commit_shard", full)
+    kept = shards()  # a reference, as a traceback has
+    with pytest.raises(OSError, match="No space"):
+        driver.commit_shards(dataset, kept, lambda record: None)
+    assert closed == [True]

@@ -296,7 +296,7 @@ def test_what_the_folders_may_have_meant_is_noted(tmp_path):
     assert source.notes == ("classes are the outer folders, a, b: those inside them, as 1/, make no difference",)
     source = open_source(write_tree(tmp_path / "y", images("cat", "dog", "test")))
     assert source.notes == ("test/ is taken for a class, as the folders beside it are",)
-    with pytest.raises(SourceError, match="one class only: Images .*; give the folder Images/ itself"):
+    with pytest.raises(SourceError, match="only one class: Images .*; give the folder Images/ itself"):
         open_source(write_tree(tmp_path / "z", images("Images/a", "Images/b") | {"Lists/a.txt": b"a"}))
 
 

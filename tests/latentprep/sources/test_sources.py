@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from told import Told
 
 from latentprep.errors import SourceError, UsageError
-from latentprep.sources.source import Source, archives, offsets, open_source
+from latentprep.sources import archives, offsets
+from latentprep.sources.source import Source, open_source
 
 JPEG = b"\xff\xd8\xff\xe0"
 PNG = b"\x89PNG\r\n\x1a\n"
