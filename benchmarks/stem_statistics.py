@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import latentprep
-import latenttrain
+import latenttrain.config
 from common import record
 from latentprep.cli.console import progress_bar, tune_process
 from latentprep.derived.derive import derive, every_row
@@ -74,6 +74,8 @@ def main() -> None:
                     "codec": counted.manifest.codec["name"],
                     "bits": counted.quantizer.bits,
                     "latent": list(counted.manifest.latent),
+                    "classes": len(counted.classes),
+                    "samples": counted.manifest.splits["train"],
                     "scaled_by": rule,
                     "std": list(config.net.std),
                     "top1": found,
