@@ -28,7 +28,7 @@ from pictures import make_folder
 RENDERED = {"as_json", "show"}  # how a command prints its result
 STUDY = "for studies, in Python only"
 DIFFERENT = {
-    "latentprep encode": dict.fromkeys(("batch_size", "colour", "max_pixels", "phi", "profile", "strict"), STUDY),
+    "latentprep encode": dict.fromkeys(("batch_size", "colour", "phi", "profile", "strict"), STUDY),
     "latentprep latents": {"batch_size": STUDY},
     "latentprep verify": {"batch_size": STUDY},
     "latenttrain fit": dict.fromkeys(("arch", "stem", "full_grid", "augment", "latents", "buffer"), STUDY),

@@ -76,6 +76,9 @@ def encode(
     max_error_fraction: Annotated[
         float, typer.Option(rich_help_panel="Source", help="Largest unreadable share of a split.")
     ] = 0.1,
+    max_pixels: Annotated[
+        int | None, typer.Option(rich_help_panel="Source", help="Largest image, in pixels. Default: 134217728.")
+    ] = None,
     data: Data = None,
     workers: Workers = None,
     device: Device = "auto",
@@ -96,7 +99,7 @@ def encode(
     result = run(
         opened, codec=codec, weights=weights, bits=bits, size=size, out=out, store=store, quantizer=quantizer,
         joint=joint, views=views, splits=words(splits), limit=limit, workers=workers, device=device, seed=seed,
-        shard_rows=shard_rows, max_error_fraction=max_error_fraction, dry_run=dry_run, overwrite=overwrite,
+        shard_rows=shard_rows, max_pixels=max_pixels, max_error_fraction=max_error_fraction, dry_run=dry_run, overwrite=overwrite,
         progress=console.progress_bar,
     )  # fmt: skip
     show_result(result, as_json)

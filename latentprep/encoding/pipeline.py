@@ -229,12 +229,13 @@ class LocalEngine:
         ):
             waiting: deque[Future[EncodedShard]] = deque()
             batches: list[_Coded] = []
+            facts: dict[str, str] = {}
             failure: BaseException | None = None
             try:
                 for coded in _coded(stages, manifest, jobs, readers):
                     shard = coded.batch.shard
                     _check_finite(coded.batch, coded.finite, keys[shard.split])
-                    self.progress.advance(len(coded.batch.rows), shard=str(shard), **_bytes_fact(waiting))
+                    self.progress.advance(len(coded.batch.rows), shard=str(shard), **facts)
                     batches.append(coded)
                     if sum(len(c.batch.rows) for c in batches) == manifest.rows_in_shard(shard.split, shard.index):
                         arguments = (stages, manifest, shard, batches, keys[shard.split], labels[shard.split])
@@ -243,6 +244,8 @@ class LocalEngine:
                     while waiting and (waiting[0].done() or len(waiting) > _SHARDS_TO_COMPRESS):
                         with stages.timed(WAIT_WRITE):
                             encoded = waiting.popleft().result()
+                        size = sum(file.bytes for file in encoded.record.files.values())
+                        facts = {"bytes_per_image": f"{size / encoded.record.rows:.0f}"}
                         yield encoded
                 assert not batches, "a shard's batches must hold all its rows"
             except GeneratorExit:
@@ -261,15 +264,6 @@ def encode_shard(manifest: Manifest, source: Source, codec: Codec, shard: ShardI
     """Make one shard: a pure function, whose arguments and result can be pickled. limits: see `Stages`."""
     (encoded,) = LocalEngine(manifest, Stages(source, codec, **limits), Silent()).run([shard])
     return encoded
-
-
-def _bytes_fact(waiting: deque[Future[EncodedShard]]) -> dict[str, str]:
-    """Bytes per image of the newest shard."""
-    done = [future for future in waiting if future.done() and not future.exception()]
-    if not done:
-        return {}
-    record = done[-1].result().record
-    return {"bytes_an_image": f"{sum(f.bytes for f in record.files.values()) / record.rows:.0f}"}
 
 
 def _coded(stages: Stages, manifest: Manifest, jobs: list[ShardId], pool: ThreadPoolExecutor) -> Iterator[_Coded]:
