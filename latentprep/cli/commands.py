@@ -99,8 +99,8 @@ def encode(
     result = run(
         opened, codec=codec, weights=weights, bits=bits, size=size, out=out, store=store, quantizer=quantizer,
         joint=joint, views=views, splits=words(splits), limit=limit, workers=workers, device=device, seed=seed,
-        shard_rows=shard_rows, max_pixels=max_pixels, max_error_fraction=max_error_fraction, dry_run=dry_run, overwrite=overwrite,
-        progress=console.progress_bar,
+        shard_rows=shard_rows, max_pixels=max_pixels, max_error_fraction=max_error_fraction, dry_run=dry_run,
+        overwrite=overwrite, progress=console.progress_bar,
     )  # fmt: skip
     show_result(result, as_json)
     if result.note:
