@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -197,14 +197,6 @@ def loads(stages: Stages, split: str, row: int) -> bool:
     except (BadImage, SourceError, OSError):
         return False
     return True
-
-
-class Engine(Protocol):
-    """Where shards are made: this process, several, or other machines. The bytes are the same."""
-
-    def run(self, jobs: Iterable[ShardId]) -> Generator[EncodedShard, None, None]:
-        """Make the shards, in any order."""
-        ...
 
 
 @dataclass(frozen=True)
