@@ -146,7 +146,8 @@ def encode(
     ({'train': 60, 'val': 60}, (16, 16, 16))
     """
     from latentprep.codecs.base import MAX_SIZE
-    from latentprep.encoding.pipeline import Stages, calibrate, loads
+    from latentprep.encoding.calibration import calibrate
+    from latentprep.encoding.pipeline import Stages, loads
     from latentprep.sources.images import MAX_PIXELS
 
     check_bits(bits)
