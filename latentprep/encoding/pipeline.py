@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from latentprep.codecs import Codec
-from latentprep.device import NOT_ON_DEVICE, Fitting, on_device, queues, sent
+from latentprep.device import NOT_ON_DEVICE, Fitting, device_name, on_device, queues, sent
 from latentprep.encoding.profile import CODEC, DECODE, QUANTIZE, WAIT_DECODE, WAIT_WRITE, WRITE, Profile
 from latentprep.errors import CodecError, SourceError, opt
 from latentprep.format.manifest import INVALID_LABEL, Manifest, Plan, ShardId
@@ -85,7 +85,12 @@ class Stages:
             torch.set_num_threads(before)
 
     def threads(self) -> int:
-        return self.workers or min(32, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 8)
+        return self.workers or min(32, cores())
+
+
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass
@@ -334,4 +339,5 @@ def _encoded(
             invalid=[
                 {"row": rows[place], "key": shard_codes.keys[place], "reason": reasons[rows[place]]} for place in bad
             ],
+            device=device_name(stages.device),
         )
