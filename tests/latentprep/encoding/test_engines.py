@@ -274,7 +274,13 @@ def test_workers_of_ray_name_their_node(
     assert not committed(tmp_path / "out")
 
 
-def test_a_ray_node_that_is_lost_costs_its_shards_only(source: Path, tmp_path: Path, cluster: Any) -> None:
+def test_a_ray_node_that_is_lost_costs_its_shards_only(
+    source: Path, tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from latentprep.encoding.cluster import RayWorker
+
+    real, causes = RayWorker.cause, []
+    monkeypatch.setattr(RayWorker, "cause", lambda worker, error: causes.append(real(worker, error)) or causes[-1])
     encode(source, tmp_path / "whole", "slow")
     out, lost = tmp_path / "out", cluster.add_node(num_cpus=1)
 
@@ -287,6 +293,8 @@ def test_a_ray_node_that_is_lost_costs_its_shards_only(source: Path, tmp_path: P
     made = encode(source, out, "slow", engine="ray", address=cluster.address)
     thread.join()
     assert made.workers == 4
+    assert causes
+    assert set(causes) == {None}  # an actor died, and nothing else happened
     assert digest(out) == digest(tmp_path / "whole")
 
 
