@@ -63,6 +63,7 @@ class RayCrew:
 
         with contextlib.ExitStack() as stack:
             if not ray.is_initialized():
+                stack.enter_context(_nothing_printed())
                 stack.callback(ray.shutdown)
                 _connect(self.address)
             resources = ray.cluster_resources()
@@ -127,6 +128,19 @@ def _signal_handlers_kept() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _nothing_printed() -> Iterator[None]:
+    """Ray prints what befalls its processes to stdout, which is for results, and has no switch for it."""
+    from ray._private import worker
+
+    printed = getattr(worker, "print_to_stdstream", None)
+    worker.print_to_stdstream = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        worker.print_to_stdstream = printed
 
 
 class RayWorker:

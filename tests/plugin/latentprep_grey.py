@@ -49,18 +49,20 @@ class BrokenCodec(GreyCodec):
 
 
 class SlowCodec(GreyCodec):
-    """Takes its time with every image, and no processor; a plug-in that the tests install."""
+    """Takes its time with every image but no processor, and waits for a file; a plug-in that the tests install."""
 
     name = "slow"
 
-    def __init__(self, *, delay: float = 0.05, device: torch.device | str = "cpu") -> None:
+    def __init__(self, *, delay: float = 0.05, gate: str = "", device: torch.device | str = "cpu") -> None:
         super().__init__(device=device)
-        self.delay = delay
+        self.delay, self.gate = delay, gate
 
     def config(self) -> dict:
-        return {"name": self.name, "delay": self.delay}
+        return {"name": self.name, "delay": self.delay, "gate": self.gate}
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
+        while self.gate and len(images) > 1 and not Path(self.gate).exists():  # calibration has one at a time
+            time.sleep(0.01)
         time.sleep(self.delay * len(images))
         return super().encode(images)
 

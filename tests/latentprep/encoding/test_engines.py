@@ -274,28 +274,40 @@ def test_workers_of_ray_name_their_node(
     assert not committed(tmp_path / "out")
 
 
-def test_a_ray_node_that_is_lost_costs_its_shards_only(
-    source: Path, tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from latentprep.encoding.cluster import RayWorker
+class Facts(Told):
+    """The facts that were told last."""
 
-    real, causes = RayWorker.cause, []
-    monkeypatch.setattr(RayWorker, "cause", lambda worker, error: causes.append(real(worker, error)) or causes[-1])
-    encode(source, tmp_path / "whole", "slow")
-    out, lost = tmp_path / "out", cluster.add_node(num_cpus=1)
+    def __init__(self) -> None:
+        super().__init__()
+        self.latest: dict[str, str] = {}
+
+    def advance(self, n: int, **facts: str) -> None:
+        self.latest = facts
+
+
+def test_a_ray_node_that_is_lost_costs_its_shards_only(
+    source: Path, tmp_path: Path, cluster: Any, capfd: pytest.CaptureFixture
+) -> None:
+    gate = tmp_path / "gate"
+    codec = f"slow:delay=0,gate={gate}"
+    gate.touch()
+    encode(source, tmp_path / "whole", codec)
+    gate.unlink()
+    lost, facts, out = cluster.add_node(num_cpus=1), Facts(), tmp_path / "out"
 
     def lose() -> None:
-        until(lambda: list(out.glob("records/*.json")))
+        until(lambda: facts.latest.get("at_work") == "4")
         cluster.remove_node(lost, allow_graceful=False)
+        until(lambda: facts.latest["workers"] == "3 of 4")
+        gate.touch()
 
     thread = threading.Thread(target=lose)
     thread.start()
-    made = encode(source, out, "slow", engine="ray", address=cluster.address)
+    made = encode(source, out, codec, engine="ray", address=cluster.address, progress=facts)
     thread.join()
     assert made.workers == 4
-    assert causes
-    assert set(causes) == {None}  # an actor died, and nothing else happened
     assert digest(out) == digest(tmp_path / "whole")
+    assert capfd.readouterr().out == ""  # where results go
 
 
 def test_a_record_says_which_device_made_a_shard_and_info_counts_them(
