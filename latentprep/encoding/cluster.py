@@ -34,7 +34,8 @@ _ANSWER = 5.0  # seconds within which a cluster's address must answer; Ray itsel
 class RayCrew:
     """Actors in the cluster at an address, else in the one that RAY_ADDRESS names, else in one on this machine alone.
 
-    A worker for each GPU of the cluster, or for each core if it has none; devices: ``cpu:N`` for N workers on cores.
+    A worker for each GPU of the cluster, or for each core if it has none. devices: ``cpu:N`` for N workers on cores.
+    device: of the driver; ``cpu`` for workers on cores, too.
     """
 
     name = "ray"

@@ -49,7 +49,8 @@ class BrokenCodec(GreyCodec):
 
 
 class SlowCodec(GreyCodec):
-    """Takes its time with every image but no processor, and waits for a file; a plug-in that the tests install."""
+    """Takes its time with every image but no processor, and waits for a file; for the tests. Calibration, which has one
+    image at a time, waits for nothing."""
 
     name = "slow"
 
@@ -61,9 +62,9 @@ class SlowCodec(GreyCodec):
         return {"name": self.name, "delay": self.delay, "gate": self.gate}
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        while self.gate and len(images) > 1 and not Path(self.gate).exists():  # calibration has one at a time
+        while self.gate and len(images) > 1 and not Path(self.gate).exists():
             time.sleep(0.01)
-        time.sleep(self.delay * len(images))
+        time.sleep(self.delay * len(images) if len(images) > 1 else 0)
         return super().encode(images)
 
 

@@ -20,15 +20,14 @@ import numpy as np
 import pytest
 from told import Told
 
+import clusters
 import latentprep
 from faults import committed, digest
+from latentprep.codecs import make_codec
 from latentprep.encoding.encode import EncodeResult
 from latentprep.errors import CodecError, LatentError, SourceError, SystemFault, UsageError
 from latentprep.sources.source import Source, open_source
-from pictures import jpeg, make_folder
-
-ROOT = Path(__file__).parents[3]
-PLUGIN = ROOT / "tests" / "plugin"
+from pictures import jpeg, make_folder, picture
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +38,11 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(autouse=True)
-def plugin(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(PLUGIN)  # workers have the path of their driver
+@pytest.fixture(scope="module", autouse=True)
+def installed() -> Iterator[None]:
+    """The plug-in's codecs, here and in workers."""
+    with clusters.plugin():
+        yield
 
 
 def encode(source: Path | Source, out: Path, codec: str = "dct", **options: Any) -> EncodeResult:
@@ -67,6 +68,21 @@ def test_two_processes_make_the_bytes_of_one(source: Path, whole: dict[str, str]
     again = encode(source, tmp_path / "out", devices="cpu:2")  # nothing to do, and no process started
     assert again.encoded == 0
     assert again.seconds < 1
+
+
+def test_latents_do_not_depend_on_the_number_of_threads(assets: Path) -> None:
+    """Else the bytes would depend on how many workers share the cores."""
+    import torch
+
+    images = torch.from_numpy(np.stack([picture(seed, 224, 224) for seed in range(9)])).permute(0, 3, 1, 2)
+    before = torch.get_num_threads()
+    for codec in (make_codec("dct"), make_codec("resample"), make_codec("taesd", weights=str(assets / "taesd"))):
+        found = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(codec.encode(images))
+        torch.set_num_threads(before)
+        assert all(torch.equal(found[0], latents) for latents in found)
 
 
 def test_a_worker_that_dies_costs_its_shard_and_a_shard_that_kills_three_is_named(source: Path, tmp_path: Path) -> None:
@@ -109,11 +125,9 @@ class Program:
 
     def __init__(self, source: Path, out: Path, *options: str) -> None:
         words = ["encode", source, "--codec", "slow", "--size", "64", "--shard-rows", "4", "--out", out, *options]
-        path = os.pathsep.join([str(ROOT), str(PLUGIN), os.environ.get("PYTHONPATH", "")])
         self.process = subprocess.Popen(
             [sys.executable, "-m", "latentprep.cli", *map(str, words)],
-            env={**os.environ, "PYTHONPATH": path}, text=True, start_new_session=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         until(lambda: list(out.glob("records/*.json")) or self.process.poll() is not None)
 
@@ -231,20 +245,11 @@ def test_ray_that_is_not_installed_or_not_there(source: Path, tmp_path: Path, mo
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
+def cluster(installed: None) -> Iterator[Any]:
     """A Ray cluster of three nodes, one core each, on this machine."""
     pytest.importorskip("ray", reason="ray is not installed")
-    from ray.cluster_utils import Cluster
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(PLUGIN), os.environ.get("PYTHONPATH", "")]))
-        patch.setenv("RAY_ENABLE_AUTO_CONNECT", "0")
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-        for _ in range(2):
-            cluster.add_node(num_cpus=1)
-        cluster.wait_for_nodes()
-        yield cluster
-        cluster.shutdown()
+    with clusters.cluster() as nodes:
+        yield nodes
 
 
 def test_a_ray_cluster_makes_the_bytes_of_one_process(
