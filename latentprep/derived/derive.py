@@ -17,7 +17,7 @@ import numpy as np
 
 from latentprep.encoding.driver import commit_shards, start, stored_manifest, writing
 from latentprep.encoding.encode import EncodeResult, encode_result
-from latentprep.encoding.source_files import read_stats, write_stats
+from latentprep.encoding.source_files import joined, read_stats, write_stats
 from latentprep.errors import DatasetError, UsageError, check_word, opt
 from latentprep.format.commit import write_errors
 from latentprep.format.dataset import LatentDataset, open_dataset
@@ -128,8 +128,9 @@ def derive(
                 bar.advance(record.rows)
 
             commit_shards(target, (encode(shard) for shard in jobs), done)
-        if manifest.source == parts[0].manifest.source and (stats := read_stats(parts[0].root)) is not None:
-            write_stats(root, stats)  # the rows are the same
+        same_rows = manifest.source["sha256"] == parts[0].manifest.source["sha256"]
+        if same_rows and (stats := joined([read_stats(part.root) for part in parts])) is not None:
+            write_stats(root, stats)
         write_errors(root, list(records.values()))
     encoded = sum(record.rows for record in records.values()) - before
     seconds = time.monotonic() - start_time

@@ -124,6 +124,11 @@ class Source:
         rows = {split: _spread(rows, limit) for split, rows in self._rows.items()}
         return Source(self.spec, self.classes, rows, self._load, self.left_out, self.notes)
 
+    def only(self, rows: Mapping[str, range]) -> Source:
+        """The source with these splits, and these rows of each, alone."""
+        some = {split: self._split(split)[run.start : run.stop] for split, run in rows.items()}
+        return Source(self.spec, self.classes, some, self._load, self.left_out, self.notes)
+
 
 def _stat(at: Any) -> tuple[int, int] | None:
     """Size and last change of the file at a path, or of the member at (archive, offset, size)."""
