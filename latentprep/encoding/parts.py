@@ -45,7 +45,7 @@ def parse_part(shard_of: str | tuple[int, int] | None) -> Part:
         return WHOLE
     if shard_of == SLURM:
         return _task_of_array()
-    numbers = re.fullmatch(r"(\d+)/(\d+)", shard_of, re.ASCII) if isinstance(shard_of, str) else None
+    numbers = re.fullmatch(r"(\d{1,9})/(\d{1,9})", shard_of, re.ASCII) if isinstance(shard_of, str) else None
     given = tuple(map(int, numbers.groups())) if numbers else shard_of
     if not isinstance(given, tuple) or len(given) != 2 or not all(type(number) is int for number in given):
         raise UsageError(f"{opt('shard_of')} must be I/N or {SLURM}, got {shard_of!s:.60}", "the first of eight is 0/8")
@@ -69,7 +69,7 @@ def _task_of_array() -> Part:
     number, least, most, count = map(int, values)
     if least > 1 or most - least + 1 != count or not least <= number <= most:
         raise UsageError(  # some tasks of an array, submitted again, would be taken for all
-            f"{opt('shard_of', SLURM)} takes arrays 0-N or 1-N; this one has {count} tasks, {least} to {most}",
+            f"{opt('shard_of', SLURM)} takes arrays from 0 or 1 without gaps, not {count} tasks from {least} to {most}",
             "give I/N, such as $SLURM_ARRAY_TASK_ID/8",
         )
     return Part(number - least, count)

@@ -190,7 +190,7 @@ def test_parts_that_there_are_not_are_refused(root: Path, tmp_path: Path, given:
         (7, 0, 7, 8, (7, 8)),
         (1, 1, 8, 8, (0, 8)),
         (8, 1, 8, 8, (7, 8)),
-        (5, 3, 5, 3, "takes arrays 0-N or 1-N; this one has 3 tasks, 3 to 5"),
+        (5, 3, 5, 3, "takes arrays from 0 or 1 without gaps, not 3 tasks from 3 to 5"),
         (3, 1, 7, 4, "takes arrays"),  # --array=1-7:2
         ("x", 0, 7, 8, "SLURM_ARRAY_TASK_ID is 'x'"),
     ],
