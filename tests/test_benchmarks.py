@@ -84,3 +84,17 @@ def test_the_simulation_keeps_to_its_limits(monkeypatch):
     assert often[0].lost == 0 < often[1].lost < often[2].lost
     assert often[0].efficiency > often[1].efficiency > often[2].efficiency
     assert simulate(300, 30, WORLD, seed=1) == simulate(300, 30, WORLD, seed=1) != simulate(300, 30, WORLD, seed=2)
+
+
+def test_the_page_about_scale_has_the_simulations_figures():
+    recorded = json.loads((ROOT / "benchmarks" / "records" / "simulate_scale.json").read_text())
+    page = (ROOT / "docs" / "scale.md").read_text()
+    table = page.split("| of the ideal |")[1].split("\n\n")[0].splitlines()[2:]
+    points = [*recorded["sizes"].values(), *list(recorded["ways"].values())[1:]]
+    assert len(table) == len(points) == 8
+    for row, values in zip(table, points, strict=True):
+        found = [values[workers]["efficiency"]["median"] for workers in ("10", "30", "100", "300", "1000")]
+        assert row.split(" | ")[1:] == [*(f"{100 * one:.0f}%" for one in found[:-1]), f"{100 * found[-1]:.0f}% |"], row
+    with_failures, without = recorded["sizes"]["10⁸ images"], recorded["without_failures"]
+    for workers, value in without.items():
+        assert abs(value["efficiency"]["median"] - with_failures[workers]["efficiency"]["median"]) < 0.003
