@@ -17,7 +17,7 @@ import numpy as np
 
 from latentprep.encoding.driver import commit_shards, start, stored_manifest, writing
 from latentprep.encoding.encode import EncodeResult, encode_result
-from latentprep.encoding.source_files import joined, read_stats, write_stats
+from latentprep.encoding.source_files import joined_stats, read_stats, write_stats
 from latentprep.errors import DatasetError, UsageError, check_word, opt
 from latentprep.format.commit import write_errors
 from latentprep.format.dataset import LatentDataset, open_dataset
@@ -129,7 +129,7 @@ def derive(
 
             commit_shards(target, (encode(shard) for shard in jobs), done)
         same_rows = manifest.source["sha256"] == parts[0].manifest.source["sha256"]
-        if same_rows and (stats := joined([read_stats(part.root) for part in parts])) is not None:
+        if same_rows and (stats := joined_stats([read_stats(part.root) for part in parts])) is not None:
             write_stats(root, stats)
         write_errors(root, list(records.values()))
     encoded = sum(record.rows for record in records.values()) - before

@@ -53,7 +53,7 @@ def read_stats(root: Place) -> Stats | None:
     return stats
 
 
-def joined(parts: list[Stats | None]) -> Stats | None:
+def joined_stats(parts: list[Stats | None]) -> Stats | None:
     """The sizes and times of the parts' rows one after the other; None if those of a part are not known."""
     known = [part for part in parts if part is not None]
     if len(known) < len(parts):
