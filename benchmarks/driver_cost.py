@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scale import SHARD_ROWS, synthetic
 
 from common import record, spread
+from scale import SHARD_ROWS, synthetic
 
 
 def cost(make: Callable[[], Any], count: int) -> tuple[Any, dict]:

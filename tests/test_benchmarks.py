@@ -98,3 +98,18 @@ def test_the_page_about_scale_has_the_simulations_figures():
     with_failures, without = recorded["sizes"]["10⁸ images"], recorded["without_failures"]
     for workers, value in without.items():
         assert abs(value["efficiency"]["median"] - with_failures[workers]["efficiency"]["median"]) < 0.003
+
+
+def test_what_a_driver_carries_is_measured(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from driver_cost import shard_cost, source_cost
+
+    found = source_cost(tmp_path, 2000)
+    for layout in ("folder", "tar"):
+        assert 100 < found[layout]["index"]["kept_bytes"] < 500
+        assert found[layout]["stat"]["peak_bytes"] < 600  # a task of a thread pool for each file would take 1,500
+    monkeypatch.setattr("scale.SHARD_ROWS", 16)
+    monkeypatch.setattr("driver_cost.SHARD_ROWS", 16)
+    shards = shard_cost(tmp_path / "shards", 3, "wds")
+    assert shards["commit_ms"]["n"] == 3
+    assert shards["resume"]["kept_bytes"] > 500

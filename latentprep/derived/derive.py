@@ -21,7 +21,7 @@ from latentprep.encoding.source_files import joined_stats, read_stats, write_sta
 from latentprep.errors import DatasetError, UsageError, check_word, opt
 from latentprep.format.commit import write_errors
 from latentprep.format.dataset import LatentDataset, open_dataset
-from latentprep.format.manifest import INVALID_LABEL, STORES, Manifest, ShardId, ShardRecord
+from latentprep.format.manifest import INVALID_LABEL, MAX_SHARDS, STORES, Manifest, ShardId, ShardRecord
 from latentprep.format.shard import Codes, EncodedShard, encoded_shard
 from latentprep.format.stores import store_of
 from latentprep.progress import ProgressFactory, silent
@@ -99,12 +99,15 @@ def derive(
     """Write a dataset with this manifest to the folder `out`, from the `rows` of `parts`. Run again, it resumes.
 
     Every shard is decoded again before it is written, and its files are read back afterwards. Raises `UsageError` if
-    `out` is one of the parts, `DatasetError` if it holds another dataset, `SystemFault` if the disk is full.
+    `out` is one of the parts or there are too many shards, `DatasetError` if it holds another dataset, `SystemFault` if
+    the disk is full.
     """
     root, start_time = place(out), time.monotonic()
     for part in parts:
         if root.resolve() == part.root.resolve():
             raise UsageError(f"{opt('out')} is the dataset itself, {root}", "choose another folder")
+    if (shards := sum(map(manifest.shard_count, manifest.splits))) > MAX_SHARDS:
+        raise UsageError(f"{shards} shards are more than a dataset can have, {MAX_SHARDS}", "make several datasets")
     with writing(root):
         manifest = stored_manifest(root, manifest, overwrite) or manifest
         target, take = start(root, manifest), _taker(parts)

@@ -11,6 +11,7 @@ import pytest
 
 import inprocess
 import latentprep
+from latentprep.derived import derive
 from latentprep.encoding.parts import Part, _rows, parse_part
 from latentprep.errors import DatasetError, LatentError, UsageError
 from latentprep.format import LatentDataset
@@ -103,6 +104,23 @@ def test_a_part_resumes_and_is_verified_and_repaired(root: Path, tmp_path: Path)
     assert files(part.root) == before
     with pytest.raises(DatasetError, match="has all of its source, but part 0/2 of its source was requested"):
         encode(root, encode(root, tmp_path / "whole").root, "0/2")
+
+
+def test_a_dry_run_says_what_a_part_has(root: Path, tmp_path: Path) -> None:
+    settings = {**SETTINGS, "out": tmp_path / "out", "dry_run": True}
+    planned = [latentprep.encode(root / "images", **settings, shard_of=(index, 3)) for index in range(3)]
+    assert [one.rows for one in planned] == [{"train": 10, "val": 0}, {"train": 10, "val": 0}, {"train": 4, "val": 8}]
+    assert [one.part for one in planned] == ["0/3", "1/3", "2/3"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_more_shards_than_a_dataset_can_have_are_not_merged(
+    halves: tuple[LatentDataset, LatentDataset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(derive, "MAX_SHARDS", 6)
+    with pytest.raises(UsageError, match="7 shards are more than a dataset can have, 6; make several datasets"):
+        latentprep.merge(halves, out=tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_a_part_of_one_is_the_whole(root: Path, tmp_path: Path) -> None:
