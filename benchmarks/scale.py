@@ -16,21 +16,26 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from common import record, spread
+
+if TYPE_CHECKING:
+    from latentprep.format import EncodedShard, Manifest
 
 LATENT, BITS, SHARD_ROWS, BATCH = (4, 32, 32), 4, 1024, 256
 SIZES = (10_000, 100_000, 1_000_000, 1_281_167)
 SPELLED = 16 ** np.arange(6)  # worth of the first six codes of a sample in its row's number
 
 
-def write(root: Path, rows: int) -> dict:
-    """Make the dataset: seconds in the store, without those that draw the codes, bytes and files."""
+def synthetic(rows: int, store: str = "zarr") -> tuple[Manifest, Callable[[int], Callable[[], EncodedShard]]]:
+    """A manifest for so many rows; and a function of a shard's number that draws its codes, and returns one that
+    encodes them."""
     from latentprep.format import Codes, Manifest, Quantizer, ShardId
-    from latentprep.format.commit import commit_shard, create_dataset
     from latentprep.format.shard import encoded_shard
     from latentprep.format.zarr_store import CANDIDATES, chunk_rows
 
@@ -46,18 +51,33 @@ def write(root: Path, rows: int) -> dict:
         chunk_rows=chunk_rows(SHARD_ROWS, int(np.prod(LATENT))),
         compression=CANDIDATES[0],
         splits={"train": rows},
+        store=store,
     )
-    create_dataset(root, manifest)
-    random, seconds = np.random.default_rng(0), 0.0
-    for index in range(manifest.shard_count("train")):
+    random = np.random.default_rng(0)
+
+    def make(index: int) -> Callable[[], EncodedShard]:
         part = np.arange(manifest.rows_in_shard("train", index)) + index * SHARD_ROWS
         values = random.standard_normal((len(part), 1, *LATENT), np.float32) * 2.7 + 8
         codes = values.clip(0, 2**BITS - 1).astype(np.uint8)
         codes[:, 0, 0, 0, : len(SPELLED)] = part[:, None] // SPELLED % 16
         labels, keys = (part * 1000 // rows).astype(np.int32), [f"train/{row:07}.jpg" for row in part]
+        facts = {"source_bytes": 1, "saturated": (0,) * LATENT[0]}
+        return lambda: encoded_shard(manifest, ShardId("train", index), Codes(codes, labels, keys), **facts)
+
+    return manifest, make
+
+
+def write(root: Path, rows: int) -> dict:
+    """Make the dataset: seconds in the store, without those that draw the codes, bytes and files."""
+    from latentprep.format.commit import commit_shard, create_dataset
+
+    manifest, make = synthetic(rows)
+    create_dataset(root, manifest)
+    seconds = 0.0
+    for index in range(manifest.shard_count("train")):
+        encode = make(index)
         start = time.perf_counter()
-        shard, facts = ShardId("train", index), {"source_bytes": 1, "saturated": (0,) * LATENT[0]}
-        commit_shard(root, encoded_shard(manifest, shard, Codes(codes, labels, keys), **facts))
+        commit_shard(root, encode())
         seconds += time.perf_counter() - start
     sizes = [path.stat().st_size for path in root.rglob("*") if path.is_file()]
     return {

@@ -57,3 +57,59 @@ def test_parts_that_hang_fail_or_die_do_not_keep_the_others_from_being_measured(
     assert known["count"] == 0  # none of it here
     late = dict(each_within(60, 0.3, measure, ["hangs", "a"]))
     assert list(late.values()) == [{"failed": "not done after 0 s"}, {"left_out": "0 s are over"}]
+
+
+def test_the_simulation_keeps_to_its_limits(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from dataclasses import replace
+
+    from simulate_scale import WORLD, simulate
+
+    calm = replace(WORLD, sigma=0, slow=0, failures=0)
+    for shards, workers in [(1000, 1), (1000, 8), (999, 10), (7, 100)]:
+        run = simulate(shards, workers, calm)
+        assert run.ideal == pytest.approx(shards * 2 / workers)
+        in_turns = -(-shards // workers) * 2  # whole shards: none is cut
+        assert in_turns <= run.seconds <= in_turns + workers * calm.commit + 1e-6
+        assert run.lost == 0
+    alone = simulate(500, 1, replace(WORLD, failures=0))
+    assert alone.seconds == pytest.approx(alone.ideal + WORLD.commit)  # the sum of all shards, and the last commit
+    few = [simulate(10, workers, calm).efficiency for workers in (10, 20, 100)]
+    assert few == pytest.approx([few[0], few[0] / 2, few[0] / 10])
+    slow_driver = simulate(1000, 100, replace(calm, commit=0.2))
+    assert slow_driver.seconds == pytest.approx(2 + 1000 * 0.2)  # it never waits for a worker but for the first
+    parts = simulate(1000, 100, replace(calm, parts=1))
+    assert parts.seconds == pytest.approx(60 + 10 * 2 + calm.commit)
+    often = [simulate(2000, 10, replace(WORLD, failures=rate)) for rate in (0, 5, 50)]
+    assert often[0].lost == 0 < often[1].lost < often[2].lost
+    assert often[0].efficiency > often[1].efficiency > often[2].efficiency
+    assert simulate(300, 30, WORLD, seed=1) == simulate(300, 30, WORLD, seed=1) != simulate(300, 30, WORLD, seed=2)
+
+
+def test_the_page_about_scale_has_the_simulations_figures():
+    recorded = json.loads((ROOT / "benchmarks" / "records" / "simulate_scale.json").read_text())
+    page = (ROOT / "docs" / "scale.md").read_text()
+    table = page.split("| of the ideal |")[1].split("\n\n")[0].splitlines()[2:]
+    points = [*recorded["sizes"].values(), *list(recorded["ways"].values())[1:]]
+    assert len(table) == len(points) == 8
+    for row, values in zip(table, points, strict=True):
+        found = [values[workers]["efficiency"]["median"] for workers in ("10", "30", "100", "300", "1000")]
+        assert row.split(" | ")[1:] == [*(f"{100 * one:.0f}%" for one in found[:-1]), f"{100 * found[-1]:.0f}% |"], row
+    with_failures, without = recorded["sizes"]["10⁸ images"], recorded["without_failures"]
+    for workers, value in without.items():
+        assert abs(value["efficiency"]["median"] - with_failures[workers]["efficiency"]["median"]) < 0.003
+
+
+def test_what_a_driver_carries_is_measured(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from driver_cost import shard_cost, source_cost
+
+    found = source_cost(tmp_path, 2000)
+    for layout in ("folder", "tar"):
+        assert 100 < found[layout]["index"]["kept_bytes"] < 500
+        assert found[layout]["stat"]["peak_bytes"] < 600  # a task of a thread pool for each file would take 1,500
+    monkeypatch.setattr("scale.SHARD_ROWS", 16)
+    monkeypatch.setattr("driver_cost.SHARD_ROWS", 16)
+    shards = shard_cost(tmp_path / "shards", 3, "wds")
+    assert shards["commit_ms"]["n"] == 3
+    assert shards["resume"]["kept_bytes"] > 500

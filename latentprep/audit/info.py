@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from latentprep.encoding.parts import part_of
 from latentprep.format.dataset import LatentDataset, open_dataset
 from latentprep.format.manifest import INVALID_LABEL, ShardRecord, train_split
 from latentprep.format.stores import code_bytes, store_of
@@ -40,6 +41,7 @@ class DatasetInfo:
 
     joint: whether codes were chosen together, see `latentprep.quantizing.joint`. latent: (C, h, w).
     views: of each train sample. size: pixels per side of the images that were encoded.
+    part: of the source, such as "3/8", see `encode`; "0/1": all of it.
     code_bytes: size on disk of all committed codes (for a WebDataset store, of the tars); dataset_bytes: with labels
     and keys. bits_per_value: ``8 * code_bytes`` over the number of codes. bytes_per_image: code bytes per sample.
     source_bytes: size of the image files that were read. saturation: for each channel, the share of latents outside
@@ -57,6 +59,7 @@ class DatasetInfo:
     store: str
     compression: str
     source: str
+    part: str
     mirror: bool
     complete: bool
     classes: int
@@ -110,6 +113,7 @@ def info(dataset: str | Path | LatentDataset) -> DatasetInfo:
         store=manifest.store,
         compression=store_of(manifest).described(manifest),
         source=manifest.source["spec"],
+        part=str(part_of(manifest)),
         mirror=manifest.flip is not None,
         complete=all(len(shards) == manifest.shard_count(split) for split, shards in records.items()),
         classes=len(manifest.classes),

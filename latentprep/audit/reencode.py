@@ -52,12 +52,13 @@ def own_stages(
     batch_size: int | None,
     workers: int | None,
 ) -> Stages:
-    """Stages that encode with the dataset's own codec and source.
+    """Stages that encode with the dataset's own codec, and the rows of `source` that it has: all, or its part.
 
     Raises `SourceError` if it is not the dataset's source, `CodecError` if the codec or the same weights are missing.
     """
     from latentprep.codecs import codec_from_config
     from latentprep.device import pick_device
+    from latentprep.encoding.parts import rows_of_plan
     from latentprep.encoding.pipeline import Stages
     from latentprep.sources.images import MAX_PIXELS
 
@@ -67,7 +68,7 @@ def own_stages(
             f"use the source, {opt('limit')}, {opt('val_fraction')} and {opt('seed')} that it was encoded with",
         )
     codec = codec_from_config(dataset.manifest.codec, device=pick_device(device), weights=weights)
-    return Stages(source, codec, batch_size, workers, MAX_PIXELS)
+    return Stages(rows_of_plan(source, dataset.manifest), codec, batch_size, workers, MAX_PIXELS)
 
 
 def compare(

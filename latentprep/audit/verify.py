@@ -110,6 +110,7 @@ def verify(
     dataset = open_dataset(root)
     source = open_own_source(source, data=data, val_fraction=val_fraction, seed=seed, limit=limit)
     stages = None if source is None else own_stages(dataset, source, weights, device, batch_size, workers)
+    source = None if stages is None else stages.source
     compared, repaired = None, {}
     try:
         check = _Check(dataset, deep, source, progress)

@@ -44,6 +44,12 @@ def encode(
     views: Annotated[int, typer.Option(help="Views per train sample; others are crops.")] = 1,
     store: Annotated[str, typer.Option(help="zarr, or wds for WebDataset tars.")] = "zarr",
     shard_rows: Annotated[int, typer.Option(help="Samples per shard.")] = 1024,
+    shard_of: Annotated[
+        str | None,
+        typer.Option(
+            help="Encode part I of N alone, as I/N: 0/8 to 7/8; slurm: this array task's. See [b]latentprep merge[/b]."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of views, calibration and splitting.")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be made.")] = False,
     overwrite: Overwrite = False,
@@ -109,8 +115,8 @@ def encode(
         opened, codec=codec, weights=weights, bits=bits, size=size, out=out, store=store, quantizer=quantizer,
         joint=joint, views=views, splits=words(splits), limit=limit, workers=workers, device=device, devices=devices,
         workers_per_device=workers_per_device, engine=engine, address=address, seed=seed, shard_rows=shard_rows,
-        max_pixels=max_pixels, max_error_fraction=max_error_fraction, dry_run=dry_run, overwrite=overwrite,
-        progress=console.progress_bar,
+        shard_of=shard_of, max_pixels=max_pixels, max_error_fraction=max_error_fraction, dry_run=dry_run,
+        overwrite=overwrite, progress=console.progress_bar,
     )  # fmt: skip
     show_result(result, as_json)
     if result.note:

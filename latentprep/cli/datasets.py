@@ -110,11 +110,15 @@ def merge(
 
     Encode the first part, then the others with --quantizer FIRST. Parts whose codes mean different things are refused.
 
-    Example:
+    Parts of one source (encode --shard-of) need no --quantizer. All of them, in any order, make what one encode makes.
+
+    Examples:
 
       latentprep encode more/ --codec dct --quantizer shards --out more-shards
 
       latentprep merge shards more-shards --out all-shards
+
+      latentprep merge part-* --out shards
     """
     from latentprep.derived.selection import merge as run
 
@@ -245,7 +249,7 @@ def info(
     console.print_facts(
         f"{found.path}" + ("" if found.complete else " (incomplete: run the same encode again)"),
         {
-            "source": found.source,
+            "source": found.source + (f", part {found.part}" if found.part != "0/1" else ""),
             "codec": found.codec["name"] + (f":{options}" if options else ""),
             "latents": f"{shape(found.latent)} of {found.size}×{found.size} px at {text.plural(found.bits, 'bit')}"
             + (", chosen jointly" if found.joint else "")

@@ -17,11 +17,11 @@ import numpy as np
 
 from latentprep.encoding.driver import commit_shards, start, stored_manifest, writing
 from latentprep.encoding.encode import EncodeResult, encode_result
-from latentprep.encoding.source_files import read_stats, write_stats
+from latentprep.encoding.source_files import joined_stats, read_stats, write_stats
 from latentprep.errors import DatasetError, UsageError, check_word, opt
 from latentprep.format.commit import write_errors
 from latentprep.format.dataset import LatentDataset, open_dataset
-from latentprep.format.manifest import INVALID_LABEL, STORES, Manifest, ShardId, ShardRecord
+from latentprep.format.manifest import INVALID_LABEL, MAX_SHARDS, STORES, Manifest, ShardId, ShardRecord
 from latentprep.format.shard import Codes, EncodedShard, encoded_shard
 from latentprep.format.stores import store_of
 from latentprep.progress import ProgressFactory, silent
@@ -100,12 +100,15 @@ def derive(
     """Write a dataset with this manifest to the folder `out`, from the `rows` of `parts`. Run again, it resumes.
 
     Every shard is decoded again before it is written, and its files are read back afterwards. Raises `UsageError` if
-    `out` is one of the parts, `DatasetError` if it holds another dataset, `SystemFault` if the disk is full.
+    `out` is one of the parts or there are too many shards, `DatasetError` if it holds another dataset, `SystemFault` if
+    the disk is full.
     """
     root, start_time = place(out), time.monotonic()
     for part in parts:
         if root.resolve() == part.root.resolve():
             raise UsageError(f"{opt('out')} is the dataset itself, {root}", "choose another folder")
+    if (shards := sum(map(manifest.shard_count, manifest.splits))) > MAX_SHARDS:
+        raise UsageError(f"{shards} shards are more than a dataset can have, {MAX_SHARDS}", "make several datasets")
     with writing(root):
         manifest = stored_manifest(root, manifest, overwrite) or manifest
         target, take = start(root, manifest), _taker(parts)
@@ -129,8 +132,9 @@ def derive(
                 bar.advance(record.rows)
 
             commit_shards(target, (encode(shard) for shard in jobs), done)
-        if manifest.source == parts[0].manifest.source and (stats := read_stats(parts[0].root)) is not None:
-            write_stats(root, stats)  # the rows are the same
+        same_rows = manifest.source["sha256"] == parts[0].manifest.source["sha256"]
+        if same_rows and (stats := joined_stats([read_stats(part.root) for part in parts])) is not None:
+            write_stats(root, stats)
         write_errors(root, list(records.values()))
     encoded = sum(record.rows for record in records.values()) - before
     seconds = time.monotonic() - start_time

@@ -11,6 +11,8 @@ import numpy as np
 
 from latentprep.derived.derive import Rows, derive, every_row, opened
 from latentprep.encoding.encode import EncodeResult
+from latentprep.encoding.parts import Part, part_of
+from latentprep.encoding.source_files import some
 from latentprep.errors import DatasetError, UsageError, check_number, nearest, opt
 from latentprep.format.dataset import Codes, LatentDataset
 from latentprep.format.fields import differences
@@ -80,25 +82,35 @@ def merge(
     ``quantizer=`` the first one: otherwise each part has a quantizer of its own, and they differ. Run again, it
     resumes.
 
+    The parts of one source, encoded with ``shard_of=``, may be given in any order, and have the same quantizer by
+    themselves. All together become, byte for byte, the dataset of one encode.
+
     Raises `UsageError` for fewer than two parts, `DatasetError` naming the first field in which their settings differ,
-    or a sample that two of them hold.
+    a sample that two of them hold, or a part of a source that is missing.
     """
     datasets = several(datasets)
     if len(datasets) < 2:
         raise UsageError("merge takes two or more datasets", "name all parts")
-    parts = [opened(dataset) for dataset in datasets]
+    parts = _in_order([opened(dataset) for dataset in datasets])
     first = parts[0].manifest
     for part in parts[1:]:
         for name, there, here in differences(
             _configuration(first, part.manifest), _configuration(part.manifest, first)
         ):
+            what = f"{name} is {here} in the first and {there} in the second"
+            if name.startswith("quantizer") and name != "quantizer.bits" and part_of(first).of > 1:
+                what = "their quantizers differ, as they do if they were calibrated on different kinds of machines"
             again = f"encode it again with {opt('quantizer', str(parts[0].root))}"
             raise DatasetError(
-                f"{part.root} and {parts[0].root} cannot be merged: "
-                f"{name} is {here} in the first and {there} in the second",
+                f"{part.root} and {parts[0].root} cannot be merged: {what}",
                 again if name.startswith("quantizer") else "encode all parts with the same settings",
             )
     rows = every_row(parts)
+    if part_of(first).of > 1:
+        splits = {split: len(taken) for split, taken in rows.items()}
+        source = {name: value for name, value in first.source.items() if name != "part"}
+        merged = replace(first, splits=splits, source=source)
+        return derive(out, merged, parts, rows, title="merging", overwrite=overwrite, progress=progress)
     views = {split: part.manifest.views(split) for part in parts for split in part.splits}
     crops = {
         name: value for part in parts for name, value in part.manifest.transform.items() if name.startswith("crop")
@@ -108,6 +120,53 @@ def merge(
     spec = " + ".join(dict.fromkeys(part.manifest.source["spec"] for part in parts))
     merged = _manifest(replace(first, transform=transform), parts, rows, first.classes, None, spec)
     return derive(out, merged, parts, rows, title="merging", overwrite=overwrite, progress=progress)
+
+
+def _in_order(datasets: list[LatentDataset]) -> list[LatentDataset]:
+    """All parts of one source, in their order; datasets that are no parts, as they are.
+
+    Raises `DatasetError` for a part that is missing, there twice, or of another source or encode.
+    """
+    first, found = datasets[0], dict[Part, LatentDataset]()
+    of = part_of(first.manifest).of
+    for dataset in datasets:
+        part = part_of(dataset.manifest)
+        if part.of != of:
+            raise DatasetError(
+                f"{first.root} has {part_of(first.manifest).text()}, and {dataset.root} has {part.text()}",
+                "merge all parts of one source, and nothing else",
+            )
+        if of == 1:
+            continue
+        for name, here, there in differences(_cut(first.manifest), _cut(dataset.manifest)):
+            changed = (
+                f"files or labels changed in between, or {opt('limit')}, {opt('val_fraction')} or {opt('seed')} did"
+            )
+            what = f"{name} is {here} in the first and {there} in the second"
+            raise DatasetError(
+                f"{first.root} and {dataset.root} are not parts of one source: "
+                + (changed if name == "source" else what),
+                "encode all parts from the same source and with the same settings",
+            )
+        if part in found:
+            raise DatasetError(f"{found[part].root} and {dataset.root} both have {part.text()}", "name each part once")
+        found[part] = dataset
+    if of == 1:
+        return datasets
+    if missing := [str(part) for part in (Part(index, of) for index in range(of)) if part not in found]:
+        which = f"part {missing[0]} is" if len(missing) == 1 else f"parts {some(missing)} are"
+        raise DatasetError(
+            f"{which} missing",
+            f"name all {of} parts, or encode with {opt('shard_of', missing[0])} and the same settings",
+        )
+    return [found[part] for part in sorted(found)]
+
+
+def _cut(manifest: Manifest) -> dict[str, Any]:
+    """What must be the same in all parts of one source for each row to be in one of them."""
+    return {
+        "source": manifest.source["sha256"], "splits": list(manifest.splits), "shard_rows": manifest.shard_rows,
+    }  # fmt: skip
 
 
 def _configuration(manifest: Manifest, other: Manifest) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from latentprep.encoding.parts import part_of
 from latentprep.encoding.source_files import added_and_removed
 from latentprep.errors import DatasetError, opt, system_fault
 from latentprep.format.commit import commit_shard, create_dataset, remove_dataset
@@ -84,6 +85,12 @@ def stored_manifest(root: Place, asked: Plan, overwrite: bool, source: Source | 
 
 def _check_same(root: Place, stored: Manifest, asked: Plan, source: Source | None) -> None:
     fitted = isinstance(asked, Manifest)
+    there, here = part_of(stored), part_of(asked)
+    if there != here:
+        raise DatasetError(
+            f"{root} has {there.text()}, but {here.text()} was requested",
+            f"give each part a folder of its own as {opt('out')}",
+        )
     for name, stored_value, requested in differences(_decided(stored, fitted), _decided(asked, fitted)):
         share = opt("val_fraction")
         of_source = name.partition(".")[0] in ("splits", "classes", "source")

@@ -17,6 +17,7 @@ import numpy as np
 
 from latentprep import __version__
 from latentprep.encoding.driver import commit_shards, start, stored_manifest, with_quantizer_of, writing
+from latentprep.encoding.parts import parse_part, part_of, plan_of_part, rows_of_plan
 from latentprep.encoding.profile import Profile
 from latentprep.encoding.source_files import check_unchanged, source_stats
 from latentprep.errors import Interrupted, SourceError, UsageError, check_number, check_whole, check_word, opt
@@ -68,6 +69,7 @@ class EncodeResult:
     note: what the user should know of the source; empty as a rule.
     left_out: what there is in the source besides its rows, and how many: see `sources.Source`.
     engine: that made the shards: "local", "processes" or "ray". workers: how many processes.
+    part: of the source, such as "3/8"; "0/1": all of it.
     """
 
     out: str
@@ -91,6 +93,7 @@ class EncodeResult:
     left_out: dict[str, int] = field(default_factory=dict)
     engine: str = "local"
     workers: int = 1
+    part: str = "0/1"
 
     def to_json(self) -> dict:
         return asdict(self)
@@ -122,6 +125,7 @@ def encode(
     workers_per_device: int = 1,
     seed: int = 0,
     shard_rows: int = SHARD_ROWS,
+    shard_of: str | tuple[int, int] | None = None,
     max_pixels: int | None = None,
     colour: str = SRGB,
     strict: bool = False,
@@ -145,6 +149,8 @@ def encode(
     `joint_by_default`.
     colour: "srgb" converts embedded colour profiles, "stored" uses an image's numbers as they are.
     views: of a train sample, see `images.load_views`; other splits have view 0 alone.
+    shard_of: ``"3/8"``, ``(3, 8)``: encode the fourth of eight parts of the source alone, to a folder of its own.
+    `merge` makes of all eight what one encode would have made. ``"slurm"`` takes both numbers from a Slurm array job.
     limit: at most that many samples a split, spread over it. batch_size: images the codec takes at once.
     devices: ``"all"`` CUDA devices, some of them as ``"0,1"`` or ``[0, 1]``, or ``"cpu:4"``: a process for each makes
     shards. engine: ``"ray"`` makes them in the Ray cluster at `address`, ``"auto"`` or ``"HOST:PORT"``; without one, on
@@ -177,6 +183,7 @@ def encode(
     check_word("colour", colour, COLOURS)
     check_word("store", store, STORES)
     crew = crew_of(engine, devices, device, address, workers_per_device)
+    part = parse_part(shard_of)
     root = place(out)
 
     source = open_source(source, data=data, val_fraction=val_fraction, seed=seed, out=out)
@@ -191,9 +198,10 @@ def encode(
     taken = None if quantizer is None else open_dataset(quantizer)
     if joint is None and taken is not None:
         joint = taken.manifest.joint
-    asked = make_plan(source, names, coder, bits, joint, image_size, latent, views, seed, shard_rows, store, colour)
+    whole = make_plan(source, names, coder, bits, joint, image_size, latent, views, seed, shard_rows, store, colour)
     if taken is not None:
-        asked = with_quantizer_of(taken, asked)
+        whole = with_quantizer_of(taken, whole)
+    asked = plan_of_part(whole, part)
 
     if dry_run:
         most = sum(n * int(np.prod(asked.row_shape(split))) for split, n in asked.splits.items()) * bits // 8
@@ -208,10 +216,13 @@ def encode(
 
     began = time.monotonic()
     stages = Stages(source, coder, batch_size, workers, max_pixels or MAX_PIXELS, strict)
+    source = rows_of_plan(source, asked)
     with crew, writing(root):
         manifest = stored_manifest(root, asked, overwrite, source)
         if manifest is None:
-            manifest = asked if isinstance(asked, Manifest) else calibrate(stages, asked, CALIBRATION, progress)
+            finished = whole if isinstance(whole, Manifest) else calibrate(stages, whole, CALIBRATION, progress)
+            manifest = plan_of_part(finished, part)
+        stages = replace(stages, source=source)
         dataset = start(root, manifest)
         records = {
             shard: record
@@ -402,5 +413,6 @@ def encode_result(root: Place, plan: Plan, records: list[ShardRecord], **facts: 
         shards=sum(plan.shard_count(name) for name in plan.splits),
         invalid=sum(invalid.values()),
         splits_invalid=invalid,
+        part=str(part_of(plan)),
         **facts,
     )

@@ -53,6 +53,15 @@ def read_stats(root: Place) -> Stats | None:
     return stats
 
 
+def joined_stats(parts: list[Stats | None]) -> Stats | None:
+    """The sizes and times of the parts' rows one after the other; None if those of a part are not known."""
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts):
+        return None
+    splits = dict.fromkeys(split for part in known for split in part)
+    return {split: np.concatenate([part[split] for part in known if split in part], axis=1) for split in splits}
+
+
 def check_unchanged(
     dataset: LatentDataset, source: Source, stats: Stats | None, kept: Mapping[ShardId, ShardRecord]
 ) -> str:

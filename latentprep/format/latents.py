@@ -25,6 +25,7 @@ def described(dataset: LatentDataset) -> dict[str, Any]:
         "codec": {key: value for key, value in manifest.codec.items() if key != "weights"},
         "transform": {k: v for k, v in manifest.transform.items() if k in ("size", "resize", "colour")},
         "source": manifest.source["sha256"],
+        **({"part": manifest.source["part"]} if "part" in manifest.source else {}),
         "splits": manifest.splits,
     }
 

@@ -53,7 +53,8 @@ class Plan:
     bits: per code. joint: whether the codes of a sample are chosen together, see `latentprep.quantizing.joint`.
     transform: how a sample becomes pixels: ``size`` (pixels), ``views``, ``seed``, ``resize``,
     ``colour`` (`SRGB`: embedded profiles are converted; `STORED`, or absent: they are ignored).
-    source: ``spec`` as the user gave it; ``sha256`` of its splits, keys, labels and classes.
+    source: ``spec`` as the user gave it; ``sha256`` of its splits, keys, labels and classes, all of them; ``part``:
+    ``index`` and ``of``, where the dataset has only that part of it.
     classes: names; a label is an index into them.
     latent: (C, h, w) of one view's codes.
     flip: per-channel signs, if ``sign * mirrored latents`` are exactly the mirrored image's latents, else None.
@@ -197,6 +198,9 @@ class Manifest(Plan):
         source = top.object("source")
         source.text("spec")
         source.sha256("sha256")
+        if "part" in source.document:
+            part = source.object("part")
+            part.whole("index", 0, part.whole("of", 1, MAX_SHARDS) - 1)
         codec = top.object("codec")
         codec.text("name")
         splits = top.object("splits")

@@ -32,6 +32,7 @@ from latentprep.sources.listing import HIDDEN, left_out_line
 from latentprep.storage.places import path_of
 
 _STATTERS = 8  # threads that ask for files' sizes and times: on a network, each answer takes a while
+_STATTED = 256  # files that a thread asks for at a time
 VAL_FRACTION = 0.1  # of each class, taken from train if a source has no val split
 
 
@@ -107,8 +108,10 @@ class Source:
     def stat(self, split: str) -> list[tuple[int, int]] | None:
         """Each sample's size in bytes, and when its file (or archive) last changed, in ns since 1970. (-1, -1) for a
         file that is gone, which reading will report. None if samples are not in files."""
+        rows = self._split(split)
+        runs = [rows[first : first + _STATTED] for first in range(0, len(rows), _STATTED)]  # a task of the pool is 1 KB
         with ThreadPoolExecutor(_STATTERS) as pool:
-            stats = list(pool.map(_stat, [row.at for row in self._split(split)], chunksize=1024))
+            stats = [one for some in pool.map(lambda run: [_stat(row.at) for row in run], runs) for one in some]
         return None if any(one is None for one in stats) else [one for one in stats if one is not None]
 
     def fingerprint(self) -> str:
@@ -123,6 +126,11 @@ class Source:
         check_whole("limit", limit, 1, hint=f"leave {opt('limit')} out for all samples")
         rows = {split: _spread(rows, limit) for split, rows in self._rows.items()}
         return Source(self.spec, self.classes, rows, self._load, self.left_out, self.notes)
+
+    def only(self, rows: Mapping[str, range]) -> Source:
+        """The source with these splits, and these rows of each, alone."""
+        some = {split: self._split(split)[run.start : run.stop] for split, run in rows.items()}
+        return Source(self.spec, self.classes, some, self._load, self.left_out, self.notes)
 
 
 def _stat(at: Any) -> tuple[int, int] | None:
