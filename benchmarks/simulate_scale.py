@@ -49,7 +49,7 @@ class World:
 WORLD = World()
 WAYS = {
     "one driver, disk": WORLD,
-    "one driver, bucket": replace(WORLD, commit=0.25),  # five requests of 50 ms
+    "one driver, bucket": replace(WORLD, commit=0.25 / 16),  # five requests of 50 ms, for 16 shards at once
     "--shard-of, no slow workers": replace(WORLD, parts=1, slow=0),
     "--shard-of, a part per worker": replace(WORLD, parts=1),
     "--shard-of, four per worker": replace(WORLD, parts=4),

@@ -18,9 +18,10 @@ from latentprep.format.shard import EncodedShard
 from latentprep.sources.source import Source
 from latentprep.storage.atomic import locked, make_folder
 from latentprep.storage.locks import LOCK
-from latentprep.storage.places import Place
+from latentprep.storage.places import Place, RemotePath
 
-_UNCOMMITTED = 2  # finished shards that may wait to be written
+_BUCKET_WRITERS = 16  # shards written at once to a bucket, where each takes some requests, one after the other
+_UNCOMMITTED = 2  # finished shards that may wait to be written, besides
 
 
 @contextlib.contextmanager
@@ -43,17 +44,19 @@ def start(root: Place, manifest: Manifest) -> LatentDataset:
 def commit_shards(
     dataset: LatentDataset, shards: Generator[EncodedShard, None, None], done: Callable[[ShardRecord], None]
 ) -> None:
-    """Commit shards in a thread, as they come, and call `done` with the record of each committed one.
+    """Commit shards in threads, as they come, and call `done` with the record of each: one by one to a folder, where
+    the disk is the limit, several at once to a bucket.
 
     Shards whose writing has begun are committed completely, and `done` called, even after an error. `shards` is closed
     at the end: left to the garbage collector, it could be closed in a thread for which its own threads wait.
     """
     waiting: deque[Future[ShardRecord]] = deque()
-    with ThreadPoolExecutor(1) as writer, contextlib.closing(shards):
+    writers = _BUCKET_WRITERS if isinstance(dataset.root, RemotePath) else 1
+    with ThreadPoolExecutor(writers) as pool, contextlib.closing(shards):
         try:
             for shard in shards:
-                waiting.append(writer.submit(commit_shard, dataset.root, shard))
-                while waiting and (waiting[0].done() or len(waiting) > _UNCOMMITTED):
+                waiting.append(pool.submit(commit_shard, dataset.root, shard))
+                while waiting and (waiting[0].done() or len(waiting) > writers + _UNCOMMITTED):
                     done(dataset.remember(waiting.popleft().result()))
         finally:
             while waiting:

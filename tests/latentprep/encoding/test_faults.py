@@ -12,6 +12,7 @@ import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from types import ModuleType
+from unittest.mock import Mock
 
 import pytest
 
@@ -24,6 +25,7 @@ from latentprep.encoding.pipeline import encode_shard
 from latentprep.errors import DatasetError, SourceError, SystemFault
 from latentprep.format import EncodedShard, ShardRecord, zarr_store
 from latentprep.sources.source import Sample, Source, open_source
+from latentprep.storage.places import RemotePath
 from pictures import jpeg, make_folder, picture
 
 
@@ -236,3 +238,23 @@ def test_what_makes_shards_is_closed_when_a_commit_fails(
     with pytest.raises(OSError, match="No space"):
         driver.commit_shards(dataset, kept, lambda record: None)
     assert closed == [True]
+
+
+@pytest.mark.parametrize(("kind", "at_once"), [(Path, 1), (RemotePath, 16)])
+def test_shards_are_written_one_by_one_to_a_disk_and_many_at_once_to_a_bucket(
+    kind: type, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together, active, done = threading.Barrier(at_once), list[int](), list[int]()
+
+    def commit(root: Path, shard: int) -> int:
+        active.append(shard)
+        together.wait(10)  # broken if fewer come
+        time.sleep(0.002)
+        assert len(active) <= at_once
+        active.remove(shard)
+        return shard
+
+    monkeypatch.setattr(driver, "commit_shard", commit)
+    dataset = Mock(root=Mock(spec=kind), remember=lambda record: record)
+    driver.commit_shards(dataset, (shard for shard in range(32)), done.append)
+    assert done == list(range(32))
