@@ -78,7 +78,7 @@ printf 'built in %d s: %d MB, of which the base has %d\n' $((SECONDS - start)) $
 
 # --- check
 
-options=(--read-only --network none --volume "$volume:/data")
+options=(--read-only --network none --env OMP_NUM_THREADS=1 --volume "$volume:/data")
 [ "$ENGINE" = docker ] || options+=(--read-only-tmpfs=false) # as docker does it: nothing but /data can be written to
 run() { "$ENGINE" run --rm "${options[@]}" "$TAG" "$@"; }
 checksums() { run sh -c "cd $1 && find . -type f ! -name .lock | LC_ALL=C sort | xargs sha256sum"; }
@@ -128,7 +128,10 @@ check "verify" run latentprep verify whole
 check "fit" run "${fit[@]}" --out runs/whole
 check "eval" run latenttrain eval runs/whole whole
 check "report" run latentprep report whole
-check "fit --tensorboard" run latenttrain fit whole --width 0.25 --limit 100 --epochs 1 --tensorboard
+if [ -z "${EXTRAS+given}" ]; then
+    check "fit --tensorboard" run latenttrain fit whole --width 0.25 --limit 100 --epochs 1 --tensorboard
+    check "what autoencoders, buckets and the hub need" run python -c "import diffusers.models, obstore, huggingface_hub"
+fi
 mkdir -m 777 "$scratch/data"
 check "any other user, and a folder" "$ENGINE" run --rm --read-only --network none --user 4321:4321 --volume "$scratch/data:/data" \
     "$TAG" sh -c "latentprep encode shapes --limit 20 --codec dct && rm -r shards"
