@@ -36,8 +36,8 @@ LABEL org.opencontainers.image.title="latentprep" \
     org.opencontainers.image.licenses="Apache-2.0" \
     org.opencontainers.image.version="0.1.0"
 COPY --from=dependencies /opt/venv /opt/venv
-RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
-    python3 -m pip --python /opt/venv/bin/python install --no-cache-dir --no-deps --no-index /wheels/*.whl \
+COPY --from=wheel /wheels /wheels
+RUN python3 -m pip --python /opt/venv/bin/python install --no-cache-dir --no-deps --no-index /wheels/*.whl \
     && mkdir /data && chown 1000:1000 /data
 # Any user may run it: what would go to a home goes to the volume, and the name stands in for an entry in /etc/passwd.
 ENV PATH=/opt/venv/bin:$PATH HOME=/data USER=latent

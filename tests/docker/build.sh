@@ -83,6 +83,8 @@ options=(--read-only --network none --env OMP_NUM_THREADS=1 --volume "$volume:/d
 run() { "$ENGINE" run --rm "${options[@]}" "$TAG" "$@"; }
 checksums() { run sh -c "cd $1 && find . -type f ! -name .lock | LC_ALL=C sort | xargs sha256sum"; }
 
+code() { (cd "$1" && find latentprep latenttrain -name "*.py" | LC_ALL=C sort | xargs sha256sum); }
+
 check() { # check TEXT COMMAND…
     local text=$1
     shift
@@ -116,6 +118,7 @@ same() { # same FOLDER FOLDER NAME: files whose names hold NAME
 encode=(latentprep encode shapes --codec dct --shard-rows 200)
 fit=(latenttrain fit whole --width 0.25 --limit 400 --epochs 20 --resume)
 say "user 1000, a read-only root, no network, a volume at /data"
+check "it holds the code that is here" [ "$(code .)" = "$(run sh -c "$(declare -f code); code /opt/venv/lib/python3.*/site-packages")" ]
 check "the image itself shows help" run
 for program in latentprep latenttrain; do
     check "$program --version" run $program --version
