@@ -76,6 +76,8 @@ def test_what_the_page_and_the_script_run_are_commands_of_ours() -> None:
     page = (ROOT / "docs" / "docker.md").read_text()
     lines = [shlex.split(line) for line in re.findall("^docker run .*", page, re.M)]
     script = (ROOT / "tests" / "docker" / "build.sh").read_text()
+    compose = (ROOT / "compose.yaml").read_text()
+    lines += [shlex.split(words) for words in re.findall(r"^ *#.*docker compose .* (latent\w+ .*)", compose, re.M)]
     lines += [shlex.split(words) for words in re.findall(r"^\w+=\((latent.*)\)$", script, re.M)]
     lines += [shlex.split(words) for words in re.findall(r'" run (latent\w+ [a-z].*)$', script, re.M)]
     assert len(lines) >= 8
