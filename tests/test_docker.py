@@ -14,8 +14,8 @@ import pytest
 import typer
 import yaml
 
-import latenttrain.cli
 import latentprep.cli.commands
+import latenttrain.cli
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -45,8 +45,7 @@ def test_what_is_copied_is_here_and_passes_the_ignore_file() -> None:
 
 def test_the_image_agrees_with_the_project() -> None:
     project = PROJECT["project"]
-    [labels] = [dict(re.findall(r'org\.opencontainers\.image\.(\w+)="(.*?)"', text)) for s, text in STEPS if s == "LABEL"]
-    assert labels == {
+    assert dict(re.findall(r'org\.opencontainers\.image\.(\w+)="(.*?)"', dict(STEPS)["LABEL"])) == {
         "title": project["name"], "description": project["description"], "version": project["version"],
         "licenses": project["license"],
     }  # fmt: skip
