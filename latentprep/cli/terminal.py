@@ -100,16 +100,18 @@ class Ended:
 def orderly_signals() -> Iterator[Ended]:
     """SIGINT, SIGTERM and SIGHUP raise `KeyboardInterrupt` here, each but the ones that are ignored (as nohup does).
 
-    The first one lets the work end in order; a second one ends the process at once.
+    The first one lets the work end in order; a second one ends the process at once, even process 1 of a container,
+    which the system protects from signals that it does not handle.
     """
     ended = Ended()
+    at_once = signal.SIG_DFL if os.getpid() != 1 else lambda number, frame: os._exit(128 + number)
     names = ("SIGINT", "SIGTERM", "SIGHUP")
     known = [s for name in names if (s := getattr(signal, name, None)) and signal.getsignal(s) != signal.SIG_IGN]
 
     def handle(number: int, frame: object) -> None:
         ended.signal = number
         for each in known:
-            signal.signal(each, signal.SIG_DFL)
+            signal.signal(each, at_once)
         raise KeyboardInterrupt
 
     before = {each: signal.signal(each, handle) for each in known}

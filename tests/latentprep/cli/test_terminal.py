@@ -277,6 +277,15 @@ def stopped_here(arguments: list[str], number: signal.Signals, begun: Path) -> t
     return done.returncode, done.stderr
 
 
+def test_a_second_signal_ends_process_1_of_a_container_at_once() -> None:
+    code = "import os, signal, time; os.getpid, me = lambda: 1, os.getpid(); "
+    code += "from latentprep.cli.terminal import orderly_signals\n"
+    code += "with orderly_signals():\n    try: os.kill(me, 15); time.sleep(9)\n"
+    code += "    finally: print(signal.getsignal(15) != signal.SIG_DFL, flush=True); os.kill(me, 15); time.sleep(9)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (128 + signal.SIGTERM, "True\n"), done.stderr
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the encode below makes that nobody stops."""
