@@ -273,7 +273,7 @@ class Chaos:
         def count() -> int:
             return len(list(out.glob("records/*.json")))
 
-        wanted = self.draw.randint(count(), len(self.shards))
+        wanted = self.draw.randrange(count(), len(self.shards))
         while count() < wanted and busy():
             time.sleep(0.002)
         time.sleep(self.draw.uniform(0, 0.05))
@@ -319,8 +319,11 @@ class Chaos:
                 assert digest(out) == self.whole
                 shutil.rmtree(out)
                 before, ended = set(), ended + 1
-            else:
-                left.append(len(now))
+                continue
+            left.append(len(now))
+            if now == self.shards:
+                self.finish(out)
+                before = set()
         if out.exists():
             self.finish(out)
         return {"kills": len(left), "runs_finished_between": ended, "shards_at_each_kill": left}
