@@ -309,6 +309,7 @@ class Chaos:
             self.some_committed(out, lambda driver=driver: driver.poll() is None)
             driver.kill()
             code, end = driver.wait(), time.monotonic() + 10
+            assert code in (0, -signal.SIGKILL), f"the command failed with {code}"
             while clusters.alive(driver.pid):
                 assert time.monotonic() < end, "a worker outlived its driver"
                 time.sleep(0.02)
