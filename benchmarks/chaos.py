@@ -268,9 +268,13 @@ class Chaos:
         return {"runs": times}
 
     def some_committed(self, out: Path, busy: Callable[[], bool]) -> None:
-        """Wait until a random number of shards is committed, and then a little, or until nobody is busy."""
-        wanted = self.draw.randrange(len(self.shards))
-        while len(list(out.glob("records/*.json"))) < wanted and busy():
+        """Wait until a random number of shards more is committed, and then a little, or until nobody is busy."""
+
+        def count() -> int:
+            return len(list(out.glob("records/*.json")))
+
+        wanted = self.draw.randrange(count(), len(self.shards))
+        while count() < wanted and busy():
             time.sleep(0.002)
         time.sleep(self.draw.uniform(0, 0.05))
 
@@ -305,11 +309,10 @@ class Chaos:
             self.some_committed(out, lambda driver=driver: driver.poll() is None)
             driver.kill()
             code, end = driver.wait(), time.monotonic() + 10
-            with contextlib.suppress(ProcessLookupError):
-                while True:
-                    os.killpg(driver.pid, 0)
-                    assert time.monotonic() < end, "a worker outlived its driver"
-                    time.sleep(0.02)
+            assert code in (0, -signal.SIGKILL), f"the command failed with {code}"
+            while clusters.alive(driver.pid):
+                assert time.monotonic() < end, "a worker outlived its driver"
+                time.sleep(0.02)
             now = committed(out)
             assert before <= now, "a committed shard was lost"
             before = now
@@ -317,8 +320,11 @@ class Chaos:
                 assert digest(out) == self.whole
                 shutil.rmtree(out)
                 before, ended = set(), ended + 1
-            else:
-                left.append(len(now))
+                continue
+            left.append(len(now))
+            if now == self.shards:
+                self.finish(out)
+                before = set()
         if out.exists():
             self.finish(out)
         return {"kills": len(left), "runs_finished_between": ended, "shards_at_each_kill": left}

@@ -44,35 +44,31 @@ def pick_device(name: str | torch.device = "auto") -> torch.device:
     return device
 
 
-def pick_devices(names: str | Sequence[int | str]) -> list[torch.device]:
-    """Several devices: ``all`` CUDA devices, some of them as ``0,1`` or ``cuda:0,cuda:1``, or ``cpu:N``, N times the
-    CPU.
+def parse_devices(names: str) -> list[torch.device]:
+    """Several devices, one for each process: ``all`` CUDA devices, those of numbers ``0,1``, or the CPU N times, as
+    ``cpu:N``.
 
     Raises `UsageError` for anything else, `SystemFault` for a device that this machine does not have.
+
+    >>> parse_devices("cpu:2")
+    [device(type='cpu'), device(type='cpu')]
     """
-    text = names if isinstance(names, str) else ",".join(map(str, names))
-    usage = f"use {opt('devices', 'all')}, {opt('devices', '0,1')} … or {opt('devices', 'cpu:2')}"
-    if text == "all":
-        if not torch.cuda.is_available():
-            raise SystemFault("torch sees no CUDA devices", f"use {opt('devices', 'cpu:2')} for processes on the CPU")
-        return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    count = re.fullmatch(r"cpu:(\d{1,4})", text)
-    if count and int(count[1]):
-        return [torch.device("cpu")] * int(count[1])
-    numbers = [re.fullmatch(r"(?:cuda:)?(\d{1,4})", name.strip()) for name in text.split(",")]
-    if not all(numbers):
-        raise UsageError(f"{opt('devices')} does not take {text!r:.60}", usage)
-    indices = [int(number[1]) for number in numbers if number]
-    if len(set(indices)) < len(indices):
-        raise UsageError(f"{opt('devices', text)} names a device twice", f"use {opt('workers_per_device', 2)}")
-    return [pick_device(f"cuda:{index}") for index in indices]
-
-
-def device_name(device: torch.device) -> str:
-    """What a record says of the device that made a shard: such as "cuda: NVIDIA H100", and nothing for CPUs."""
-    if device.type == "cpu":
-        return ""
-    return f"cuda: {torch.cuda.get_device_name(device)}" if device.type == "cuda" else device.type
+    processes = re.fullmatch(r"cpu:(\d{1,4})", names.strip())
+    numbers = re.fullmatch(r"\d{1,4}(,\d{1,4})*", names.strip())
+    if processes and int(processes[1]):
+        return [torch.device("cpu")] * int(processes[1])
+    if names.strip() != "all" and not numbers:
+        raise UsageError(f"{opt('devices')} must be all, numbers such as 0,1, or cpu:N, got {names!r:.60}")
+    there = torch.cuda.device_count()
+    chosen = list(map(int, numbers[0].split(","))) if numbers else list(range(there))
+    if twice := [number for number in chosen if chosen.count(number) > 1]:
+        raise UsageError(f"{opt('devices')} names device {twice[0]} twice, got {names!r:.60}", "name each once")
+    if not chosen or max(chosen) >= there:
+        raise SystemFault(
+            f"{opt('devices')} {names} is not available: torch sees {there} CUDA devices",
+            f"use {opt('devices', 'cpu:2')} for processes on the CPU",
+        )
+    return [torch.device("cuda", number) for number in chosen]
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
@@ -80,6 +76,13 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def device_name(device: torch.device) -> str:
+    """What a record says of the device that made a shard: such as "cuda: NVIDIA H100", and nothing for CPUs."""
+    if device.type == "cpu":
+        return ""
+    return f"cuda: {torch.cuda.get_device_name(device)}" if device.type == "cuda" else device.type
 
 
 def queues(device: torch.device) -> bool:

@@ -13,7 +13,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
@@ -40,14 +40,12 @@ class RayCrew:
 
     name = "ray"
 
-    def __init__(
-        self, devices: str | Sequence[int | str] | None, device: str, address: str | None, workers_per_device: int
-    ) -> None:
-        from latentprep.device import pick_device, pick_devices
+    def __init__(self, devices: str | None, device: str, address: str | None, workers_per_device: int) -> None:
+        from latentprep.device import parse_devices, pick_device
 
         if importlib.util.find_spec("ray") is None:
             raise SystemFault(f"{opt('engine', 'ray')} needs the ray package", "pip install 'latentprep[ray]'")
-        chosen = [] if devices in (None, "all") else pick_devices(devices or "")
+        chosen = [] if devices is None or devices == "all" else parse_devices(devices)
         if chosen and chosen[0].type != "cpu":
             raise UsageError(
                 f"Ray chooses the GPUs itself, {opt('devices')} was {devices!r:.60}",
@@ -99,8 +97,10 @@ def _connect(address: str) -> None:
     import ray
 
     host, colon, port = address.rpartition("://")[2].rpartition(":")
+    where = "is running on this machine" if address == "auto" else f"answers at {address}"
     nobody = SystemFault(
-        f"no Ray cluster answers at {address}", f"start one with ray start, or leave out {opt('address')}"
+        f"no Ray cluster {where}",
+        f"start one with ray start, or leave out {opt('address')} to use this machine alone",
     )
     if address not in ("auto", "local"):
         if not colon or not port.isdecimal():

@@ -34,22 +34,24 @@ class Crew(contextlib.AbstractContextManager["Crew"], Protocol):
 
 
 def crew_of(
-    engine: str, devices: str | Sequence[int | str] | None, device: str, address: str | None, workers_per_device: int
+    engine: str, devices: str | Sequence[int] | None, device: str, address: str | None, workers_per_device: int
 ) -> Crew:
     """The crew for these parameters of `encode`. Raises `UsageError` or `SystemFault` for what cannot be had."""
-    from latentprep.device import pick_device, pick_devices
+    from latentprep.device import parse_devices, pick_device
 
     check_word("engine", engine, ENGINES)
     check_whole("workers_per_device", workers_per_device, 1, 64)
     if devices is not None and device != "auto":
-        raise UsageError(f"{opt('device')} and {opt('devices')} say both where to encode", "give one of them")
+        raise UsageError(f"{opt('device')} and {opt('devices')} both say where to encode", "give one of them")
+    if not isinstance(devices, str | None):
+        devices = ",".join(map(str, devices))
     if engine == "ray":
         from latentprep.encoding.cluster import RayCrew
 
         return RayCrew(devices, device, address, workers_per_device)
     if address is not None:
         raise UsageError(f"{opt('address')} is for {opt('engine', 'ray')} only", "leave it out, or give both")
-    chosen = [pick_device(device)] if devices is None else pick_devices(devices)
+    chosen = [pick_device(device)] if devices is None else parse_devices(devices)
     return LocalCrew(chosen * workers_per_device)
 
 

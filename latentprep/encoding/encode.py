@@ -119,7 +119,7 @@ def encode(
     batch_size: int | None = None,
     workers: int | None = None,
     device: str = "auto",
-    devices: str | list[int | str] | None = None,
+    devices: str | list[int] | None = None,
     engine: str = "local",
     address: str | None = None,
     workers_per_device: int = 1,
