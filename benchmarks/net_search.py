@@ -43,7 +43,7 @@ def candidate(trial: dict):
     """A network's builder from a point of the search space."""
 
     def build(planes: int, config: NetConfig) -> nn.Sequential:
-        layers: list[nn.Module] = [nn.BatchNorm2d(planes)] if trial["normalize"] else []
+        layers: list[nn.Module] = [BatchNorm(planes)] if trial["normalize"] else []
         channels = trial["first"]
         layers += [convolution(planes, channels, trial["kernel"], trial["read"]), ACT()]
         for _ in range(trial["again"]):

@@ -84,8 +84,7 @@ class Split:
         if views > 1:
             canonical = torch.rand(samples, generator=generator, device=self.device) < canonical_excess(views)
             view = view.masked_fill(canonical, 0)
-        for index in range(batches_per_epoch(samples, batch_size)):
-            chosen = order[index * batch_size : (index + 1) * batch_size]
+        for chosen in order.split(cut(samples, batches_per_epoch(samples, batch_size))):
             yield chosen * views + view[chosen], self.labels[chosen]
 
     def codes_of(self, rows: Tensor) -> Tensor:
@@ -221,6 +220,11 @@ def check_classes(dataset: LatentDataset, train: Samples) -> None:
 
 
 def batches_per_epoch(samples: int, batch_size: int) -> int:
-    """Batches in an epoch. The last one is dropped if it is smaller, with other samples in each epoch; a split smaller
-    than a batch is one batch."""
-    return max(1, samples // batch_size)
+    """Batches in an epoch: as few as there can be with at most `batch_size` samples each. `cut` has their sizes."""
+    return -(-samples // batch_size)
+
+
+def cut(samples: int, pieces: int) -> tuple[int, ...]:
+    """Sizes of so many pieces of `samples`: they differ by at most one, the larger ones first."""
+    size, larger = divmod(samples, pieces)
+    return (size + 1,) * larger + (size,) * (pieces - larger)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from latentprep.storage.places import path_of, several
 from latenttrain.checkpoint import load_net
 from latenttrain.config import check_dataset
 from latenttrain.data import Samples
+from latenttrain.microbatch import one_thread_each
 from latenttrain.nets import Net
 from latenttrain.results import EvalResult, Prediction
 from latenttrain.runtime import autocast, in_bfloat16
@@ -67,21 +70,33 @@ def evaluate(
     )
 
 
-def split_logits(net: Net, split: Samples) -> Tensor:
-    """f32 [n,classes] of view 0 of every sample: the network in evaluation mode, at the precision of training."""
+def split_logits(net: Net, split: Samples, pool: ThreadPoolExecutor | None = None) -> Tensor:
+    """f32 [n,classes] of view 0 of every sample: the network in evaluation mode, at the precision of training.
+
+    pool: of `one_thread_each`, by default one of its own.
+    """
+    if pool is None and split.device.type == "cpu":
+        with one_thread_each(split.device) as own:
+            return split_logits(net, split, own)
     net.eval()
-    size = max(1, _CELLS // math.prod(net.config.latent[1:]))
     bfloat16 = in_bfloat16(net, split.device)
 
     def logits_of(codes: Tensor) -> Tensor:
-        with full_float32():  # as in training
+        with torch.inference_mode(), full_float32():  # as in training
             planes = net.planes(codes)
             with autocast(bfloat16, split.device):
                 return net.logits(planes)
 
     fitting = Fitting(logits_of, NOT_ON_DEVICE)
-    with torch.inference_mode():
-        return torch.cat([fitting(codes) for codes, _ in split.batches(size)])
+    batches = (codes for codes, _ in split.batches(max(1, _CELLS // math.prod(net.config.latent[1:]))))
+    if pool is None:
+        return torch.cat([fitting(codes) for codes in batches])
+    ready, waiting = [], deque[Future[Tensor]]()
+    for codes in batches:  # which may be read from disk: only as many as the threads need are in memory
+        waiting.append(pool.submit(fitting, codes))
+        if len(waiting) > 2 * pool._max_workers:
+            ready.append(waiting.popleft().result())
+    return torch.cat([*ready, *(one.result() for one in waiting)])
 
 
 def scores(logits: Tensor, labels: Tensor) -> dict[str, float]:

@@ -29,6 +29,7 @@ from latenttrain.data import (
     check_classes,
     check_limit,
     check_samples,
+    cut,
     load_split,
 )
 from latenttrain.memory import free_memory
@@ -106,7 +107,8 @@ class StreamedSplit:
         seed = int(torch.randint(1 << 62, (), generator=host))
         random = np.random.default_rng(seed)
         order = random.permutation(len(self._valid)).tolist()
-        size, rows = min(batch_size, len(self)), self.dataset.manifest.shard_rows
+        sizes = cut(len(self), batches_per_epoch(len(self), batch_size))
+        rows, most_wanted = self.dataset.manifest.shard_rows, max(sizes)
 
         def one_view(shard: int, codes: np.ndarray) -> np.ndarray:
             samples, views = codes.shape[:2]
@@ -116,15 +118,15 @@ class StreamedSplit:
             view = draw.integers(views, size=samples)
             return codes[np.arange(samples), np.where(draw.random(samples) < canonical_excess(views), 0, view)]
 
-        most = min(len(self), max(self.held * rows, size + rows))
+        most = min(len(self), max(self.held * rows, most_wanted + rows))
         codes, labels = np.empty((most, *self.dataset.manifest.latent), np.uint8), np.empty(most, np.int64)
         slots = np.arange(most)  # of the buffer: the first `filled` hold a sample, the others are free
         filled = drawn = 0
         with closing(self._read(order, one_view)) as shards:
             coming = next(shards, None)
-            for _ in range(batches_per_epoch(len(self), batch_size)):
+            for size in sizes:
                 # The first batch waits for a quarter of the buffer only; four samples then come for each that leaves.
-                room = min(most, max(most // 4 + 3 * drawn, size + rows))
+                room = min(most, max(most // 4 + 3 * drawn, most_wanted + rows))
                 while coming is not None and filled + len(coming[1]) <= room:
                     free = slots[filled : filled + len(coming[1])]
                     codes[free], labels[free] = coming

@@ -6,7 +6,8 @@ import contextlib
 import copy
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from latentprep.device import enough_memory, full_float32, pick_device, to_host
+from latentprep.device import enough_memory, pick_device, to_host
 from latentprep.errors import CheckpointError, UsageError, opt
 from latentprep.format import LatentDataset, open_dataset
 from latentprep.progress import Progress, ProgressFactory, silent
@@ -25,11 +26,12 @@ from latenttrain.checkpoint import CURVE, State, check_run_folder, read_config, 
 from latenttrain.config import RunConfig, default_out, plan_net, plan_run
 from latenttrain.data import Samples, batches_per_epoch, check_trainable, load_trained
 from latenttrain.evaluation import counted, read_scores, split_logits
+from latenttrain.microbatch import Learner, one_thread_each
 from latenttrain.nets import Net, build_net, count_flops, count_parameters
 from latenttrain.optimizers import make_optimizer
 from latenttrain.recipe import make_recipe, preset_settings
 from latenttrain.results import FitResult, draw_curve
-from latenttrain.runtime import Stopwatch, autocast, compiled, in_bfloat16, reproducible, seed_generators
+from latenttrain.runtime import Stopwatch, autocast, compiled, in_bfloat16, reproducible
 from latenttrain.streaming import shards_to_hold, training_data
 from latenttrain.tensorboard import MetricsLog, open_log
 
@@ -151,7 +153,6 @@ def run_fit(
         train_epochs(state, config, root, train, val, progress, log)
     best, last = state.best, state.metrics[-1]
     seconds = statistics.median(epoch["seconds"] for epoch in state.metrics)
-    samples = batches_per_epoch(len(train), recipe.batch_size) * min(recipe.batch_size, len(train))
     return FitResult(
         run=str(root),
         curve=str(root / CURVE),
@@ -165,7 +166,7 @@ def run_fit(
         parameters=count_parameters(state.net),
         flops=count_flops(state.net),
         seconds_per_epoch=seconds,
-        samples_per_second=samples / seconds,
+        samples_per_second=len(train) / seconds,
     )
 
 
@@ -185,16 +186,20 @@ def train_epochs(
     log: MetricsLog | None = None,
 ) -> None:
     """The epochs that `state` still lacks, each committed to the run folder as it ends; then the curve."""
-    recipe, done, loss_of = config.recipe, len(state.metrics), loss_function(config, train)
+    recipe, done = config.recipe, len(state.metrics)
     batches = batches_per_epoch(len(train), recipe.batch_size)
-    with progress("train", recipe.epochs * batches, "batches", done * batches) as bar:
+    with (
+        progress("train", recipe.epochs * batches, "batches", done * batches) as bar,
+        one_thread_each(train.device) as pool,
+    ):
+        learner = make_learner(state, config, train, pool)
         for epoch in range(done, recipe.epochs):
             watch = Stopwatch(train.device)
-            total = train_epoch(state, config, train, epoch, bar, loss_of)
+            total = train_epoch(state, config, train, epoch, bar, learner)
             watch.stop()
             tensors = state.tensors()
             # Everything that the host reads of an epoch, in one transfer: the host waits for the device only here.
-            numbers = [total, *counted(split_logits(state.average, val), val.labels)]
+            numbers = [total, *counted(split_logits(state.average, val, pool), val.labels)]
             host = to_host([*numbers, *tensors.values()])
             loss, found = float(host[0]), read_scores(host[1 : len(numbers)], len(val))
             tensors, seconds = dict(zip(tensors, host[len(numbers) :], strict=True)), watch.seconds()
@@ -225,50 +230,40 @@ def train_epochs(
     draw_curve(state.metrics, root / CURVE)
 
 
-def loss_function(config: RunConfig, train: Samples) -> Callable[..., Tensor]:
-    """`batch_loss`, compiled if the recipe says so: once a run."""
-    if not config.recipe.compile:
-        return batch_loss
-    return compiled(batch_loss, train.device, [held for held in vars(train).values() if isinstance(held, Tensor)])
+def make_learner(state: State, config: RunConfig, train: Samples, pool: ThreadPoolExecutor | None) -> Learner:
+    """What computes the gradients of a run's batches with `batch_loss`, compiled if the recipe says so."""
+    bfloat16, function = in_bfloat16(state.net, train.device), batch_loss
+    if config.recipe.compile:
+        function = compiled(function, train.device, [held for held in vars(train).values() if isinstance(held, Tensor)])
+
+    def loss_of(net: Net, rows: Tensor, labels: Tensor, random: dict[str, Tensor]) -> Tensor:
+        return function(net, train, rows, labels, random, config, bfloat16)
+
+    return Learner(state.net, loss_of, config.recipe.norm_batch, pool)
 
 
-def train_epoch(
-    state: State,
-    config: RunConfig,
-    train: Samples,
-    epoch: int,
-    bar: Progress,
-    loss_of: Callable[..., Tensor] | None = None,
-) -> Tensor:
-    """One epoch; returns the mean training loss, f32 [], on the device: the host waits for nothing.
-
-    loss_of: what `loss_function` made for the run.
-    """
-    loss_of = loss_of or loss_function(config, train)
-    recipe, net, device = config.recipe, state.net.train(), train.device
+def train_epoch(state: State, config: RunConfig, train: Samples, epoch: int, bar: Progress, learner: Learner) -> Tensor:
+    """One epoch; returns the mean training loss, f32 [], on the device: the host waits for nothing."""
+    recipe, net, device = config.recipe, state.net, train.device
     batches = batches_per_epoch(len(train), recipe.batch_size)
-    order, dropout = np.random.SeedSequence([recipe.seed, epoch]).generate_state(2).tolist()
-    generator = torch.Generator(device).manual_seed(order)
-    seed_generators(device, dropout)
+    generator = torch.Generator(device).manual_seed(
+        int(np.random.SeedSequence([recipe.seed, epoch]).generate_state(1)[0])
+    )
     live, averaged = averaged_tensors(state.net), averaged_tensors(state.average)
     total = torch.zeros((), device=device)
     known = {"val_top-1": f"{state.metrics[-1]['top1']:.1%}"} if state.metrics else {}
-    bfloat16 = in_bfloat16(net, device)
     for step, (rows, labels) in enumerate(train.training_rows(recipe.batch_size, generator), epoch * batches):
-        random = draw(net, len(labels), config.augment, device, generator)
-        with full_float32():  # for the stem; the network's body follows `bfloat16`
-            loss = loss_of(net, train, rows, labels, random, config, bfloat16)
-        loss.backward()
+        loss = learner.learn(rows, labels, draw(net, len(labels), config.augment, device, generator))
         state.optimizer.set_lr(recipe.lr_at(step, batches))
         state.optimizer.step()  # clears the gradients, too
         decay = min(recipe.ema, (1 + step) / (10 + step))  # low at first, so that the average forgets the start
         torch._foreach_lerp_(averaged, live, 1 - decay)
-        total += loss.detach()
+        total += loss * len(labels)
         bar.advance(1, epoch=f"{epoch + 1}/{recipe.epochs}", **known)
     for mine, theirs in zip(state.average.buffers(), state.net.buffers(), strict=True):
         if not mine.is_floating_point():
             mine.copy_(theirs)
-    return total / batches
+    return total / len(train)
 
 
 def batch_loss(
@@ -280,7 +275,7 @@ def batch_loss(
     config: RunConfig,
     bfloat16: bool,
 ) -> Tensor:
-    """The loss of one batch: a pure function, so that it can be compiled whole.
+    """The mean loss of some samples: a pure function, so that it can be compiled whole.
 
     rows: i64 [B], or u8 [B,C,h,w] if they are codes already; labels: i64 [B]; random: from `draw` -> f32 []
     """
@@ -289,7 +284,7 @@ def batch_loss(
     planes = net.planes(codes)  # f32 [B,P,h,w]: the stem
     planes, targets = augment_planes(net, planes, labels, config.augment, random)  # targets f32 [B,classes]
     with autocast(bfloat16, planes.device):
-        logits = net.logits(planes)  # f32 [B,classes]
+        logits = net.logits(planes, random.get("dropout"))  # f32 [B,classes]
     return F.cross_entropy(logits.float(), targets, label_smoothing=config.recipe.label_smoothing)
 
 
