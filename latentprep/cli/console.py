@@ -95,6 +95,8 @@ def tune_process() -> None:
 
 def _say(error: LatentError) -> int:
     """Print the error and its way out on stderr, and return its exit code."""
+    if error.said:
+        return error.exit_code
     message, hint = error.in_shell()
     print_error(message)
     if hint:

@@ -1,0 +1,154 @@
+"""Training by several processes, ranks, that torchrun starts: who they are, and what they tell each other.
+
+Ranks work through the same batches in the same order, each its own share, and add up the shares in the same order. So
+every rank makes the same step on the same bits, and only sums are sent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from latentprep.device import pick_device
+from latentprep.errors import LatentError, SystemFault, UsageError, opt
+
+Result = TypeVar("Result")
+
+
+class LostRanks(SystemFault):
+    """The connection to another rank broke: it died, or it ended with an error of its own."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that train together. rank: 0 writes and speaks; local_rank: among those of this machine.
+
+    job: the same text for all ranks of a job and after each of its restarts, and for no other job. restarts: how often
+    torchrun has restarted the ranks.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    job: str = ""
+    restarts: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def share(self, pieces: int) -> range:
+        """This rank's part of so many pieces: consecutive ones; shares differ by one at most."""
+        return self._share(pieces, self.rank)
+
+    def _share(self, pieces: int, rank: int) -> range:
+        return range(pieces * rank // self.world, pieces * (rank + 1) // self.world)
+
+    def gathered(self, values: Tensor) -> Tensor:
+        """f32 [k,n], k the same on every rank, -> f32 [world,k,n], the same on every rank."""
+        if self.world == 1:
+            return values[None]
+        found = values.new_empty((self.world, *values.shape))
+        with self._connected():
+            torch.distributed.all_gather_into_tensor(found.flatten(0, 1), values.contiguous())
+        return found
+
+    def every(self, values: Tensor, pieces: int) -> Tensor:
+        """What all ranks found, of each piece once: f32 [k,n] of this rank's `share` -> f32 [pieces,n] in order."""
+        most = -(-pieces // self.world)
+        padded = torch.cat([values, values.new_zeros((most - len(values), *values.shape[1:]))])
+        shares = [found[: len(self._share(pieces, rank))] for rank, found in enumerate(self.gathered(padded))]
+        return torch.cat(shares)
+
+    def told(self, work: Callable[[], Result]) -> Result:
+        """What `work` returns on rank 0, the only one to do it. If it raises a `LatentError`, every rank raises it."""
+        if self.world == 1:
+            return work()
+        answer: list[Any] = [None, None]
+        try:
+            if self.is_main:
+                answer[0] = work()
+        except LatentError as error:
+            answer[1] = error
+        with self._connected():
+            torch.distributed.broadcast_object_list(answer, src=0, device=torch.device("cpu"))
+        if answer[1] is not None:
+            raise self.known(answer[1])
+        return answer[0]
+
+    def known(self, error: LatentError) -> LatentError:
+        """The error, which every rank raises: rank 0 says it."""
+        error.said = not self.is_main
+        return error
+
+    def device(self, name: str) -> torch.device:
+        """The device of this rank. ``auto`` and ``cuda``: of several ranks, each takes the GPU of its local rank.
+
+        Raises `UsageError` for one that ranks cannot share, and as `pick_device` does.
+        """
+        if self.world == 1:
+            return pick_device(name)
+        if name in ("auto", "cuda") and (name == "cuda" or torch.cuda.is_available()):
+            return pick_device(f"cuda:{self.local_rank}")
+        if name not in ("auto", "cpu"):
+            raise UsageError(
+                f"{self.world} ranks cannot share {opt('device')} {name!r}", f"leave {opt('device')} out, or use cpu"
+            )
+        return torch.device("cpu")
+
+    @contextlib.contextmanager
+    def _connected(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # gloo's and NCCL's alike
+            raise LostRanks(
+                f"rank {self.rank} lost its connection to the other ranks",
+                f"see what they said, and go on with {opt('resume', True)}",
+            ) from error
+
+
+ALONE = Ranks()
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[Ranks]:
+    """The ranks that torchrun started, connected to each other (gloo on CPUs, NCCL on CUDA) until the end; else `ALONE`.
+
+    A process group that is there already is used as it is. An error of a rank other than 0 names the rank.
+    """
+    if not torch.distributed.is_available() or not torch.distributed.is_torchelastic_launched():
+        yield ALONE
+        return
+    ranks = from_environment(os.environ)
+    ours = not torch.distributed.is_initialized()
+    if ours:
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        torch.distributed.init_process_group(backend)
+    try:
+        yield ranks
+    except LatentError as error:
+        if ranks.is_main or error.said or isinstance(error, LostRanks):
+            raise
+        message, hint = error.texts
+        raise type(error)(f"rank {ranks.rank}: {message}", hint) from error
+    finally:
+        if ours:
+            torch.distributed.destroy_process_group()
+
+
+def from_environment(variables: Mapping[str, str]) -> Ranks:
+    """What torchrun says in a process's environment."""
+    rank, world, local_rank, restarts = (
+        int(variables[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT")
+    )
+    job = variables["TORCHELASTIC_RUN_ID"]
+    if job == "none":  # as of every job that was given no name
+        job = f"{platform.node()}-{os.getppid()}"
+    return Ranks(rank, world, local_rank, job, restarts)
