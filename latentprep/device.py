@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -41,6 +42,33 @@ def pick_device(name: str | torch.device = "auto") -> torch.device:
             f"use {opt('device', 'auto')} or {opt('device', 'cpu')}",
         )
     return device
+
+
+def parse_devices(names: str) -> list[torch.device]:
+    """Several devices, one for each process: ``all`` CUDA devices, those of numbers ``0,1``, or the CPU N times, as
+    ``cpu:N``.
+
+    Raises `UsageError` for anything else, `SystemFault` for a device that this machine does not have.
+
+    >>> parse_devices("cpu:2")
+    [device(type='cpu'), device(type='cpu')]
+    """
+    processes = re.fullmatch(r"cpu:(\d{1,4})", names.strip())
+    numbers = re.fullmatch(r"\d{1,4}(,\d{1,4})*", names.strip())
+    if processes and int(processes[1]):
+        return [torch.device("cpu")] * int(processes[1])
+    if names.strip() != "all" and not numbers:
+        raise UsageError(f"{opt('devices')} must be all, numbers such as 0,1, or cpu:N, got {names!r:.60}")
+    there = torch.cuda.device_count()
+    chosen = list(map(int, numbers[0].split(","))) if numbers else list(range(there))
+    if twice := [number for number in chosen if chosen.count(number) > 1]:
+        raise UsageError(f"{opt('devices')} names device {twice[0]} twice, got {names!r:.60}", "name each once")
+    if not chosen or max(chosen) >= there:
+        raise SystemFault(
+            f"{opt('devices')} {names} is not available: torch sees {there} CUDA devices",
+            f"use {opt('devices', 'cpu:2')} for processes on the CPU",
+        )
+    return [torch.device("cuda", number) for number in chosen]
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:

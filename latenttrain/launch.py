@@ -1,0 +1,238 @@
+"""`fit(devices=…)`: ranks on this machine, started, watched and restarted by torchrun's own agent.
+
+    caller            a plan of the run, checked once           FOLDER/plan.json
+    each rank         python -m latenttrain.launch FOLDER       trains as under torchrun
+    rank 0            what the caller shows and returns         FOLDER/progress.jsonl, FOLDER/result.json
+    any rank          why the run cannot go on                  FOLDER/error.json
+
+The agent restarts all ranks if one dies, and they go on after the last whole epoch. Where one ends with an error, which
+it would meet again, the ranks find that and end at once. Nothing heavy is imported before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from latentprep import errors
+from latentprep.errors import LatentError, LatentWarning, SystemFault, opt, system_fault
+from latentprep.progress import Progress, ProgressFactory
+
+if TYPE_CHECKING:
+    import torch
+
+    from latenttrain.results import FitResult
+
+RESTARTS = 3  # after so many the agent gives up
+PLAN, PROGRESS, RESULT, ERROR = "plan.json", "progress.jsonl", "result.json", "error.json"
+_POLL = 0.05  # seconds between looks at what rank 0 reports
+
+
+def launch(plan: dict[str, Any], devices: Sequence[torch.device], progress: ProgressFactory) -> FitResult:
+    """Carry out a plan of `fit` with one rank a device. plan: the arguments of `train.fit_planned`, in JSON.
+
+    Raises what the ranks raise, and `SystemFault` if one died too often.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    from latenttrain.results import FitResult
+
+    with tempfile.TemporaryDirectory(prefix="latenttrain-") as name:
+        folder = Path(name)
+        (folder / PLAN).write_text(json.dumps({**plan, "devices": list(map(str, devices))}))
+        config = LaunchConfig(
+            min_nodes=1, max_nodes=1, nproc_per_node=len(devices), max_restarts=RESTARTS, run_id=folder.name,
+            rdzv_backend="c10d", rdzv_endpoint="localhost:0", local_addr="localhost", **_signals_to_handle(LaunchConfig),
+        )  # fmt: skip
+        died = ""
+        with _relayed(folder / PROGRESS, progress), _quiet_agent():
+            try:
+                elastic_launch(config, sys.executable)("-m", __name__, str(folder))
+            except ChildFailedError as error:
+                rank, failure = error.get_first_failure()
+                died = f"rank {rank} died {1 + RESTARTS} times, the last time {_how(failure.exitcode)}"
+        if (folder / ERROR).is_file():
+            raise _read_error(folder / ERROR)
+        if died:
+            raise SystemFault(died, f"if memory is short, use fewer {opt('devices')}; {opt('resume', True)} goes on")
+        return FitResult(**json.loads((folder / RESULT).read_text()))
+
+
+def _how(exit_code: int) -> str:
+    return f"by signal {-exit_code}" if exit_code < 0 else f"with exit code {exit_code}"
+
+
+def _signals_to_handle(config: type) -> dict[str, str]:
+    """Those that nobody ignores: nohup ignores SIGHUP, and the agent would not. Older versions of torch take no list."""
+    if "signals_to_handle" not in config.__dataclass_fields__:  # type: ignore[attr-defined]
+        return {}
+    return {"signals_to_handle": ",".join(n.name for n in _handled() if signal.getsignal(n) != signal.SIG_IGN)}
+
+
+def _handled() -> list[signal.Signals]:
+    names = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
+    return [getattr(signal, name) for name in names if hasattr(signal, name)]
+
+
+@contextlib.contextmanager
+def _quiet_agent() -> Iterator[None]:
+    """The agent logs nothing, and a signal that it takes is handled as before, once all ranks have ended."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+
+    log, taken = logging.getLogger("torch.distributed.elastic"), None
+    before = {number: signal.getsignal(number) for number in _handled()}
+    handler, propagates = logging.NullHandler(), log.propagate
+    log.addHandler(handler)
+    log.propagate = False
+    try:
+        yield
+    except SignalException as error:
+        taken = error.sigval
+    finally:
+        log.removeHandler(handler)
+        log.propagate = propagates
+        if threading.current_thread() is threading.main_thread():
+            for number, handle in before.items():
+                signal.signal(number, handle)
+    if taken is not None:
+        signal.raise_signal(taken)
+        raise KeyboardInterrupt  # if nothing else comes of it
+
+
+@contextlib.contextmanager
+def _relayed(path: Path, progress: ProgressFactory) -> Iterator[None]:
+    """What rank 0 reports (`Reported`) goes to `progress`, and its warnings are given here."""
+    over = threading.Event()
+
+    def relay() -> None:
+        path.touch()
+        with path.open(encoding="utf-8") as file, contextlib.ExitStack() as stack:
+            bar: Progress | None = None
+            text, ended = "", False
+            while not ended:
+                ended = over.wait(_POLL)
+                *lines, text = (text + file.read()).split("\n")
+                for line in lines:
+                    with contextlib.suppress(ValueError):  # the rank died while it wrote
+                        kind, *values = json.loads(line)
+                        if kind == "begin":
+                            stack.close()
+                            bar = stack.enter_context(progress(*values))
+                        elif kind == "advance" and bar is not None:
+                            bar.advance(values[0], **values[1])
+                        elif kind == "note" and bar is not None:
+                            bar.note(*values)
+                        elif kind == "warning":
+                            warnings.warn(*values, LatentWarning, stacklevel=2)
+
+    with ThreadPoolExecutor(1, "relay-progress") as pool:
+        relaying = pool.submit(relay)
+        try:
+            yield
+        finally:
+            over.set()
+        relaying.result()
+
+
+class Reported:
+    """A `ProgressFactory` that writes a file for `_relayed`: a line of JSON for each call."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", encoding="utf-8")
+        self._file.write("\n")  # ends the line of a rank that died while it wrote
+
+    def _write(self, *values: Any) -> None:
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+
+    @contextlib.contextmanager
+    def __call__(self, description: str, total: int | None, unit: str, done: int = 0) -> Iterator[Reported]:
+        self._write("begin", description, total, unit, done)
+        yield self
+
+    def advance(self, n: int, **facts: str) -> None:
+        self._write("advance", n, facts)
+
+    def note(self, text: str) -> None:
+        self._write("note", text)
+
+    def warn(self, message: Warning | str, category: type[Warning], *_: Any) -> None:
+        self._write("warning", str(message))
+
+
+def _write_error(folder: Path, error: LatentError) -> None:
+    """The first error of a run, for the caller. A file, since processes that fail can tell each other nothing."""
+    text = json.dumps([type(error).__name__, *error.texts])
+    part = folder / f"{ERROR}.{os.getpid()}"
+    part.write_text(text)
+    with contextlib.suppress(FileExistsError):
+        os.link(part, folder / ERROR)
+
+
+def _read_error(path: Path) -> LatentError:
+    name, message, hint = json.loads(path.read_text())
+    kinds = {kind.__name__: kind for kind in vars(errors).values() if isinstance(kind, type)}
+    kind = kinds.get(name, LatentError)
+    return kind(message, hint) if issubclass(kind, LatentError) else LatentError(message, hint)
+
+
+def main(folder: Path) -> int:
+    """One rank: the exit code."""
+    if (folder / ERROR).exists():  # restarted for nothing
+        return 0
+    from latentprep.cli.console import tune_process
+
+    tune_process()
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # gloo on machines whose name resolves to no address
+    import torch
+
+    from latenttrain.ranks import LostRanks, joined
+    from latenttrain.train import fit_planned
+
+    torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)  # type: ignore[attr-defined]  # no orphans
+    plan = json.loads((folder / PLAN).read_text())
+    devices = plan.pop("devices")
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, _cores() // len(devices)))
+    reported = Reported(folder / PROGRESS if os.environ["RANK"] == "0" else Path(os.devnull))
+    warnings.showwarning = reported.warn  # type: ignore[assignment]
+    try:
+        with joined() as ranks:
+            result = fit_planned(**plan, ranks=ranks, device=torch.device(devices[ranks.local_rank]), progress=reported)
+            if ranks.is_main:
+                (folder / RESULT).write_text(json.dumps(result.to_json()))
+    except LostRanks:
+        return 1  # because another one died, and the agent restarts all; or because it says why it ended
+    except LatentError as error:
+        _write_error(folder, error)
+        return error.exit_code
+    except OSError as error:
+        _write_error(folder, system_fault(error))
+        return SystemFault.exit_code
+    except Exception as error:
+        traceback.print_exc()
+        _write_error(folder, LatentError(f"rank {os.environ['RANK']} failed: {error!r}"))
+        return 1
+    return 0
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
