@@ -19,7 +19,6 @@ import signal
 import sys
 import tempfile
 import threading
-import time
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -34,6 +33,7 @@ from latentprep.progress import Progress, ProgressFactory
 if TYPE_CHECKING:
     import torch
 
+    from latentprep.format import LatentDataset
     from latenttrain.results import FitResult
 
 RESTARTS = 3  # after so many the agent gives up
@@ -41,8 +41,10 @@ PLAN, PROGRESS, RESULT, ERROR = "plan.json", "progress.jsonl", "result.json", "e
 _POLL = 0.05  # seconds between looks at what rank 0 reports
 
 
-def launch(plan: dict[str, Any], devices: Sequence[torch.device], progress: ProgressFactory) -> FitResult:
-    """Carry out a plan of `fit` with one rank a device. plan: the arguments of `train.fit_planned`, in JSON.
+def launch(
+    planned: dict[str, Any], dataset: dict[str, Any], devices: Sequence[torch.device], progress: ProgressFactory
+) -> FitResult:
+    """Carry out a `PlannedRun`, in JSON, with one rank a device. dataset: of `reopening`.
 
     Raises what the ranks raise, and `SystemFault` if one died too often.
     """
@@ -53,7 +55,7 @@ def launch(plan: dict[str, Any], devices: Sequence[torch.device], progress: Prog
 
     with tempfile.TemporaryDirectory(prefix="latenttrain-") as name:
         folder = Path(name)
-        (folder / PLAN).write_text(json.dumps({**plan, "devices": list(map(str, devices))}))
+        (folder / PLAN).write_text(json.dumps([planned, dataset, list(map(str, devices))]))
         config = LaunchConfig(
             min_nodes=1, max_nodes=1, nproc_per_node=len(devices), max_restarts=RESTARTS, run_id=folder.name,
             rdzv_backend="c10d", rdzv_endpoint="localhost:0", local_addr="localhost", **_signals_to_handle(LaunchConfig),
@@ -70,6 +72,14 @@ def launch(plan: dict[str, Any], devices: Sequence[torch.device], progress: Prog
         if died:
             raise SystemFault(died, f"if memory is short, use fewer {opt('devices')}; {opt('resume', True)} goes on")
         return FitResult(**json.loads((folder / RESULT).read_text()))
+
+
+def reopening(dataset: LatentDataset) -> dict[str, Any]:
+    """The arguments of `open_dataset` with which another process opens the same."""
+    arguments: dict[str, Any] = {"path": str(dataset.root), "verify": dataset.verify, "cache_bytes": 0}
+    if dataset.cache is not None:
+        arguments |= {"cache_dir": str(dataset.cache.folder), "cache_bytes": dataset.cache.limit}
+    return arguments
 
 
 def _how(exit_code: int) -> str:
@@ -200,34 +210,36 @@ def main(folder: Path) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # gloo on machines whose name resolves to no address
     import torch
 
+    from latentprep.format import open_dataset
     from latenttrain.ranks import LostRanks, joined
-    from latenttrain.train import fit_planned
+    from latenttrain.train import PlannedRun, carry_out
 
     torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)  # type: ignore[attr-defined]  # no orphans
-    plan = json.loads((folder / PLAN).read_text())
-    devices = plan.pop("devices")
+    planned, dataset, devices = json.loads((folder / PLAN).read_text())
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, _cores() // len(devices)))
     reported = Reported(folder / PROGRESS if os.environ["RANK"] == "0" else Path(os.devnull))
     warnings.showwarning = reported.warn  # type: ignore[assignment]
-    try:
-        with joined() as ranks:
-            result = fit_planned(**plan, ranks=ranks, device=torch.device(devices[ranks.local_rank]), progress=reported)
-            if ranks.is_main:
-                (folder / RESULT).write_text(json.dumps(result.to_json()))
-    except LostRanks:
-        return 1  # because another one died, and the agent restarts all; or because it says why it ended
-    except LatentError as error:
-        _write_error(folder, error)
-        return error.exit_code
-    except OSError as error:
-        _write_error(folder, system_fault(error))
-        return SystemFault.exit_code
-    except Exception as error:
-        traceback.print_exc()
-        _write_error(folder, LatentError(f"rank {os.environ['RANK']} failed: {error!r}"))
-        return 1
+    with joined() as ranks:
+        try:
+            device = torch.device(devices[ranks.local_rank])
+            result = carry_out(PlannedRun.from_json(planned), open_dataset(**dataset), device, ranks, reported)
+        except LostRanks:
+            return 1  # the agent restarts all; or another rank has said why it ended
+        except Exception as error:
+            if not isinstance(error, LatentError | OSError):
+                traceback.print_exc()
+            _write_error(folder, ranks.own(_told(error)))
+            return 1
+        if ranks.is_main:
+            (folder / RESULT).write_text(json.dumps(result.to_json()))
     return 0
+
+
+def _told(error: Exception) -> LatentError:
+    if isinstance(error, LatentError):
+        return error
+    return system_fault(error) if isinstance(error, OSError) else LatentError(f"{type(error).__name__}: {error}")
 
 
 def _cores() -> int:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -20,6 +21,7 @@ from latentprep.device import pick_device
 from latentprep.errors import LatentError, SystemFault, UsageError, opt
 
 Result = TypeVar("Result")
+_GRACE = 1.0  # seconds for the rank that has something to say: torchrun ends all of them as soon as one has ended
 
 
 class LostRanks(SystemFault):
@@ -85,8 +87,17 @@ class Ranks:
 
     def known(self, error: LatentError) -> LatentError:
         """The error, which every rank raises: rank 0 says it."""
-        error.said = not self.is_main
+        if not self.is_main:
+            error.said = True
+            time.sleep(_GRACE)
         return error
+
+    def own(self, error: LatentError) -> LatentError:
+        """The error, which names the rank if it met this rank alone."""
+        if self.is_main or error.said or isinstance(error, LostRanks):
+            return error
+        message, hint = error.texts
+        return type(error)(f"rank {self.rank}: {message}", hint)
 
     def device(self, name: str) -> torch.device:
         """The device of this rank. ``auto`` and ``cuda``: of several ranks, each takes the GPU of its local rank.
@@ -108,25 +119,39 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:  # gloo's and NCCL's alike
-            raise LostRanks(
-                f"rank {self.rank} lost its connection to the other ranks",
-                f"see what they said, and go on with {opt('resume', True)}",
+            time.sleep(_GRACE)
+            raise self.known(
+                LostRanks(
+                    "the connection to another rank broke", f"see why it ended, and go on with {opt('resume', True)}"
+                )
             ) from error
 
 
 ALONE = Ranks()
 
 
+def this_rank() -> Ranks:
+    """What torchrun says in this process's environment, not connected to the others; without torchrun, `ALONE`."""
+    if not torch.distributed.is_available() or not torch.distributed.is_torchelastic_launched():
+        return ALONE
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT")
+    rank, world, local_rank, restarts = (int(os.environ[name]) for name in names)
+    job = os.environ["TORCHELASTIC_RUN_ID"]
+    if job == "none":  # as of every job that was given no name
+        job = f"{platform.node()}-{os.getppid()}"
+    return Ranks(rank, world, local_rank, job, restarts)
+
+
 @contextlib.contextmanager
 def joined() -> Iterator[Ranks]:
-    """The ranks that torchrun started, connected to each other (gloo on CPUs, NCCL on CUDA) until the end; else `ALONE`.
+    """The ranks that torchrun started, connected (gloo on CPUs, NCCL on CUDA) until the end; otherwise `ALONE`.
 
     A process group that is there already is used as it is. An error of a rank other than 0 names the rank.
     """
-    if not torch.distributed.is_available() or not torch.distributed.is_torchelastic_launched():
+    ranks = this_rank()
+    if ranks is ALONE:
         yield ALONE
         return
-    ranks = from_environment(os.environ)
     ours = not torch.distributed.is_initialized()
     if ours:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -134,21 +159,7 @@ def joined() -> Iterator[Ranks]:
     try:
         yield ranks
     except LatentError as error:
-        if ranks.is_main or error.said or isinstance(error, LostRanks):
-            raise
-        message, hint = error.texts
-        raise type(error)(f"rank {ranks.rank}: {message}", hint) from error
+        raise ranks.own(error) from error.__cause__
     finally:
         if ours:
             torch.distributed.destroy_process_group()
-
-
-def from_environment(variables: Mapping[str, str]) -> Ranks:
-    """What torchrun says in a process's environment."""
-    rank, world, local_rank, restarts = (
-        int(variables[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT")
-    )
-    job = variables["TORCHELASTIC_RUN_ID"]
-    if job == "none":  # as of every job that was given no name
-        job = f"{platform.node()}-{os.getppid()}"
-    return Ranks(rank, world, local_rank, job, restarts)

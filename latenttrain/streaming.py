@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from functools import cached_property
-from itertools import islice
+from itertools import count, islice
 
 import numpy as np
 import torch
@@ -146,8 +146,10 @@ class StreamedSplit:
         """u8 [B,C,h,w] as it is."""
         return rows
 
-    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every sample once, in order, view 0: codes u8 [B,C,h,w], labels i64 [B]."""
+    def batches(self, batch_size: int, wanted: range | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every sample once, in order, view 0: codes u8 [B,C,h,w], labels i64 [B]. wanted: only the batches of these
+        numbers, though all are read."""
+        numbers = count()
         codes, labels = np.empty((0, *self.dataset.manifest.latent), np.uint8), np.empty(0, np.int64)
         left = len(self)
         with closing(self._read(range(len(self._valid)), lambda _, codes: codes[:, 0])) as shards:
@@ -156,7 +158,9 @@ class StreamedSplit:
                 left -= len(coming[1])
                 while len(labels) >= batch_size or (len(labels) and not left):
                     part = np.arange(min(batch_size, len(labels)))
-                    yield self._moved(codes, part), self._moved(labels, part)
+                    number = next(numbers)
+                    if wanted is None or number in wanted:
+                        yield self._moved(codes, part), self._moved(labels, part)
                     codes, labels = codes[len(part) :], labels[len(part) :]
 
     def packed(self) -> PackedSplit:

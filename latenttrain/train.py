@@ -8,6 +8,7 @@ import math
 import statistics
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +17,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from latentprep.device import enough_memory, pick_device, to_host
+from latentprep.device import enough_memory, parse_devices, to_host
 from latentprep.errors import CheckpointError, UsageError, opt
 from latentprep.format import LatentDataset, open_dataset
 from latentprep.progress import Progress, ProgressFactory, silent
 from latentprep.storage.places import path_of
 from latenttrain.augment import Augment, augment_codes, augment_planes, draw
-from latenttrain.checkpoint import CURVE, State, check_run_folder, read_config, restore, run_folder, save_epoch
+from latenttrain.checkpoint import (
+    CURVE,
+    State,
+    begun_by,
+    check_run_folder,
+    read_config,
+    restore,
+    run_folder,
+    save_epoch,
+)
 from latenttrain.config import RunConfig, default_out, plan_net, plan_run
-from latenttrain.data import Samples, batches_per_epoch, check_trainable, load_trained
-from latenttrain.evaluation import counted, read_scores, split_logits
-from latenttrain.microbatch import Learner, one_thread_each
+from latenttrain.data import Samples, batches_per_epoch, check_trainable, cut, load_trained, trained_samples
+from latenttrain.evaluation import read_scores, split_counts
+from latenttrain.launch import launch, reopening
+from latenttrain.microbatch import Learner, micro_batches, one_thread_each
 from latenttrain.nets import Net, build_net, count_flops, count_parameters
 from latenttrain.optimizers import make_optimizer
-from latenttrain.recipe import make_recipe, preset_settings
+from latenttrain.ranks import ALONE, Ranks, joined, this_rank
+from latenttrain.recipe import Recipe, make_recipe, preset_settings
 from latenttrain.results import FitResult, draw_curve
 from latenttrain.runtime import Stopwatch, autocast, compiled, in_bfloat16, reproducible
 from latenttrain.streaming import shards_to_hold, training_data
@@ -52,6 +64,7 @@ def fit(
     augment: Augment | None = None,
     seed: int = 0,
     device: str = "auto",
+    devices: str | None = None,
     out: str | Path | None = None,
     limit: int | None = None,
     holdout: float = 0.0,
@@ -80,10 +93,13 @@ def fit(
     buffer: shards mixed at a time when streaming; more of them come closer to a true permutation.
     compile: generate code for the training step first, from the gather of codes to the loss: `runtime.compiled`.
     tensorboard: also log the metrics for TensorBoard, in the run folder.
+    devices: train on several devices of this machine, a process (rank) each: ``all``, CUDA devices such as ``0,1``, or
+    processes on the CPU, ``cpu:2``. Ranks that die are restarted, and go on after the last whole epoch. torchrun, which
+    also spans machines, may start the ranks in place of this: see docs/train.md.
     out: the run folder, by default `default_out`. resume: continue after the last whole epoch, to the same weights as
     without the break. overwrite: delete an earlier run there.
 
-    The same arguments on the same machine give the same weights, to the last bit.
+    The same arguments on the same machine give the same weights, to the last bit, on CPUs with any number of ranks.
 
     >>> run = latenttrain.fit("shards", width=0.25, epochs=1, out="runs/narrow")
     >>> run.parameters, run.flops, run.epochs
@@ -93,42 +109,96 @@ def fit(
     that cannot be trained on, `CheckpointError` if the run folder holds another run, `SystemFault` for a device that
     is not available or too small.
     """
-    chosen = preset_settings(preset)
-    settings = make_recipe(
-        recipe,
-        epochs=chosen["epochs"] if epochs is None else epochs,
-        batch_size=chosen["batch_size"] if batch_size is None else batch_size,
-        lr=lr,
-        seed=seed,
-        compile=compile,
-    )
-    target = pick_device(device)
-    dataset = open_dataset(dataset)
-    check_trainable(dataset, ("train",) if holdout else ("train", "val"))
-    floats = None if latents is None else path_of(latents)
-    full_grid = chosen["full_grid"] if full_grid is None else full_grid
-    net = plan_net(dataset, width=width, depth=depth, arch=arch, stem=stem, full_grid=full_grid, latents=floats)
-    root = path_of(out) if out is not None else default_out(dataset.root, net, seed)
-    in_memory = bool(holdout) or floats is not None
-    held = shards_to_hold(dataset, target, stream, buffer, in_memory)
-    if resume and stream is None and buffer is None:  # as the run began, whatever memory is free today
-        with contextlib.suppress(CheckpointError):
-            earlier = read_config(root).dataset.get("stream")
-            held = earlier if earlier is None or isinstance(earlier, int) else held
-    if augment is None and recipe == "talk":
-        augment = Augment.none()
-    config = plan_run(
-        dataset, settings, net, augment=augment, limit=limit, holdout=holdout, latents=floats, stream=held
-    )
-    check_run_folder(root, config, resume, overwrite)
-    log = open_log(root) if tensorboard else None
+
+    def plan(target: torch.device, ranks: Ranks) -> PlannedRun:
+        nonlocal dataset
+        chosen = preset_settings(preset)
+        settings = make_recipe(
+            recipe,
+            epochs=chosen["epochs"] if epochs is None else epochs,
+            batch_size=chosen["batch_size"] if batch_size is None else batch_size,
+            lr=lr,
+            seed=seed,
+            compile=compile,
+        )
+        dataset = open_dataset(dataset)
+        check_trainable(dataset, ("train",) if holdout else ("train", "val"))
+        floats = None if latents is None else path_of(latents)
+        grid = chosen["full_grid"] if full_grid is None else full_grid
+        net = plan_net(dataset, width=width, depth=depth, arch=arch, stem=stem, full_grid=grid, latents=floats)
+        root = path_of(out) if out is not None else default_out(dataset.root, net, seed)
+        again = ranks.restarts > 0 and begun_by(root, ranks.job)
+        held = shards_to_hold(dataset, target, stream, buffer, bool(holdout) or floats is not None)
+        if (resume or again) and stream is None and buffer is None:  # as the run began, whatever memory is free today
+            with contextlib.suppress(CheckpointError):
+                earlier = read_config(root).dataset.get("stream")
+                held = earlier if earlier is None or isinstance(earlier, int) else held
+        augmented = Augment.none() if augment is None and recipe == "talk" else augment
+        config = plan_run(
+            dataset, settings, net, augment=augmented, limit=limit, holdout=holdout, latents=floats, stream=held
+        )
+        check_shares(ranks.world, trained_samples(dataset, limit, holdout), settings)
+        check_run_folder(root, config, resume or again, overwrite and not again)
+        if tensorboard:
+            open_log(root)  # whether its package is there
+        return PlannedRun(config, root, resume or again, tensorboard)
+
+    if devices is not None:
+        chosen = parse_devices(devices)
+        if device != "auto":
+            raise UsageError(f"{opt('device')} and {opt('devices')} cannot be combined", "leave one of them out")
+        if this_rank() is not ALONE:
+            raise UsageError(f"{opt('devices')} starts ranks, but torchrun has started these", "leave it out")
+        planned = plan(chosen[0], Ranks(world=len(chosen)))
+        return launch(planned.to_json(), reopening(open_dataset(dataset)), chosen, progress)
+    with joined() as ranks:
+        planned = ranks.told(lambda: plan(ranks.device(device), ranks))
+        return carry_out(planned, open_dataset(dataset), ranks.device(device), ranks, progress)
+
+
+def check_shares(world: int, samples: int, recipe: Recipe) -> None:
+    """Raises `UsageError` if there are more ranks than micro-batches in the smallest batch of an epoch."""
+    *_, smallest = cut(samples, batches_per_epoch(samples, recipe.batch_size))
+    pieces = len(micro_batches(smallest, recipe.norm_batch))
+    if world > pieces:
+        raise UsageError(
+            f"{world} ranks cannot share a batch of {smallest} samples: it has {pieces} micro-batches of up to "
+            f"{recipe.norm_batch} samples (norm_batch)",
+            f"start {pieces} ranks at most, or use a larger {opt('batch_size')}",
+        )
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """What `fit` was asked for, checked: any process that can open the dataset can carry it out."""
+
+    config: RunConfig
+    root: Path
+    resume: bool
+    tensorboard: bool
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "config": self.config.to_json(), "root": str(self.root)}
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> PlannedRun:
+        return cls(**{**fields, "config": RunConfig.from_json(fields["config"]), "root": Path(fields["root"])})
+
+
+def carry_out(
+    planned: PlannedRun, dataset: LatentDataset, target: torch.device, ranks: Ranks, progress: ProgressFactory
+) -> FitResult:
+    """This rank's part of a run: load the splits and train."""
+    used = planned.config.dataset
+    limit, holdout, latents, held = (used[name] for name in ("limit", "holdout", "latents", "stream"))
     with enough_memory(target, f"lower {opt('limit')}, or use {opt('stream', True)}"):
         train, val = (
-            load_trained(dataset, target, limit, holdout, floats)
-            if in_memory
+            load_trained(dataset, target, limit, holdout or 0.0, latents and Path(latents))
+            if holdout or latents
             else training_data(dataset, target, held, limit)
         )
-    return run_fit(config, train, val, root, resume, progress, log)
+    log = open_log(planned.root) if planned.tensorboard and ranks.is_main else None
+    return run_fit(planned.config, train, val, planned.root, planned.resume, progress, log, ranks)
 
 
 def run_fit(
@@ -139,18 +209,20 @@ def run_fit(
     resume: bool,
     progress: ProgressFactory,
     log: MetricsLog | None = None,
+    ranks: Ranks = ALONE,
 ) -> FitResult:
     """The run itself, once its folder is checked and its splits are on their device."""
     recipe, target = config.recipe, train.device
+    resume = resume or ranks.told(lambda: ranks.restarts > 0 and begun_by(root, ranks.job))
     with (
         enough_memory(target, f"lower {opt('batch_size')}, {opt('width')} or {opt('limit')}"),
-        run_folder(root, config, resume),
+        run_folder(root, config, resume, ranks.job) if ranks.is_main else contextlib.nullcontext(),
         reproducible(target, recipe.seed),
     ):
         state = start_state(config, target)
         if resume:
-            restore(root, state)
-        train_epochs(state, config, root, train, val, progress, log)
+            restore(root, state, ranks)
+        train_epochs(state, config, root, train, val, progress if ranks.is_main else silent, log, ranks)
     best, last = state.best, state.metrics[-1]
     seconds = statistics.median(epoch["seconds"] for epoch in state.metrics)
     return FitResult(
@@ -167,6 +239,7 @@ def run_fit(
         flops=count_flops(state.net),
         seconds_per_epoch=seconds,
         samples_per_second=len(train) / seconds,
+        ranks=ranks.world,
     )
 
 
@@ -184,31 +257,38 @@ def train_epochs(
     val: Samples,
     progress: ProgressFactory,
     log: MetricsLog | None = None,
+    ranks: Ranks = ALONE,
 ) -> None:
-    """The epochs that `state` still lacks, each committed to the run folder as it ends; then the curve."""
+    """The epochs that `state` still lacks, each committed to the run folder as it ends; then the curve.
+
+    Rank 0 alone writes.
+    """
     recipe, done = config.recipe, len(state.metrics)
     batches = batches_per_epoch(len(train), recipe.batch_size)
     with (
         progress("train", recipe.epochs * batches, "batches", done * batches) as bar,
         one_thread_each(train.device) as pool,
     ):
-        learner = make_learner(state, config, train, pool)
+        if ranks.restarts:
+            bar.note(f"a rank died; going on after {done} epochs with {ranks.world} ranks")
+        learner = make_learner(state, config, train, pool, ranks)
         for epoch in range(done, recipe.epochs):
             watch = Stopwatch(train.device)
             total = train_epoch(state, config, train, epoch, bar, learner)
             watch.stop()
-            tensors = state.tensors()
+            tensors = state.tensors() if ranks.is_main else {}
+            counts = split_counts(state.average, val, pool, ranks)
             # Everything that the host reads of an epoch, in one transfer: the host waits for the device only here.
-            numbers = [total, *counted(split_logits(state.average, val, pool), val.labels)]
-            host = to_host([*numbers, *tensors.values()])
-            loss, found = float(host[0]), read_scores(host[1 : len(numbers)], len(val))
-            tensors, seconds = dict(zip(tensors, host[len(numbers) :], strict=True)), watch.seconds()
+            mean, counts, *saved = to_host([total, counts, *tensors.values()])
+            loss, found = float(mean), read_scores(counts, len(val))
+            tensors, seconds = dict(zip(tensors, saved, strict=True)), watch.seconds()
             if not math.isfinite(loss) or not math.isfinite(found["loss"]):
-                raise UsageError(
+                error = UsageError(
                     f"the loss became NaN or infinite in epoch {epoch + 1} at lr {recipe.lr:g}; "
                     f"earlier epochs are kept in {root}",
                     f"train with a lower {opt('lr')}, and {opt('overwrite', True)} or another folder as {opt('out')}",
                 )
+                raise ranks.known(error)
             state.metrics.append(
                 {
                     "epoch": epoch + 1,
@@ -220,6 +300,8 @@ def train_epochs(
                     "seconds": round(seconds, 6),
                 }
             )
+            if not ranks.is_main:
+                continue
             save_epoch(root, state, tensors)
             if log is not None:
                 log(state.metrics)
@@ -227,10 +309,13 @@ def train_epochs(
                 f"epoch {epoch + 1}/{recipe.epochs}: loss {loss:.3f}, val loss {found['loss']:.3f}, "
                 f"val top-1 {found['top1']:.1%}, {seconds:.1f} s"
             )
-    draw_curve(state.metrics, root / CURVE)
+    if ranks.is_main:
+        draw_curve(state.metrics, root / CURVE)
 
 
-def make_learner(state: State, config: RunConfig, train: Samples, pool: ThreadPoolExecutor | None) -> Learner:
+def make_learner(
+    state: State, config: RunConfig, train: Samples, pool: ThreadPoolExecutor | None, ranks: Ranks = ALONE
+) -> Learner:
     """What computes the gradients of a run's batches with `batch_loss`, compiled if the recipe says so."""
     bfloat16, function = in_bfloat16(state.net, train.device), batch_loss
     if config.recipe.compile:
@@ -239,7 +324,7 @@ def make_learner(state: State, config: RunConfig, train: Samples, pool: ThreadPo
     def loss_of(net: Net, rows: Tensor, labels: Tensor, random: dict[str, Tensor]) -> Tensor:
         return function(net, train, rows, labels, random, config, bfloat16)
 
-    return Learner(state.net, loss_of, config.recipe.norm_batch, pool)
+    return Learner(state.net, loss_of, config.recipe.norm_batch, pool, ranks)
 
 
 def train_epoch(state: State, config: RunConfig, train: Samples, epoch: int, bar: Progress, learner: Learner) -> Tensor:

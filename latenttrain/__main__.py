@@ -1,0 +1,3 @@
+from latenttrain.cli import main
+
+main()
