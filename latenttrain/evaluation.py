@@ -80,7 +80,7 @@ def split_logits(net: Net, split: Samples) -> Tensor:
 def split_counts(net: Net, split: Samples, pool: ThreadPoolExecutor | None, ranks: Ranks = ALONE) -> Tensor:
     """The input of `read_scores` for a whole split, on the device: f32 [batches,3], the same on every rank.
 
-    pool: of `one_thread_each`. Each rank evaluates its share of the batches, which are the same for any number of ranks.
+    pool: of `one_thread_each`. Each rank evaluates its share of the batches, which do not depend on the ranks.
     """
     batches = _batches(net, split)
     counts = _each_batch(net, split, ranks.share(batches), pool, counted)

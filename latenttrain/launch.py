@@ -58,7 +58,8 @@ def launch(
         (folder / PLAN).write_text(json.dumps([planned, dataset, list(map(str, devices))]))
         config = LaunchConfig(
             min_nodes=1, max_nodes=1, nproc_per_node=len(devices), max_restarts=RESTARTS, run_id=folder.name,
-            rdzv_backend="c10d", rdzv_endpoint="localhost:0", local_addr="localhost", **_signals_to_handle(LaunchConfig),
+            rdzv_backend="c10d", rdzv_endpoint="localhost:0", local_addr="localhost",
+            **_signals_to_handle(LaunchConfig),
         )  # fmt: skip
         died = ""
         with _relayed(folder / PROGRESS, progress), _quiet_agent():
@@ -86,9 +87,9 @@ def _how(exit_code: int) -> str:
     return f"by signal {-exit_code}" if exit_code < 0 else f"with exit code {exit_code}"
 
 
-def _signals_to_handle(config: type) -> dict[str, str]:
-    """Those that nobody ignores: nohup ignores SIGHUP, and the agent would not. Older versions of torch take no list."""
-    if "signals_to_handle" not in config.__dataclass_fields__:  # type: ignore[attr-defined]
+def _signals_to_handle(config: Any) -> dict[str, Any]:
+    """Those that are not ignored: nohup ignores SIGHUP, and the agent would not. Older versions of torch take none."""
+    if "signals_to_handle" not in config.__dataclass_fields__:
         return {}
     return {"signals_to_handle": ",".join(n.name for n in _handled() if signal.getsignal(n) != signal.SIG_IGN)}
 
@@ -147,7 +148,7 @@ def _relayed(path: Path, progress: ProgressFactory) -> Iterator[None]:
                         elif kind == "note" and bar is not None:
                             bar.note(*values)
                         elif kind == "warning":
-                            warnings.warn(*values, LatentWarning, stacklevel=2)
+                            warnings.warn(str(values[0]), LatentWarning, stacklevel=2)
 
     with ThreadPoolExecutor(1, "relay-progress") as pool:
         relaying = pool.submit(relay)

@@ -12,6 +12,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -46,12 +47,14 @@ class Ranks:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def share(self, pieces: int) -> range:
-        """This rank's part of so many pieces: consecutive ones; shares differ by one at most."""
-        return self._share(pieces, self.rank)
+    def shares(self, pieces: int) -> list[range]:
+        """Each rank's part of so many pieces: consecutive ones; shares differ by one at most."""
+        edges = [pieces * rank // self.world for rank in range(self.world + 1)]
+        return [range(first, last) for first, last in pairwise(edges)]
 
-    def _share(self, pieces: int, rank: int) -> range:
-        return range(pieces * rank // self.world, pieces * (rank + 1) // self.world)
+    def share(self, pieces: int) -> range:
+        """This rank's part."""
+        return self.shares(pieces)[self.rank]
 
     def gathered(self, values: Tensor) -> Tensor:
         """f32 [k,n], k the same on every rank, -> f32 [world,k,n], the same on every rank."""
@@ -59,15 +62,15 @@ class Ranks:
             return values[None]
         found = values.new_empty((self.world, *values.shape))
         with self._connected():
-            torch.distributed.all_gather_into_tensor(found.flatten(0, 1), values.contiguous())
+            torch.distributed.all_gather(list(found), values.contiguous())
         return found
 
     def every(self, values: Tensor, pieces: int) -> Tensor:
         """What all ranks found, of each piece once: f32 [k,n] of this rank's `share` -> f32 [pieces,n] in order."""
         most = -(-pieces // self.world)
         padded = torch.cat([values, values.new_zeros((most - len(values), *values.shape[1:]))])
-        shares = [found[: len(self._share(pieces, rank))] for rank, found in enumerate(self.gathered(padded))]
-        return torch.cat(shares)
+        gathered = zip(self.gathered(padded), self.shares(pieces), strict=True)
+        return torch.cat([found[: len(share)] for found, share in gathered])
 
     def told(self, work: Callable[[], Result]) -> Result:
         """What `work` returns on rank 0, the only one to do it. If it raises a `LatentError`, every rank raises it."""
