@@ -203,6 +203,7 @@ def _read_error(path: Path) -> LatentError:
 
 def main(folder: Path) -> int:
     """One rank: the exit code."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the agent passes it on: the caller says that it came
     if (folder / ERROR).exists():  # restarted for nothing
         return 0
     from latentprep.cli.console import tune_process

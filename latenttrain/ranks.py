@@ -12,7 +12,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +22,7 @@ from latentprep.device import pick_device
 from latentprep.errors import LatentError, SystemFault, UsageError, opt
 
 Result = TypeVar("Result")
+_joined = count()  # how often this process has joined
 _GRACE = 1.0  # seconds for the rank that has something to say: torchrun ends all of them as soon as one has ended
 
 
@@ -158,7 +159,10 @@ def joined() -> Iterator[Ranks]:
     ours = not torch.distributed.is_initialized()
     if ours:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        torch.distributed.init_process_group(backend)
+        # Under a name of its own: restarted ranks find the same store, with the addresses of those that died in it.
+        store = next(torch.distributed.rendezvous("env://"))[0]
+        store = torch.distributed.PrefixStore(f"latenttrain-{ranks.restarts}-{next(_joined)}", store)
+        torch.distributed.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world)
     try:
         yield ranks
     except LatentError as error:
