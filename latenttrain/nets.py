@@ -106,7 +106,7 @@ class Net(nn.Module):
     @property
     def features(self) -> int:
         """Inputs of the last layer, which makes logits of them."""
-        return self.body[-1].in_features
+        return self.body[-1].in_features  # type: ignore[return-value]
 
     @property
     def reads_neighbours(self) -> bool:
