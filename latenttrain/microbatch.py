@@ -25,7 +25,7 @@ from torch import Tensor
 
 from latentprep.device import full_float32
 from latenttrain.data import cut
-from latenttrain.nets import BatchNorm, Net
+from latenttrain.nets import MOMENTUM, BatchNorm, Net
 from latenttrain.ranks import ALONE, Ranks
 
 
@@ -93,8 +93,8 @@ class Learner:
     ) -> None:
         self.loss_of, self.norm_batch, self.pool, self.ranks = loss_of, norm_batch, pool, ranks
         self.parameters = [p for p in net.parameters() if p.requires_grad]
-        self.norms = _norms(net)
-        self.like = [torch.zeros((), device=self.parameters[0].device), *self.parameters, *_statistics(net)]
+        self.statistics = _statistics(net)
+        self.like = [torch.zeros((), device=self.parameters[0].device), *self.parameters, *self.statistics]
         self.starts = list(accumulate((tensor.numel() for tensor in self.like), initial=0))
         self.replicas = queue.SimpleQueue[Net]()  # one for each thread, with its own statistics
         for _ in range(pool._max_workers if pool else 1):
@@ -109,9 +109,8 @@ class Learner:
         loss, *values = self._views(self._sum(sizes, rows, labels, random))
         for parameter in self.parameters:
             parameter.grad = values.pop(0)
-        for norm in self.norms:
-            norm.running_mean.lerp_(values.pop(0), norm.momentum)
-            norm.running_var.lerp_(values.pop(0), norm.momentum)
+        if values:
+            torch._foreach_lerp_(self.statistics, values, MOMENTUM)
         return loss
 
     def _sum(self, sizes: tuple[int, ...], rows: Tensor, labels: Tensor, random: dict[str, Tensor]) -> Tensor:
