@@ -26,8 +26,6 @@ from common import assets, record, spread
 
 ROOT = Path(__file__).parent.parent
 FLOAT32 = "import latenttrain.evaluation as e, latenttrain.train as t; e.in_bfloat16 = t.in_bfloat16 = lambda *_: 0; "
-    "import latenttrain.evaluation as e, latenttrain.train as t; t.in_bfloat16 = e.in_bfloat16 = lambda *_: False; "
-)
 
 
 @contextlib.contextmanager
