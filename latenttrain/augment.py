@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -116,8 +117,7 @@ def augment_planes(
     targets = (labels[:, None] == torch.arange(net.config.classes, device=device)).float()
 
     if config.mixup or config.cutmix:
-        mate = partners(batch, net.parts, device)  # the batch came shuffled, so any fixed partner is a random one
-        partner = planes[mate]
+        partner = partners(planes, net.parts)
         keep = torch.ones(batch, device=device)
         if config.cutmix:
             area = 1 - symmetric_beta(random["cutmix"].T, config.cutmix)
@@ -132,7 +132,7 @@ def augment_planes(
                 weight = torch.where(keep < 1, 1.0, weight)
             planes = torch.lerp(partner, planes, weight[:, None, None, None])
             keep = keep * weight
-        targets = torch.lerp(targets[mate], targets, keep[:, None])
+        targets = torch.lerp(partners(targets, net.parts), targets, keep[:, None])
     if config.cutout:
         erased = rectangle(planes, random["cutout"].T, torch.full((batch,), config.cutout, device=device))
         planes = planes.masked_fill(erased[:, None], 0)
@@ -141,16 +141,9 @@ def augment_planes(
     return planes, targets
 
 
-def partners(batch: int, parts: tuple[int, ...], device: torch.device) -> Tensor:
-    """Each sample's neighbour on the left in a circle that is its part of the batch, or the batch: i64 [B]"""
-    place = torch.arange(batch, device=device)
-    start, size = torch.zeros_like(place), torch.full_like(place, batch)
-    if parts:  # of at most two sizes, the larger ones first: `latenttrain.microbatch.cut`
-        large, small = max(parts), min(parts)
-        edge = parts.count(large) * large
-        size = torch.where(place < edge, large, small)
-        start = torch.where(place < edge, place // large * large, edge + (place - edge) // small * small)
-    return start + (place - start - 1) % size
+def partners(values: Tensor, parts: Sequence[int]) -> Tensor:
+    """Each sample's partner to be mixed with, which is of the same part of the batch: [B,…] -> [B,…]"""
+    return torch.cat([part.roll(1, 0) for part in values.split(parts or len(values))])  # it came shuffled
 
 
 def _moved(values: Tensor, config: Augment, random: dict[str, Tensor]) -> Tensor:

@@ -16,6 +16,7 @@ import queue
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from latentprep.device import full_float32
 from latenttrain.data import cut
-from latenttrain.nets import BatchNorm, Net
+from latenttrain.nets import MOMENTUM, BatchNorm, Net
 from latenttrain.ranks import ALONE, Ranks
 
 
@@ -77,8 +78,9 @@ def nodes_of(numbers: range) -> list[tuple[int, int]]:
 class Learner:
     """Computes the loss and the gradients of batches, which become the `.grad` of the net's parameters.
 
-    loss_of: of (net, rows, labels, random) -> f32 []: the mean loss of some samples. pool: from `one_thread_each`, whose threads take micro-batches as they get free. Without one, a
-    rank's share of a batch is computed at once, BatchNorm in parts: what a GPU needs.
+    loss_of: of (net, rows, labels, random) -> f32 []: the mean loss of some samples. pool: from `one_thread_each`;
+    its threads take micro-batches as they get free. Without one, a rank's share of a batch is computed at once,
+    BatchNorm in parts: what a GPU needs.
     """
 
     def __init__(
@@ -91,8 +93,8 @@ class Learner:
     ) -> None:
         self.loss_of, self.norm_batch, self.pool, self.ranks = loss_of, norm_batch, pool, ranks
         self.parameters = [p for p in net.parameters() if p.requires_grad]
-        self.norms = _norms(net)
-        self.like = [torch.zeros((), device=self.parameters[0].device), *self.parameters, *_statistics(net)]
+        self.statistics = _statistics(net)
+        self.like = [torch.zeros((), device=self.parameters[0].device), *self.parameters, *self.statistics]
         self.starts = list(accumulate((tensor.numel() for tensor in self.like), initial=0))
         self.replicas = queue.SimpleQueue[Net]()  # one for each thread, with its own statistics
         for _ in range(pool._max_workers if pool else 1):
@@ -107,9 +109,8 @@ class Learner:
         loss, *values = self._views(self._sum(sizes, rows, labels, random))
         for parameter in self.parameters:
             parameter.grad = values.pop(0)
-        for norm in self.norms:
-            norm.running_mean.lerp_(values.pop(0), norm.momentum)
-            norm.running_var.lerp_(values.pop(0), norm.momentum)
+        if values:
+            torch._foreach_lerp_(self.statistics, values, MOMENTUM)
         return loss
 
     def _sum(self, sizes: tuple[int, ...], rows: Tensor, labels: Tensor, random: dict[str, Tensor]) -> Tensor:
@@ -122,19 +123,21 @@ class Learner:
             value = self._vector(rows[part], labels[part], drawn, sizes[first:last])
             return value.mul_((part.stop - part.start) / len(labels))
 
-        tree, shares = PairwiseSum(), self.ranks.shares(len(sizes))
-        mine = shares[self.ranks.rank]
+        tree, mine = PairwiseSum(), self.ranks.share(len(sizes))
         if self.pool is None:  # a share is one vector
-            shares = [range(rank, rank + 1) for rank in range(self.ranks.world)]
             tree.add(Node(self.ranks.rank, 1, vector(mine.start, mine.stop)))
         else:
             for number, value in zip(mine, self.pool.map(lambda i: vector(i, i + 1), mine), strict=True):
                 tree.add(Node(number, 1, value))
-        return tree.total() if self.ranks.world == 1 else self._gathered(tree, shares)
+        return tree.total() if self.ranks.world == 1 else self._gathered(tree, len(sizes))
 
-    def _gathered(self, mine: PairwiseSum, shares: list[range]) -> Tensor:
-        """The tree of all ranks, from the nodes that each has summed."""
-        places = [nodes_of(share) for share in shares]
+    def _gathered(self, mine: PairwiseSum, count: int) -> Tensor:
+        """The sum over all ranks, each of which sends the nodes that it is left with. count: of micro-batches."""
+        ranks = range(self.ranks.world)
+        if self.pool is None:
+            places = [[(rank, 1)] for rank in ranks]
+        else:
+            places = [nodes_of(replace(self.ranks, rank=rank).share(count)) for rank in ranks]
         values = torch.stack([node.value for node in mine.nodes])
         padded = values.new_zeros((max(map(len, places)), values.shape[1]))
         padded[: len(values)] = values

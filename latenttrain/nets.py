@@ -106,7 +106,7 @@ class Net(nn.Module):
     @property
     def features(self) -> int:
         """Inputs of the last layer, which makes logits of them."""
-        return self.body[-1].in_features
+        return self.body[-1].in_features  # type: ignore[return-value]
 
     @property
     def reads_neighbours(self) -> bool:
@@ -148,6 +148,9 @@ def convolution(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, gro
     return nn.Sequential(conv, BatchNorm(outputs))
 
 
+MOMENTUM = 0.1  # with which BatchNorm's running statistics follow each batch's
+
+
 class BatchNorm(nn.BatchNorm2d):
     """`nn.BatchNorm2d`, which can take its statistics in training over parts of a batch, each for itself.
 
@@ -158,7 +161,7 @@ class BatchNorm(nn.BatchNorm2d):
 
     running_mean: Tensor
     running_var: Tensor
-    momentum: float
+    momentum: float  # `MOMENTUM`, which is torch's default, too
     parts: tuple[int, ...] = ()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ class Recipe:
     seed: int = 0
     optimizer: str = "muon"  # or adam
     schedule: str = "cosine"  # or constant, after the warm-up
-    norm_batch: int = 16  # samples at most in a micro-batch: `latenttrain.microbatch`
+    norm_batch: int = 32  # samples at most in a micro-batch: `latenttrain.microbatch`
     compile: bool = False  # the training step; it rounds differently, so a run cannot change it when it resumes
 
     def __post_init__(self) -> None:

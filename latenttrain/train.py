@@ -327,8 +327,16 @@ def make_learner(
     return Learner(state.net, loss_of, config.recipe.norm_batch, pool, ranks)
 
 
-def train_epoch(state: State, config: RunConfig, train: Samples, epoch: int, bar: Progress, learner: Learner) -> Tensor:
-    """One epoch; returns the mean training loss, f32 [], on the device: the host waits for nothing."""
+def train_epoch(
+    state: State, config: RunConfig, train: Samples, epoch: int, bar: Progress, learner: Learner | None = None
+) -> Tensor:
+    """One epoch; returns the mean training loss, f32 [], on the device: the host waits for nothing.
+
+    learner: of `make_learner`, by default one for this epoch.
+    """
+    if learner is None:
+        with one_thread_each(train.device) as pool:
+            return train_epoch(state, config, train, epoch, bar, make_learner(state, config, train, pool))
     recipe, net, device = config.recipe, state.net, train.device
     batches = batches_per_epoch(len(train), recipe.batch_size)
     generator = torch.Generator(device).manual_seed(
@@ -340,14 +348,11 @@ def train_epoch(state: State, config: RunConfig, train: Samples, epoch: int, bar
     for step, (rows, labels) in enumerate(train.training_rows(recipe.batch_size, generator), epoch * batches):
         loss = learner.learn(rows, labels, draw(net, len(labels), config.augment, device, generator))
         state.optimizer.set_lr(recipe.lr_at(step, batches))
-        state.optimizer.step()  # clears the gradients, too
+        state.optimizer.step(learner.pool)  # clears the gradients, too
         decay = min(recipe.ema, (1 + step) / (10 + step))  # low at first, so that the average forgets the start
         torch._foreach_lerp_(averaged, live, 1 - decay)
         total += loss * len(labels)
         bar.advance(1, epoch=f"{epoch + 1}/{recipe.epochs}", **known)
-    for mine, theirs in zip(state.average.buffers(), state.net.buffers(), strict=True):
-        if not mine.is_floating_point():
-            mine.copy_(theirs)
     return total / len(train)
 
 

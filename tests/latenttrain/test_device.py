@@ -35,7 +35,7 @@ def test_the_host_waits_for_the_device_once_an_epoch(codes, small, tmp_path, mon
         with meta() as watched:
             latenttrain.fit(codes, out=tmp_path / str(epochs), **{**few, **options, "epochs": epochs})
         waits[epochs] = len(watched.waits)
-    batches = 200 // few["batch_size"]
+    batches = -(-200 // few["batch_size"])
     copies = 2 * batches if options.get("stream") else 0  # of codes and labels; to CUDA from pinned memory, in passing
     assert waits[3] - waits[1] == 2 * (1 + copies)
 
