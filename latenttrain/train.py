@@ -270,7 +270,7 @@ def train_epochs(
         one_thread_each(train.device) as pool,
     ):
         if ranks.restarts:
-            bar.note(f"a rank died; going on after {done} epochs with {ranks.world} ranks")
+            bar.note(f"a rank died; going on after epoch {done} (restart {ranks.restarts})")
         learner = make_learner(state, config, train, pool, ranks)
         for epoch in range(done, recipe.epochs):
             watch = Stopwatch(train.device)
