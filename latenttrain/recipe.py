@@ -82,7 +82,7 @@ class Recipe:
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
     "talk": {  # Jacobellis 2023; `fit` then augments nothing by default
-        "epochs": 20, "batch_size": 32, "lr": 0.001, "optimizer": "adam", "schedule": "constant",
+        "epochs": 20, "batch_size": 32, "norm_batch": 16, "lr": 0.001, "optimizer": "adam", "schedule": "constant",
         "weight_decay": 0.0, "label_smoothing": 0.0, "warmup": 0.0, "ema": 0.0,
     },
 }  # fmt: skip
