@@ -187,11 +187,11 @@ class Reported:
 
 def _write_error(folder: Path, error: LatentError) -> None:
     """The first error of a run, for the caller. A file, since processes that fail can tell each other nothing."""
-    text = json.dumps([type(error).__name__, *error.texts])
     part = folder / f"{ERROR}.{os.getpid()}"
-    part.write_text(text)
+    part.write_text(json.dumps([type(error).__name__, *error.texts]))
     with contextlib.suppress(FileExistsError):
         os.link(part, folder / ERROR)
+    part.unlink()
 
 
 def _read_error(path: Path) -> LatentError:

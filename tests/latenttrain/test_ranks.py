@@ -1,0 +1,296 @@
+"""Several ranks train as one process does: the same bits, each sample once an epoch, whoever dies."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from told import Told
+
+import latenttrain
+from latentprep.device import parse_devices
+from latentprep.errors import CheckpointError, DatasetError, LatentError, SystemFault, UsageError
+from latenttrain.checkpoint import load_tensors
+from latenttrain.launch import ERROR, _read_error, _write_error
+from latenttrain.ranks import ALONE, LostRanks, Ranks, this_rank
+
+ROOT = Path(__file__).parents[2]
+SAMPLES = 203  # of `odd` to train on
+SETTINGS = {"width": 0.25, "depth": 0.5, "epochs": 4, "batch_size": 128}  # of 102 and 101 samples: four micro-batches
+OPTIONS = [part for name, value in SETTINGS.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+
+# `latenttrain`, which notes the rows it learns from, and on one rank dies or fails in place of noting them
+NOTING = """
+import os, signal, sys, threading
+from latentprep.errors import DatasetError
+from latenttrain import cli, data, train
+
+rank, first = os.environ["RANK"], data.Split.codes_of
+file, kind, who, left = os.open(sys.argv.pop(1), os.O_APPEND | os.O_CREAT | os.O_WRONLY), *sys.argv.pop(1).split(",")
+left, now, lock = int(left), 0, threading.Lock()
+
+def codes_of(split, rows):
+    global left
+    with lock:
+        left -= 1
+        if rank == who and left < 0:
+            if kind == "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise DatasetError("shard 7 is damaged", "restore it")
+        os.write(file, f"[{now}, {rows.tolist()}]\\n".encode())
+    return first(split, rows)
+
+def train_epoch(state, config, split, epoch, *rest, old=train.train_epoch):
+    global now
+    now = epoch
+    return old(state, config, split, epoch, *rest)
+
+data.Split.codes_of, train.train_epoch = codes_of, train_epoch
+cli.main()
+"""
+
+
+@pytest.fixture(scope="module")
+def alone(odd, tmp_path_factory):
+    """The run of one process."""
+    out = tmp_path_factory.mktemp("runs") / "alone"
+    latenttrain.fit(odd, **SETTINGS, device="cpu", out=out)
+    return out
+
+
+@pytest.fixture
+def torchrun(odd, tmp_path):
+    """``torchrun(ranks, "die,1,20", *options)`` -> exit code, stderr, and the file of what was noted."""
+    (tmp_path / "noting.py").write_text(NOTING)
+
+    def run(ranks, what, *options):
+        noted = tmp_path / f"noted-{ranks}"
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
+             tmp_path / "noting.py", noted, what, "fit", odd, *OPTIONS, *options],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        return done.returncode, done.stdout, done.stderr, noted
+
+    return run
+
+
+def bits_of(run):
+    """Weights, state and metrics, but for how long each epoch took."""
+    tensors = load_tensors(run / "last.safetensors")[0]
+    metrics = [json.loads(line) | {"seconds": 0} for line in (run / "metrics.jsonl").open()]
+    return metrics, (run / "best.safetensors").read_bytes(), {n: t.numpy().tobytes() for n, t in tensors.items()}
+
+
+def epochs_of(noted):
+    """{epoch: how often each row came}"""
+    epochs = defaultdict(Counter)
+    for line in noted.read_text().splitlines():
+        epoch, rows = json.loads(line)
+        epochs[epoch].update(rows)
+    return epochs
+
+
+@given(st.integers(0, 100), st.integers(1, 40))
+def test_shares_are_consecutive_whole_and_nearly_equal(pieces, world):
+    shares = [Ranks(rank, world).share(pieces) for rank in range(world)]
+    assert [piece for share in shares for piece in share] == list(range(pieces))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.mark.parametrize(("pieces", "world"), [(7, 3), (2, 3), (0, 2), (4, 1)])
+def test_what_all_found_is_in_order(monkeypatch, pieces, world):
+    whole = torch.arange(2.0 * pieces).view(pieces, 2)
+    shares = Ranks(0, world).shares(pieces)
+    most = -(-pieces // world)
+    padded = torch.zeros(world, most, 2)
+    for share, row in zip(shares, padded, strict=True):
+        row[: len(share)] = whole[share.start : share.stop]
+    for rank, share in enumerate(shares):
+        monkeypatch.setattr(Ranks, "gathered", lambda _, mine, rank=rank: [mine == padded[rank], padded][1])
+        assert torch.equal(Ranks(rank, world).every(whole[share.start : share.stop], pieces), whole)
+
+
+def test_ranks_that_die_go_on_with_another_number_of_ranks(torchrun, alone, tmp_path):
+    """Each sample is seen once an epoch, and the bits are those of one process."""
+    out, step = tmp_path / "run", 5  # in the third epoch: rank 1 of 3 has two micro-batches an epoch
+    code, _, error, noted = torchrun(3, f"die,1,{step}", "--out", out)
+    assert code == 1
+    assert "SIGKILL" in error
+    assert "Traceback" not in error.partition("torch/distributed")[0]
+    last = out / "last.safetensors"
+    ended = len(load_tensors(last)[1]["metrics"]) if last.exists() else 0
+    assert ended <= step // 2
+    code, printed, error, again = torchrun(2, "die,none,0", "--out", out, "--resume")
+    assert code == 0, error
+    assert printed.count("latenttrain fit") == 1
+    assert bits_of(out) == bits_of(alone)
+    before, after = epochs_of(noted), epochs_of(again)
+    assert sorted(after) == list(range(ended, SETTINGS["epochs"]))
+    for epoch in range(SETTINGS["epochs"]):
+        assert (before if epoch < ended else after)[epoch] == dict.fromkeys(range(SAMPLES), 1), (step, epoch)
+
+
+def test_a_mistake_is_said_once_and_what_one_rank_alone_meets_by_that_rank(torchrun, alone, tmp_path):
+    code, printed, error, _ = torchrun(2, "die,none,0", "--out", alone)
+    assert (code, printed) == (1, "")
+    assert error.count("already holds a run") == 1
+    code, printed, error, _ = torchrun(2, "fail,1,3", "--out", tmp_path / "run")
+    assert (code, printed) == (1, "")
+    assert error.count("error: rank 1: shard 7 is damaged\nhint:  restore it\n") == 1
+    assert "error: shard 7" not in error
+
+
+class Killing(Told):
+    """Kills one of this process's children once so many batches are done."""
+
+    left = 5
+
+    def advance(self, n, **facts):
+        super().advance(n, **facts)
+        self.left -= 1
+        if self.left == 0:
+            os.kill(ranks_of(os.getpid())[-1], signal.SIGKILL)
+
+
+def ranks_of(parent):
+    """Process numbers of the ranks that this process started."""
+    children = (int(number) for task in Path(f"/proc/{parent}/task").iterdir() for number in children_of(task))
+    return [number for number in children if b"latenttrain.launch" in Path(f"/proc/{number}/cmdline").read_bytes()]
+
+
+def children_of(task):
+    return (task / "children").read_text().split()
+
+
+linux = pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="finds processes in /proc")
+
+
+@linux
+def test_devices_are_ranks_and_one_that_dies_is_restarted(odd, alone, tmp_path):
+    before, told = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)], Killing()
+    result = latenttrain.fit(odd, **SETTINGS, devices="cpu:2", out=tmp_path / "run", progress=told)
+    assert bits_of(tmp_path / "run") == bits_of(alone)
+    assert (result.ranks, result.device, result.epochs) == (2, "cpu", 4)
+    assert result.run == str(tmp_path / "run")
+    assert (tmp_path / "run" / "config.json").read_bytes() == (alone / "config.json").read_bytes()
+    assert not (tmp_path / "run" / ".job").exists()
+    (first, again) = told.begun
+    assert first == ("train", 8, "batches", 0)
+    assert again[3] in (2, 4)
+    assert len([note for note in told.notes if note.startswith("a rank died; going on after epoch ")]) == 1
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+@linux
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_all_ranks_in_order(number, odd, alone, tmp_path):
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "latenttrain", "fit", odd, *OPTIONS, "--devices", "cpu:2", "--out", out],
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    while not (out / "config.json").is_file() and process.poll() is None:
+        time.sleep(0.01)
+    ranks = ranks_of(process.pid)
+    process.send_signal(number)
+    printed, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert len(ranks) == 2
+    assert not [rank for rank in ranks if Path(f"/proc/{rank}").exists()]
+    assert printed == ""
+    assert "Traceback" not in error
+    assert error.endswith(
+        "error: interrupted; whole epochs are kept\nhint:  run it again with --resume to continue\n"
+    )  # fmt: skip
+    if number == signal.SIGTERM:
+        latenttrain.fit(odd, **SETTINGS, devices="cpu:3", out=out, resume=True)
+        assert bits_of(out) == bits_of(alone)
+
+
+def test_an_error_of_a_rank_is_raised_here(make_dataset, tmp_path):
+    dataset = make_dataset()
+    codes = dataset / "train/codes/c/1/0/0/0/0"
+    codes.write_bytes(codes.read_bytes()[:-1] + b"?")
+    with pytest.raises(DatasetError, match="shard train 1: .* was altered"):
+        latenttrain.fit(dataset, **SETTINGS, devices="cpu:2", stream=True, out=tmp_path / "run")
+
+
+def test_errors_pass_between_processes(tmp_path):
+    for error in (CheckpointError("a", "b"), UsageError("what \x01lr\x02 is")):
+        _write_error(tmp_path, error)
+        _write_error(tmp_path, DatasetError("later"))  # the first one counts
+        found = _read_error(tmp_path / ERROR)
+        assert (type(found), found.texts) == (type(error), error.texts)
+        (tmp_path / ERROR).unlink()
+    (tmp_path / ERROR).write_text('["system_fault", "no class", ""]')
+    assert type(_read_error(tmp_path / ERROR)) is LatentError
+
+
+def test_a_rank_names_itself_where_it_alone_failed(monkeypatch):
+    monkeypatch.setattr("latenttrain.ranks._GRACE", 0)
+    main, second = Ranks(0, 2), Ranks(1, 2)
+    assert str(second.own(DatasetError("what", "way out"))) == "rank 1: what; way out"
+    assert str(main.own(DatasetError("what", "way out"))) == "what; way out"
+    assert str(second.own(second.known(DatasetError("what")))) == "what"
+    assert second.known(UsageError("what")).said
+    assert not main.known(UsageError("what")).said
+    assert str(second.own(LostRanks("what"))) == "what"
+
+
+@pytest.mark.parametrize(
+    ("devices", "words"),
+    [
+        ("gpu", "devices must be all, numbers such as 0,1, or cpu:N, got 'gpu'"),
+        ("", "devices must be all, numbers such as 0,1, or cpu:N, got ''"),
+        ("cpu:0", "devices must be all, numbers such as 0,1, or cpu:N, got 'cpu:0'"),
+        ("0,0", "devices names device 0 twice, got '0,0'"),
+        ("cpu:5", r"5 ranks cannot share a batch of 101 samples: it has 4 micro-batches of up to 32 samples"),
+    ],
+)
+def test_mistakes_are_found_before_anything_starts(odd, tmp_path, devices, words):
+    with pytest.raises(UsageError, match=words):
+        latenttrain.fit(odd, **SETTINGS, devices=devices, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_devices_that_are_not_here(monkeypatch, odd, tmp_path):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    for devices in ("all", "0,1"):
+        with pytest.raises(SystemFault, match=f"devices {devices} is not available: torch sees 0 CUDA devices"):
+            parse_devices(devices)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert parse_devices("all") == parse_devices("0,1") == [torch.device("cuda:0"), torch.device("cuda:1")]
+    assert parse_devices("1") == [torch.device("cuda:1")]
+    with pytest.raises(UsageError, match="device and devices cannot be combined"):
+        latenttrain.fit(odd, **SETTINGS, device="cpu", devices="cpu:2", out=tmp_path / "run")
+
+
+def test_what_torchrun_says(monkeypatch, odd, tmp_path):
+    assert this_rank() is ALONE
+    said = {"RANK": 5, "WORLD_SIZE": 8, "LOCAL_RANK": 1, "TORCHELASTIC_RESTART_COUNT": 2, "TORCHELASTIC_RUN_ID": "job"}
+    for name, value in said.items():
+        monkeypatch.setenv(name, str(value))
+    ranks = this_rank()
+    assert ranks == Ranks(5, 8, 1, "job", 2)
+    with pytest.raises(UsageError, match="devices starts ranks, but torchrun has started these"):
+        latenttrain.fit(odd, **SETTINGS, devices="cpu:2", out=tmp_path / "run")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # what it is called without a name
+    assert this_rank().job.endswith(f"-{os.getppid()}")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert ranks.device("auto") == ranks.device("cpu") == torch.device("cpu")
+    with pytest.raises(UsageError, match="8 ranks cannot share device 'cuda:0'"):
+        ranks.device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert ranks.device("auto") == ranks.device("cuda") == torch.device("cuda:1")
