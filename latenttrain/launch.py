@@ -1,12 +1,12 @@
 """`fit(devices=…)`: ranks on this machine, started, watched and restarted by torchrun's own agent.
 
-    caller            a plan of the run, checked once           FOLDER/plan.json
-    each rank         python -m latenttrain.launch FOLDER       trains as under torchrun
+    caller            the run, planned and checked once         FOLDER/plan.json
+    each rank         python -m latenttrain.worker FOLDER       trains as under torchrun
     rank 0            what the caller shows and returns         FOLDER/progress.jsonl, FOLDER/result.json
     any rank          why the run cannot go on                  FOLDER/error.json
 
 The agent restarts all ranks if one dies, and they go on after the last whole epoch. Where one ends with an error, which
-it would meet again, the ranks find that and end at once. Nothing heavy is imported before.
+it would meet again, the restarted ranks find that and end at once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import signal
 import sys
 import tempfile
 import threading
-import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentprep import errors
-from latentprep.errors import LatentError, LatentWarning, SystemFault, opt, system_fault
+from latentprep.errors import LatentError, LatentWarning, SystemFault, opt
 from latentprep.progress import Progress, ProgressFactory
 
 if TYPE_CHECKING:
@@ -64,12 +63,13 @@ def launch(
         died = ""
         with _relayed(folder / PROGRESS, progress), _quiet_agent():
             try:
-                elastic_launch(config, sys.executable)("-m", __name__, str(folder))
+                elastic_launch(config, sys.executable)("-m", "latenttrain.worker", str(folder))
             except ChildFailedError as error:
                 rank, failure = error.get_first_failure()
-                died = f"rank {rank} died {1 + RESTARTS} times, the last time {_how(failure.exitcode)}"
+                how = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
+                died = f"ranks died {1 + RESTARTS} times, at last rank {rank} with {how}"
         if (folder / ERROR).is_file():
-            raise _read_error(folder / ERROR)
+            raise read_error(folder)
         if died:
             raise SystemFault(died, f"if memory is short, use fewer {opt('devices')}; {opt('resume', True)} goes on")
         return FitResult(**json.loads((folder / RESULT).read_text()))
@@ -83,20 +83,82 @@ def reopening(dataset: LatentDataset) -> dict[str, Any]:
     return arguments
 
 
-def _how(exit_code: int) -> str:
-    return f"by signal {-exit_code}" if exit_code < 0 else f"with exit code {exit_code}"
+def write_error(folder: Path, error: LatentError) -> None:
+    """For the caller. The first error of a run counts: others may follow from it."""
+    part = folder / f"{ERROR}.{os.getpid()}"
+    part.write_text(json.dumps([type(error).__name__, *error.texts]))
+    with contextlib.suppress(FileExistsError):
+        os.link(part, folder / ERROR)
+    part.unlink()
 
 
-def _signals_to_handle(config: Any) -> dict[str, Any]:
-    """Those that are not ignored: nohup ignores SIGHUP, and the agent would not. Older versions of torch take none."""
-    if "signals_to_handle" not in config.__dataclass_fields__:
-        return {}
-    return {"signals_to_handle": ",".join(n.name for n in _handled() if signal.getsignal(n) != signal.SIG_IGN)}
+def read_error(folder: Path) -> LatentError:
+    """Inverse of `write_error`."""
+    name, message, hint = json.loads((folder / ERROR).read_text())
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, LatentError)]
+    return {kind.__name__: kind for kind in kinds}.get(name, LatentError)(message, hint)
 
 
-def _handled() -> list[signal.Signals]:
-    names = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
-    return [getattr(signal, name) for name in names if hasattr(signal, name)]
+class Reported:
+    """A `ProgressFactory` that writes a file for the caller: a line of JSON for each call."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", encoding="utf-8")
+        self._file.write("\n")  # ends the line of a rank that died while it wrote
+
+    def _write(self, *values: Any) -> None:
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+
+    @contextlib.contextmanager
+    def __call__(self, description: str, total: int | None, unit: str, done: int = 0) -> Iterator[Reported]:
+        self._write("begin", description, total, unit, done)
+        yield self
+
+    def advance(self, n: int, **facts: str) -> None:
+        self._write("advance", n, facts)
+
+    def note(self, text: str) -> None:
+        self._write("note", text)
+
+    def warn(self, message: Warning | str, *_: Any) -> None:
+        """In place of `warnings.showwarning`."""
+        self._write("warning", str(message))
+
+
+@contextlib.contextmanager
+def _relayed(path: Path, progress: ProgressFactory) -> Iterator[None]:
+    """What rank 0 has `Reported` goes to `progress`, and its warnings are given here."""
+    over = threading.Event()
+
+    def relay() -> None:
+        path.touch()
+        with path.open(encoding="utf-8") as file, contextlib.ExitStack() as stack:
+            bar: Progress | None = None
+            text, ended = "", False
+            while not ended:
+                ended = over.wait(_POLL)
+                *lines, text = (text + file.read()).split("\n")
+                for line in lines:
+                    try:
+                        kind, *values = json.loads(line)
+                    except ValueError:  # its writer died
+                        continue
+                    if kind == "begin":
+                        stack.close()
+                        bar = stack.enter_context(progress(*values))
+                    elif kind == "warning":
+                        warnings.warn(str(values[0]), LatentWarning, stacklevel=2)
+                    elif bar is not None:
+                        bar.advance(values[0], **values[1]) if kind == "advance" else bar.note(*values)
+
+    with ThreadPoolExecutor(1, "relay-progress") as pool:
+        relaying = pool.submit(relay)
+        try:
+            yield
+        finally:
+            over.set()
+        relaying.result()
 
 
 @contextlib.contextmanager
@@ -121,132 +183,16 @@ def _quiet_agent() -> Iterator[None]:
                 signal.signal(number, handle)
     if taken is not None:
         signal.raise_signal(taken)
-        raise KeyboardInterrupt  # if nothing else comes of it
+        raise KeyboardInterrupt  # if its handler did nothing
 
 
-@contextlib.contextmanager
-def _relayed(path: Path, progress: ProgressFactory) -> Iterator[None]:
-    """What rank 0 reports (`Reported`) goes to `progress`, and its warnings are given here."""
-    over = threading.Event()
-
-    def relay() -> None:
-        path.touch()
-        with path.open(encoding="utf-8") as file, contextlib.ExitStack() as stack:
-            bar: Progress | None = None
-            text, ended = "", False
-            while not ended:
-                ended = over.wait(_POLL)
-                *lines, text = (text + file.read()).split("\n")
-                for line in lines:
-                    with contextlib.suppress(ValueError):  # the rank died while it wrote
-                        kind, *values = json.loads(line)
-                        if kind == "begin":
-                            stack.close()
-                            bar = stack.enter_context(progress(*values))
-                        elif kind == "advance" and bar is not None:
-                            bar.advance(values[0], **values[1])
-                        elif kind == "note" and bar is not None:
-                            bar.note(*values)
-                        elif kind == "warning":
-                            warnings.warn(str(values[0]), LatentWarning, stacklevel=2)
-
-    with ThreadPoolExecutor(1, "relay-progress") as pool:
-        relaying = pool.submit(relay)
-        try:
-            yield
-        finally:
-            over.set()
-        relaying.result()
+def _signals_to_handle(config: Any) -> dict[str, Any]:
+    """Those that are not ignored: nohup ignores SIGHUP, and the agent would not. Older versions of torch take none."""
+    if "signals_to_handle" not in config.__dataclass_fields__:
+        return {}
+    return {"signals_to_handle": ",".join(n.name for n in _handled() if signal.getsignal(n) != signal.SIG_IGN)}
 
 
-class Reported:
-    """A `ProgressFactory` that writes a file for `_relayed`: a line of JSON for each call."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8")
-        self._file.write("\n")  # ends the line of a rank that died while it wrote
-
-    def _write(self, *values: Any) -> None:
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
-
-    @contextlib.contextmanager
-    def __call__(self, description: str, total: int | None, unit: str, done: int = 0) -> Iterator[Reported]:
-        self._write("begin", description, total, unit, done)
-        yield self
-
-    def advance(self, n: int, **facts: str) -> None:
-        self._write("advance", n, facts)
-
-    def note(self, text: str) -> None:
-        self._write("note", text)
-
-    def warn(self, message: Warning | str, category: type[Warning], *_: Any) -> None:
-        self._write("warning", str(message))
-
-
-def _write_error(folder: Path, error: LatentError) -> None:
-    """The first error of a run, for the caller. A file, since processes that fail can tell each other nothing."""
-    part = folder / f"{ERROR}.{os.getpid()}"
-    part.write_text(json.dumps([type(error).__name__, *error.texts]))
-    with contextlib.suppress(FileExistsError):
-        os.link(part, folder / ERROR)
-    part.unlink()
-
-
-def _read_error(path: Path) -> LatentError:
-    name, message, hint = json.loads(path.read_text())
-    kinds = {kind.__name__: kind for kind in vars(errors).values() if isinstance(kind, type)}
-    kind = kinds.get(name, LatentError)
-    return kind(message, hint) if issubclass(kind, LatentError) else LatentError(message, hint)
-
-
-def main(folder: Path) -> int:
-    """One rank: the exit code."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the agent passes it on: the caller says that it came
-    if (folder / ERROR).exists():  # restarted for nothing
-        return 0
-    from latentprep.cli.console import tune_process
-
-    tune_process()
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # gloo on machines whose name resolves to no address
-    import torch
-
-    from latentprep.format import open_dataset
-    from latenttrain.ranks import LostRanks, joined
-    from latenttrain.train import PlannedRun, carry_out
-
-    torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)  # type: ignore[attr-defined]  # no orphans
-    planned, dataset, devices = json.loads((folder / PLAN).read_text())
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, _cores() // len(devices)))
-    reported = Reported(folder / PROGRESS if os.environ["RANK"] == "0" else Path(os.devnull))
-    warnings.showwarning = reported.warn  # type: ignore[assignment]
-    with joined() as ranks:
-        try:
-            device = torch.device(devices[ranks.local_rank])
-            result = carry_out(PlannedRun.from_json(planned), open_dataset(**dataset), device, ranks, reported)
-        except LostRanks:
-            return 1  # the agent restarts all; or another rank has said why it ended
-        except Exception as error:
-            if not isinstance(error, LatentError | OSError):
-                traceback.print_exc()
-            _write_error(folder, ranks.own(_told(error)))
-            return 1
-        if ranks.is_main:
-            (folder / RESULT).write_text(json.dumps(result.to_json()))
-    return 0
-
-
-def _told(error: Exception) -> LatentError:
-    if isinstance(error, LatentError):
-        return error
-    return system_fault(error) if isinstance(error, OSError) else LatentError(f"{type(error).__name__}: {error}")
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+def _handled() -> list[signal.Signals]:
+    names = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
+    return [getattr(signal, name) for name in names if hasattr(signal, name)]
