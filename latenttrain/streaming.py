@@ -43,6 +43,9 @@ THREAD_NAME = "read-shard"
 class StreamedSplit:
     """A split that stays on disk. Reads whole shards ahead in threads; batches come to the device.
 
+    Each of several ranks reads and decompresses the whole split, and takes its part of each batch: what it costs is
+    processor time, since local files come from the page cache, and shards at a URL from a cache that ranks share.
+
     held: shards that the buffer holds. limit: at most this many samples, the same ones as `load_split` takes.
     The samples and their order do not depend on the threads.
 

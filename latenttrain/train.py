@@ -162,9 +162,9 @@ def check_shares(world: int, samples: int, recipe: Recipe) -> None:
     pieces = len(micro_batches(smallest, recipe.norm_batch))
     if world > pieces:
         raise UsageError(
-            f"{world} ranks cannot share a batch of {smallest} samples: it has {pieces} micro-batches of up to "
-            f"{recipe.norm_batch} samples (norm_batch)",
-            f"start {pieces} ranks at most, or use a larger {opt('batch_size')}",
+            f"{world} ranks need batches of {world} micro-batches, but one of {smallest} samples has only {pieces}: "
+            f"norm_batch is {recipe.norm_batch}",
+            f"use a larger {opt('batch_size')}, fewer ranks, or from Python a smaller norm_batch in {opt('recipe')}",
         )
 
 

@@ -17,9 +17,13 @@ from told import Told
 
 import latenttrain
 from latentprep.device import parse_devices
-from latentprep.errors import CheckpointError, DatasetError, LatentError, SystemFault, UsageError
+from latentprep.errors import CheckpointError, DatasetError, LatentError, LatentWarning, SystemFault, UsageError
+from latenttrain import evaluation
 from latenttrain.checkpoint import load_tensors
-from latenttrain.launch import ERROR, read_error, write_error
+from latenttrain.data import Split
+from latenttrain.evaluation import scores
+from latenttrain.launch import ERROR, Reported, _relayed, read_error, write_error
+from latenttrain.nets import NetConfig, build_net
 from latenttrain.ranks import ALONE, LostRanks, Ranks, this_rank
 
 ROOT = Path(__file__).parents[2]
@@ -122,6 +126,19 @@ def test_what_all_found_is_in_order(monkeypatch, pieces, world):
         assert torch.equal(Ranks(rank, world).every(whole[share.start : share.stop], pieces), whole)
 
 
+def test_evaluation_counts_the_same_on_any_number_of_ranks(monkeypatch):
+    monkeypatch.setattr(evaluation, "_CELLS", 64 * 7)  # batches of 7
+    net = build_net(NetConfig((3, 8, 8), 4, bits=2, lo=(-2.0,) * 3, step=(1.0,) * 3, width=0.25))
+    split = Split(torch.randint(0, 4, (40, 1, 3, 8, 8), dtype=torch.uint8), torch.arange(40) % 4)
+    whole = evaluation.split_counts(net, split, None)
+    assert whole.shape == (6, 3)
+    assert evaluation.read_scores(whole, 40) == pytest.approx(scores(evaluation.split_logits(net, split), split.labels))
+    monkeypatch.setattr(Ranks, "every", lambda _, mine, pieces: mine)
+    for world in (2, 3, 8):
+        shares = [evaluation.split_counts(net, split, None, Ranks(rank, world)) for rank in range(world)]
+        assert torch.equal(torch.cat(shares), whole)
+
+
 def test_ranks_that_die_go_on_with_another_number_of_ranks(torchrun, alone, tmp_path):
     """Each sample is seen once an epoch, and the bits are those of one process."""
     out, step = tmp_path / "run", 5  # in the third epoch: rank 1 of 3 has two micro-batches an epoch
@@ -221,6 +238,35 @@ def test_an_error_of_a_rank_is_raised_here(make_dataset, tmp_path):
         latenttrain.fit(dataset, **SETTINGS, devices="cpu:2", stream=True, out=tmp_path / "run")
 
 
+def test_ranks_that_die_again_and_again_are_given_up(odd, tmp_path, monkeypatch):
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\necho >> {tmp_path}/started\nkill -9 $$\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    with pytest.raises(
+        SystemFault, match=r"^ranks died 4 times, at last rank \d with signal 9; if memory is short, use "
+    ):
+        latenttrain.fit(odd, **SETTINGS, devices="cpu:2", out=tmp_path / "run")
+    assert len((tmp_path / "started").read_text()) == 4 * 2
+
+
+def test_what_rank_0_reports_arrives_whole_whatever_dies(tmp_path):
+    path, told = tmp_path / "progress.jsonl", Told()
+    with pytest.warns(LatentWarning, match="^something is odd$"), _relayed(path, told):
+        first = Reported(path)
+        with first("train", 8, "batches") as bar:
+            bar.advance(1, epoch="1/4")
+            first._file.write('["advan')
+            first._file.flush()
+        again = Reported(path)
+        with again("train", 8, "batches", 2) as bar:
+            bar.advance(3)
+            bar.note("epoch 1")
+        again.warn(UserWarning("something is odd"))
+    assert told.begun == [("train", 8, "batches", 0), ("train", 8, "batches", 2)]
+    assert (told.steps, told.notes) == ([1, 3], ["epoch 1"])
+
+
 def test_errors_pass_between_processes(tmp_path):
     for error in (CheckpointError("a", "b"), UsageError("what \x01lr\x02 is")):
         write_error(tmp_path, error)
@@ -250,7 +296,7 @@ def test_a_rank_names_itself_where_it_alone_failed(monkeypatch):
         ("", "devices must be all, numbers such as 0,1, or cpu:N, got ''"),
         ("cpu:0", "devices must be all, numbers such as 0,1, or cpu:N, got 'cpu:0'"),
         ("0,0", "devices names device 0 twice, got '0,0'"),
-        ("cpu:5", r"5 ranks cannot share a batch of 101 samples: it has 4 micro-batches of up to 32 samples"),
+        ("cpu:5", "5 ranks need batches of 5 micro-batches, but one of 101 samples has only 4: norm_batch is 32"),
     ],
 )
 def test_mistakes_are_found_before_anything_starts(odd, tmp_path, devices, words):

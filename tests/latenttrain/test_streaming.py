@@ -126,6 +126,18 @@ def test_evaluation_sees_view_0_of_every_sample_in_order():
         assert all(codes[:, 2].max() == 0 for codes, _ in batches)
 
 
+def test_some_batches_are_those_of_all():
+    dataset = Numbered(45, views=3)
+    for split in (StreamedSplit(dataset, "train", CPU, 2), load_split(dataset, "train", CPU)):
+        whole = list(split.batches(10))
+        for wanted in (range(5), range(2, 4), range(1, 1), range(4, 5)):
+            found = list(split.batches(10, wanted))
+            assert len(found) == len(wanted)
+            for number, (codes, labels) in zip(wanted, found, strict=True):
+                assert torch.equal(codes, whole[number][0])
+                assert torch.equal(labels, whole[number][1])
+
+
 @pytest.mark.parametrize("limit", [2, 7, 50, 500])
 def test_a_limit_takes_the_samples_that_a_split_in_memory_takes(limit):
     dataset = Numbered(99, invalid=(0, 50, 51))
