@@ -243,9 +243,7 @@ def test_ranks_that_die_again_and_again_are_given_up(odd, tmp_path, monkeypatch)
     program.write_text(f"#!/bin/sh\necho >> {tmp_path}/started\nkill -9 $$\n")
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
-    with pytest.raises(
-        SystemFault, match=r"^ranks died 4 times, at last rank \d with signal 9; if memory"
-    ):
+    with pytest.raises(SystemFault, match=r"^ranks died 4 times, at last rank \d with signal 9; if memory"):
         latenttrain.fit(odd, **SETTINGS, devices="cpu:2", out=tmp_path / "run")
     assert len((tmp_path / "started").read_text()) >= 4
 
