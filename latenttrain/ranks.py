@@ -11,14 +11,14 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, pairwise
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from latentprep.device import pick_device
+from latentprep.device import out_of_memory, pick_device
 from latentprep.errors import LatentError, SystemFault, UsageError, opt
 
 Result = TypeVar("Result")
@@ -89,6 +89,22 @@ class Ranks:
             raise self.known(answer[1])
         return answer[0]
 
+    def agreed(self, work: Callable[[], Result]) -> Result:
+        """What `work` returns here, once it is done on every rank. A `LatentError` of one is raised on all, once."""
+        if self.world == 1:
+            return work()
+        try:
+            result, error = work(), None
+        except LatentError as failed:
+            error = failed
+        errors: list[LatentError | None] = [None] * self.world
+        with self._connected():
+            torch.distributed.all_gather_object(errors, error)
+        for rank, found in enumerate(errors):
+            if found is not None:
+                raise self.known(replace(self, rank=rank).own(found))
+        return result
+
     def known(self, error: LatentError) -> LatentError:
         """The error, which every rank raises: rank 0 says it."""
         if not self.is_main:
@@ -123,6 +139,8 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:  # gloo's and NCCL's alike
+            if out_of_memory(error):
+                raise
             time.sleep(_GRACE)
             raise self.known(
                 LostRanks(

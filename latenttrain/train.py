@@ -6,7 +6,7 @@ import contextlib
 import copy
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,7 +153,7 @@ def fit(
         return launch(planned.to_json(), reopening(open_dataset(dataset)), chosen, progress)
     with joined() as ranks:
         planned = ranks.told(lambda: plan(ranks.device(device), ranks))
-        return carry_out(planned, open_dataset(dataset), ranks.device(device), ranks, progress)
+        return carry_out(planned, dataset, lambda: ranks.device(device), ranks, progress)
 
 
 def check_shares(world: int, samples: int, recipe: Recipe) -> None:
@@ -186,17 +186,24 @@ class PlannedRun:
 
 
 def carry_out(
-    planned: PlannedRun, dataset: LatentDataset, target: torch.device, ranks: Ranks, progress: ProgressFactory
+    planned: PlannedRun,
+    dataset: str | Path | LatentDataset,
+    device: Callable[[], torch.device],
+    ranks: Ranks,
+    progress: ProgressFactory,
 ) -> FitResult:
-    """This rank's part of a run: load the splits and train."""
+    """This rank's part of a run: load the splits and train. device: which one, or the error why there is none."""
     used = planned.config.dataset
     limit, holdout, latents, held = (used[name] for name in ("limit", "holdout", "latents", "stream"))
-    with enough_memory(target, f"lower {opt('limit')}, or use {opt('stream', True)}"):
-        train, val = (
-            load_trained(dataset, target, limit, holdout or 0.0, latents and Path(latents))
-            if holdout or latents
-            else training_data(dataset, target, held, limit)
-        )
+
+    def load() -> tuple[Samples, Samples]:
+        target, opened = device(), open_dataset(dataset)
+        with enough_memory(target, f"lower {opt('limit')}, or use {opt('stream', True)}"):
+            if holdout or latents:
+                return load_trained(opened, target, limit, holdout or 0.0, latents and Path(latents))
+            return training_data(opened, target, held, limit)
+
+    train, val = ranks.agreed(load)
     log = open_log(planned.root) if planned.tensorboard and ranks.is_main else None
     return run_fit(planned.config, train, val, planned.root, planned.resume, progress, log, ranks)
 

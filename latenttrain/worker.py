@@ -38,7 +38,7 @@ def main(folder: Path) -> int:
         warnings.showwarning = reported.warn  # type: ignore[assignment]
         try:
             device = torch.device(devices[ranks.local_rank])
-            result = carry_out(PlannedRun.from_json(planned), open_dataset(**dataset), device, ranks, reported)
+            result = carry_out(PlannedRun.from_json(planned), open_dataset(**dataset), lambda: device, ranks, reported)
         except LostRanks:
             return 1  # another one died; or it has said why it ended
         except Exception as error:

@@ -287,6 +287,27 @@ def test_a_rank_names_itself_where_it_alone_failed(monkeypatch):
     assert str(second.own(LostRanks("what"))) == "what"
 
 
+def test_an_error_of_one_rank_is_one_of_all_and_said_by_rank_0(monkeypatch):
+    def gather(errors, mine):
+        errors[:] = [None, DatasetError("what", "way out"), UsageError("another")]
+
+    monkeypatch.setattr("latenttrain.ranks._GRACE", 0)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    for rank in range(3):
+        with pytest.raises(DatasetError, match="^rank 1: what; way out$") as caught:
+            Ranks(rank, 3).agreed(lambda: "fine here")
+        assert caught.value.said == (rank > 0)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", lambda errors, mine: None)
+    assert Ranks(1, 3).agreed(lambda: "fine") == "fine"
+
+    def breaks(errors, mine):
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", breaks)
+    with pytest.raises(LostRanks, match="the connection to another rank broke"):
+        Ranks(1, 3).agreed(lambda: "fine")
+
+
 @pytest.mark.parametrize(
     ("devices", "words"),
     [
