@@ -130,6 +130,7 @@ def trained_samples(dataset: LatentDataset, limit: int | None = None, holdout: f
     check_limit(limit)
     check_holdout(holdout)
     valid = sum(record.rows - len(record.invalid) for record in dataset.records("train"))
+    check_samples(dataset, "train", valid)
     samples = min(valid, valid if limit is None else limit)
     return samples - (held_out(samples, holdout) if holdout else 0)
 

@@ -137,7 +137,8 @@ def fit(
         config = plan_run(
             dataset, settings, net, augment=augmented, limit=limit, holdout=holdout, latents=floats, stream=held
         )
-        check_shares(ranks.world, trained_samples(dataset, limit, holdout), settings)
+        if ranks.world > 1:
+            check_shares(ranks.world, trained_samples(dataset, limit, holdout), settings)
         check_run_folder(root, config, resume or again, overwrite and not again)
         if tensorboard:
             open_log(root)  # whether its package is there

@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,12 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from told import Told
 
+import latentprep
 import latenttrain
 from latentprep.device import parse_devices
 from latentprep.errors import CheckpointError, DatasetError, LatentError, LatentWarning, SystemFault, UsageError
 from latenttrain import evaluation
 from latenttrain.checkpoint import load_tensors
-from latenttrain.data import Split
+from latenttrain.data import Split, load_trained, trained_samples
 from latenttrain.evaluation import scores
 from latenttrain.launch import ERROR, Reported, _relayed, read_error, write_error
 from latenttrain.nets import NetConfig, build_net
@@ -322,6 +324,17 @@ def test_mistakes_are_found_before_anything_starts(odd, tmp_path, devices, words
     with pytest.raises(UsageError, match=words):
         latenttrain.fit(odd, **SETTINGS, devices=devices, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_what_is_trained_on_is_counted_before_anything_is_read(odd):
+    dataset = latentprep.open(odd)
+    for limit, holdout in ((None, 0.0), (50, 0.0), (500, 0.0), (None, 0.25), (51, 0.5)):
+        train, _ = load_trained(dataset, torch.device("cpu"), limit, holdout)
+        assert trained_samples(dataset, limit, holdout) == len(train)
+    unread = [SimpleNamespace(rows=5, invalid=("a",) * count) for count in (2, 5)]
+    assert trained_samples(SimpleNamespace(records=lambda split: unread)) == 3
+    with pytest.raises(DatasetError, match="holds no valid sample"):
+        trained_samples(SimpleNamespace(records=lambda split: unread[1:], root="shards"))
 
 
 def test_devices_that_are_not_here(monkeypatch, odd, tmp_path):
