@@ -43,10 +43,11 @@ from latentprep.sources.source import Row, Source
 from latenttrain.augment import Augment
 from latenttrain.config import RunConfig, versions
 from latenttrain.data import Split
+from latenttrain.microbatch import one_thread_each
 from latenttrain.nets import NetConfig, count_flops
 from latenttrain.recipe import make_recipe
 from latenttrain.runtime import reproducible, synchronize
-from latenttrain.train import loss_function, start_state, train_epoch
+from latenttrain.train import make_learner, start_state, train_epoch
 
 PART_S, ALL_S = 100, 420  # for one part, for all: with the start of processes it ends within eight minutes
 
@@ -174,9 +175,10 @@ def bench_training(device: torch.device, samples: int, batch: int, bound: dict, 
     net = NetConfig((4, 32, 32), 1000, 4, (-2.0,) * 4, (0.25,) * 4)
     recipe = make_recipe(epochs=2, batch_size=batch, compile=compile)
     config = RunConfig(net, recipe, Augment(), {}, versions())
-    with reproducible(device, 0), silent("", 0, "") as bar:
-        state, loss_of = start_state(config, device), loss_function(config, split)
-        seconds = timed(device, lambda: train_epoch(state, config, split, 0, bar, loss_of), 1)
+    with reproducible(device, 0), silent("", 0, "") as bar, one_thread_each(device) as pool:
+        state = start_state(config, device)
+        learner = make_learner(state, config, split, pool)
+        seconds = timed(device, lambda: train_epoch(state, config, split, 0, bar, learner), 1)
     generator = torch.Generator(device).manual_seed(0)
     loading = timed(device, lambda: [codes.sum() for codes, _ in split.training_batches(batch, generator)], 1)
     rate = samples / min(seconds)

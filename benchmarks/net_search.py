@@ -27,7 +27,7 @@ from latenttrain import nets
 from latenttrain.config import RunConfig, plan_net, plan_run
 from latenttrain.data import load_trained
 from latenttrain.evaluation import scores, split_logits
-from latenttrain.nets import NetConfig, bottleneck, convolution, count_flops, count_parameters, dense
+from latenttrain.nets import BatchNorm, NetConfig, bottleneck, convolution, count_flops, count_parameters, dense
 from latenttrain.recipe import make_recipe
 from latenttrain.train import start_state, train_epoch
 
@@ -43,7 +43,7 @@ def candidate(trial: dict):
     """A network's builder from a point of the search space."""
 
     def build(planes: int, config: NetConfig) -> nn.Sequential:
-        layers: list[nn.Module] = [nn.BatchNorm2d(planes)] if trial["normalize"] else []
+        layers: list[nn.Module] = [BatchNorm(planes)] if trial["normalize"] else []
         channels = trial["first"]
         layers += [convolution(planes, channels, trial["kernel"], trial["read"]), ACT()]
         for _ in range(trial["again"]):

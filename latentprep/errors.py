@@ -50,6 +50,7 @@ class LatentError(Exception):
     by `opt`, so that they read as Python's here and as options where the command line prints them."""
 
     exit_code = 1
+    said = False  # whether another process of the same job prints it
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ import torch
 from torch import Generator, Tensor
 
 from latentprep.errors import UsageError, check_number, nearest
+from latenttrain.nets import DROPOUT
 
 if TYPE_CHECKING:
     from latenttrain.nets import Net
@@ -71,19 +73,20 @@ class Augment:
 
 
 def draw(net: Net, batch: int, config: Augment, device: torch.device, generator: Generator | None) -> dict[str, Tensor]:
-    """All random numbers of a batch, by name, uniform in 0…1, f32. The rest of the step is a pure function of them."""
+    """All random numbers of a batch, by name, uniform in 0…1, f32 [B,…]. The rest of the step is pure."""
     planes = int(net.stem.planes)  # type: ignore[arg-type]
     shapes = {  # and the setting that needs it
-        "shift": ((2, batch), config.shift or config.zoom),
-        "zoom": ((2, batch), config.shift or config.zoom),
+        "shift": ((batch, 2), config.shift or config.zoom),
+        "zoom": ((batch, 2), config.shift or config.zoom),
         "mirror": ((batch, 1, 1, 1), config.mirror),
         "noise": ((batch, *net.config.latent), config.noise),
-        "cutmix": ((2, batch), config.cutmix),
+        "cutmix": ((batch, 2), config.cutmix),
         "which_mix": ((batch,), config.mixup and config.cutmix),
-        "cutmix_centre": ((2, batch), config.cutmix),
-        "mixup": ((2, batch), config.mixup),
-        "cutout": ((2, batch), config.cutout),
+        "cutmix_centre": ((batch, 2), config.cutmix),
+        "mixup": ((batch, 2), config.mixup),
+        "cutout": ((batch, 2), config.cutout),
         "channel_drop": ((batch, planes, 1, 1), config.channel_drop),
+        "dropout": ((batch, net.features), net.config.arch in DROPOUT),
     }
     return {
         name: torch.rand(shape, generator=generator, device=device) for name, (shape, asked) in shapes.items() if asked
@@ -114,35 +117,40 @@ def augment_planes(
     targets = (labels[:, None] == torch.arange(net.config.classes, device=device)).float()
 
     if config.mixup or config.cutmix:
-        partner = planes.roll(1, 0)  # the batch came shuffled, so any fixed partner is a random one
+        partner = partners(planes, net.parts)
         keep = torch.ones(batch, device=device)
         if config.cutmix:
-            area = 1 - symmetric_beta(random["cutmix"], config.cutmix)
+            area = 1 - symmetric_beta(random["cutmix"].T, config.cutmix)
             if config.mixup:
                 area = area * (random["which_mix"] < 0.5)
-            taken = rectangle(planes, random["cutmix_centre"], area.sqrt())
+            taken = rectangle(planes, random["cutmix_centre"].T, area.sqrt())
             planes = torch.where(taken[:, None], partner, planes)
             keep = 1 - taken.float().mean((1, 2))
         if config.mixup:
-            weight = symmetric_beta(random["mixup"], config.mixup)
+            weight = symmetric_beta(random["mixup"].T, config.mixup)
             if config.cutmix:
                 weight = torch.where(keep < 1, 1.0, weight)
             planes = torch.lerp(partner, planes, weight[:, None, None, None])
             keep = keep * weight
-        targets = torch.lerp(targets.roll(1, 0), targets, keep[:, None])
+        targets = torch.lerp(partners(targets, net.parts), targets, keep[:, None])
     if config.cutout:
-        erased = rectangle(planes, random["cutout"], torch.full((batch,), config.cutout, device=device))
+        erased = rectangle(planes, random["cutout"].T, torch.full((batch,), config.cutout, device=device))
         planes = planes.masked_fill(erased[:, None], 0)
     if config.channel_drop:
         planes = planes * (random["channel_drop"] >= config.channel_drop)
     return planes, targets
 
 
+def partners(values: Tensor, parts: Sequence[int]) -> Tensor:
+    """Each sample's partner to be mixed with, which is of the same part of the batch: [B,…] -> [B,…]"""
+    return torch.cat([part.roll(1, 0) for part in values.split(parts or len(values))])  # it came shuffled
+
+
 def _moved(values: Tensor, config: Augment, random: dict[str, Tensor]) -> Tensor:
     if not (config.shift or config.zoom):
         return values
-    shift = (random["shift"] * (2 * config.shift + 1)).long() - config.shift
-    return moved(values, shift, (1 + config.zoom) ** (2 * random["zoom"] - 1))
+    shift = (random["shift"].T * (2 * config.shift + 1)).long() - config.shift
+    return moved(values, shift, (1 + config.zoom) ** (2 * random["zoom"].T - 1))
 
 
 def moved(codes: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

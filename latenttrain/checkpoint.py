@@ -33,11 +33,13 @@ from latentprep.storage.places import path_of
 from latenttrain.config import FORMAT, VERSION, RunConfig, short
 from latenttrain.nets import Net, build_net
 from latenttrain.optimizers import Adam
+from latenttrain.ranks import ALONE, Ranks
 
 CONFIG, METRICS, BEST, LAST, CURVE = "config.json", "metrics.jsonl", "best.safetensors", "last.safetensors", "curve.png"
 RUN_FILES = (CONFIG, METRICS, BEST, LAST, CURVE)
 _TEMPORARIES = tuple(name + ".tmp" for name in RUN_FILES)  # left over from a killed `write_atomic`
-_LEFTOVERS = (*_TEMPORARIES, LOCK)
+_JOB = ".job"  # which job of several ranks works on the run, until it ends
+_LEFTOVERS = (*_TEMPORARIES, LOCK, _JOB)
 _NOTES = "latenttrain"  # the one metadata key we write: safetensors does not keep the order of several
 
 
@@ -109,9 +111,20 @@ def _is_run(root: Path) -> bool:
         return False
 
 
+def begun_by(root: Path, job: str) -> bool:
+    """Whether this job (`Ranks.job`) has begun to write the run, so that its ranks go on with it when restarted."""
+    try:
+        return (root / _JOB).read_text() == job
+    except OSError:
+        return False
+
+
 @contextlib.contextmanager
-def run_folder(root: Path, config: RunConfig, resume: bool) -> Iterator[None]:
-    """Create and lock the run folder for one `fit`. Unless it resumes, an earlier run's files are deleted."""
+def run_folder(root: Path, config: RunConfig, resume: bool, job: str = "") -> Iterator[None]:
+    """Create and lock the run folder for one `fit`. Unless it resumes, an earlier run's files are deleted.
+
+    job: see `begun_by`.
+    """
     root.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         try:
@@ -125,7 +138,10 @@ def run_folder(root: Path, config: RunConfig, resume: bool) -> Iterator[None]:
             for name in reversed(RUN_FILES):
                 (root / name).unlink(missing_ok=True)
             write_atomic(root / CONFIG, dump_json(config.to_json()))
+        if job:
+            write_atomic(root / _JOB, job.encode())
         yield
+        (root / _JOB).unlink(missing_ok=True)
 
 
 def read_config(root: Path) -> RunConfig:
@@ -223,15 +239,16 @@ def write_metrics(root: Path, metrics: list[dict]) -> None:
     write_atomic(root / METRICS, "".join(json.dumps(epoch) + "\n" for epoch in metrics).encode())
 
 
-def restore(root: Path, state: State) -> None:
-    """Make `state` what `save_epoch` last saved; without a committed epoch, leave it as it is.
+def restore(root: Path, state: State, ranks: Ranks = ALONE) -> None:
+    """Make `state` what `save_epoch` last saved; without a committed epoch, leave it as it is. Rank 0 reads for all.
 
     Raises `CheckpointError` if the file is damaged or of another network.
     """
     path = root / LAST
-    if not path.is_file():
+    saved = ranks.told(lambda: load_tensors(path) if path.is_file() else None)
+    if saved is None:
         return
-    tensors, notes = load_tensors(path)
+    tensors, notes = saved
     fill(state.net, part(tensors, "net."), path)
     fill(state.average, part(tensors, "average."), path)
     try:
@@ -241,7 +258,8 @@ def restore(root: Path, state: State) -> None:
         raise CheckpointError(
             f"{path} belongs to another run: {error}", f"train again with {opt('overwrite', True)}"
         ) from error
-    write_metrics(root, state.metrics)
+    if ranks.is_main:
+        write_metrics(root, state.metrics)
 
 
 def restore_optimizer(optimizer: Adam, tensors: dict[str, Tensor]) -> None:

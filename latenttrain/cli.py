@@ -73,6 +73,10 @@ def fit(
     ] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same result.", show_default=False)] = Recipe.seed,
     device: Device = "auto",
+    devices: Annotated[
+        str | None,
+        typer.Option(help="Several, a process each: all, 0,1 … or cpu:N.", show_default=False),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Run folder (default runs/DIR-w1-d1-s0).", show_default=False),
@@ -105,6 +109,7 @@ def fit(
 
       latenttrain fit shards --preset best --out runs/best
     """
+    from latenttrain.ranks import this_rank
     from latenttrain.train import fit as train
 
     try:
@@ -119,6 +124,7 @@ def fit(
             lr=lr,
             seed=seed,
             device=device,
+            devices=devices,
             out=out,
             limit=limit,
             holdout=holdout,
@@ -131,7 +137,10 @@ def fit(
         )
     except KeyboardInterrupt:
         again = "--resume instead of --overwrite" if overwrite else "--resume"
-        raise Interrupted("interrupted; whole epochs are kept", f"run it again with {again} to continue") from None
+        error = Interrupted("interrupted; whole epochs are kept", f"run it again with {again} to continue")
+        raise this_rank().known(error) from None
+    if not this_rank().is_main:
+        return
     if as_json:
         console.print_json(result.to_json())
         return

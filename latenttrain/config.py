@@ -64,6 +64,9 @@ class RunConfig:
             "versions": dict(self.versions),
         }
 
+    def __reduce__(self) -> tuple[Any, ...]:  # read-only mappings cannot be pickled
+        return type(self).from_json, (self.to_json(),)
+
     @classmethod
     def from_json(cls, document: dict) -> RunConfig:
         """Inverse of `to_json`. Raises `LatentError`, `KeyError`, `TypeError` or `ValueError` for anything else."""

@@ -40,7 +40,7 @@ class Samples(Protocol):
 
     def codes_of(self, rows: Tensor) -> Tensor: ...
 
-    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]: ...
+    def batches(self, batch_size: int, wanted: range | None = None) -> Iterator[tuple[Tensor, Tensor]]: ...
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,7 @@ class Split:
         if views > 1:
             canonical = torch.rand(samples, generator=generator, device=self.device) < canonical_excess(views)
             view = view.masked_fill(canonical, 0)
-        for index in range(batches_per_epoch(samples, batch_size)):
-            chosen = order[index * batch_size : (index + 1) * batch_size]
+        for chosen in order.split(cut(samples, batches_per_epoch(samples, batch_size))):
             yield chosen * views + view[chosen], self.labels[chosen]
 
     def codes_of(self, rows: Tensor) -> Tensor:
@@ -97,9 +96,12 @@ class Split:
         for rows, labels in self.training_rows(batch_size, generator):
             yield self.codes_of(rows), labels
 
-    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every sample once, in order, view 0: codes u8 [B,C,h,w], labels i64 [B]."""
-        for start in range(0, len(self), batch_size):
+    def batches(self, batch_size: int, wanted: range | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every sample once, in order, view 0: codes u8 [B,C,h,w], labels i64 [B]. wanted: only the batches of these
+        numbers."""
+        for start in range(0, len(self), batch_size)[
+            slice(None) if wanted is None else slice(wanted.start, wanted.stop)
+        ]:
             part = slice(start, start + batch_size)
             yield self.unpacked(self.codes[part, 0]), self.labels[part]
 
@@ -121,6 +123,21 @@ def check_trainable(dataset: LatentDataset, splits: tuple[str, ...] = ("train", 
     if len(dataset.classes) < 2:
         only = f"one class only, '{dataset.classes[0]}'" if dataset.classes else "no classes"
         raise DatasetError(f"{dataset.root} has {only}", "encode two classes or more")
+
+
+def trained_samples(dataset: LatentDataset, limit: int | None = None, holdout: float = 0.0) -> int:
+    """The samples that `load_trained` trains on, counted by the records alone."""
+    check_limit(limit)
+    check_holdout(holdout)
+    valid = sum(record.rows - len(record.invalid) for record in dataset.records("train"))
+    check_samples(dataset, "train", valid)
+    samples = min(valid, valid if limit is None else limit)
+    return samples - (held_out(samples, holdout) if holdout else 0)
+
+
+def held_out(samples: int, holdout: float) -> int:
+    """How many of so many samples are held out, at least one."""
+    return max(1, round(holdout * samples))
 
 
 def load_split(
@@ -151,7 +168,7 @@ def load_trained(
 
     Raises as `load_split` does, and `UsageError` for a holdout out of range.
     """
-    check_number("holdout", holdout, 0, 0.9, f"use {opt('holdout', 0.15)} to compare settings, 0 for final results")
+    check_holdout(holdout)
     host = torch.device("cpu")  # where it is divided: on the device the whole and its parts would have to fit
     train = load_split(dataset, "train", host, limit)
     if latents is not None:
@@ -159,7 +176,7 @@ def load_trained(
     check_classes(dataset, train)
     if holdout:
         held = np.zeros(len(train), bool)
-        held[np.random.default_rng(len(train)).permutation(len(train))[: max(1, round(holdout * len(train)))]] = True
+        held[np.random.default_rng(len(train)).permutation(len(train))[: held_out(len(train), holdout)]] = True
         judged = torch.from_numpy(held)
         val = Split(train.codes[judged, :1].contiguous(), train.labels[judged])
         train = Split(train.codes[~judged], train.labels[~judged])
@@ -204,6 +221,11 @@ def check_limit(limit: int | None) -> None:
     check_whole("limit", limit, 2, hint=f"leave {opt('limit')} out to use every sample", optional=True)
 
 
+def check_holdout(holdout: float) -> None:
+    """Raises `UsageError` for a share that leaves too little to learn from."""
+    check_number("holdout", holdout, 0, 0.9, f"use {opt('holdout', 0.15)} to compare settings, 0 for final results")
+
+
 def check_samples(dataset: LatentDataset, split: str, samples: int) -> None:
     """Raises `DatasetError` if no sample of the split is valid."""
     if not samples:
@@ -221,6 +243,11 @@ def check_classes(dataset: LatentDataset, train: Samples) -> None:
 
 
 def batches_per_epoch(samples: int, batch_size: int) -> int:
-    """Batches in an epoch. The last one is dropped if it is smaller, with other samples in each epoch; a split smaller
-    than a batch is one batch."""
-    return max(1, samples // batch_size)
+    """Batches in an epoch: as few as there can be with at most `batch_size` samples each. `cut` has their sizes."""
+    return -(-samples // batch_size)
+
+
+def cut(samples: int, pieces: int) -> tuple[int, ...]:
+    """Sizes of so many pieces of `samples`: they differ by at most one, the larger ones first."""
+    size, larger = divmod(samples, pieces)
+    return (size + 1,) * larger + (size,) * (pieces - larger)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,9 @@ from latentprep.storage.places import path_of, several
 from latenttrain.checkpoint import load_net
 from latenttrain.config import check_dataset
 from latenttrain.data import Samples
+from latenttrain.microbatch import one_thread_each
 from latenttrain.nets import Net
+from latenttrain.ranks import ALONE, Ranks
 from latenttrain.results import EvalResult, Prediction
 from latenttrain.runtime import autocast, in_bfloat16
 from latenttrain.streaming import judged_split
@@ -69,8 +73,34 @@ def evaluate(
 
 def split_logits(net: Net, split: Samples) -> Tensor:
     """f32 [n,classes] of view 0 of every sample: the network in evaluation mode, at the precision of training."""
+    with one_thread_each(split.device) as pool:
+        return torch.cat(_each_batch(net, split, range(_batches(net, split)), pool, lambda logits, _: logits))
+
+
+def split_counts(net: Net, split: Samples, pool: ThreadPoolExecutor | None, ranks: Ranks = ALONE) -> Tensor:
+    """The input of `read_scores` for a whole split, on the device: f32 [batches,3], the same on every rank.
+
+    pool: of `one_thread_each`. Each rank evaluates its share of the batches, which do not depend on the ranks.
+    """
+    batches = _batches(net, split)
+    counts = _each_batch(net, split, ranks.share(batches), pool, counted)
+    nothing = torch.empty((0, 3), device=split.device)
+    return ranks.every(torch.stack(counts) if counts else nothing, batches)
+
+
+def _batch_size(net: Net) -> int:
+    return max(1, _CELLS // math.prod(net.config.latent[1:]))
+
+
+def _batches(net: Net, split: Samples) -> int:
+    return -(-len(split) // _batch_size(net))
+
+
+def _each_batch(
+    net: Net, split: Samples, wanted: range, pool: ThreadPoolExecutor | None, work: Callable[[Tensor, Tensor], Tensor]
+) -> list[Tensor]:
+    """What `work` makes of the logits, f32 [B,classes], and labels, i64 [B], of each batch that is wanted, in order."""
     net.eval()
-    size = max(1, _CELLS // math.prod(net.config.latent[1:]))
     bfloat16 = in_bfloat16(net, split.device)
 
     def logits_of(codes: Tensor) -> Tensor:
@@ -80,26 +110,39 @@ def split_logits(net: Net, split: Samples) -> Tensor:
                 return net.logits(planes)
 
     fitting = Fitting(logits_of, NOT_ON_DEVICE)
-    with torch.inference_mode():
-        return torch.cat([fitting(codes) for codes, _ in split.batches(size)])
+
+    def worked(batch: tuple[Tensor, Tensor]) -> Tensor:
+        with torch.inference_mode():
+            return work(fitting(batch[0]), batch[1])
+
+    batches = split.batches(_batch_size(net), wanted)
+    if pool is None:
+        return [worked(batch) for batch in batches]
+    ready, waiting = [], deque[Future[Tensor]]()
+    for batch in batches:  # which may be read from disk: only as many as the threads need are in memory
+        waiting.append(pool.submit(worked, batch))
+        if len(waiting) > 2 * pool._max_workers:
+            ready.append(waiting.popleft().result())
+    return [*ready, *(one.result() for one in waiting)]
 
 
 def scores(logits: Tensor, labels: Tensor) -> dict[str, float]:
     """f32 [n,classes], i64 [n] -> ``top1``, ``top5`` (fractions) and ``loss`` (mean cross-entropy in nats)."""
-    return read_scores(to_host(counted(logits, labels)), len(labels))
+    return read_scores(to_host([counted(logits, labels)[None]])[0], len(labels))
 
 
-def counted(logits: Tensor, labels: Tensor) -> list[Tensor]:
-    """The input of `read_scores`, on the device: samples right at rank 1 and within 5, i64 [], and the mean
-    cross-entropy, f32 []."""
+def counted(logits: Tensor, labels: Tensor) -> Tensor:
+    """The input of `read_scores` for one batch, on the device: samples right at rank 1 and within 5, and the sum of
+    their cross-entropies, f32 [3]"""
     ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-    return [ranked[:, 0].sum(), ranked.any(1).sum(), torch.nn.functional.cross_entropy(logits.float(), labels)]
+    loss = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+    return torch.stack([ranked[:, 0].sum().float(), ranked.any(1).sum().float(), loss])
 
 
-def read_scores(found: Sequence[Tensor], samples: int) -> dict[str, float]:
-    """`scores` from the result of `counted` on this many samples, on the host."""
-    first, among_five, loss = found
-    return {"top1": int(first) / samples, "top5": int(among_five) / samples, "loss": float(loss)}
+def read_scores(found: Tensor, samples: int) -> dict[str, float]:
+    """`scores` from what was `counted` of batches, f32 [batches,3], with this many samples, on the host."""
+    first, among_five, loss = (found.double().sum(0) / samples).tolist()
+    return {"top1": first, "top5": among_five, "loss": loss}
 
 
 def predict(

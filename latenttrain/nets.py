@@ -89,10 +89,24 @@ class Net(nn.Module):
     def __init__(self, config: NetConfig) -> None:
         super().__init__()
         self.config = config
+        self.parts: tuple[int, ...] = ()
         self.stem = STEMS[config.stem](config.latent[0], config.bits, config.mean, config.std)
         if isinstance(self.stem, AffineStem) and config.filter:
             self.stem.set_filter(config.filter, config.step)
         self.body = ARCHITECTURES[config.arch](int(self.stem.planes), config)  # type: ignore[arg-type]
+
+    def cut_into(self, parts: tuple[int, ...]) -> None:
+        """From now on batches consist of parts of so many samples, each with its own BatchNorm statistics and its own
+        partners to mix with. Without parts a batch is one."""
+        self.parts = parts
+        for module in self.modules():
+            if isinstance(module, BatchNorm):
+                module.parts = parts
+
+    @property
+    def features(self) -> int:
+        """Inputs of the last layer, which makes logits of them."""
+        return self.body[-1].in_features  # type: ignore[return-value]
 
     @property
     def reads_neighbours(self) -> bool:
@@ -103,9 +117,19 @@ class Net(nn.Module):
         """u8 [B,C,h,w], or f32 where augmentation moved codes within their steps -> f32 [B,P,h,w]"""
         return self.stem(codes)
 
-    def logits(self, planes: Tensor) -> Tensor:
-        """float [B,P,h,w] -> f32 [B,classes]"""
-        return self.body(planes.contiguous(memory_format=torch.channels_last)).float()
+    def logits(self, planes: Tensor, dropout: Tensor | None = None) -> Tensor:
+        """float [B,P,h,w] -> f32 [B,classes]
+
+        dropout: f32 [B,features] in 0…1, drawn by whoever trains, so that a step is a pure function; see `DROPOUT`.
+        """
+        features = planes.contiguous(memory_format=torch.channels_last)
+        *layers, head = self.body
+        for layer in layers:
+            features = layer(features)
+        if dropout is not None:
+            share = DROPOUT[self.config.arch]
+            features = features * (dropout >= share) / (1 - share)
+        return head(features).float()
 
     def forward(self, codes: Tensor) -> Tensor:
         """u8 [B,C,h,w] -> f32 [B,classes]"""
@@ -121,7 +145,44 @@ def convolution(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, gro
     """A convolution that keeps the grid (but for its stride), and BatchNorm."""
     conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-    return nn.Sequential(conv, nn.BatchNorm2d(outputs))
+    return nn.Sequential(conv, BatchNorm(outputs))
+
+
+MOMENTUM = 0.1  # with which BatchNorm's running statistics follow each batch's
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """`nn.BatchNorm2d`, which can take its statistics in training over parts of a batch, each for itself.
+
+    parts: how many samples each part has, in order; the running statistics follow the mean over all parts, weighted by
+    their samples. Such "ghost batches" (Hoffer, Hubara and Soudry 2017, https://arxiv.org/abs/1705.08741) make a result
+    independent of how many samples a device computes at once.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    momentum: float  # `MOMENTUM`, which is torch's default, too
+    parts: tuple[int, ...] = ()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float [B,C,h,w] -> [B,C,h,w]"""
+        if not self.training or len(self.parts) < 2:
+            return super().forward(x)
+        results, start = [], 0
+        mean_sum, var_sum = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
+        for size in sorted(set(self.parts), reverse=True):  # `cut` makes at most two sizes, the larger ones first
+            count = self.parts.count(size)
+            group = x[start : start + count * size].float().unflatten(0, (count, size))
+            start += count * size
+            var, mean = torch.var_mean(group, (1, 3, 4), correction=0, keepdim=True)  # [count,1,C,1,1]
+            weight, bias = (values[:, None, None] for values in (self.weight, self.bias))
+            results.append(((group - mean) * torch.rsqrt(var + self.eps) * weight + bias).flatten(0, 1).to(x.dtype))
+            values = size * x.shape[2] * x.shape[3]
+            mean_sum = mean_sum + size * mean.detach().sum(0).flatten()
+            var_sum = var_sum + size * var.detach().sum(0).flatten() * (values / max(1, values - 1))
+        self.running_mean.lerp_(mean_sum / len(x), self.momentum)
+        self.running_var.lerp_(var_sum / len(x), self.momentum)
+        return torch.cat(results) if len(results) > 1 else results[0]
 
 
 class Residual(nn.Module):
@@ -211,6 +272,10 @@ class InvertedResidual(nn.Module):
 MOBILENETV2 = (1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)
 
 
+# The share of the last layer's inputs that training zeroes; an Identity keeps the place of torchvision's Dropout layer.
+DROPOUT = {"mobilenetv2": 0.2}
+
+
 def mobilenetv2(planes: int, config: NetConfig) -> nn.Sequential:
     """MobileNetV2 as torchvision counts it: below width 1 the last layer keeps its 1280 channels.
 
@@ -227,7 +292,7 @@ def mobilenetv2(planes: int, config: NetConfig) -> nn.Sequential:
             layers.append(InvertedResidual(channels, outputs, step, expansion))
             channels, side = outputs, -(-side // step)
     last = round_width(1280, max(1.0, config.width))
-    layers += [convolution(channels, last, 1), nn.ReLU6(), GlobalPool(), nn.Flatten(), nn.Dropout(0.2)]
+    layers += [convolution(channels, last, 1), nn.ReLU6(), GlobalPool(), nn.Flatten(), nn.Identity()]
     return nn.Sequential(*layers, nn.Linear(last, config.classes))
 
 

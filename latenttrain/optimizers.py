@@ -9,6 +9,7 @@ the others. A convolution's filters are one matrix, with a row per output channe
 from __future__ import annotations
 
 from collections import defaultdict
+from concurrent.futures import Executor
 from typing import Any
 
 import torch
@@ -47,8 +48,8 @@ class Adam(torch.optim.AdamW):
             group["lr"] = lr * group["scale"]
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One step from the gradients, which are then cleared."""
+    def step(self, pool: Executor | None = None) -> None:  # type: ignore[override]
+        """One step from the gradients, which are then cleared. pool: threads that may help; the result is the same."""
         super().step()
         self.zero_grad()
 
@@ -76,14 +77,14 @@ class Muon(Adam):
         return [group for group in groups if group["params"]]
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One step from the gradients, which are then cleared."""
+    def step(self, pool: Executor | None = None) -> None:  # type: ignore[override]
+        """One step from the gradients, which are then cleared. pool: threads that may help; the result is the same."""
         for group in self.param_groups:
             if group["momentum"]:
-                self._muon_step(group)
+                self._muon_step(group, pool)
         super().step()
 
-    def _muon_step(self, group: dict) -> None:
+    def _muon_step(self, group: dict, pool: Executor | None) -> None:
         parameters = [p for p in group["params"] if p.grad is not None]
         for parameter in parameters:
             if not self.state[parameter]:
@@ -93,7 +94,7 @@ class Muon(Adam):
         velocities = [self.state[p]["velocity"] for p in parameters]
         torch._foreach_lerp_(velocities, gradients, 1 - group["momentum"])
         updates = torch._foreach_lerp(gradients, velocities, group["momentum"])  # Nesterov's
-        directions = orthogonalized([_rows(update) for update in updates])
+        directions = orthogonalized([_rows(update) for update in updates], pool)
         for direction in directions:  # the same change of the output for tall matrices as for wide ones
             direction.mul_(max(1.0, direction.shape[0] / direction.shape[1]) ** 0.5)
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
@@ -115,24 +116,30 @@ def _unrows(rows: Tensor, shape: torch.Size) -> Tensor:
     return rows.view(shape[0], *shape[2:], shape[1]).permute(0, 3, 1, 2)
 
 
-def orthogonalized(matrices: list[Tensor]) -> list[Tensor]:
+def orthogonalized(matrices: list[Tensor], pool: Executor | None = None) -> list[Tensor]:
     """Each matrix with its singular values brought near 1: f32 [a,b] each -> f32 [a,b] each
 
     By Newton and Schulz's iteration; values below about 0.01 of the largest stay smaller. What an iteration
     multiplies by is a polynomial of the Gram matrix on the shorter side, so all happens on those small symmetric
-    matrices, all of one size at once, and the given ones are multiplied once, at the end.
+    matrices, all of one size at once, and the given ones are multiplied once, at the end. pool: takes sizes, in turn.
     """
     alike: dict[int, list[int]] = defaultdict(list)
     for place, matrix in enumerate(matrices):
         alike[min(matrix.shape)].append(place)
-    result = list(matrices)
-    for places in alike.values():
+
+    def work(places: list[int]) -> list[Tensor]:
         chosen = [matrices[place] for place in places]
-        grams = torch.stack([m.mT @ m if m.shape[0] > m.shape[1] else m @ m.mT for m in chosen])
-        norms = grams.diagonal(dim1=1, dim2=2).sum(1).sqrt() + 1e-7
-        factors = _newton_schulz(grams / norms.square()[:, None, None]) / norms[:, None, None]
-        for place, matrix, factor in zip(places, chosen, factors, strict=True):
-            result[place] = matrix @ factor if matrix.shape[0] > matrix.shape[1] else factor @ matrix
+        with torch.no_grad():  # which is a thread's own matter
+            grams = torch.stack([m.mT @ m if m.shape[0] > m.shape[1] else m @ m.mT for m in chosen])
+            norms = grams.diagonal(dim1=1, dim2=2).sum(1).sqrt() + 1e-7
+            factors = _newton_schulz(grams / norms.square()[:, None, None]) / norms[:, None, None]
+            return [m @ f if m.shape[0] > m.shape[1] else f @ m for m, f in zip(chosen, factors, strict=True)]
+
+    result = list(matrices)
+    groups = [alike[size] for size in sorted(alike, reverse=True)]  # the longest work first
+    for places, made in zip(groups, (pool.map if pool else map)(work, groups), strict=True):
+        for place, matrix in zip(places, made, strict=True):
+            result[place] = matrix
     return result
 
 

@@ -34,6 +34,7 @@ class Recipe:
     seed: int = 0
     optimizer: str = "muon"  # or adam
     schedule: str = "cosine"  # or constant, after the warm-up
+    norm_batch: int = 32  # samples at most in a micro-batch: `latenttrain.microbatch`
     compile: bool = False  # the training step; it rounds differently, so a run cannot change it when it resumes
 
     def __post_init__(self) -> None:
@@ -41,6 +42,7 @@ class Recipe:
         check_word("schedule", self.schedule, ("cosine", "constant"))
         check_whole("epochs", self.epochs, 1, 1 << 20, _hint("epochs"))
         check_whole("batch_size", self.batch_size, 2, 1 << 20, _hint("batch_size"))
+        check_whole("norm_batch", self.norm_batch, 2, 1 << 20, _hint("norm_batch"))
         check_whole("seed", self.seed, 0, (1 << 63) - 1, _hint("seed"))
         check_number(
             "lr", self.lr, 0, above=True,
@@ -80,7 +82,7 @@ class Recipe:
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
     "talk": {  # Jacobellis 2023; `fit` then augments nothing by default
-        "epochs": 20, "batch_size": 32, "lr": 0.001, "optimizer": "adam", "schedule": "constant",
+        "epochs": 20, "batch_size": 32, "norm_batch": 16, "lr": 0.001, "optimizer": "adam", "schedule": "constant",
         "weight_decay": 0.0, "label_smoothing": 0.0, "warmup": 0.0, "ema": 0.0,
     },
 }  # fmt: skip

@@ -17,7 +17,8 @@ class FitResult:
 
     top1, top5: of ``best_epoch``, chosen by val top-1, so slightly optimistic; last_top1, last_top5: of the last epoch.
     parameters: trainable ones. flops: of one sample's forward pass; a multiply-add is 2.
-    seconds_per_epoch: median over the epochs, training only; samples_per_second: the same as a rate.
+    seconds_per_epoch: median over the epochs, training only; samples_per_second: the same as a rate, of all ranks.
+    ranks: processes that trained together.
     """
 
     run: str
@@ -33,6 +34,7 @@ class FitResult:
     flops: int
     seconds_per_epoch: float
     samples_per_second: float
+    ranks: int = 1
 
     def to_json(self) -> dict:
         return dataclasses.asdict(self)

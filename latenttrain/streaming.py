@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from functools import cached_property
-from itertools import islice
+from itertools import count, islice
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from latenttrain.data import (
     check_classes,
     check_limit,
     check_samples,
+    cut,
     load_split,
 )
 from latenttrain.memory import free_memory
@@ -41,6 +42,9 @@ THREAD_NAME = "read-shard"
 
 class StreamedSplit:
     """A split that stays on disk. Reads whole shards ahead in threads; batches come to the device.
+
+    Each of several ranks reads and decompresses the whole split, and takes its part of each batch: what it costs is
+    processor time, since local files come from the page cache, and shards at a URL from a cache that ranks share.
 
     held: shards that the buffer holds. limit: at most this many samples, the same ones as `load_split` takes.
     The samples and their order do not depend on the threads.
@@ -106,7 +110,8 @@ class StreamedSplit:
         seed = int(torch.randint(1 << 62, (), generator=host))
         random = np.random.default_rng(seed)
         order = random.permutation(len(self._valid)).tolist()
-        size, rows = min(batch_size, len(self)), self.dataset.manifest.shard_rows
+        sizes = cut(len(self), batches_per_epoch(len(self), batch_size))
+        rows, most_wanted = self.dataset.manifest.shard_rows, max(sizes)
 
         def one_view(shard: int, codes: np.ndarray) -> np.ndarray:
             samples, views = codes.shape[:2]
@@ -116,15 +121,15 @@ class StreamedSplit:
             view = draw.integers(views, size=samples)
             return codes[np.arange(samples), np.where(draw.random(samples) < canonical_excess(views), 0, view)]
 
-        most = min(len(self), max(self.held * rows, size + rows))
+        most = min(len(self), max(self.held * rows, most_wanted + rows))
         codes, labels = np.empty((most, *self.dataset.manifest.latent), np.uint8), np.empty(most, np.int64)
         slots = np.arange(most)  # of the buffer: the first `filled` hold a sample, the others are free
         filled = drawn = 0
         with closing(self._read(order, one_view)) as shards:
             coming = next(shards, None)
-            for _ in range(batches_per_epoch(len(self), batch_size)):
+            for size in sizes:
                 # The first batch waits for a quarter of the buffer only; four samples then come for each that leaves.
-                room = min(most, max(most // 4 + 3 * drawn, size + rows))
+                room = min(most, max(most // 4 + 3 * drawn, most_wanted + rows))
                 while coming is not None and filled + len(coming[1]) <= room:
                     free = slots[filled : filled + len(coming[1])]
                     codes[free], labels[free] = coming
@@ -144,8 +149,10 @@ class StreamedSplit:
         """u8 [B,C,h,w] as it is."""
         return rows
 
-    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every sample once, in order, view 0: codes u8 [B,C,h,w], labels i64 [B]."""
+    def batches(self, batch_size: int, wanted: range | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every sample once, in order, view 0: codes u8 [B,C,h,w], labels i64 [B]. wanted: only the batches of these
+        numbers, though all are read."""
+        numbers = count()
         codes, labels = np.empty((0, *self.dataset.manifest.latent), np.uint8), np.empty(0, np.int64)
         left = len(self)
         with closing(self._read(range(len(self._valid)), lambda _, codes: codes[:, 0])) as shards:
@@ -154,7 +161,9 @@ class StreamedSplit:
                 left -= len(coming[1])
                 while len(labels) >= batch_size or (len(labels) and not left):
                     part = np.arange(min(batch_size, len(labels)))
-                    yield self._moved(codes, part), self._moved(labels, part)
+                    number = next(numbers)
+                    if wanted is None or number in wanted:
+                        yield self._moved(codes, part), self._moved(labels, part)
                     codes, labels = codes[len(part) :], labels[len(part) :]
 
     def packed(self) -> PackedSplit:

@@ -7,6 +7,8 @@ import copy
 import math
 import statistics
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +17,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from latentprep.device import enough_memory, full_float32, pick_device, to_host
+from latentprep.device import enough_memory, parse_devices, to_host
 from latentprep.errors import CheckpointError, UsageError, opt
 from latentprep.format import LatentDataset, open_dataset
 from latentprep.progress import Progress, ProgressFactory, silent
 from latentprep.storage.places import path_of
 from latenttrain.augment import Augment, augment_codes, augment_planes, draw
-from latenttrain.checkpoint import CURVE, State, check_run_folder, read_config, restore, run_folder, save_epoch
+from latenttrain.checkpoint import (
+    CURVE,
+    State,
+    begun_by,
+    check_run_folder,
+    read_config,
+    restore,
+    run_folder,
+    save_epoch,
+)
 from latenttrain.config import RunConfig, default_out, plan_net, plan_run
-from latenttrain.data import Samples, batches_per_epoch, check_trainable, load_trained
-from latenttrain.evaluation import counted, read_scores, split_logits
+from latenttrain.data import Samples, batches_per_epoch, check_trainable, cut, load_trained, trained_samples
+from latenttrain.evaluation import read_scores, split_counts
+from latenttrain.launch import launch, reopening
+from latenttrain.microbatch import Learner, micro_batches, one_thread_each
 from latenttrain.nets import Net, build_net, count_flops, count_parameters
 from latenttrain.optimizers import make_optimizer
-from latenttrain.recipe import make_recipe, preset_settings
+from latenttrain.ranks import ALONE, Ranks, joined, this_rank
+from latenttrain.recipe import Recipe, make_recipe, preset_settings
 from latenttrain.results import FitResult, draw_curve
-from latenttrain.runtime import Stopwatch, autocast, compiled, in_bfloat16, reproducible, seed_generators
+from latenttrain.runtime import Stopwatch, autocast, compiled, in_bfloat16, reproducible
 from latenttrain.streaming import shards_to_hold, training_data
 from latenttrain.tensorboard import MetricsLog, open_log
 
@@ -50,6 +64,7 @@ def fit(
     augment: Augment | None = None,
     seed: int = 0,
     device: str = "auto",
+    devices: str | None = None,
     out: str | Path | None = None,
     limit: int | None = None,
     holdout: float = 0.0,
@@ -78,10 +93,13 @@ def fit(
     buffer: shards mixed at a time when streaming; more of them come closer to a true permutation.
     compile: generate code for the training step first, from the gather of codes to the loss: `runtime.compiled`.
     tensorboard: also log the metrics for TensorBoard, in the run folder.
+    devices: train on several devices of this machine, a process (rank) each: ``all``, CUDA devices such as ``0,1``, or
+    processes on the CPU, ``cpu:2``. Ranks that die are restarted, and go on after the last whole epoch. torchrun, which
+    also spans machines, may start the ranks in place of this: see docs/train.md.
     out: the run folder, by default `default_out`. resume: continue after the last whole epoch, to the same weights as
     without the break. overwrite: delete an earlier run there.
 
-    The same arguments on the same machine give the same weights, to the last bit.
+    The same arguments on the same machine give the same weights, to the last bit, on CPUs with any number of ranks.
 
     >>> run = latenttrain.fit("shards", width=0.25, epochs=1, out="runs/narrow")
     >>> run.parameters, run.flops, run.epochs
@@ -91,42 +109,104 @@ def fit(
     that cannot be trained on, `CheckpointError` if the run folder holds another run, `SystemFault` for a device that
     is not available or too small.
     """
-    chosen = preset_settings(preset)
-    settings = make_recipe(
-        recipe,
-        epochs=chosen["epochs"] if epochs is None else epochs,
-        batch_size=chosen["batch_size"] if batch_size is None else batch_size,
-        lr=lr,
-        seed=seed,
-        compile=compile,
-    )
-    target = pick_device(device)
-    dataset = open_dataset(dataset)
-    check_trainable(dataset, ("train",) if holdout else ("train", "val"))
-    floats = None if latents is None else path_of(latents)
-    full_grid = chosen["full_grid"] if full_grid is None else full_grid
-    net = plan_net(dataset, width=width, depth=depth, arch=arch, stem=stem, full_grid=full_grid, latents=floats)
-    root = path_of(out) if out is not None else default_out(dataset.root, net, seed)
-    in_memory = bool(holdout) or floats is not None
-    held = shards_to_hold(dataset, target, stream, buffer, in_memory)
-    if resume and stream is None and buffer is None:  # as the run began, whatever memory is free today
-        with contextlib.suppress(CheckpointError):
-            earlier = read_config(root).dataset.get("stream")
-            held = earlier if earlier is None or isinstance(earlier, int) else held
-    if augment is None and recipe == "talk":
-        augment = Augment.none()
-    config = plan_run(
-        dataset, settings, net, augment=augment, limit=limit, holdout=holdout, latents=floats, stream=held
-    )
-    check_run_folder(root, config, resume, overwrite)
-    log = open_log(root) if tensorboard else None
-    with enough_memory(target, f"lower {opt('limit')}, or use {opt('stream', True)}"):
-        train, val = (
-            load_trained(dataset, target, limit, holdout, floats)
-            if in_memory
-            else training_data(dataset, target, held, limit)
+
+    def plan(target: torch.device, ranks: Ranks) -> PlannedRun:
+        nonlocal dataset
+        chosen = preset_settings(preset)
+        settings = make_recipe(
+            recipe,
+            epochs=chosen["epochs"] if epochs is None else epochs,
+            batch_size=chosen["batch_size"] if batch_size is None else batch_size,
+            lr=lr,
+            seed=seed,
+            compile=compile,
         )
-    return run_fit(config, train, val, root, resume, progress, log)
+        dataset = open_dataset(dataset)
+        check_trainable(dataset, ("train",) if holdout else ("train", "val"))
+        floats = None if latents is None else path_of(latents)
+        grid = chosen["full_grid"] if full_grid is None else full_grid
+        net = plan_net(dataset, width=width, depth=depth, arch=arch, stem=stem, full_grid=grid, latents=floats)
+        root = path_of(out) if out is not None else default_out(dataset.root, net, seed)
+        again = ranks.restarts > 0 and begun_by(root, ranks.job)
+        held = shards_to_hold(dataset, target, stream, buffer, bool(holdout) or floats is not None)
+        if (resume or again) and stream is None and buffer is None:  # as the run began, whatever memory is free today
+            with contextlib.suppress(CheckpointError):
+                earlier = read_config(root).dataset.get("stream")
+                held = earlier if earlier is None or isinstance(earlier, int) else held
+        augmented = Augment.none() if augment is None and recipe == "talk" else augment
+        config = plan_run(
+            dataset, settings, net, augment=augmented, limit=limit, holdout=holdout, latents=floats, stream=held
+        )
+        if ranks.world > 1:
+            check_shares(ranks.world, trained_samples(dataset, limit, holdout), settings)
+        check_run_folder(root, config, resume or again, overwrite and not again)
+        if tensorboard:
+            open_log(root)  # whether its package is there
+        return PlannedRun(config, root, resume or again, tensorboard)
+
+    if devices is not None:
+        chosen = parse_devices(devices)
+        if device != "auto":
+            raise UsageError(f"{opt('device')} and {opt('devices')} cannot be combined", "leave one of them out")
+        if this_rank() is not ALONE:
+            raise UsageError(f"{opt('devices')} starts ranks, but torchrun has started these", "leave it out")
+        planned = plan(chosen[0], Ranks(world=len(chosen)))
+        return launch(planned.to_json(), reopening(open_dataset(dataset)), chosen, progress)
+    with joined() as ranks:
+        planned = ranks.told(lambda: plan(ranks.device(device), ranks))
+        return carry_out(planned, dataset, lambda: ranks.device(device), ranks, progress)
+
+
+def check_shares(world: int, samples: int, recipe: Recipe) -> None:
+    """Raises `UsageError` if there are more ranks than micro-batches in the smallest batch of an epoch."""
+    *_, smallest = cut(samples, batches_per_epoch(samples, recipe.batch_size))
+    pieces = len(micro_batches(smallest, recipe.norm_batch))
+    if world > pieces:
+        raise UsageError(
+            f"{world} ranks need batches of {world} micro-batches, but one of {smallest} samples has only {pieces}: "
+            f"norm_batch is {recipe.norm_batch}",
+            f"use a larger {opt('batch_size')}, fewer ranks, or from Python a smaller norm_batch in {opt('recipe')}",
+        )
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """What `fit` was asked for, checked: any process that can open the dataset can carry it out."""
+
+    config: RunConfig
+    root: Path
+    resume: bool
+    tensorboard: bool
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "config": self.config.to_json(), "root": str(self.root)}
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> PlannedRun:
+        return cls(**{**fields, "config": RunConfig.from_json(fields["config"]), "root": Path(fields["root"])})
+
+
+def carry_out(
+    planned: PlannedRun,
+    dataset: str | Path | LatentDataset,
+    device: Callable[[], torch.device],
+    ranks: Ranks,
+    progress: ProgressFactory,
+) -> FitResult:
+    """This rank's part of a run: load the splits and train. device: which one, or the error why there is none."""
+    used = planned.config.dataset
+    limit, holdout, latents, held = (used[name] for name in ("limit", "holdout", "latents", "stream"))
+
+    def load() -> tuple[Samples, Samples]:
+        target, opened = device(), open_dataset(dataset)
+        with enough_memory(target, f"lower {opt('limit')}, or use {opt('stream', True)}"):
+            if holdout or latents:
+                return load_trained(opened, target, limit, holdout or 0.0, latents and Path(latents))
+            return training_data(opened, target, held, limit)
+
+    train, val = ranks.agreed(load)
+    log = open_log(planned.root) if planned.tensorboard and ranks.is_main else None
+    return run_fit(planned.config, train, val, planned.root, planned.resume, progress, log, ranks)
 
 
 def run_fit(
@@ -137,21 +217,22 @@ def run_fit(
     resume: bool,
     progress: ProgressFactory,
     log: MetricsLog | None = None,
+    ranks: Ranks = ALONE,
 ) -> FitResult:
     """The run itself, once its folder is checked and its splits are on their device."""
     recipe, target = config.recipe, train.device
+    resume = resume or ranks.told(lambda: ranks.restarts > 0 and begun_by(root, ranks.job))
     with (
         enough_memory(target, f"lower {opt('batch_size')}, {opt('width')} or {opt('limit')}"),
-        run_folder(root, config, resume),
+        run_folder(root, config, resume, ranks.job) if ranks.is_main else contextlib.nullcontext(),
         reproducible(target, recipe.seed),
     ):
         state = start_state(config, target)
         if resume:
-            restore(root, state)
-        train_epochs(state, config, root, train, val, progress, log)
+            restore(root, state, ranks)
+        train_epochs(state, config, root, train, val, progress if ranks.is_main else silent, log, ranks)
     best, last = state.best, state.metrics[-1]
     seconds = statistics.median(epoch["seconds"] for epoch in state.metrics)
-    samples = batches_per_epoch(len(train), recipe.batch_size) * min(recipe.batch_size, len(train))
     return FitResult(
         run=str(root),
         curve=str(root / CURVE),
@@ -165,7 +246,8 @@ def run_fit(
         parameters=count_parameters(state.net),
         flops=count_flops(state.net),
         seconds_per_epoch=seconds,
-        samples_per_second=samples / seconds,
+        samples_per_second=len(train) / seconds,
+        ranks=ranks.world,
     )
 
 
@@ -183,27 +265,38 @@ def train_epochs(
     val: Samples,
     progress: ProgressFactory,
     log: MetricsLog | None = None,
+    ranks: Ranks = ALONE,
 ) -> None:
-    """The epochs that `state` still lacks, each committed to the run folder as it ends; then the curve."""
-    recipe, done, loss_of = config.recipe, len(state.metrics), loss_function(config, train)
+    """The epochs that `state` still lacks, each committed to the run folder as it ends; then the curve.
+
+    Rank 0 alone writes.
+    """
+    recipe, done = config.recipe, len(state.metrics)
     batches = batches_per_epoch(len(train), recipe.batch_size)
-    with progress("train", recipe.epochs * batches, "batches", done * batches) as bar:
+    with (
+        progress("train", recipe.epochs * batches, "batches", done * batches) as bar,
+        one_thread_each(train.device) as pool,
+    ):
+        if ranks.restarts:
+            bar.note(f"a rank died; going on after epoch {done} (restart {ranks.restarts})")
+        learner = make_learner(state, config, train, pool, ranks)
         for epoch in range(done, recipe.epochs):
             watch = Stopwatch(train.device)
-            total = train_epoch(state, config, train, epoch, bar, loss_of)
+            total = train_epoch(state, config, train, epoch, bar, learner)
             watch.stop()
-            tensors = state.tensors()
+            tensors = state.tensors() if ranks.is_main else {}
+            counts = split_counts(state.average, val, pool, ranks)
             # Everything that the host reads of an epoch, in one transfer: the host waits for the device only here.
-            numbers = [total, *counted(split_logits(state.average, val), val.labels)]
-            host = to_host([*numbers, *tensors.values()])
-            loss, found = float(host[0]), read_scores(host[1 : len(numbers)], len(val))
-            tensors, seconds = dict(zip(tensors, host[len(numbers) :], strict=True)), watch.seconds()
+            mean, counts, *saved = to_host([total, counts, *tensors.values()])
+            loss, found = float(mean), read_scores(counts, len(val))
+            tensors, seconds = dict(zip(tensors, saved, strict=True)), watch.seconds()
             if not math.isfinite(loss) or not math.isfinite(found["loss"]):
-                raise UsageError(
+                error = UsageError(
                     f"the loss became NaN or infinite in epoch {epoch + 1} at lr {recipe.lr:g}; "
                     f"earlier epochs are kept in {root}",
                     f"train with a lower {opt('lr')}, and {opt('overwrite', True)} or another folder as {opt('out')}",
                 )
+                raise ranks.known(error)
             state.metrics.append(
                 {
                     "epoch": epoch + 1,
@@ -215,6 +308,8 @@ def train_epochs(
                     "seconds": round(seconds, 6),
                 }
             )
+            if not ranks.is_main:
+                continue
             save_epoch(root, state, tensors)
             if log is not None:
                 log(state.metrics)
@@ -222,53 +317,51 @@ def train_epochs(
                 f"epoch {epoch + 1}/{recipe.epochs}: loss {loss:.3f}, val loss {found['loss']:.3f}, "
                 f"val top-1 {found['top1']:.1%}, {seconds:.1f} s"
             )
-    draw_curve(state.metrics, root / CURVE)
+    if ranks.is_main:
+        draw_curve(state.metrics, root / CURVE)
 
 
-def loss_function(config: RunConfig, train: Samples) -> Callable[..., Tensor]:
-    """`batch_loss`, compiled if the recipe says so: once a run."""
-    if not config.recipe.compile:
-        return batch_loss
-    return compiled(batch_loss, train.device, [held for held in vars(train).values() if isinstance(held, Tensor)])
+def make_learner(
+    state: State, config: RunConfig, train: Samples, pool: ThreadPoolExecutor | None, ranks: Ranks = ALONE
+) -> Learner:
+    """What computes the gradients of a run's batches with `batch_loss`, compiled if the recipe says so."""
+    bfloat16, function = in_bfloat16(state.net, train.device), batch_loss
+    if config.recipe.compile:
+        function = compiled(function, train.device, [held for held in vars(train).values() if isinstance(held, Tensor)])
+
+    def loss_of(net: Net, rows: Tensor, labels: Tensor, random: dict[str, Tensor]) -> Tensor:
+        return function(net, train, rows, labels, random, config, bfloat16)
+
+    return Learner(state.net, loss_of, config.recipe.norm_batch, pool, ranks)
 
 
 def train_epoch(
-    state: State,
-    config: RunConfig,
-    train: Samples,
-    epoch: int,
-    bar: Progress,
-    loss_of: Callable[..., Tensor] | None = None,
+    state: State, config: RunConfig, train: Samples, epoch: int, bar: Progress, learner: Learner | None = None
 ) -> Tensor:
     """One epoch; returns the mean training loss, f32 [], on the device: the host waits for nothing.
 
-    loss_of: what `loss_function` made for the run.
+    learner: of `make_learner`, by default one for this epoch.
     """
-    loss_of = loss_of or loss_function(config, train)
-    recipe, net, device = config.recipe, state.net.train(), train.device
+    if learner is None:
+        with one_thread_each(train.device) as pool:
+            return train_epoch(state, config, train, epoch, bar, make_learner(state, config, train, pool))
+    recipe, net, device = config.recipe, state.net, train.device
     batches = batches_per_epoch(len(train), recipe.batch_size)
-    order, dropout = np.random.SeedSequence([recipe.seed, epoch]).generate_state(2).tolist()
-    generator = torch.Generator(device).manual_seed(order)
-    seed_generators(device, dropout)
+    generator = torch.Generator(device).manual_seed(
+        int(np.random.SeedSequence([recipe.seed, epoch]).generate_state(1)[0])
+    )
     live, averaged = averaged_tensors(state.net), averaged_tensors(state.average)
     total = torch.zeros((), device=device)
     known = {"val_top-1": f"{state.metrics[-1]['top1']:.1%}"} if state.metrics else {}
-    bfloat16 = in_bfloat16(net, device)
     for step, (rows, labels) in enumerate(train.training_rows(recipe.batch_size, generator), epoch * batches):
-        random = draw(net, len(labels), config.augment, device, generator)
-        with full_float32():  # for the stem; the network's body follows `bfloat16`
-            loss = loss_of(net, train, rows, labels, random, config, bfloat16)
-        loss.backward()
+        loss = learner.learn(rows, labels, draw(net, len(labels), config.augment, device, generator))
         state.optimizer.set_lr(recipe.lr_at(step, batches))
-        state.optimizer.step()  # clears the gradients, too
+        state.optimizer.step(learner.pool)  # clears the gradients, too
         decay = min(recipe.ema, (1 + step) / (10 + step))  # low at first, so that the average forgets the start
         torch._foreach_lerp_(averaged, live, 1 - decay)
-        total += loss.detach()
+        total += loss * len(labels)
         bar.advance(1, epoch=f"{epoch + 1}/{recipe.epochs}", **known)
-    for mine, theirs in zip(state.average.buffers(), state.net.buffers(), strict=True):
-        if not mine.is_floating_point():
-            mine.copy_(theirs)
-    return total / batches
+    return total / len(train)
 
 
 def batch_loss(
@@ -280,7 +373,7 @@ def batch_loss(
     config: RunConfig,
     bfloat16: bool,
 ) -> Tensor:
-    """The loss of one batch: a pure function, so that it can be compiled whole.
+    """The mean loss of some samples: a pure function, so that it can be compiled whole.
 
     rows: i64 [B], or u8 [B,C,h,w] if they are codes already; labels: i64 [B]; random: from `draw` -> f32 []
     """
@@ -289,7 +382,7 @@ def batch_loss(
     planes = net.planes(codes)  # f32 [B,P,h,w]: the stem
     planes, targets = augment_planes(net, planes, labels, config.augment, random)  # targets f32 [B,classes]
     with autocast(bfloat16, planes.device):
-        logits = net.logits(planes)  # f32 [B,classes]
+        logits = net.logits(planes, random.get("dropout"))  # f32 [B,classes]
     return F.cross_entropy(logits.float(), targets, label_smoothing=config.recipe.label_smoothing)
 
 

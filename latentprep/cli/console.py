@@ -76,6 +76,8 @@ def _show_warning(message: Warning | str, category: type[Warning], filename: str
 
 def _say(error: LatentError) -> int:
     """Print the error and its way out on stderr, and return its exit code."""
+    if error.said:
+        return error.exit_code
     message, hint = error.in_shell()
     print_error(message)
     if hint:

@@ -204,17 +204,39 @@ class LatentDataset:
         return self._records.get((split, index)) or self.record(split, index)
 
     def _read(self, record: ShardRecord, path: str) -> bytes:
-        """One file of a shard, checked against its record, unless checked before or `verify` is off."""
+        """One file of a shard, checked against its record, unless checked before or `verify` is off.
+
+        Of several processes that share a cache, one downloads it.
+        """
+        if self.cache is None or not isinstance(self.root, RemotePath) or path not in record.files:
+            return self._fetch(record, path)
+        sha256 = record.files[path].sha256
+        data = self._cached(record, path)
+        if data is None:
+            with self.cache.fetching(sha256):
+                data = self._cached(record, path)
+                if data is None:
+                    data = self._fetch(record, path)
+                    if self.verify:
+                        self.cache.write(sha256, data)
+        return data
+
+    def _cached(self, record: ShardRecord, path: str) -> bytes | None:
+        """A file of a shard as the cache has it, whole; None if it has not."""
+        assert self.cache is not None
+        data, expected = self.cache.read(record.files[path].sha256), record.files[path]
+        if data is None or (path not in self._verified and _damage(path, data, expected)):
+            return None
+        self._verified.add(path)
+        return data
+
+    def _fetch(self, record: ShardRecord, path: str) -> bytes:
+        """A file of a shard from where the dataset is."""
         again = f"delete {record.path} and run the same latentprep encode again: it makes only that shard"
         shard = f"{self.root}: shard {record.split} {record.index}"
         if path not in record.files:
             raise DatasetError(f"{shard} is missing its file {path}", again)
         expected, remote = record.files[path], isinstance(self.root, RemotePath)
-        if self.cache is not None and remote:
-            cached = self.cache.read(expected.sha256)
-            if cached is not None and (path in self._verified or not _damage(path, cached, expected)):
-                self._verified.add(path)
-                return cached
         for _ in range(_FETCHES if remote else 1):
             try:
                 data = (self.root / path).read_bytes()
@@ -228,8 +250,6 @@ class LatentDataset:
             raise DatasetError(f"{shard}: {damage}", again)
         if self.verify:
             self._verified.add(path)
-            if self.cache is not None and remote:
-                self.cache.write(expected.sha256, data)
         return data
 
     def _check_values(self, codes: np.ndarray, labels: np.ndarray, where: str) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 from latentprep.errors import SystemFault
@@ -48,6 +49,23 @@ class ShardCache:
             return None
         return data
 
+    @contextlib.contextmanager
+    def fetching(self, sha256: str) -> Iterator[None]:
+        """One thread of one process at a time for each entry, so that those who waited find it in the cache.
+
+        Where files cannot be locked nobody waits, which costs a second download.
+        """
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError, ImportError):
+                import fcntl
+
+                self.folder.mkdir(parents=True, exist_ok=True)
+                path = self.folder / f"{sha256}.lock"
+                lock = stack.enter_context(path.open("w"))
+                fcntl.flock(lock, fcntl.LOCK_EX)  # which ends with the process
+                stack.callback(_unlink, path)
+            yield
+
     def write(self, sha256: str, data: bytes) -> None:
         """Add an entry, unless it is larger than the cache, and delete the oldest ones if the cache is full."""
         if len(data) > self.limit:
@@ -58,8 +76,7 @@ class ShardCache:
             part.write_bytes(data)
             part.replace(self.folder / sha256)
             self._evict()
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
+        _unlink(part)
 
     def _evict(self) -> None:
         with self._evicting:
@@ -74,3 +91,8 @@ class ShardCache:
                     break
                 Path(path).unlink(missing_ok=True)
                 total -= size
+
+
+def _unlink(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()

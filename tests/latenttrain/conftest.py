@@ -83,6 +83,12 @@ def codes(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def odd(tmp_path_factory) -> Path:
+    """The same with 203 + 71 samples: batches of 51 and 50, which ranks cannot share evenly."""
+    return write_dataset(tmp_path_factory.mktemp("data") / "odd", make_manifest(rows={"train": 203, "val": 71}))
+
+
+@pytest.fixture(scope="session")
 def small() -> dict:
     """Keyword arguments of a `fit` that takes a tenth of a second an epoch."""
     return {"width": 0.25, "depth": 0.5, "epochs": 3, "batch_size": 32, "device": "cpu"}

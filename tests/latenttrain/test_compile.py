@@ -36,11 +36,12 @@ def split_of(bits, packed, grid=8, samples=64):
 @pytest.mark.parametrize(("bits", "filtered"), [(3, False), (4, True)])
 @pytest.mark.parametrize("stem", STEMS)
 def test_the_step_is_one_graph_without_a_break(stem, bits, filtered):
-    """Every stem both ways and with both augmentations, which each bits and filter see too."""
+    """Every stem both ways and with both augmentations, which each bits and filter see too, and a batch in parts."""
     augmentation = ALL if filtered == (list(STEMS).index(stem) % 2 == 0) else Augment()
     torch._dynamo.reset()
     net = net_of(bits, stem=stem, depth=0.5, filter=(0.01,) * 144 if filtered else ())
     split, generator = split_of(bits, packed=not filtered), torch.Generator().manual_seed(0)
+    net.cut_into((6, 5, 5) if filtered else ())
     config = RunConfig(net.config, make_recipe(), augmentation, {}, versions())
     rows, labels = next(split.training_rows(16, generator))
     random = draw(net, 16, augmentation, CPU, generator)

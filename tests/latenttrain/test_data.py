@@ -1,5 +1,7 @@
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from latentprep.errors import DatasetError, UsageError
 from latentprep.format import open_dataset
@@ -8,6 +10,7 @@ from latenttrain.data import (
     batches_per_epoch,
     check_classes,
     check_trainable,
+    cut,
     load_split,
 )
 
@@ -65,10 +68,19 @@ def test_labels_stay_with_their_codes():
         assert torch.equal(codes[:, 0, 0, 0], labels.to(torch.uint8))
 
 
-def test_the_last_smaller_batch_is_left_out_with_other_samples_each_epoch():
-    seen = [torch.cat([labels for _, labels in epoch(numbered(22), 5, seed)]) for seed in range(8)]
-    assert {len(labels) for labels in seen} == {20}
-    assert len(torch.cat(seen).unique()) == 22
+@pytest.mark.parametrize("size", [1, 5, 8, 21, 22, 128])
+def test_every_sample_comes_once_an_epoch_in_batches_of_nearly_equal_size(size):
+    batches = epoch(numbered(22), size)
+    assert [len(labels) for _, labels in batches] == list(cut(22, -(-22 // size)))
+    assert sorted(torch.cat([labels for _, labels in batches]).tolist()) == list(range(22))
+
+
+@given(st.integers(1, 1000), st.integers(1, 1000))
+def test_pieces_differ_by_one_at_most_and_the_larger_ones_come_first(samples, pieces):
+    sizes = cut(samples, pieces)
+    assert (len(sizes), sum(sizes)) == (pieces, samples)
+    assert list(sizes) == sorted(sizes, reverse=True)
+    assert sizes[0] - sizes[-1] <= 1
 
 
 def test_fewer_samples_than_a_batch_make_one_batch():

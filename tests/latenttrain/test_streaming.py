@@ -13,7 +13,7 @@ from latentprep.errors import CheckpointError, DatasetError, UsageError
 from latentprep.format import Codes, LatentDataset, Manifest, Quantizer, ShardRecord, open_dataset
 from latenttrain import streaming
 from latenttrain.checkpoint import load_tensors, read_config
-from latenttrain.data import load_split
+from latenttrain.data import cut, load_split
 from latenttrain.memory import container_memory, free_memory
 from latenttrain.streaming import (
     THREAD_NAME,
@@ -101,13 +101,13 @@ def test_the_order_depends_on_the_generator_and_not_on_the_threads(monkeypatch):
     assert [rows_of(codes) for codes, _ in other] != [rows_of(codes) for codes, _ in one]
 
 
-def test_the_last_smaller_batch_is_left_out_with_other_samples_each_epoch():
+@pytest.mark.parametrize("size", [1, 5, 8, 21, 22, 128])
+def test_every_sample_comes_once_an_epoch_in_batches_of_nearly_equal_size(size):
     split = StreamedSplit(Numbered(22), "train", CPU, 1)
-    seen = [[row for codes, _ in epoch(split, 5, seed) for row in rows_of(codes)] for seed in range(8)]
-    assert {len(rows) for rows in seen} == {20}
-    assert len({row for rows in seen for row in rows}) == 22
-    (batch,) = epoch(split, 128)
-    assert sorted(rows_of(batch[0])) == list(range(22))
+    for seed in range(3):
+        batches = epoch(split, size, seed)
+        assert [len(labels) for _, labels in batches] == list(cut(22, -(-22 // size)))
+        assert sorted(row for codes, _ in batches for row in rows_of(codes)) == list(range(22))
 
 
 def test_half_of_what_is_shown_is_view_0_and_the_other_views_turn_up_equally():
@@ -126,6 +126,18 @@ def test_evaluation_sees_view_0_of_every_sample_in_order():
         assert all(codes[:, 2].max() == 0 for codes, _ in batches)
 
 
+def test_some_batches_are_those_of_all():
+    dataset = Numbered(45, views=3)
+    for split in (StreamedSplit(dataset, "train", CPU, 2), load_split(dataset, "train", CPU)):
+        whole = list(split.batches(10))
+        for wanted in (range(5), range(2, 4), range(1, 1), range(4, 5)):
+            found = list(split.batches(10, wanted))
+            assert len(found) == len(wanted)
+            for number, (codes, labels) in zip(wanted, found, strict=True):
+                assert torch.equal(codes, whole[number][0])
+                assert torch.equal(labels, whole[number][1])
+
+
 @pytest.mark.parametrize("limit", [2, 7, 50, 500])
 def test_a_limit_takes_the_samples_that_a_split_in_memory_takes(limit):
     dataset = Numbered(99, invalid=(0, 50, 51))
@@ -133,7 +145,7 @@ def test_a_limit_takes_the_samples_that_a_split_in_memory_takes(limit):
     assert len(streamed) == len(resident)
     assert torch.equal(streamed.labels, resident.labels)
     assert torch.equal(torch.cat([c for c, _ in streamed.batches(8)]), resident.codes[:, 0])
-    assert len({row for codes, _ in epoch(streamed, 2) for row in rows_of(codes)}) == len(resident) // 2 * 2
+    assert len({row for codes, _ in epoch(streamed, 2) for row in rows_of(codes)}) == len(resident)
     assert torch.equal(streamed.packed().labels, resident.labels)
 
 

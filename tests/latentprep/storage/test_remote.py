@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import functools
 import json
+import subprocess
+import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -250,6 +253,48 @@ def test_a_web_server_is_read_and_never_written(through: Callable[..., Proxy], i
         latentprep.encode(images, **OPTIONS, out=url)
     web.shutdown()
     web.server_close()
+
+
+def test_processes_that_share_a_cache_download_a_file_once(images: Path, tmp_path: Path) -> None:
+    latentprep.encode(images, **OPTIONS, out=tmp_path / "site" / "codes")
+    asked, both = Counter[str](), threading.Event()
+
+    class Slow(SimpleHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked[self.path] += 1
+            if self.path.endswith("manifest.json") and asked[self.path] == 2:
+                both.set()
+            if "/train/" in self.path:
+                assert both.wait(60)
+                time.sleep(0.1)
+            super().do_GET()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    web = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Slow, directory=tmp_path / "site"))
+    threading.Thread(target=web.serve_forever, daemon=True).start()
+    cache, url = tmp_path / "cache", f"http://127.0.0.1:{web.server_port}/codes"
+    read = f"import latentprep; print(latentprep.open({url!r}, cache_dir={str(cache)!r}).load('train').codes.sum())"
+    running = [subprocess.Popen([sys.executable, "-c", read], stdout=subprocess.PIPE) for _ in range(2)]
+    found = {process.communicate(timeout=120)[0] for process in running}
+    web.shutdown()
+    web.server_close()
+    assert found == {b"%d\n" % latentprep.open(tmp_path / "site" / "codes").load("train").codes.sum()}
+    files = {path: count for path, count in asked.items() if "/train/" in path}
+    assert len(files) >= 3
+    assert set(files.values()) == {1}, files
+    assert len(list(cache.iterdir())) == len(files)  # and no lock is left
+
+
+def test_where_files_cannot_be_locked_nobody_waits(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    cache = ShardCache(tmp_path / "file")
+    with cache.fetching("a" * 64), cache.fetching("a" * 64):
+        pass
+    with pytest.raises(OSError, match="of the download"), ShardCache(tmp_path / "cache").fetching("a" * 64):
+        raise OSError("of the download")
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_the_oldest_entries_of_a_cache_go_first(tmp_path: Path) -> None:
