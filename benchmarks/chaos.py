@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import multiprocessing
 import os
 import random
 import shutil
@@ -16,7 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import latentprep
@@ -27,6 +29,7 @@ from latentprep.format import EncodedShard, ShardRecord
 from latentprep.sources.source import Source, open_source
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+import clusters
 from faults import Disk, committed, digest, full_after, read_only
 
 OPTIONS = {"codec": "dct", "size": 64, "shard_rows": 16}
@@ -264,6 +267,77 @@ class Chaos:
             self.finish(out)
         return {"runs": times}
 
+    def some_committed(self, out: Path, busy: Callable[[], bool]) -> None:
+        """Wait until a random number of shards is committed, and then a little, or until nobody is busy."""
+        wanted = self.draw.randrange(len(self.shards))
+        while len(list(out.glob("records/*.json"))) < wanted and busy():
+            time.sleep(0.002)
+        time.sleep(self.draw.uniform(0, 0.05))
+
+    def worker_processes(self, times: int) -> dict:
+        """SIGKILL one of two worker processes: the run goes on, and ends in the same bytes."""
+        died = 0
+        for number in range(times):
+            out = self.scratch / f"process{number}"
+            with ThreadPoolExecutor(1) as pool:
+                run = pool.submit(encode, self.source, out, devices="cpu:2")
+                self.some_committed(out, lambda run=run: not run.done())
+                victims = multiprocessing.active_children()
+                if victims:
+                    self.draw.choice(victims).kill()
+                    died += 1
+                run.result()
+            assert digest(out) == self.whole
+            shutil.rmtree(out)
+        return {"runs": times, "killed": died}
+
+    def drivers(self, times: int) -> dict:
+        """SIGKILL the command, and run it again until it ends: its workers are gone, no committed shard is."""
+        out, ended, left = self.scratch / "driver", 0, []
+        words = [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()]
+        command = [sys.executable, "-m", "latentprep.cli", "encode", str(self.source), *words]
+        before: set = set()
+        while len(left) < times:
+            driver = subprocess.Popen(
+                [*command, f"--out={out}", "--devices=cpu:2"], start_new_session=True,
+                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            )  # fmt: skip
+            self.some_committed(out, lambda driver=driver: driver.poll() is None)
+            driver.kill()
+            code, end = driver.wait(), time.monotonic() + 10
+            with contextlib.suppress(ProcessLookupError):
+                while True:
+                    os.killpg(driver.pid, 0)
+                    assert time.monotonic() < end, "a worker outlived its driver"
+                    time.sleep(0.02)
+            now = committed(out)
+            assert before <= now, "a committed shard was lost"
+            before = now
+            if code == 0:
+                assert digest(out) == self.whole
+                shutil.rmtree(out)
+                before, ended = set(), ended + 1
+            else:
+                left.append(len(now))
+        if out.exists():
+            self.finish(out)
+        return {"kills": len(left), "runs_finished_between": ended, "shards_at_each_kill": left}
+
+    def ray_nodes(self, times: int) -> dict:
+        """Take one of three nodes from a Ray cluster; another comes for the next run."""
+        with clusters.cluster() as nodes:
+            for number in range(times):
+                out = self.scratch / f"node{number}"
+                with ThreadPoolExecutor(1) as pool:
+                    run = pool.submit(encode, self.source, out, engine="ray", address=nodes.address)
+                    self.some_committed(out, lambda run=run: not run.done())
+                    nodes.remove_node(self.draw.choice(sorted(nodes.worker_nodes, key=str)), allow_graceful=False)
+                    run.result()
+                assert digest(out) == self.whole
+                shutil.rmtree(out)
+                nodes.add_node(num_cpus=1)
+        return {"runs": times}
+
     def two_at_once(self, times: int) -> dict:
         """While one process writes, another is refused; when it is killed, the folder is free at once."""
         refused = 0
@@ -293,10 +367,11 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images", type=int, default=200, help="a split")
+    parser.add_argument("--workers", type=int, default=20, help="deaths of workers, of Ray nodes, and of drivers")
     options = parser.parse_args()
     if options.images < 100:
         parser.error("--images must be 100 or more: fewer make too few shards for some of the faults")
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, clusters.plugin():
         chaos = Chaos(Path(scratch), options.images, options.seed)
         result: dict = {"images": 2 * options.images, "files": len(chaos.whole), "seconds_unbroken": chaos.seconds}
         for name, fault in {
@@ -307,6 +382,9 @@ def main() -> None:
             "source_changes": lambda: chaos.sources(6),
             "worker_dies": lambda: chaos.workers(6),
             "two_at_once": lambda: chaos.two_at_once(5),
+            "worker_process_killed": lambda: chaos.worker_processes(options.workers),
+            "driver_of_workers_killed": lambda: chaos.drivers(options.workers),
+            "ray_node_killed": lambda: chaos.ray_nodes(options.workers),
         }.items():
             start = time.monotonic()
             result[name] = {**fault(), "seconds": round(time.monotonic() - start, 1)}

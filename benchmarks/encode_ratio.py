@@ -21,9 +21,10 @@ from PIL import Image
 from common import assets, record, spread
 from latentprep.cli import console
 from latentprep.codecs import make_codec
+from latentprep.encoding.calibration import calibrate
 from latentprep.encoding.driver import commit_shards, start
 from latentprep.encoding.encode import make_plan
-from latentprep.encoding.pipeline import LocalEngine, Stages, calibrate
+from latentprep.encoding.pipeline import LocalEngine, Stages
 from latentprep.progress import silent
 from latentprep.sources.images import MAX_PIXELS, centre_box, load_views
 from latentprep.sources.source import Row, Source, open_source

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -41,6 +42,37 @@ def pick_device(name: str | torch.device = "auto") -> torch.device:
             f"use {opt('device', 'auto')} or {opt('device', 'cpu')}",
         )
     return device
+
+
+def pick_devices(names: str | Sequence[int | str]) -> list[torch.device]:
+    """Several devices: ``all`` CUDA devices, some of them as ``0,1`` or ``cuda:0,cuda:1``, or ``cpu:N``, N times the
+    CPU.
+
+    Raises `UsageError` for anything else, `SystemFault` for a device that this machine does not have.
+    """
+    text = names if isinstance(names, str) else ",".join(map(str, names))
+    usage = f"use {opt('devices', 'all')}, {opt('devices', '0,1')} … or {opt('devices', 'cpu:2')}"
+    if text == "all":
+        if not torch.cuda.is_available():
+            raise SystemFault("torch sees no CUDA devices", f"use {opt('devices', 'cpu:2')} for processes on the CPU")
+        return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    count = re.fullmatch(r"cpu:(\d{1,4})", text)
+    if count and int(count[1]):
+        return [torch.device("cpu")] * int(count[1])
+    numbers = [re.fullmatch(r"(?:cuda:)?(\d{1,4})", name.strip()) for name in text.split(",")]
+    if not all(numbers):
+        raise UsageError(f"{opt('devices')} does not take {text!r:.60}", usage)
+    indices = [int(number[1]) for number in numbers if number]
+    if len(set(indices)) < len(indices):
+        raise UsageError(f"{opt('devices', text)} names a device twice", f"use {opt('workers_per_device', 2)}")
+    return [pick_device(f"cuda:{index}") for index in indices]
+
+
+def device_name(device: torch.device) -> str:
+    """What a record says of the device that made a shard: such as "cuda: NVIDIA H100", and nothing for CPUs."""
+    if device.type == "cpu":
+        return ""
+    return f"cuda: {torch.cuda.get_device_name(device)}" if device.type == "cuda" else device.type
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:

@@ -44,6 +44,7 @@ class DatasetInfo:
     and keys. bits_per_value: ``8 * code_bytes`` over the number of codes. bytes_per_image: code bytes per sample.
     source_bytes: size of the image files that were read. saturation: for each channel, the share of latents outside
     the quantizer's range. poor: channels that carry next to nothing, judged by the first committed shard of train.
+    devices: that made the shards, and how many; empty if all are CPUs.
     """
 
     path: str
@@ -69,6 +70,7 @@ class DatasetInfo:
     smaller_than_pixels: float
     saturation: tuple[float, ...]
     poor: tuple[PoorChannel, ...]
+    devices: dict[str, int]
 
     def to_json(self) -> dict:
         return asdict(self)
@@ -87,6 +89,7 @@ def info(dataset: str | Path | LatentDataset) -> DatasetInfo:
     manifest = dataset.manifest
     records = {split: dataset.records(split) for split in dataset.splits}
     everything = [record for shards in records.values() for record in shards]
+    devices = Counter(record.device or "cpu" for record in everything)
     rows = sum(record.rows for record in everything)
     valid = rows - sum(len(record.invalid) for record in everything)
     values = sum(record.rows * int(np.prod(manifest.row_shape(record.split))) for record in everything)
@@ -120,6 +123,7 @@ def info(dataset: str | Path | LatentDataset) -> DatasetInfo:
         smaller_than_pixels=pixel_bytes / max(1, codes),
         saturation=tuple((saturated * manifest.latent[0] / max(1, values)).tolist()),
         poor=_poor_channels(dataset, records),
+        devices={} if set(devices) <= {"cpu"} else dict(sorted(devices.items())),
     )
 
 

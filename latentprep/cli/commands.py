@@ -52,7 +52,7 @@ def encode(
         str | None,
         typer.Option(
             rich_help_panel="Codec",
-            help="Name and options; see [b]latentprep codecs[/b]. Default: taesd if its weights are here, or dct.",
+            help="Default: taesd if its weights are here, else dct; see [b]latentprep codecs[/b].",
         ),
     ] = None,
     weights: Annotated[
@@ -82,14 +82,23 @@ def encode(
     data: Data = None,
     workers: Workers = None,
     device: Device = "auto",
+    devices: Annotated[
+        str | None,
+        typer.Option(rich_help_panel="Machine", help="A process on each: all, 0,1 or cpu:4."),
+    ] = None,
+    workers_per_device: Annotated[
+        int, typer.Option(rich_help_panel="Machine", help="Processes on each of --devices.")
+    ] = 1,
+    engine: Annotated[str, typer.Option(rich_help_panel="Machine", help="local, or ray for a Ray cluster.")] = "local",
+    address: Annotated[
+        str | None, typer.Option(rich_help_panel="Machine", help="The Ray cluster's: auto or HOST:PORT.")
+    ] = None,
 ) -> None:
     """Encode a source of labelled images into a latent dataset.
 
     Run it again to resume. Exit code 3: done, but some samples could not be read (errors.jsonl).
 
-    Examples:
-
-      latentprep encode shapes
+    Example:
 
       latentprep encode photos/ --codec dct:luma=8,chroma=2 --size 256 --out shards
     """
@@ -98,9 +107,10 @@ def encode(
     opened = open_shown(source, data=data, val_fraction=val_fraction, seed=seed, out=out)
     result = run(
         opened, codec=codec, weights=weights, bits=bits, size=size, out=out, store=store, quantizer=quantizer,
-        joint=joint, views=views, splits=words(splits), limit=limit, workers=workers, device=device, seed=seed,
-        shard_rows=shard_rows, max_pixels=max_pixels, max_error_fraction=max_error_fraction, dry_run=dry_run,
-        overwrite=overwrite, progress=console.progress_bar,
+        joint=joint, views=views, splits=words(splits), limit=limit, workers=workers, device=device, devices=devices,
+        workers_per_device=workers_per_device, engine=engine, address=address, seed=seed, shard_rows=shard_rows,
+        max_pixels=max_pixels, max_error_fraction=max_error_fraction, dry_run=dry_run, overwrite=overwrite,
+        progress=console.progress_bar,
     )  # fmt: skip
     show_result(result, as_json)
     if result.note:

@@ -17,6 +17,7 @@ from latentprep.cli.terminal import guard_streams, orderly_signals
 from latentprep.errors import Interrupted, LatentError, LatentWarning, SystemFault, system_fault
 from latentprep.progress import BYTES, Progress
 from latentprep.text import duration, shown, size
+from latentprep.tuning import tune_process
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,7 +32,6 @@ def run(app: Any) -> None:
         try:
             guard_streams()
             tune_process()
-            warnings.filterwarnings("ignore", module="PIL")  # of damaged images, which we report ourselves
             warnings.showwarning = _show_warning  # type: ignore[assignment]
             try:
                 code = _exit_code(app)
@@ -72,25 +72,6 @@ def _show_warning(message: Warning | str, category: type[Warning], filename: str
         warn(str(message))
     else:
         print(warnings.formatwarning(message, category, filename, lineno), end="", file=sys.stderr)
-
-
-def tune_process() -> None:
-    """Make this process good at CPU networks. Call it before torch is imported; programs do, libraries must not.
-
-    Idle OpenMP threads that spin for long take the cores from those that decode, and from everybody else: on two shared
-    cores, training ran 20 times slower. Those that sleep at once wake late: 1.4 times slower on two cores of its own.
-    So they spin for some tens of microseconds. And glibc gives large blocks back to the system whenever they are freed,
-    only to get them again as pages to be zeroed: keeping them makes TAESD's encoder 1.4 times as fast.
-    """
-    import ctypes
-
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        if mallopt is not None:
-            mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD, bytes
-            mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD, bytes
 
 
 def _say(error: LatentError) -> int:

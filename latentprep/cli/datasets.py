@@ -239,6 +239,7 @@ def info(
     if as_json:
         console.print_json(found.to_json())
         return
+    made_by = ", ".join(f"{device} ({text.plural(n, 'shard')})" for device, n in found.devices.items())
     unnamed = ("name", "model", "weights_sha256")  # no options, but facts about the weights
     options = ",".join(f"{key}={value}" for key, value in found.codec.items() if key not in unnamed)
     console.print_facts(
@@ -257,6 +258,7 @@ def info(
             "saturated": " ".join(f"{share:.2%}" for share in found.saturation[:16])
             + (" …" if len(found.saturation) > 16 else "")
             + " of values, per channel",
+            **({"made by": made_by} if made_by else {}),
             **{
                 f"channel {poor.channel}": f"{poor.entropy:.2f} bits per code: {poor.cause}" for poor in found.poor[:16]
             },

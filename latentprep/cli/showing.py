@@ -50,7 +50,8 @@ def show_result(result: EncodeResult, as_json: bool) -> None:
     }
     if result.encoded:
         rate = result.encoded / max(1e-9, result.seconds)
-        facts["time"] = f"{text.duration(result.seconds)}, {rate:.0f} images/s"
+        by = "" if result.engine == "local" else f", {result.engine}: {text.plural(result.workers, 'worker')}"
+        facts["time"] = f"{text.duration(result.seconds)}, {rate:.0f} images/s{by}"
     if not result.dry_run and {"train", "val"} <= set(result.rows):
         facts["next"] = f"latenttrain fit {result.out}"
     console.print_facts(f"{verb} {result.out}", facts)

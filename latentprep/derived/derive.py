@@ -41,6 +41,7 @@ class _Taken(NamedTuple):
     source_bytes: int
     saturated: tuple[int, ...]
     invalid: list[dict]
+    device: str
 
 
 def convert(
@@ -148,11 +149,13 @@ def _taker(parts: Sequence[LatentDataset]) -> Callable[[str, np.ndarray, int], _
         taken: list[Codes] = []
         invalid: list[dict] = []
         source_bytes, saturated = 0, np.zeros(parts[0].manifest.latent[0], np.int64)
+        devices: set[str] = set()
         shard_rows = np.array([part.manifest.shard_rows for part in parts])
         shards = np.stack([rows[:, 0], rows[:, 1] // shard_rows[rows[:, 0]]], axis=1)
         for part, index in np.unique(shards, axis=0).tolist():
             here = np.flatnonzero((shards == (part, index)).all(axis=1))
             shard, record = read(part, split, index), parts[part].committed(split, index)
+            devices.add(record.device or "cpu")
             places = rows[here, 1] - index * shard_rows[part]
             labels = shard.labels[places]
             taken.append(Codes(shard.codes[places], labels, [shard.keys[place] for place in places]))
@@ -163,7 +166,8 @@ def _taker(parts: Sequence[LatentDataset]) -> Callable[[str, np.ndarray, int], _
             saturated += np.array(record.saturated) * valid // max(1, all_valid)
         codes, labels = (np.concatenate([getattr(some, name) for some in taken]) for name in ("codes", "labels"))
         joined = Codes(codes, labels, [key for some in taken for key in some.keys])
-        return _Taken(joined, source_bytes, tuple(saturated.tolist()), invalid)
+        device = "" if devices == {"cpu"} else ", ".join(sorted(devices))
+        return _Taken(joined, source_bytes, tuple(saturated.tolist()), invalid, device)
 
     return take
 
@@ -172,7 +176,7 @@ def _checked(manifest: Manifest, shard: ShardId, taken: _Taken) -> EncodedShard:
     """Encode the shard and check that it decodes to the same samples."""
     encoded = encoded_shard(
         manifest, shard, taken.rows,
-        source_bytes=taken.source_bytes, saturated=taken.saturated, invalid=taken.invalid,
+        source_bytes=taken.source_bytes, saturated=taken.saturated, invalid=taken.invalid, device=taken.device,
     )  # fmt: skip
     codes, labels, keys = store_of(manifest).decode_shard_files(manifest, shard.split, shard.index, encoded.files)
     rows = taken.rows

@@ -44,17 +44,19 @@ def commit_shards(
 ) -> None:
     """Commit shards in a thread, as they come, and call `done` with the record of each committed one.
 
-    Shards whose writing has begun are committed completely, even after an error. `shards` is closed at the end: left to
-    the garbage collector, it could be closed in a thread for which its own threads wait.
+    Shards whose writing has begun are committed completely, and `done` called, even after an error. `shards` is closed
+    at the end: left to the garbage collector, it could be closed in a thread for which its own threads wait.
     """
     waiting: deque[Future[ShardRecord]] = deque()
     with ThreadPoolExecutor(1) as writer, contextlib.closing(shards):
-        for shard in shards:
-            waiting.append(writer.submit(commit_shard, dataset.root, shard))
-            while waiting and (waiting[0].done() or len(waiting) > _UNCOMMITTED):
+        try:
+            for shard in shards:
+                waiting.append(writer.submit(commit_shard, dataset.root, shard))
+                while waiting and (waiting[0].done() or len(waiting) > _UNCOMMITTED):
+                    done(dataset.remember(waiting.popleft().result()))
+        finally:
+            while waiting:
                 done(dataset.remember(waiting.popleft().result()))
-        while waiting:
-            done(dataset.remember(waiting.popleft().result()))
 
 
 def stored_manifest(root: Place, asked: Plan, overwrite: bool, source: Source | None = None) -> Manifest | None:

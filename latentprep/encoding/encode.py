@@ -43,7 +43,10 @@ from latentprep.sources.source import Source, open_source
 from latentprep.storage.places import Place, place, several
 
 if TYPE_CHECKING:
+    import torch
+
     from latentprep.codecs import Codec
+    from latentprep.encoding.crew import Crew
     from latentprep.encoding.pipeline import Stages
 
 CALIBRATION = 256  # images, spread evenly over the train split
@@ -64,6 +67,7 @@ class EncodeResult:
     profile: where the time went, if asked for: `profile.Profile.to_json`.
     note: what the user should know of the source; empty as a rule.
     left_out: what there is in the source besides its rows, and how many: see `sources.Source`.
+    engine: that made the shards: "local", "processes" or "ray". workers: how many processes.
     """
 
     out: str
@@ -85,6 +89,8 @@ class EncodeResult:
     profile: dict | None = None
     note: str = ""
     left_out: dict[str, int] = field(default_factory=dict)
+    engine: str = "local"
+    workers: int = 1
 
     def to_json(self) -> dict:
         return asdict(self)
@@ -110,6 +116,10 @@ def encode(
     batch_size: int | None = None,
     workers: int | None = None,
     device: str = "auto",
+    devices: str | list[int | str] | None = None,
+    engine: str = "local",
+    address: str | None = None,
+    workers_per_device: int = 1,
     seed: int = 0,
     shard_rows: int = SHARD_ROWS,
     max_pixels: int | None = None,
@@ -136,6 +146,9 @@ def encode(
     colour: "srgb" converts embedded colour profiles, "stored" uses an image's numbers as they are.
     views: of a train sample, see `images.load_views`; other splits have view 0 alone.
     limit: at most that many samples a split, spread over it. batch_size: images the codec takes at once.
+    devices: ``"all"`` CUDA devices, some of them as ``"0,1"`` or ``[0, 1]``, or ``"cpu:4"``: a process for each makes
+    shards. engine: ``"ray"`` makes them in the Ray cluster at `address`, ``"auto"`` or ``"HOST:PORT"``; without one, on
+    this machine. workers_per_device: processes on each device. workers: decoding threads, of each process.
     profile: measure where the time goes.
 
     Raises `UsageError`, `SourceError`, `CodecError`, `DatasetError`, `SystemFault` or `Interrupted`; whatever
@@ -146,7 +159,10 @@ def encode(
     ({'train': 60, 'val': 60}, (16, 16, 16))
     """
     from latentprep.codecs.base import MAX_SIZE
-    from latentprep.encoding.pipeline import Stages, calibrate, loads
+    from latentprep.encoding.calibration import calibrate
+    from latentprep.encoding.crew import crew_of
+    from latentprep.encoding.pipeline import Stages, loads
+    from latentprep.encoding.worker import check_portable
     from latentprep.sources.images import MAX_PIXELS
 
     check_bits(bits)
@@ -160,13 +176,16 @@ def encode(
     check_number("max_error_fraction", max_error_fraction, 0, 1)
     check_word("colour", colour, COLOURS)
     check_word("store", store, STORES)
+    crew = crew_of(engine, devices, device, address, workers_per_device)
     root = place(out)
 
     source = open_source(source, data=data, val_fraction=val_fraction, seed=seed, out=out)
     if limit is not None:
         source = source.take(limit)
     names = _split_names(source, splits)
-    coder = _open_codec(codec, device, weights, seed)
+    coder = _open_codec(codec, crew.device, weights, seed)
+    if crew.name != "local":
+        check_portable(coder)
     image_size = scaled_size(size or default_size(source, coder), phi, coder)
     latent = coder.latent_shape(image_size, image_size)
     taken = None if quantizer is None else open_dataset(quantizer)
@@ -189,7 +208,7 @@ def encode(
 
     began = time.monotonic()
     stages = Stages(source, coder, batch_size, workers, max_pixels or MAX_PIXELS, strict)
-    with writing(root):
+    with crew, writing(root):
         manifest = stored_manifest(root, asked, overwrite, source)
         if manifest is None:
             manifest = asked if isinstance(asked, Manifest) else calibrate(stages, asked, CALIBRATION, progress)
@@ -201,10 +220,11 @@ def encode(
         }
         note = check_unchanged(dataset, source, source_stats(source, names), records)
         if profile:
-            stages = replace(stages, profile=Profile(stages.threads()))
-        encoded = _run(stages, dataset, records, max_error_fraction, progress)
+            stages = replace(stages, profile=Profile(stages.threads(), crew.workers))
+        encoded = _run(crew, stages, dataset, records, max_error_fraction, progress)
     found = stages.profile.to_json() if stages.profile else None
     facts = {"seconds": time.monotonic() - began, "profile": found, "note": note, "left_out": source.left_out}
+    facts |= {"engine": crew.name, "workers": crew.workers}
     return encode_result(root, manifest, list(records.values()), encoded=encoded, **facts)
 
 
@@ -245,6 +265,7 @@ def scaled_size(size: int, phi: float, codec: Codec) -> int:
 
 
 def _run(
+    crew: Crew,
     stages: Stages,
     dataset: LatentDataset,
     records: dict[ShardId, ShardRecord],
@@ -252,8 +273,6 @@ def _run(
     progress: ProgressFactory,
 ) -> int:
     """Encode and commit the shards that `records` lacks, and add theirs; returns how many samples that were."""
-    from latentprep.encoding.pipeline import LocalEngine
-
     manifest = dataset.manifest
     jobs = [shard for shard in manifest.shards() if shard not in records]
     before = sum(record.rows for record in records.values())
@@ -267,7 +286,7 @@ def _run(
     try:
         _check_errors(records, manifest, max_fraction)
         with progress("encoding", sum(manifest.splits.values()), "images", before) as bar:
-            commit_shards(dataset, LocalEngine(manifest, stages, bar).run(jobs), done)
+            commit_shards(dataset, crew.engine(manifest, stages, bar).run(jobs), done)
     except KeyboardInterrupt as error:
         total = sum(map(manifest.shard_count, manifest.splits))
         raise Interrupted(
@@ -298,14 +317,13 @@ def _split_names(source: Source, splits: list[str] | None) -> list[str]:
     return names
 
 
-def _open_codec(codec: str | Codec | None, device: str, weights: str | None, seed: int) -> Codec:
+def _open_codec(codec: str | Codec | None, device: torch.device, weights: str | None, seed: int) -> Codec:
     from latentprep.codecs import open_codec
     from latentprep.codecs.listing import weights_at_hand
-    from latentprep.device import pick_device
 
     if codec is None:
         codec = "taesd" if weights or weights_at_hand("taesd") == "yes" else "dct"
-    return open_codec(codec, device=pick_device(device), weights=weights, seed=seed)
+    return open_codec(codec, device=device, weights=weights, seed=seed)
 
 
 def make_plan(

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from typing import Any
@@ -22,21 +22,19 @@ import torch
 from torch import Tensor
 
 from latentprep.codecs import Codec
-from latentprep.device import NOT_ON_DEVICE, Fitting, on_device, queues, sent
+from latentprep.device import NOT_ON_DEVICE, Fitting, device_name, on_device, queues, sent
 from latentprep.encoding.profile import CODEC, DECODE, QUANTIZE, WAIT_DECODE, WAIT_WRITE, WRITE, Profile
 from latentprep.errors import CodecError, SourceError, opt
-from latentprep.format.manifest import INVALID_LABEL, Manifest, Plan, ShardId, train_split
+from latentprep.format.manifest import INVALID_LABEL, Manifest, Plan, ShardId
 from latentprep.format.quantizer import Quantizer
 from latentprep.format.shard import Codes, EncodedShard, encoded_shard
-from latentprep.format.zarr_store import choose_compression
-from latentprep.progress import Progress, ProgressFactory, Silent
-from latentprep.quantizing.scalar import code_statistics, fit_quantizer, quantize, quantize_counting
+from latentprep.progress import Progress, Silent
+from latentprep.quantizing.scalar import quantize_counting
 from latentprep.sources.images import MAX_PIXELS, BadImage, colour_of, load_views
 from latentprep.sources.source import Source
 
 _AHEAD = 3  # decoded batches that wait for the codec
 _SHARDS_TO_COMPRESS = 2  # shards that wait for the compressor
-FEW_IMAGES = 32  # calibration images: with fewer, the ranges are guesses
 _IMAGES, _LIGHT_IMAGES, _CUDA_IMAGES = 32, 64, 512  # images per batch of a codec, at most
 _PIXELS, _CUDA_PIXELS = 32 * 512**2, 128 * 256**2  # the same in pixels: SD-VAE then needs about 15 GB on a GPU
 _IMAGES_PER_TASK = 16  # images that one thread decodes in one task, at most: smaller tasks cost more overhead
@@ -87,7 +85,12 @@ class Stages:
             torch.set_num_threads(before)
 
     def threads(self) -> int:
-        return self.workers or min(32, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 8)
+        return self.workers or min(32, cores())
+
+
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass
@@ -120,61 +123,14 @@ class _Coded:
         return self
 
 
-def calibrate(stages: Stages, asked: Plan, count: int, progress: ProgressFactory) -> Manifest:
-    """Fit the quantizer and choose the compression on up to `count` samples, spread evenly over the train split.
-
-    The plan's seed decides which sample is drawn from each stretch of the split. The codec gets one image at a time:
-    the last bits of its latents may depend on how many images are in the batch. So the same source gives the same
-    manifest, whatever the batch size.
-
-    Raises `SourceError` if no sample can be decoded, `CodecError` for latents that are not finite.
-    """
-    split = train_split(asked.splits)
-    rows = calibration_rows(asked.splits[split], count, asked.transform["seed"])
-    first = replace(asked, transform={**asked.transform, "views": 1})
-    latents, reasons = [], []
-    per_batch = stages.batch_samples(1, asked.transform["size"])
-    specs = [(ShardId(split, 0), rows[i : i + per_batch]) for i in range(0, len(rows), per_batch)]
-    with ThreadPoolExecutor(stages.threads()) as pool, progress("calibrating", len(rows), "images", 0) as bar:
-        for batch in _decoded(stages, first, specs, pool):
-            for place, row in enumerate(batch.rows):
-                if row not in batch.invalid:
-                    one = replace(batch, rows=[row], images=batch.images[place : place + 1])
-                    z = _encode(stages, one)
-                    _check_finite(one, torch.isfinite(z).all(dim=(1, 2, 3)).cpu(), stages.source.keys(split))
-                    latents.append(z.cpu())
-            reasons += [f"{stages.source.keys(split)[row]}: {why}" for row, why in batch.invalid.items()]
-            bar.advance(len(batch.rows))
-        if not latents:
-            raise SourceError(
-                f"none of {len(rows)} images drawn from split '{split}' can be decoded; the first is {reasons[0]}",
-                "check that the source holds images",
-            )
-        everything = torch.cat(latents)
-        if (doubt := doubtful(everything)) is not None:
-            bar.note(f"warning: {doubt}; the ranges may not fit other images")
-    quantizer = fit_quantizer(everything, asked.bits, asked.joint)
-    codes = quantize(everything, quantizer)
-    return asked.manifest(quantizer, code_statistics(codes, quantizer), choose_compression(codes.numpy()[:, None]))
-
-
-def doubtful(latents: Tensor) -> str | None:
-    """Why ranges fitted to these latents, f32 [B,C,h,w], may not fit others; None if there is no reason to think so."""
-    if (latents == latents[:1]).all():
-        return f"all {len(latents)} calibration images are alike" if len(latents) > 1 else "calibrated on 1 image"
-    if len(latents) < FEW_IMAGES:
-        return f"calibrated on only {len(latents)} images, fewer than {FEW_IMAGES}"
-    return None
-
-
 def encoded_rows(stages: Stages, manifest: Manifest, split: str, rows: int) -> Iterator[tuple[list[int], Tensor]]:
     """Every row of a split, in order, in batches: rows, and latents of view 0, f32 [b,C,h,w] on the host, 0 for
     unreadable samples."""
     step = stages.batch_samples(1, manifest.transform["size"])
     specs = [(ShardId(split, 0), list(range(i, min(i + step, rows)))) for i in range(0, rows, step)]
     with ThreadPoolExecutor(stages.threads()) as pool:
-        for batch in _decoded(stages, manifest, specs, pool):
-            latents = _encode(stages, batch).cpu().clone()
+        for batch in decoded(stages, manifest, specs, pool):
+            latents = latents_of(stages, batch).cpu().clone()
             latents[[place for place, row in enumerate(batch.rows) if row in batch.invalid]] = 0
             yield batch.rows, latents
 
@@ -186,7 +142,7 @@ def code_rows(
     step = stages.batch_samples(manifest.views(split), manifest.transform["size"])
     specs = [(ShardId(split, 0), rows[i : i + step]) for i in range(0, len(rows), step)]
     with ThreadPoolExecutor(stages.threads()) as pool:
-        for batch in _decoded(stages, manifest, specs, pool):
+        for batch in decoded(stages, manifest, specs, pool):
             yield batch.rows, _code(stages, manifest.quantizer, batch).wait().codes.numpy(), batch.invalid
 
 
@@ -226,7 +182,7 @@ class LocalEngine:
             try:
                 for coded in _coded(stages, manifest, jobs, readers):
                     shard = coded.batch.shard
-                    _check_finite(coded.batch, coded.finite, keys[shard.split])
+                    check_finite(coded.batch, coded.finite, keys[shard.split])
                     self.progress.advance(len(coded.batch.rows), shard=str(shard), **facts)
                     batches.append(coded)
                     if sum(len(c.batch.rows) for c in batches) == manifest.rows_in_shard(shard.split, shard.index):
@@ -267,7 +223,7 @@ def _coded(stages: Stages, manifest: Manifest, jobs: list[ShardId], pool: Thread
         stop = start + manifest.rows_in_shard(shard.split, shard.index)
         specs += [(shard, list(range(i, min(i + step, stop)))) for i in range(start, stop, step)]
     previous: _Coded | None = None
-    for batch in _decoded(stages, manifest, specs, pool):
+    for batch in decoded(stages, manifest, specs, pool):
         current = _code(stages, manifest.quantizer, batch)
         if previous is not None:
             yield previous.wait()
@@ -279,7 +235,7 @@ def _coded(stages: Stages, manifest: Manifest, jobs: list[ShardId], pool: Thread
 def _code(stages: Stages, quantizer: Quantizer, batch: _Batch) -> _Coded:
     with on_device(stages.device):
         with stages.timed(CODEC):
-            latents = _encode(stages, batch)
+            latents = latents_of(stages, batch)
             if stages.profile is not None and queues(latents.device):
                 torch.cuda.synchronize(latents.device)
         views = batch.images.shape[1]
@@ -300,14 +256,14 @@ def _async_copy(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
-def _encode(stages: Stages, batch: _Batch) -> Tensor:
+def latents_of(stages: Stages, batch: _Batch) -> Tensor:
     """f32 [bV,C,h,w] on the codec's device."""
     with on_device(stages.device):
         images = sent(torch.from_numpy(batch.images), stages.device)
         return stages.encode(images.flatten(0, 1).permute(0, 3, 1, 2))
 
 
-def _decoded(
+def decoded(
     stages: Stages, manifest: Plan, specs: list[tuple[ShardId, list[int]]], pool: ThreadPoolExecutor
 ) -> Iterator[_Batch]:
     """Batches of decoded images in the order of `specs`. `_AHEAD` of them are prepared while one is used."""
@@ -353,7 +309,8 @@ def _decoded(
         yield batch
 
 
-def _check_finite(batch: _Batch, finite: Tensor, keys: list[str]) -> None:
+def check_finite(batch: _Batch, finite: Tensor, keys: list[str]) -> None:
+    """`CodecError` naming the first readable sample whose latents are not finite. finite: bool [b]."""
     for row, good in zip(batch.rows, finite.tolist(), strict=True):
         if not good and row not in batch.invalid:
             raise CodecError(
@@ -382,12 +339,5 @@ def _encoded(
             invalid=[
                 {"row": rows[place], "key": shard_codes.keys[place], "reason": reasons[rows[place]]} for place in bad
             ],
+            device=device_name(stages.device),
         )
-
-
-def calibration_rows(rows: int, count: int, seed: int) -> list[int]:
-    """`count` of `rows` rows, or all if there are not more: one drawn from each of `count` equal stretches."""
-    if rows <= count:
-        return list(range(rows))
-    edges = np.arange(count + 1) * rows // count
-    return np.random.default_rng([seed, rows]).integers(edges[:-1], edges[1:]).tolist()

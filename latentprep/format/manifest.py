@@ -264,6 +264,7 @@ class ShardRecord:
     source_bytes: size of the valid samples' image files.
     saturated: per channel, how many latents lay outside the quantizer's range.
     manifest: SHA-256 of the manifest that this shard was made with.
+    device: that the codec ran on, such as "cuda: NVIDIA H100"; empty for CPUs, and for shards made of codes.
     """
 
     split: str
@@ -274,6 +275,7 @@ class ShardRecord:
     saturated: tuple[int, ...]
     manifest: str
     invalid: tuple[dict, ...] = field(default=())
+    device: str = ""
 
     @property
     def shard(self) -> ShardId:
@@ -295,6 +297,7 @@ class ShardRecord:
                 "source_bytes": self.source_bytes,
                 "saturated": list(self.saturated),
                 "invalid": list(self.invalid),
+                **({"device": self.device} if self.device else {}),
             }
         )
         head = plain.removesuffix(_END)
@@ -331,6 +334,7 @@ class ShardRecord:
             saturated=tuple(saturated),
             manifest=top.sha256("manifest"),
             invalid=tuple(invalid),
+            device=top.text("device") if "device" in top.document else "",
         )
 
 

@@ -47,8 +47,9 @@ def encoded_shard(
     source_bytes: int,
     saturated: Sequence[int],
     invalid: Sequence[dict] = (),
+    device: str = "",
 ) -> EncodedShard:
-    """Encode these rows as a shard. The same arguments give the same bytes."""
+    """Encode these rows as a shard. The same arguments give the same bytes. device: see `ShardRecord`."""
     files = store_of(manifest).encode_shard_files(
         manifest, shard.split, shard.index, rows.codes, rows.labels, rows.keys
     )
@@ -61,5 +62,6 @@ def encoded_shard(
         saturated=tuple(saturated),
         manifest=manifest.sha256,
         invalid=tuple(invalid),
+        device=device,
     )
     return EncodedShard(files, record)

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
 import torch
 
 
@@ -40,3 +46,65 @@ class BrokenCodec(GreyCodec):
         latents = super().encode(images)
         latents[images.float().mean((1, 2, 3)) < 10] = torch.nan
         return latents
+
+
+class SlowCodec(GreyCodec):
+    """Takes its time with every image but no processor, and waits for a file; for the tests. Calibration, which has one
+    image at a time, waits for nothing."""
+
+    name = "slow"
+
+    def __init__(self, *, delay: float = 0.05, gate: str = "", device: torch.device | str = "cpu") -> None:
+        super().__init__(device=device)
+        self.delay, self.gate = delay, gate
+
+    def config(self) -> dict:
+        return {"name": self.name, "delay": self.delay, "gate": self.gate}
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        while self.gate and len(images) > 1 and not Path(self.gate).exists():
+            time.sleep(0.01)
+        time.sleep(self.delay * len(images) if len(images) > 1 else 0)
+        return super().encode(images)
+
+
+class DeadlyCodec(GreyCodec):
+    """Kills the worker that gives it a dark image, until there are so many bytes in a file; for the tests."""
+
+    name = "deadly"
+
+    def __init__(self, *, count: str = "", times: int = 1, device: torch.device | str = "cpu") -> None:
+        super().__init__(device=device)
+        self.count, self.times = count, times
+
+    def config(self) -> dict:
+        return {"name": self.name, "count": self.count, "times": self.times}
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        dark = bool((images.float().mean((1, 2, 3)) < 10).any())
+        if dark and multiprocessing.parent_process() and Path(self.count).stat().st_size < self.times:
+            with Path(self.count).open("a") as file:
+                file.write("x")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().encode(images)
+
+
+class WeighedCodec(GreyCodec):
+    """Has other weights where another environment variable is set; a plug-in that the tests install."""
+
+    name = "weighed"
+
+    def config(self) -> dict:
+        return {"name": self.name, "weights_sha256": os.environ.get("GREY_WEIGHTS", "none")}
+
+
+class Local:
+    """Reads files in one process only, as from a disk that no other machine has."""
+
+    def __init__(self) -> None:
+        self.process = os.getpid()
+
+    def __call__(self, path: str) -> bytes:
+        if os.getpid() != self.process:
+            raise FileNotFoundError(2, "No such file or directory", path)
+        return Path(path).read_bytes()
