@@ -1,6 +1,6 @@
 # latentprep and latenttrain on an official PyTorch CUDA runtime image; for CPUs only, without gigabytes of CUDA:
 #   docker build --build-arg BASE=docker.io/library/python:3.11-slim -t latentprep:cpu .
-# tests/docker/build.sh builds that and checks it. Layers that change seldom come first.
+# make image builds that and checks it. Layers that change seldom come first.
 ARG BASE=docker.io/pytorch/pytorch:2.13.0-cuda13.0-cudnn9-runtime
 
 FROM ${BASE} AS dependencies

@@ -10,7 +10,7 @@ BENCHMARKS := startup encode_ratio requantize epoch_ratio talk_table time_to_acc
 # What computes on --device auto, which is CUDA where there is a card.
 GPU_TESTS := tests/latenttrain $(patsubst %,tests/latentprep/%,test_device.py codecs derived encoding pictures quantizing audit/test_verify.py)
 
-.PHONY: demo test lint docs bench bench-gpu chaos clean help
+.PHONY: demo test lint docs bench bench-gpu chaos image clean help
 
 help:
 	@echo "make demo   encode the built-in shapes with the block DCT, train on the codes, print the table"
@@ -18,6 +18,7 @@ help:
 	@echo "make lint   ruff, mypy and import-linter"
 	@echo "make docs   write docs/cli.md and docs/architecture.svg from the code"
 	@echo "make bench  run the benchmarks under benchmarks/; make bench-gpu what is to be measured and tested on a GPU"
+	@echo "make image  build the Docker image for CPUs with docker or podman, and check it"
 	@echo "make chaos  kill, cut off, fill up and rob an encode hundreds of times: nothing may be lost"
 
 $(BIN)/python:
@@ -60,6 +61,9 @@ bench-gpu: $(VENV)/dev.stamp
 
 chaos: $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/chaos.py
+
+image:
+	tests/docker/build.sh
 
 clean:
 	rm -rf $(VENV) $(DEMO) build dist

@@ -14,8 +14,8 @@ import pytest
 import typer
 import yaml
 
-import latenttrain.cli
 import latentprep.cli.commands
+import latenttrain.cli
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -45,8 +45,7 @@ def test_what_is_copied_is_here_and_passes_the_ignore_file() -> None:
 
 def test_the_image_agrees_with_the_project() -> None:
     project = PROJECT["project"]
-    [labels] = [dict(re.findall(r'org\.opencontainers\.image\.(\w+)="(.*?)"', text)) for s, text in STEPS if s == "LABEL"]
-    assert labels == {
+    assert dict(re.findall(r'org\.opencontainers\.image\.(\w+)="(.*?)"', dict(STEPS)["LABEL"])) == {
         "title": project["name"], "description": project["description"], "version": project["version"],
         "licenses": project["license"],
     }  # fmt: skip
@@ -76,6 +75,8 @@ def test_what_the_page_and_the_script_run_are_commands_of_ours() -> None:
     page = (ROOT / "docs" / "docker.md").read_text()
     lines = [shlex.split(line) for line in re.findall("^docker run .*", page, re.M)]
     script = (ROOT / "tests" / "docker" / "build.sh").read_text()
+    compose = (ROOT / "compose.yaml").read_text()
+    lines += [shlex.split(words) for words in re.findall(r"^ *#.*docker compose .* (latent\w+ .*)", compose, re.M)]
     lines += [shlex.split(words) for words in re.findall(r"^\w+=\((latent.*)\)$", script, re.M)]
     lines += [shlex.split(words) for words in re.findall(r'" run (latent\w+ [a-z].*)$', script, re.M)]
     assert len(lines) >= 8

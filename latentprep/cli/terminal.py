@@ -100,8 +100,8 @@ class Ended:
 def orderly_signals() -> Iterator[Ended]:
     """SIGINT, SIGTERM and SIGHUP raise `KeyboardInterrupt` here, each but the ones that are ignored (as nohup does).
 
-    The first one lets the work end in order; a second one ends the process at once. As a container's process 1 too, which
-    no signal ends that it does not handle.
+    The first one lets the work end in order; a second one ends the process at once, even process 1 of a container,
+    which the system protects from signals that it does not handle.
     """
     ended = Ended()
     at_once = signal.SIG_DFL if os.getpid() != 1 else lambda number, frame: os._exit(128 + number)
