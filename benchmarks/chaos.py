@@ -268,9 +268,13 @@ class Chaos:
         return {"runs": times}
 
     def some_committed(self, out: Path, busy: Callable[[], bool]) -> None:
-        """Wait until a random number of shards is committed, and then a little, or until nobody is busy."""
-        wanted = self.draw.randrange(len(self.shards))
-        while len(list(out.glob("records/*.json"))) < wanted and busy():
+        """Wait until a random number of shards more is committed, and then a little, or until nobody is busy."""
+
+        def count() -> int:
+            return len(list(out.glob("records/*.json")))
+
+        wanted = self.draw.randint(count(), len(self.shards))
+        while count() < wanted and busy():
             time.sleep(0.002)
         time.sleep(self.draw.uniform(0, 0.05))
 
@@ -305,11 +309,9 @@ class Chaos:
             self.some_committed(out, lambda driver=driver: driver.poll() is None)
             driver.kill()
             code, end = driver.wait(), time.monotonic() + 10
-            with contextlib.suppress(ProcessLookupError):
-                while True:
-                    os.killpg(driver.pid, 0)
-                    assert time.monotonic() < end, "a worker outlived its driver"
-                    time.sleep(0.02)
+            while clusters.alive(driver.pid):
+                assert time.monotonic() < end, "a worker outlived its driver"
+                time.sleep(0.02)
             now = committed(out)
             assert before <= now, "a committed shard was lost"
             before = now

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import clusters
 
 SHARD_ROWS = 100
-DELAY = 0.12  # seconds that the slow codec sleeps for each image
+DELAY = 0.2  # seconds that the slow codec sleeps for each image
 
 
 class Engines:

@@ -99,8 +99,10 @@ def _connect(address: str) -> None:
     import ray
 
     host, colon, port = address.rpartition("://")[2].rpartition(":")
+    where = "is running on this machine" if address == "auto" else f"answers at {address}"
     nobody = SystemFault(
-        f"no Ray cluster answers at {address}", f"start one with ray start, or leave out {opt('address')}"
+        f"no Ray cluster {where}",
+        f"start one with ray start, or leave out {opt('address')} to use this machine alone",
     )
     if address not in ("auto", "local"):
         if not colon or not port.isdecimal():

@@ -42,7 +42,7 @@ def crew_of(
     check_word("engine", engine, ENGINES)
     check_whole("workers_per_device", workers_per_device, 1, 64)
     if devices is not None and device != "auto":
-        raise UsageError(f"{opt('device')} and {opt('devices')} say both where to encode", "give one of them")
+        raise UsageError(f"{opt('device')} and {opt('devices')} both say where to encode", "give one of them")
     if engine == "ray":
         from latentprep.encoding.cluster import RayCrew
 

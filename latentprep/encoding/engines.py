@@ -82,15 +82,17 @@ class PoolEngine:
                     worker, shard = busy.pop(future)
                     if (error := future.exception()) is None:
                         idle.append(worker)
-                        deaths.pop(shard or worker, None)
-                        made += [future.result()] if shard else []
+                        deaths.pop(worker, None)
+                        if shard is not None:
+                            made.append(future.result())
                         continue
                     if (cause := worker.cause(error)) is not None:
                         raise cause
                     deaths[shard or worker] += 1
                     if deaths[shard or worker] == DEATHS:
                         raise _given_up(worker, shard, error)
-                    todo.extendleft([shard] if shard else [])
+                    if shard is not None:
+                        todo.appendleft(shard)
                     busy[worker.start()] = worker, None
                 while todo and idle:
                     worker, shard = idle.pop(), todo.popleft()
@@ -133,7 +135,8 @@ class _Bar:
         starting = sum(shard is None for _, shard in busy)
         rows = self.finished + sum(worker.rows for worker, shard in busy if shard)
         alive = f"{self.workers - starting} of {self.workers}"
-        self.progress.advance(max(0, rows - self.shown), workers=alive, at_work=str(len(busy) - starting), **self.size)
+        facts = {"workers": alive, "shards_in_flight": str(len(busy) - starting), **self.size}
+        self.progress.advance(max(0, rows - self.shown), **facts)
         self.shown = max(rows, self.shown)
 
 
