@@ -67,8 +67,13 @@ def test_the_program_is_process_1_and_no_root() -> None:
 @pytest.mark.parametrize("name", COMPOSE["services"])
 def test_what_compose_runs_are_commands_of_ours(name: str) -> None:
     service = COMPOSE["services"][name]
-    assert set(service["build"]["args"]) <= set(ARGUMENTS)
-    parse(service["command"])
+    arguments, command = service["build"]["args"], service["command"]
+    assert set(arguments) <= set(ARGUMENTS)
+    extras = arguments.get("EXTRAS", "").split(",")
+    assert set(filter(None, extras)) <= set(PROJECT["project"]["optional-dependencies"])
+    assert command[0] in [*PROGRAMS, *extras]  # ray comes with its extra
+    if command[0] in PROGRAMS:
+        parse(command)
 
 
 def test_what_the_page_and_the_script_run_are_commands_of_ours() -> None:

@@ -124,6 +124,7 @@ for program in latentprep latenttrain; do
     check "$program --version" run $program --version
     check "$program --help" run $program --help
 done
+check "torch is without CUDA" run python -c "import torch; assert torch.version.cuda is None, torch.__version__"
 check "the user is not root" [ "$(run id -u)" = 1000 ]
 check "nothing but /data can be written to" run sh -c '! touch /opt/x /tmp/x'
 check "encode" run "${encode[@]}" --out whole
