@@ -26,6 +26,7 @@ from common import assets, record
 from latentprep.device import has_fast_bfloat16, pick_device
 from latentprep.errors import LatentError
 
+NO_BFLOAT16 = "import torch; torch.cpu._is_avx512_bf16_supported = torch.cpu._is_amx_tile_supported = lambda: False\n"
 PROGRAM = "import json, sys, latenttrain; latenttrain.fit(**json.loads(sys.argv[1]))"
 
 
@@ -62,12 +63,17 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=3000)
     parser.add_argument("--kills", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--float32", action="store_true", help="also where the processor multiplies bfloat16")
     options = parser.parse_args()
     random.seed(options.seed)
     folder = assets()
     source = latentprep.open_source("imagenette", data=folder / "imagenette2-224.tar") if folder else "shapes"
     with tempfile.TemporaryDirectory() as scratch:
         shards, runs = Path(scratch) / "shards", Path(scratch) / "runs"
+        if options.float32:
+            exec(NO_BFLOAT16)
+            (Path(scratch) / "sitecustomize.py").write_text(NO_BFLOAT16)
+            os.environ["PYTHONPATH"] = os.pathsep.join([scratch, os.environ.get("PYTHONPATH", "")])
         made = latentprep.encode(source, codec="dct", limit=options.limit, out=shards)
         found = {}
         for ranks in (1, 2, 4):
@@ -94,7 +100,7 @@ def main() -> None:
                 raise LatentError(f"other bits after {who} was killed in run {number} of {first}, then {second} ranks")
             kills[who] = kills.get(who, 0) + 1
     record(
-        "ranks",
+        "ranks_float32" if options.float32 else "ranks",
         {
             "samples": made.rows["train"], "latent": made.latent,
             "precision": "bfloat16" if has_fast_bfloat16(pick_device("cpu")) else "float32",
