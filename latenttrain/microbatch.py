@@ -96,9 +96,10 @@ class Learner:
         self.statistics = _statistics(net)
         self.like = [torch.zeros((), device=self.parameters[0].device), *self.parameters, *self.statistics]
         self.starts = list(accumulate((tensor.numel() for tensor in self.like), initial=0))
-        self.replicas = queue.SimpleQueue[Net]()  # one for each thread, with its own statistics
+        self.replicas = queue.SimpleQueue[tuple[Net, list[Tensor]]]()  # one for each thread, and its statistics
         for _ in range(pool._max_workers if pool else 1):
-            self.replicas.put(_replica(net))
+            replica = _replica(net)
+            self.replicas.put((replica, _statistics(replica)))
 
     def learn(self, rows: Tensor, labels: Tensor, random: dict[str, Tensor]) -> Tensor:
         """One batch: its mean loss, f32 [] on the device. rows, labels, random: of all its samples, on every rank.
@@ -149,7 +150,7 @@ class Learner:
 
     def _vector(self, rows: Tensor, labels: Tensor, random: dict[str, Tensor], parts: tuple[int, ...]) -> Tensor:
         """Loss, gradients and BatchNorm's statistics of these samples: f32 [n]"""
-        net = self.replicas.get()
+        net, statistics = self.replicas.get()
         try:
             net.cut_into(parts if len(parts) > 1 else ())
             with full_float32():  # for the stem; the network's body follows `bfloat16`
@@ -157,9 +158,9 @@ class Learner:
             gradients = torch.autograd.grad(loss, self.parameters)
             vector = torch.empty(self.starts[-1], device=loss.device)
             with torch.no_grad():
-                torch._foreach_copy_(self._views(vector), [loss, *gradients, *_statistics(net)])
+                torch._foreach_copy_(self._views(vector), [loss, *gradients, *statistics])
         finally:
-            self.replicas.put(net)
+            self.replicas.put((net, statistics))
         return vector
 
     def _views(self, vector: Tensor) -> list[Tensor]:

@@ -98,10 +98,11 @@ class Net(nn.Module):
     def cut_into(self, parts: tuple[int, ...]) -> None:
         """From now on batches consist of parts of so many samples, each with its own BatchNorm statistics and its own
         partners to mix with. Without parts a batch is one."""
-        self.parts = parts
-        for module in self.modules():
-            if isinstance(module, BatchNorm):
-                module.parts = parts
+        if parts != self.parts:
+            self.parts = parts
+            for module in self.modules():
+                if isinstance(module, BatchNorm):
+                    module.parts = parts
 
     @property
     def features(self) -> int:

@@ -44,22 +44,14 @@ def encode(
     views: Annotated[int, typer.Option(help="Views per train sample; others are crops.")] = 1,
     store: Annotated[str, typer.Option(help="zarr, or wds for WebDataset tars.")] = "zarr",
     shard_rows: Annotated[int, typer.Option(help="Samples per shard.")] = 1024,
-    shard_of: Annotated[
-        str | None,
-        typer.Option(
-            help="Encode part I of N alone, as I/N: 0/8 to 7/8; slurm: this array task's. See [b]latentprep merge[/b]."
-        ),
-    ] = None,
+    shard_of: Annotated[str | None, typer.Option(help="One part of the source, 0/8 to 7/8, or slurm.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of views, calibration and splitting.")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be made.")] = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
     codec: Annotated[
         str | None,
-        typer.Option(
-            rich_help_panel="Codec",
-            help="Default: taesd if its weights are here, else dct; see [b]latentprep codecs[/b].",
-        ),
+        typer.Option(rich_help_panel="Codec", help="See latentprep codecs. Default: taesd if here, else dct."),
     ] = None,
     weights: Annotated[
         str | None, typer.Option(rich_help_panel="Codec", help="Folder or hub id of the autoencoder's weights.")
