@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
+
 import latentprep
 from common import assets, record
 from latentprep.encoding import driver, pipeline
@@ -99,6 +101,7 @@ class Chaos:
                 before = set()
         if out.exists():
             self.finish(out)
+        assert any(left), "no encode got as far as a shard"
         return {"kills": len(left), "runs_finished_between": finished, "shards_at_each_kill": left}
 
     def power_cuts(self, moments: int, resumed: int) -> dict:
@@ -140,7 +143,7 @@ class Chaos:
 
     def full_disks(self, times: int) -> dict:
         """A disk that is full after a random number of bytes, in the middle of a file; real ones where we may mount."""
-        size, real = sum(map(len, self.whole.values())), 0
+        size, real = sum((self.scratch / "whole" / path).stat().st_size for path in self.whole), 0
         for number in range(times):
             out = self.scratch / f"full{number}"
             try:
@@ -213,6 +216,7 @@ class Chaos:
         for number in range(times):
             out = self.scratch / f"source{number}"
             victims = {path: path.read_bytes() for path in self.draw.sample(files, 5)}
+            times_of = {path: path.stat().st_mtime_ns for path in victims}
             how = self.draw.choice(("vanish", "cut", "swap"))
             source, left = open_source(self.source), [self.draw.randrange(len(files) // 2, len(files))]
             real = source.read
@@ -232,6 +236,7 @@ class Chaos:
             lost += sum(len(r.invalid) for s in source.splits for r in latentprep.open(out).records(s))
             for path, data in victims.items():
                 path.write_bytes(data)
+                os.utime(path, ns=(times_of[path], times_of[path]))  # else they count as replaced
             good = open_source(self.source)
             if how == "swap":  # the same name, another image: only comparing pixels can tell
                 found = latentprep.verify(out, source=good, samples=len(files), repair=True)
@@ -377,6 +382,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.images < 100:
         parser.error("--images must be 100 or more: fewer make too few shards for some of the faults")
+    torch.set_num_threads(1)  # the child of a fork would wait for ever for OpenMP's threads, which it has not
     with tempfile.TemporaryDirectory() as scratch, clusters.plugin():
         chaos = Chaos(Path(scratch), options.images, options.seed)
         result: dict = {"images": 2 * options.images, "files": len(chaos.whole), "seconds_unbroken": chaos.seconds}

@@ -47,6 +47,7 @@ def launch(
 
     Raises what the ranks raise, and `SystemFault` if one died too often.
     """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -58,6 +59,7 @@ def launch(
         config = LaunchConfig(
             min_nodes=1, max_nodes=1, nproc_per_node=len(devices), max_restarts=RESTARTS, run_id=folder.name,
             rdzv_backend="c10d", rdzv_endpoint="localhost:0", local_addr="localhost",
+            logs_specs=DefaultLogsSpecs(log_dir=str(folder / "logs")),
             **_signals_to_handle(LaunchConfig),
         )  # fmt: skip
         died = ""

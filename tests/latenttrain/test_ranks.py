@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -192,7 +193,11 @@ def test_devices_are_ranks_and_one_that_dies_is_restarted(odd, alone, tmp_path, 
     monkeypatch.setattr(sys, "executable", str(program))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     result = latenttrain.fit(odd, **SETTINGS, devices="cpu:2", out=tmp_path / "run", progress=told)
+    assert list(temporary.iterdir()) == []
     assert bits_of(tmp_path / "run") == bits_of(alone)
     assert (result.ranks, result.device, result.epochs) == (2, "cpu", 4)
     assert result.run == str(tmp_path / "run")
