@@ -44,6 +44,9 @@ def pick_device(name: str | torch.device = "auto") -> torch.device:
     return device
 
 
+MAX_PROCESSES = 256  # on one machine
+
+
 def parse_devices(names: str) -> list[torch.device]:
     """Several devices, one for each process: ``all`` CUDA devices, those of numbers ``0,1``, or the CPU N times, as
     ``cpu:N``.
@@ -55,10 +58,13 @@ def parse_devices(names: str) -> list[torch.device]:
     """
     processes = re.fullmatch(r"cpu:(\d{1,4})", names.strip())
     numbers = re.fullmatch(r"\d{1,4}(,\d{1,4})*", names.strip())
-    if processes and int(processes[1]):
+    if processes and 1 <= int(processes[1]) <= MAX_PROCESSES:
         return [torch.device("cpu")] * int(processes[1])
     if names.strip() != "all" and not numbers:
-        raise UsageError(f"{opt('devices')} must be all, numbers such as 0,1, or cpu:N, got {names!r:.60}")
+        raise UsageError(
+            f"{opt('devices')} must be all, numbers such as 0,1, or cpu:N, got {names!r:.60}",
+            f"N, of processes that share the cores, is 1 to {MAX_PROCESSES}",
+        )
     there = torch.cuda.device_count()
     chosen = list(map(int, numbers[0].split(","))) if numbers else list(range(there))
     if twice := [number for number in chosen if chosen.count(number) > 1]:

@@ -73,5 +73,6 @@ class LocalCrew(contextlib.nullcontext[Any]):
             return LocalEngine(manifest, stages, progress)
         free_cached()  # of calibration, on a device that a worker is to have
         threads = max(1, cores() // self.workers)
-        workers = [ProcessWorker(work_of(manifest, stages, device, threads)) for device in self.devices]
+        works = {device: work_of(manifest, stages, device, threads) for device in self.devices}
+        workers = [ProcessWorker(works[device]) for device in self.devices]
         return PoolEngine(workers, progress, stages.profile)

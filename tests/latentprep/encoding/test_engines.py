@@ -168,6 +168,7 @@ def test_when_the_driver_is_interrupted_or_killed_no_worker_is_left(source: Path
     [
         ({"devices": "0,99"}, SystemFault, "is not available"),
         ({"devices": "cpu:0"}, UsageError, "devices must be all, numbers such as 0,1, or cpu:N, got 'cpu:0'"),
+        ({"devices": "cpu:257"}, UsageError, "got 'cpu:257'"),
         ({"devices": "banana"}, UsageError, "got 'banana'"),
         ({"devices": []}, UsageError, "got ''"),
         ({"devices": [0, 0]}, UsageError, "names device 0 twice"),
