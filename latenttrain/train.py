@@ -165,7 +165,7 @@ def check_shares(world: int, samples: int, recipe: Recipe) -> None:
         raise UsageError(
             f"{world} ranks need batches of {world} micro-batches, but one of {smallest} samples has only {pieces}: "
             f"norm_batch is {recipe.norm_batch}",
-            f"use a larger {opt('batch_size')}, fewer ranks, or from Python a smaller norm_batch in {opt('recipe')}",
+            f"use a larger {opt('batch_size')}, fewer ranks, or from Python a smaller norm_batch in the recipe",
         )
 
 
