@@ -19,13 +19,14 @@ class Proxy:
     """Hands requests on to the server at `port`, and of these a `share`, drawn by the seed, with the fault of `kinds`
     that was least often yet.
 
-    ``altered`` answers have one wrong byte, and are of shards only: nothing else has a checksum apart from itself.
+    ``altered`` answers have one wrong byte, and are of shards only: nothing else has a checksum apart from itself. Each
+    file is altered twice at most: a reader that has met three wrong answers may give up.
     asked: how many requests there were; injected: how often each fault was.
     """
 
     def __init__(self, port: int, share: float = 0.0, kinds: tuple[str, ...] = FAULTS, seed: int = 0) -> None:
         self.upstream, self.share, self.kinds = port, share, kinds
-        self.asked, self.injected = 0, Counter[str]()
+        self.asked, self.injected, self._altered = 0, Counter[str](), Counter[str]()
         self._random, self._lock = random.Random(seed), threading.Lock()
         proxy = self
 
@@ -52,8 +53,10 @@ class Proxy:
             self.asked += 1
             if self._random.random() >= self.share:
                 return ""
+            shard = shard and self._altered[request.path] < 2
             fault = min((k for k in self.kinds if shard or k != "altered"), key=self.injected.__getitem__)
             self.injected[fault] += 1
+            self._altered[request.path] += fault == "altered"
         return fault
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
