@@ -243,8 +243,14 @@ def check_classes(dataset: LatentDataset, train: Samples) -> None:
 
 
 def batches_per_epoch(samples: int, batch_size: int) -> int:
-    """Batches in an epoch: as few as there can be with at most `batch_size` samples each. `cut` has their sizes."""
-    return -(-samples // batch_size)
+    """Batches in an epoch, whose sizes `cut` has: see `pieces`."""
+    return pieces(samples, batch_size)
+
+
+def pieces(samples: int, most: int) -> int:
+    """In how many pieces samples are cut: as few as there can be with at most so many in each, but none of one alone,
+    of which BatchNorm can make nothing on a grid of one cell. So three samples in pieces of two at most are one."""
+    return max(1, min(-(-samples // most), samples // 2))
 
 
 def cut(samples: int, pieces: int) -> tuple[int, ...]:

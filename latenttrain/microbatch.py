@@ -11,7 +11,6 @@ another before the batch is done, and beside busy programs nothing waits for the
 from __future__ import annotations
 
 import copy
-import math
 import queue
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,14 +23,14 @@ import torch
 from torch import Tensor
 
 from latentprep.device import full_float32
-from latenttrain.data import cut
+from latenttrain.data import cut, pieces
 from latenttrain.nets import MOMENTUM, BatchNorm, Net
 from latenttrain.ranks import ALONE, Ranks
 
 
 def micro_batches(samples: int, norm_batch: int) -> tuple[int, ...]:
-    """Sizes of the micro-batches of a batch: as few as there can be with at most `norm_batch` samples each."""
-    return cut(samples, math.ceil(samples / norm_batch))
+    """Sizes of the micro-batches of a batch, with at most `norm_batch` samples each: see `pieces`."""
+    return cut(samples, pieces(samples, norm_batch))
 
 
 class Node(NamedTuple):

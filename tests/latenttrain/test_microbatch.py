@@ -65,11 +65,13 @@ def same(first, second):
 
 
 @given(st.integers(1, 5000), st.integers(2, 300))
-def test_micro_batches_are_as_few_as_can_be(samples, norm_batch):
+def test_micro_batches_are_as_few_as_can_be_and_none_is_of_one_sample(samples, norm_batch):
     sizes = micro_batches(samples, norm_batch)
     assert sum(sizes) == samples
-    assert max(sizes) <= norm_batch
-    assert len(sizes) == -(-samples // norm_batch)
+    assert min(sizes) >= min(2, samples)
+    alone = norm_batch == 2 and samples % 2  # the only sample left over comes to two others
+    assert max(sizes) <= norm_batch + alone
+    assert len(sizes) == max(1, -(-samples // norm_batch) - alone)
 
 
 @settings(deadline=None)
@@ -185,6 +187,14 @@ def test_a_run_has_the_same_bits_with_one_thread_and_with_three(codes, small, tm
             torch.set_num_threads(before)
         found.append((tmp_path / str(threads) / "best.safetensors").read_bytes())
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("recipe", ["default", {"norm_batch": 2}])
+def test_an_odd_sample_left_over_is_no_batch_by_itself(codes, small, tmp_path, recipe):
+    """On its last grid of one cell, MobileNetV2 would have nothing to normalize by."""
+    options = {**small, "recipe": recipe, "epochs": 1, "batch_size": 2, "limit": 33}
+    run = latenttrain.fit(codes, out=tmp_path / "run", arch="mobilenetv2", **{**options, "depth": 1.0})
+    assert run.epochs == 1
 
 
 def test_threads_are_put_back_after_a_failure():
