@@ -84,7 +84,7 @@ class JpegSplit:
     def labels(self) -> Tensor:
         return torch.tensor(self.images.source.labels(self.images.split), device=self.device)
 
-    def training_rows(self, batch_size: int, generator: Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    def training_rows(self, batch_size: int, generator: Generator, epoch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         order = torch.randperm(len(self), generator=generator, device=self.device).tolist()
         count = batches_per_epoch(len(self), batch_size)
         yield from self._loaded([order[i * batch_size : (i + 1) * batch_size] for i in range(count)])

@@ -25,12 +25,12 @@ from latentprep.format.packing import packed_bytes
 from latenttrain.data import (
     Samples,
     batches_per_epoch,
-    canonical_excess,
     check_classes,
     check_limit,
     check_samples,
     cut,
     load_split,
+    view_shown,
 )
 from latenttrain.memory import free_memory
 from latenttrain.packed import PackedSplit, pack
@@ -98,8 +98,10 @@ class StreamedSplit:
                 break
         return sorted(found)
 
-    def training_batches(self, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        """One epoch in random order, of each sample a view drawn as `Split` does: codes u8 [B,C,h,w], labels i64 [B].
+    def training_batches(
+        self, batch_size: int, generator: torch.Generator, epoch: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """One epoch in random order, of each sample the view that `Split` shows: codes u8 [B,C,h,w], labels i64 [B].
 
         Shards come in random order into a buffer, each batch is drawn uniformly from what the buffer holds, and the
         next shard comes in as soon as there is room. The order depends on the generator, `held` and the batch size; of
@@ -114,12 +116,8 @@ class StreamedSplit:
         rows, most_wanted = self.dataset.manifest.shard_rows, max(sizes)
 
         def one_view(shard: int, codes: np.ndarray) -> np.ndarray:
-            samples, views = codes.shape[:2]
-            if views == 1:
-                return codes[:, 0]
-            draw = np.random.default_rng((seed, shard))
-            view = draw.integers(views, size=samples)
-            return codes[np.arange(samples), np.where(draw.random(samples) < canonical_excess(views), 0, view)]
+            rows = np.arange(len(codes))
+            return codes[rows, view_shown(self._kept_before(shard) + rows, epoch, codes.shape[1])]
 
         most = min(len(self), max(self.held * rows, most_wanted + rows))
         codes, labels = np.empty((most, *self.dataset.manifest.latent), np.uint8), np.empty(most, np.int64)
@@ -219,8 +217,13 @@ class StreamedSplit:
             )
         if self._limit is None:
             return rows
-        first, last = (-(-int(n) * self._limit // self._samples) for n in self._first[shard : shard + 2])
+        first, last = self._kept_before(shard), self._kept_before(shard + 1)
         return rows[np.arange(first, last) * self._samples // self._limit - self._first[shard]]
+
+    def _kept_before(self, shard: int) -> int:
+        """The samples of all earlier shards that are valid and within the limit."""
+        valid = int(self._first[shard])
+        return valid if self._limit is None else -(-valid * self._limit // self._samples)
 
     def _moved(self, values: np.ndarray, index: np.ndarray) -> Tensor:
         """``values[index]`` on the device. From pinned memory a copy to CUDA waits for nothing."""

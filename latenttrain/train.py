@@ -353,7 +353,7 @@ def train_epoch(
     live, averaged = averaged_tensors(state.net), averaged_tensors(state.average)
     total = torch.zeros((), device=device)
     known = {"val_top-1": f"{state.metrics[-1]['top1']:.1%}"} if state.metrics else {}
-    for step, (rows, labels) in enumerate(train.training_rows(recipe.batch_size, generator), epoch * batches):
+    for step, (rows, labels) in enumerate(train.training_rows(recipe.batch_size, generator, epoch), epoch * batches):
         loss = learner.learn(rows, labels, draw(net, len(labels), config.augment, device, generator))
         state.optimizer.set_lr(recipe.lr_at(step, batches))
         state.optimizer.step(learner.pool)  # clears the gradients, too

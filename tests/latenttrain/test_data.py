@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -12,6 +13,7 @@ from latenttrain.data import (
     check_trainable,
     cut,
     load_split,
+    view_shown,
 )
 
 CPU = torch.device("cpu")
@@ -95,12 +97,25 @@ def test_the_generator_alone_decides_the_order():
     assert not torch.equal(first, other)
 
 
-def test_half_of_what_is_shown_is_view_0_and_the_other_views_turn_up_equally():
-    views = torch.cat([codes[:, 1, 0, 0] for seed in range(20) for codes, _ in epoch(numbered(100, views=4), 20, seed)])
-    expected = torch.tensor([1000, 333, 333, 333])
-    assert (views.bincount() - expected).abs().max() < 80
-    two = torch.cat([codes[:, 1, 0, 0] for seed in range(20) for codes, _ in epoch(numbered(100, views=2), 20, seed)])
-    assert abs(two.float().mean() - 0.5) < 0.05
+@given(st.integers(1, 12), st.integers(0, 5), st.integers(1, 40))
+def test_every_other_epoch_shows_view_0_and_no_view_comes_twice_before_all_came(views, first, samples):
+    numbers = torch.arange(samples)
+    others = max(1, views - 1)
+    shown = torch.stack([view_shown(numbers, epoch, views) for epoch in range(first, first + 2 * others)])
+    assert np.array_equal(
+        shown.numpy(), np.stack([view_shown(numbers.numpy(), e, views) for e in range(first, first + 2 * others)])
+    )
+    for sample in shown.T:
+        assert sample.bincount(minlength=views).tolist() == ([others] + [1] * others if views > 1 else [2])
+    for epoch in shown:
+        assert abs(int((epoch == 0).sum()) - int((epoch > 0).sum())) <= 1 or views == 1
+
+
+def test_the_view_that_an_epoch_shows_comes_with_its_sample():
+    split = numbered(21, views=4)
+    for number in range(3):
+        for codes, labels in split.training_batches(5, torch.Generator().manual_seed(number), number):
+            assert codes[:, 1, 0, 0].tolist() == view_shown(labels, number, 4).tolist()
 
 
 def test_evaluation_sees_view_0_of_every_sample_in_order():
