@@ -15,7 +15,6 @@ import queue
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -133,11 +132,10 @@ class Learner:
 
     def _gathered(self, mine: PairwiseSum, count: int) -> Tensor:
         """The sum over all ranks, each of which sends the nodes that it is left with. count: of micro-batches."""
-        ranks = range(self.ranks.world)
         if self.pool is None:
-            places = [[(rank, 1)] for rank in ranks]
+            places = [[(rank, 1)] for rank in range(self.ranks.world)]
         else:
-            places = [nodes_of(replace(self.ranks, rank=rank).share(count)) for rank in ranks]
+            places = [nodes_of(share) for share in self.ranks.shares(count)]
         values = torch.stack([node.value for node in mine.nodes])
         padded = values.new_zeros((max(map(len, places)), values.shape[1]))
         padded[: len(values)] = values
