@@ -25,7 +25,7 @@ from latentprep.format.stores import code_bytes
 from latentprep.progress import silent
 from latenttrain.augment import Augment, augment_codes, augment_planes, draw
 from latenttrain.checkpoint import load_net, read_config
-from latenttrain.data import Split, load_trained
+from latenttrain.data import Split, load_trained, one_hot
 from latenttrain.train import start_state, train_epoch
 
 OFF = Augment.none()
@@ -66,7 +66,7 @@ def cost(run: Path, shards: Path, setting: Augment, rounds: int = 7) -> float:
         for codes, labels in few.training_batches(64, generator):
             random = draw(state.net, len(labels), setting, device, generator)
             planes = state.net.planes(augment_codes(state.net, codes, setting, random))
-            augment_planes(state.net, planes, labels, setting, random)
+            augment_planes(state.net, planes, one_hot(labels, state.net.config.classes), setting, random)
         augmented.append((time.perf_counter() - start) / 5)
     spent = statistics.median(augmented)
     return spent / (spent + statistics.median(steps))

@@ -39,7 +39,7 @@ from latentprep.sources.source import Source, open_source
 from latenttrain.augment import Augment
 from latenttrain.checkpoint import check_run_folder, read_config
 from latenttrain.config import RunConfig, versions
-from latenttrain.data import Split, batches_per_epoch, load_trained
+from latenttrain.data import Split, batches_per_epoch, load_trained, one_hot
 from latenttrain.nets import NetConfig
 from latenttrain.recipe import make_recipe
 from latenttrain.runtime import synchronize
@@ -91,6 +91,11 @@ class JpegSplit:
 
     def codes_of(self, rows: Tensor) -> Tensor:
         return rows
+
+    soft = None
+
+    def targets_of(self, rows: Tensor, labels: Tensor, classes: int) -> Tensor:
+        return one_hot(labels, classes)
 
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         size = min(batch_size, 32)

@@ -105,16 +105,15 @@ def augment_codes(net: Net, codes: Tensor, config: Augment, random: dict[str, Te
 
 
 def augment_planes(
-    net: Net, planes: Tensor, labels: Tensor, config: Augment, random: dict[str, Tensor]
+    net: Net, planes: Tensor, targets: Tensor, config: Augment, random: dict[str, Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Mixing and erasing, with what `draw` drew.
 
-    f32 [B,P,h,w], i64 [B] -> f32 [B,P,h,w], targets f32 [B,classes] whose rows sum to one
+    planes f32 [B,P,h,w], targets f32 [B,classes] whose rows sum to one -> the same of the augmented samples
     """
     device, batch = planes.device, len(planes)
     if net.reads_neighbours:  # the stem's filter needs each code beside the neighbours that it was chosen with
         planes = _moved(planes, config, random)
-    targets = (labels[:, None] == torch.arange(net.config.classes, device=device)).float()
 
     if config.mixup or config.cutmix:
         partner = partners(planes, net.parts)

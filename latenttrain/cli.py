@@ -81,12 +81,13 @@ def fit(
         Path | None,
         typer.Option(help="Run folder (default runs/DIR-w1-d1-s0).", show_default=False),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, if any.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
     limit: Annotated[int | None, typer.Option(help="At most this many train samples.", show_default=False)] = None,
     holdout: Annotated[
         float, typer.Option(help="Evaluate on this share of train, not on val.", show_default=False)
     ] = 0.0,
+    labels: Annotated[Path | None, typer.Option(help="File made by latenttrain label.", show_default=False)] = None,
     stream: Annotated[
         bool | None,
         typer.Option(
@@ -95,7 +96,7 @@ def fit(
             show_default=False,
         ),
     ] = None,
-    compile: Annotated[bool, typer.Option("--compile", help="Compile the training step, for long runs.")] = False,
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the training step first.")] = False,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also log for TensorBoard.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -128,6 +129,7 @@ def fit(
             out=out,
             limit=limit,
             holdout=holdout,
+            labels=labels,
             stream=stream,
             compile=compile,
             tensorboard=tensorboard,
@@ -146,6 +148,49 @@ def fit(
         return
     console.print_table(f"latenttrain fit {dataset}", *result.table())
     console.print_facts("", {"run": result.run, "picture": result.curve})
+
+
+@app.command()
+def label(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN…", help="Run folders of the teachers.", show_default=False)
+    ],
+    dataset: Dataset,
+    out: Annotated[
+        Path | None, typer.Option(help="File to write (default RUN/labels.safetensors).", show_default=False)
+    ] = None,
+    device: Device = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Label each view of train in DIR with the probabilities that trained networks give, for latenttrain fit --labels.
+
+    A small network learns more from them than from classes, at no cost per epoch. Those of several runs are averaged.
+
+    Examples:
+
+      latenttrain fit shards --width 2 --out runs/teacher
+
+      latenttrain label runs/teacher shards
+
+      latenttrain fit shards --labels runs/teacher
+    """
+    from latenttrain.labels import label as write
+
+    result = write(runs, dataset, out=out, device=device, overwrite=overwrite, progress=console.progress_bar)
+    if as_json:
+        console.print_json(result.to_json())
+        return
+    console.print_facts(
+        f"latenttrain label {dataset}",
+        {
+            "labels": f"{result.samples:,} samples, {result.views} {'view' if result.views == 1 else 'views'}, "
+            f"{result.bytes / (1 << 20):.2f} MiB",
+            "right": f"{result.top1:.2%} of the samples, in view 0",
+            "wrote": result.labels,
+            "next": f"latenttrain fit {dataset} --labels {result.labels}",
+        },
+    )
 
 
 @app.command()

@@ -129,10 +129,11 @@ def plan_run(
     holdout: float = 0.0,
     latents: Path | None = None,
     stream: int | None = None,
+    labels: str | None = None,
 ) -> RunConfig:
     """The whole configuration of a run. augment: by default `Augment()`, as the dataset's mirror and views allow.
 
-    limit, holdout, latents, stream: see `describe_dataset`.
+    limit, holdout, latents, stream, labels: see `describe_dataset`.
     """
     manifest = dataset.manifest
     if augment is None:
@@ -142,6 +143,7 @@ def plan_run(
     if augment.mirror and augment.mirror_signs is None and manifest.flip is not None:
         augment = dataclasses.replace(augment, mirror_signs=tuple(map(float, manifest.flip)))
     used = {"limit": limit, "holdout": holdout or None, "latents": latents and str(latents), "stream": stream}
+    used |= {"labels": labels} if labels else {}
     return RunConfig(net, recipe, augment, describe_dataset(dataset) | used, versions())
 
 
@@ -156,7 +158,8 @@ def describe_dataset(dataset: LatentDataset) -> dict[str, Any]:
     """The part of the manifest that a run depends on.
 
     `plan_run` adds which part of the dataset was used: ``limit``; ``holdout``; ``latents``, the folder of float
-    latents; ``stream``, the shards mixed at a time. Each is None if it does not apply.
+    latents; ``stream``, the shards mixed at a time. Each is None if it does not apply. ``labels``, the hash of the soft
+    labels, is there if there are any.
     """
     manifest = dataset.manifest
     return {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -35,6 +35,9 @@ class Samples(Protocol):
     @property
     def labels(self) -> Tensor: ...
 
+    @property
+    def soft(self) -> Tensor | None: ...
+
     def classes(self) -> list[int]: ...
 
     def training_rows(
@@ -43,6 +46,8 @@ class Samples(Protocol):
 
     def codes_of(self, rows: Tensor) -> Tensor: ...
 
+    def targets_of(self, rows: Tensor, labels: Tensor, classes: int) -> Tensor: ...
+
     def batches(self, batch_size: int, wanted: range | None = None) -> Iterator[tuple[Tensor, Tensor]]: ...
 
 
@@ -50,11 +55,13 @@ class Samples(Protocol):
 class Split:
     """Samples in the device's memory. labels: i64 [n].
 
-    codes: u8 [n,V,C,h,w], or f32 where they are latents in units of codes.
+    codes: u8 [n,V,C,h,w], or f32 where they are latents in units of codes. soft: f16 [n,V,classes], the probabilities
+    that each view is to be learned with in place of its label (`latenttrain.labels`).
     """
 
     codes: Tensor
     labels: Tensor
+    soft: Tensor | None = field(default=None, kw_only=True)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -65,7 +72,8 @@ class Split:
 
     def to(self, device: torch.device) -> Split:
         """The same on another device."""
-        return replace(self, codes=self.codes.to(device), labels=self.labels.to(device))
+        soft = self.soft if self.soft is None else self.soft.to(device)
+        return replace(self, codes=self.codes.to(device), labels=self.labels.to(device), soft=soft)
 
     def classes(self) -> list[int]:
         """Two or more of the labels that occur, or the only one."""
@@ -90,6 +98,12 @@ class Split:
         """i64 [B] -> u8 [B,C,h,w]. Whole rows: on a CPU torch copies them 20 times as fast as what two indices pick."""
         return self.unpacked(self.codes.flatten(0, 1).index_select(0, rows))
 
+    def targets_of(self, rows: Tensor, labels: Tensor, classes: int) -> Tensor:
+        """What rows of `training_rows` are to be learned with: i64 [B], i64 [B] -> f32 [B,classes], summing to one"""
+        if self.soft is not None:
+            return self.soft.flatten(0, 1).index_select(0, rows).float()
+        return one_hot(labels, classes)
+
     def training_batches(
         self, batch_size: int, generator: Generator, epoch: int = 0
     ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -105,6 +119,11 @@ class Split:
         ]:
             part = slice(start, start + batch_size)
             yield self.unpacked(self.codes[part, 0]), self.labels[part]
+
+
+def one_hot(labels: Tensor, classes: int) -> Tensor:
+    """i64 [B] -> f32 [B,classes]"""
+    return (labels[:, None] == torch.arange(classes, device=labels.device)).float()
 
 
 def view_shown(sample: Indices, epoch: int, views: int) -> Indices:
@@ -168,17 +187,19 @@ def load_trained(
     limit: int | None = None,
     holdout: float = 0.0,
     latents: Path | None = None,
+    soft: Tensor | None = None,
 ) -> tuple[Split, Split]:
     """The samples to train on and to evaluate on: train with all views, and view 0 of val.
 
     holdout: this share of train, always the same samples, takes the place of val. latents: a folder that ``latentprep
     latents`` made of this dataset; its float latents (view 0), in units of codes, take the place of the codes.
+    soft: see `Split`; of all samples within the limit.
 
     Raises as `load_split` does, and `UsageError` for a holdout out of range.
     """
     check_holdout(holdout)
     host = torch.device("cpu")  # where it is divided: on the device the whole and its parts would have to fit
-    train = load_split(dataset, "train", host, limit)
+    train = replace(load_split(dataset, "train", host, limit), soft=soft)
     if latents is not None:
         train = replace(train, codes=float_codes(dataset, "train", latents, limit))
     check_classes(dataset, train)
@@ -187,7 +208,7 @@ def load_trained(
         held[np.random.default_rng(len(train)).permutation(len(train))[: held_out(len(train), holdout)]] = True
         judged = torch.from_numpy(held)
         val = Split(train.codes[judged, :1].contiguous(), train.labels[judged])
-        train = Split(train.codes[~judged], train.labels[~judged])
+        train = Split(train.codes[~judged], train.labels[~judged], soft=soft if soft is None else soft[~judged])
     else:
         val = load_split(dataset, "val", host, views=False)
         if latents is not None:

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from functools import cached_property
 from itertools import count, islice
 
@@ -30,6 +31,7 @@ from latenttrain.data import (
     check_samples,
     cut,
     load_split,
+    one_hot,
     view_shown,
 )
 from latenttrain.memory import free_memory
@@ -142,10 +144,14 @@ class StreamedSplit:
                 slots[filled : filled + size] = taken
 
     training_rows = training_batches  # what comes are codes already
+    soft = None
 
     def codes_of(self, rows: Tensor) -> Tensor:
         """u8 [B,C,h,w] as it is."""
         return rows
+
+    def targets_of(self, rows: Tensor, labels: Tensor, classes: int) -> Tensor:
+        return one_hot(labels, classes)
 
     def batches(self, batch_size: int, wanted: range | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Every sample once, in order, view 0: codes u8 [B,C,h,w], labels i64 [B]. wanted: only the batches of these
@@ -258,7 +264,7 @@ def shards_to_hold(
     """
     if stream and resident_only:
         raise UsageError(
-            f"{opt('stream')} cannot be combined with {opt('holdout')} or {opt('latents')}",
+            f"{opt('stream')} cannot be combined with {opt('holdout')}, {opt('labels')} or {opt('latents')}",
             "they need all codes in memory; leave one of them out",
         )
     check_whole("buffer", buffer, 1, hint=f"leave {opt('buffer')} out for the default", optional=True)
@@ -272,9 +278,13 @@ def shards_to_hold(
 
 
 def training_data(
-    dataset: LatentDataset, device: torch.device, held: int | None, limit: int | None = None
+    dataset: LatentDataset,
+    device: torch.device,
+    held: int | None,
+    limit: int | None = None,
+    soft: Tensor | None = None,
 ) -> tuple[Samples, Samples]:
-    """The samples to train on, train with all views, and to evaluate on, view 0 of val.
+    """The samples to train on, train with all views, and to evaluate on, view 0 of val. soft: see `Split`.
 
     held: from `shards_to_hold`. In memory a code takes a byte if all fit that way, else they are packed; val is
     streamed if neither fits. Raises as `load_split` does.
@@ -282,10 +292,12 @@ def training_data(
     train: Samples
     if held is not None:
         train = StreamedSplit(dataset, "train", device, held, limit)
-    elif fits(dataset, "train", device):
-        train = load_split(dataset, "train", device, limit)
     else:
-        train = StreamedSplit(dataset, "train", device, limit=limit).packed()
+        if fits(dataset, "train", device):
+            held_whole = load_split(dataset, "train", device, limit)
+        else:
+            held_whole = StreamedSplit(dataset, "train", device, limit=limit).packed()
+        train = replace(held_whole, soft=soft if soft is None else soft.to(device))
     check_classes(dataset, train)
     return train, judged_split(dataset, "val", device)
 

@@ -36,6 +36,7 @@ from latenttrain.checkpoint import (
 from latenttrain.config import RunConfig, default_out, plan_net, plan_run
 from latenttrain.data import Samples, batches_per_epoch, check_trainable, cut, load_trained, trained_samples
 from latenttrain.evaluation import read_scores, split_counts
+from latenttrain.labels import check_labels, labels_file, read_labels
 from latenttrain.launch import launch, reopening
 from latenttrain.microbatch import Learner, micro_batches, one_thread_each
 from latenttrain.nets import Net, build_net, count_flops, count_parameters
@@ -69,6 +70,7 @@ def fit(
     limit: int | None = None,
     holdout: float = 0.0,
     latents: str | Path | None = None,
+    labels: str | Path | None = None,
     stream: bool | None = None,
     buffer: int | None = None,
     compile: bool = False,
@@ -88,7 +90,8 @@ def fit(
     an exact mirror image and without zoom if the dataset has views.
     limit: train on at most this many samples. holdout: evaluate on this share of train in place of val, and train on
     the rest, so that choices are not made on val. latents: a folder written by ``latentprep latents``, to train on
-    float latents (view 0) in place of codes.
+    float latents (view 0) in place of codes. labels: a file that `label` wrote, or the folder that it is in: learn from
+    its probabilities in place of classes; the recipe's label smoothing then does nothing.
     stream: read train from disk in every epoch; by default only if its codes need more than half of the free memory.
     buffer: shards mixed at a time when streaming; more of them come closer to a true permutation.
     compile: generate code for the training step first, from the gather of codes to the loss: `runtime.compiled`.
@@ -124,25 +127,27 @@ def fit(
         dataset = open_dataset(dataset)
         check_trainable(dataset, ("train",) if holdout else ("train", "val"))
         floats = None if latents is None else path_of(latents)
+        soft = None if labels is None else labels_file(labels)
         grid = chosen["full_grid"] if full_grid is None else full_grid
         net = plan_net(dataset, width=width, depth=depth, arch=arch, stem=stem, full_grid=grid, latents=floats)
         root = path_of(out) if out is not None else default_out(dataset.root, net, seed)
         again = ranks.restarts > 0 and begun_by(root, ranks.job)
-        held = shards_to_hold(dataset, target, stream, buffer, bool(holdout) or floats is not None)
+        held = shards_to_hold(dataset, target, stream, buffer, bool(holdout or floats or soft))
         if (resume or again) and stream is None and buffer is None:  # as the run began, whatever memory is free today
             with contextlib.suppress(CheckpointError):
                 earlier = read_config(root).dataset.get("stream")
                 held = earlier if earlier is None or isinstance(earlier, int) else held
         augmented = Augment.none() if augment is None and recipe == "talk" else augment
         config = plan_run(
-            dataset, settings, net, augment=augmented, limit=limit, holdout=holdout, latents=floats, stream=held
-        )
+            dataset, settings, net, augment=augmented, limit=limit, holdout=holdout, latents=floats, stream=held,
+            labels=None if soft is None else check_labels(soft, dataset, limit, holdout),
+        )  # fmt: skip
         if ranks.world > 1:
             check_shares(ranks.world, trained_samples(dataset, limit, holdout), settings)
         check_run_folder(root, config, resume or again, overwrite and not again)
         if tensorboard:
             open_log(root)  # whether its package is there
-        return PlannedRun(config, root, resume or again, tensorboard)
+        return PlannedRun(config, root, resume or again, tensorboard, soft)
 
     if devices is not None:
         chosen = parse_devices(devices)
@@ -177,13 +182,16 @@ class PlannedRun:
     root: Path
     resume: bool
     tensorboard: bool
+    labels: Path | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return {**vars(self), "config": self.config.to_json(), "root": str(self.root)}
+        labels = self.labels and str(self.labels)
+        return {**vars(self), "config": self.config.to_json(), "root": str(self.root), "labels": labels}
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> PlannedRun:
-        return cls(**{**fields, "config": RunConfig.from_json(fields["config"]), "root": Path(fields["root"])})
+        paths = {name: fields[name] and Path(fields[name]) for name in ("root", "labels")}
+        return cls(**{**fields, **paths, "config": RunConfig.from_json(fields["config"])})
 
 
 def carry_out(
@@ -200,9 +208,10 @@ def carry_out(
     def load() -> tuple[Samples, Samples]:
         target, opened = device(), open_dataset(dataset)
         with enough_memory(target, f"lower {opt('limit')}, or use {opt('stream', True)}"):
+            soft = None if planned.labels is None else read_labels(planned.labels, opened, limit)
             if holdout or latents:
-                return load_trained(opened, target, limit, holdout or 0.0, latents and Path(latents))
-            return training_data(opened, target, held, limit)
+                return load_trained(opened, target, limit, holdout or 0.0, latents and Path(latents), soft)
+            return training_data(opened, target, held, limit, soft)
 
     train, val = ranks.agreed(load)
     log = open_log(planned.root) if planned.tensorboard and ranks.is_main else None
@@ -380,10 +389,12 @@ def batch_loss(
     codes = train.codes_of(rows)  # u8 [B,C,h,w]: gathered, and unpacked if they are held packed
     codes = augment_codes(net, codes, config.augment, random)
     planes = net.planes(codes)  # f32 [B,P,h,w]: the stem
-    planes, targets = augment_planes(net, planes, labels, config.augment, random)  # targets f32 [B,classes]
+    targets = train.targets_of(rows, labels, net.config.classes)  # f32 [B,classes]
+    planes, targets = augment_planes(net, planes, targets, config.augment, random)
     with autocast(bfloat16, planes.device):
         logits = net.logits(planes, random.get("dropout"))  # f32 [B,classes]
-    return F.cross_entropy(logits.float(), targets, label_smoothing=config.recipe.label_smoothing)
+    smoothing = config.recipe.label_smoothing if train.soft is None else 0.0  # soft labels are smooth already
+    return F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
 
 
 def averaged_tensors(net: Net) -> list[Tensor]:

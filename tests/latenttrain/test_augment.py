@@ -6,6 +6,7 @@ import torch
 
 from latentprep.errors import UsageError
 from latenttrain.augment import Augment, augment_codes, augment_planes, draw, symmetric_beta
+from latenttrain.data import one_hot
 from latenttrain.nets import NetConfig, build_net
 from latenttrain.stems import STEMS
 
@@ -22,7 +23,7 @@ def augment(net, codes, labels, config, generator):
     """A batch as the training step augments it: planes and targets."""
     random = draw(net, len(codes), config, codes.device, generator)
     planes = net.planes(augment_codes(net, codes, config, random))
-    return augment_planes(net, planes, labels, config, random)
+    return augment_planes(net, planes, one_hot(labels, net.config.classes), config, random)
 
 
 def make_batch(batch=64):

@@ -10,7 +10,7 @@ from latentprep.errors import SystemFault
 from latenttrain.augment import Augment, augment_codes, augment_planes, draw
 from latenttrain.checkpoint import read_config
 from latenttrain.config import RunConfig, versions
-from latenttrain.data import Split
+from latenttrain.data import Split, one_hot
 from latenttrain.nets import NetConfig, build_net
 from latenttrain.packed import PackedSplit, pack
 from latenttrain.recipe import make_recipe
@@ -68,7 +68,7 @@ def test_generated_code_gathers_unpacks_moves_and_dequantizes_the_same_planes(bi
 
     def planes(rows, labels, random):
         codes = augment_codes(net, split.codes_of(rows), Augment(), random)
-        return augment_planes(net, net.planes(codes), labels, Augment(), random)
+        return augment_planes(net, net.planes(codes), one_hot(labels, net.config.classes), Augment(), random)
 
     with torch.no_grad():
         found = torch.compile(planes, fullgraph=True, dynamic=False)(rows, labels, random)

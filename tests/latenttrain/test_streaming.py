@@ -305,7 +305,7 @@ def test_a_containers_limit_counts(tmp_path, prefix):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"stream": True, "holdout": 0.2}, "stream cannot be combined with holdout or latents"),
+        ({"stream": True, "holdout": 0.2}, "stream cannot be combined with holdout, labels or latents"),
         ({"stream": True, "buffer": 0}, "buffer must be a whole number of 1 or more, got 0"),
         ({"stream": False, "buffer": 3}, "buffer needs stream"),
     ],
