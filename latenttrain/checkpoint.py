@@ -94,7 +94,8 @@ def check_run_folder(root: Path, config: RunConfig, resume: bool, overwrite: boo
             f"folder as {opt('out')}",
         )
     earlier, now = (document.to_json() for document in (read_config(root), config))
-    for name, there, here in differences(earlier, now):
+    found = differences(earlier, now)
+    for name, there, here in sorted(found, key=lambda one: one[0].startswith("recipe.")):  # it follows from the dataset
         if name != "dataset.path" and not name.startswith("versions."):
             name = name.removeprefix("recipe.").removeprefix("net.")
             raise CheckpointError(

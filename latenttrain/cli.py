@@ -11,7 +11,7 @@ import typer
 from latentprep.cli import console
 from latentprep.errors import Interrupted, UsageError
 from latenttrain import __version__
-from latenttrain.recipe import Recipe
+from latenttrain.recipe import FEW_BATCH, Recipe
 
 app = typer.Typer(
     name="latenttrain",
@@ -62,10 +62,12 @@ def fit(
     depth: Annotated[float, typer.Option(help="Factor on blocks (default 1).", show_default=False)] = 1.0,
     recipe: Annotated[str, typer.Option(help="default, or talk: plain Adam.", show_default=False)] = "default",
     epochs: Annotated[
-        int | None, typer.Option(help=f"Passes over train (default {Recipe.epochs}).", show_default=False)
+        int | None,
+        typer.Option(help=f"Passes over train (default {Recipe.epochs}; more for few samples).", show_default=False),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help=f"Samples per step (default {Recipe.batch_size}).", show_default=False)
+        int | None,
+        typer.Option(help=f"Samples per step ({Recipe.batch_size}; few: {FEW_BATCH}).", show_default=False),
     ] = None,
     lr: Annotated[
         float | None,
@@ -79,7 +81,7 @@ def fit(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Run folder (default runs/DIR-w1-d1-s0).", show_default=False),
+        typer.Option(help="Run folder (default: in runs/).", show_default=False),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,

@@ -10,7 +10,11 @@ from typing import Any
 
 from latentprep.errors import UsageError, check_number, check_whole, check_word, nearest, opt
 
-BASE_LR, BASE_BATCH, BASE_EPOCHS = 0.045, 64, 15  # a peak learning rate, and the run that it was chosen on
+BASE_LR, BASE_BATCH, BASE_EPOCHS = 0.045, 64, 15  # a peak learning rate, and the run that it was chosen on …
+BASE_SAMPLES = 9469  # … Imagenette's
+FEW_SAMPLES, FEW_BATCH = 4000, 32  # a smaller batch, so that few samples make more steps
+MOST_EPOCHS = 150
+MOST_LR = 0.4  # of Imagenette's single epoch
 LR_BY_EPOCHS = 0.8  # it falls with the number of epochs to this power: docs/results.md
 
 
@@ -88,27 +92,30 @@ RECIPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-# What `fit --preset` sets; explicit options override it. docs/results.md has the results.
+# What `fit --preset` sets; explicit options override it. docs/results.md has the results. longer: than by default.
 PRESETS: dict[str, dict[str, Any]] = {
-    "fast": {"epochs": 9},
-    "best": {"full_grid": 2, "epochs": 40, "batch_size": 32},
+    "fast": {"longer": 9 / BASE_EPOCHS},
+    "best": {"longer": 40 / BASE_EPOCHS, "full_grid": 2, "batch_size": FEW_BATCH},
 }
 
 
-def preset_settings(name: str | None) -> dict[str, Any]:
-    """full_grid, epochs and batch_size of a preset; None is the recipe's own.
+def preset_settings(name: str | None, samples: int = BASE_SAMPLES) -> dict[str, Any]:
+    """full_grid, epochs and batch_size of a preset for so many training samples; None is the recipe's own.
 
     Raises `UsageError` for an unknown name.
     """
     if name is not None and name not in PRESETS:
         raise UsageError(f"unknown preset {name!r}", nearest(name, list(PRESETS)))
-    settings = {"full_grid": 1, "epochs": None, "batch_size": None}
-    return settings | PRESETS.get(name or "", {})
+    settings = {"full_grid": 1, "epochs": None, "batch_size": None} | PRESETS.get(name or "", {})
+    if longer := settings.pop("longer", None):
+        settings["epochs"] = round(longer * default_epochs(samples))
+    return settings
 
 
-def make_recipe(recipe: str | Mapping[str, Any] = "default", **given: Any) -> Recipe:
+def make_recipe(recipe: str | Mapping[str, Any] = "default", samples: int = BASE_SAMPLES, **given: Any) -> Recipe:
     """A recipe by its name in `RECIPES`, or from fields of `Recipe`. Values given and not None override a named one's.
 
+    samples: that will be trained on; epochs, batch size and learning rate follow it where they are not given.
     Raises `UsageError` for an unknown name or field, one that is set twice, or a number out of range.
     """
     given = {key: value for key, value in given.items() if value is not None}
@@ -120,16 +127,28 @@ def make_recipe(recipe: str | Mapping[str, Any] = "default", **given: Any) -> Re
         settings = dict(recipe)
         if twice := settings.keys() & given.keys():
             raise UsageError(f"{opt('recipe')} sets {min(twice)}, which is also set by itself", "set it once")
-    made = Recipe.from_json(settings | given)
+    usual = {"epochs": default_epochs(samples), "batch_size": default_batch_size(samples)}
+    made = Recipe.from_json(usual | settings | given)
     if "lr" in settings or "lr" in given:
         return made
-    return dataclasses.replace(made, lr=default_lr(made.batch_size, made.epochs))
+    return dataclasses.replace(made, lr=default_lr(made.batch_size, made.epochs, samples))
 
 
-def default_lr(batch_size: int, epochs: int) -> float:
-    """The default peak learning rate for this batch size and number of epochs."""
+def default_epochs(samples: int) -> int:
+    """The fewer samples, the more epochs: by the root of their number, so that there are fewer steps all the same."""
+    return min(MOST_EPOCHS, max(BASE_EPOCHS, round(BASE_EPOCHS * math.sqrt(BASE_SAMPLES / max(1, samples)))))
+
+
+def default_batch_size(samples: int) -> int:
+    """Samples in a batch by default."""
+    return FEW_BATCH if samples < FEW_SAMPLES else BASE_BATCH
+
+
+def default_lr(batch_size: int, epochs: int, samples: int = BASE_SAMPLES) -> float:
+    """The default peak learning rate: it falls with the number of epochs, beside the default one for the samples."""
     batches = math.sqrt(max(1, batch_size) / BASE_BATCH)
-    return round(BASE_LR * batches * (BASE_EPOCHS / max(1, epochs)) ** LR_BY_EPOCHS, 6)
+    rate = BASE_LR * batches * (default_epochs(samples) / max(1, epochs)) ** LR_BY_EPOCHS
+    return round(min(rate, MOST_LR), 6)
 
 
 def _hint(name: str) -> str:

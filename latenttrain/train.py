@@ -115,17 +115,19 @@ def fit(
 
     def plan(target: torch.device, ranks: Ranks) -> PlannedRun:
         nonlocal dataset
-        chosen = preset_settings(preset)
+        dataset = open_dataset(dataset)
+        check_trainable(dataset, ("train",) if holdout else ("train", "val"))
+        samples = trained_samples(dataset, limit, holdout)
+        chosen = preset_settings(preset, samples)
         settings = make_recipe(
             recipe,
+            samples,
             epochs=chosen["epochs"] if epochs is None else epochs,
             batch_size=chosen["batch_size"] if batch_size is None else batch_size,
             lr=lr,
             seed=seed,
             compile=compile,
         )
-        dataset = open_dataset(dataset)
-        check_trainable(dataset, ("train",) if holdout else ("train", "val"))
         floats = None if latents is None else path_of(latents)
         soft = None if labels is None else labels_file(labels)
         grid = chosen["full_grid"] if full_grid is None else full_grid
@@ -143,7 +145,7 @@ def fit(
             labels=None if soft is None else check_labels(soft, dataset, limit, holdout),
         )  # fmt: skip
         if ranks.world > 1:
-            check_shares(ranks.world, trained_samples(dataset, limit, holdout), settings)
+            check_shares(ranks.world, samples, settings)
         check_run_folder(root, config, resume or again, overwrite and not again)
         if tensorboard:
             open_log(root)  # whether its package is there

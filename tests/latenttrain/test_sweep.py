@@ -151,11 +151,11 @@ def test_presets_set_what_goes_together_unless_it_is_given(codes, tmp_path):
     fast = latenttrain.fit(codes, preset="fast", epochs=1, device="cpu", out=tmp_path / "fast")
     config = read_config(tmp_path / "fast")
     assert (config.net.width, config.recipe.epochs, fast.epochs) == (1, 1, 1)
-    assert config.recipe.lr == default_lr(64, 1)
+    assert (config.recipe.batch_size, config.recipe.lr) == (32, default_lr(32, 1, 200))
     latenttrain.fit(codes, preset="best", width=0.3, depth=0.5, epochs=1, device="cpu", out=tmp_path / "best")
     config = read_config(tmp_path / "best")
     assert (config.net.width, config.net.full_grid) == (0.3, 2)
-    assert (config.recipe.batch_size, config.recipe.lr) == (32, default_lr(32, 1))
+    assert (config.recipe.batch_size, config.recipe.lr) == (32, default_lr(32, 1, 200))
     assert preset_settings("best")["epochs"] > preset_settings("fast")["epochs"]
     with pytest.raises(UsageError, match="unknown preset 'fats'"):
         latenttrain.fit(codes, preset="fats", out=tmp_path / "other")

@@ -15,7 +15,7 @@ from latentprep.format import open_dataset
 from latenttrain.augment import Augment
 from latenttrain.checkpoint import load_tensors, read_config
 from latenttrain.config import plan_run
-from latenttrain.recipe import Recipe, default_lr, make_recipe
+from latenttrain.recipe import Recipe, default_lr, make_recipe, preset_settings
 
 
 def metrics(run):
@@ -141,7 +141,7 @@ def test_resuming_a_run_that_ended_changes_nothing(whole, codes, small):
         ({"lr": 0.5}, r"lr is [\d.]+, but 0\.5 was requested"),
         ({"epochs": 6}, "epochs is 5, but 6 was requested"),
         ({"width": 0.5}, "width is 0.25, but 0.5 was requested"),
-        ({"limit": 64}, "dataset.limit is null, but 64 was requested"),
+        ({"limit": 64}, "dataset.limit is null, but 64 was requested"),  # and lr, which follows from it
         ({"compile": True}, "compile is false, but true was requested"),
         ({"augment": Augment(shift=1)}, r"augment.shift is \d, but 1 was requested"),
     ],
@@ -305,6 +305,30 @@ def test_larger_batches_and_shorter_runs_get_a_higher_rate():
     assert make_recipe().lr == make_recipe(epochs=15, batch_size=64).lr == default_lr(64, 15)
     assert make_recipe(epochs=40, batch_size=32).lr == default_lr(32, 40)
     assert make_recipe("talk", epochs=5).lr == 0.001
+
+
+def test_few_samples_are_seen_more_often_in_smaller_batches():
+    for samples, epochs, batch_size in ((10, 150, 32), (300, 84, 32), (3000, 27, 32), (9469, 15, 64), (10**6, 15, 64)):
+        recipe = make_recipe(samples=samples)
+        assert (recipe.epochs, recipe.batch_size) == (epochs, batch_size)
+        assert recipe.lr == pytest.approx(0.045 * (batch_size / 64) ** 0.5, rel=1e-4)
+        assert (
+            make_recipe(samples=samples, epochs=2 * epochs).lr < recipe.lr < make_recipe(samples=samples, epochs=2).lr
+        )
+        assert make_recipe(samples=samples, epochs=1).lr <= 0.4
+    assert make_recipe("talk", 300).epochs == 20
+    assert make_recipe(samples=300, epochs=3, batch_size=64).batch_size == 64
+    assert [preset_settings(name, 9469)["epochs"] for name in (None, "fast", "best")] == [None, 9, 40]
+    assert [preset_settings(name, 300)["epochs"] for name in (None, "fast", "best")] == [None, 50, 224]
+
+
+def test_fit_counts_the_samples_that_it_trains_on(codes, tmp_path, small):
+    settings = {**small, "epochs": None, "batch_size": None}
+    stopped = {"progress": lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)}
+    with pytest.raises(KeyboardInterrupt):
+        latenttrain.fit(codes, **settings, limit=100, holdout=0.2, out=tmp_path / "run", **stopped)
+    recipe = read_config(tmp_path / "run").recipe
+    assert (recipe.epochs, recipe.batch_size) == (make_recipe(samples=80).epochs, 32)
 
 
 def test_true_crops_take_the_place_of_zoom(make_dataset, tmp_path, small):
