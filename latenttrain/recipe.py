@@ -12,7 +12,7 @@ from latentprep.errors import UsageError, check_number, check_whole, check_word,
 
 BASE_LR, BASE_BATCH, BASE_EPOCHS = 0.045, 64, 15  # a peak learning rate, and the run that it was chosen on …
 BASE_SAMPLES = 9469  # … Imagenette's
-FEW_SAMPLES, FEW_BATCH = 4000, 32  # a smaller batch, so that few samples make more steps
+FEW_SAMPLES, FEW_BATCH = 1000, 32  # a smaller batch, so that few samples make more steps
 MOST_EPOCHS = 150
 MOST_LR = 0.4  # of Imagenette's single epoch
 LR_BY_EPOCHS = 0.8  # it falls with the number of epochs to this power: docs/results.md

@@ -51,7 +51,7 @@ def encode(
     as_json: Json = False,
     codec: Annotated[
         str | None,
-        typer.Option(rich_help_panel="Codec", help="See latentprep codecs. Default: taesd if here, else dct."),
+        typer.Option(rich_help_panel="Codec", help="See latentprep codecs. Default: suits the images."),
     ] = None,
     weights: Annotated[
         str | None, typer.Option(rich_help_panel="Codec", help="Folder or hub id of the autoencoder's weights.")

@@ -52,7 +52,9 @@ if TYPE_CHECKING:
 
 CALIBRATION = 256  # images, spread evenly over the train split
 SHARD_ROWS = 1024
-MIN_DEFAULT_GRID = 8  # latent cells per side: what networks need; smaller images are enlarged for it
+# Networks learn best on grids of about 24 to 32 cells a side, and still well on 16: docs/results.md
+ENOUGH_CELLS, GOOD_CELLS = 16, 24  # images that leave fewer than the first are enlarged to the second
+SMALL_SIDE, SMALL_CELLS = 96, 32  # pixels; up to it images keep their pixels, averaged to about so many cells
 MAX_JOINT_CHANNELS = 32  # the filter has 9 weights for each pair of channels, and the search takes as many steps
 RESOLUTION_BASE = 1.15  # gamma of compound scaling
 MAX_DEFAULT_SIZE = 224  # pixels; larger sources are shrunk to it unless a size is given
@@ -138,8 +140,9 @@ def encode(
     """Encode `source` with `codec`, quantize to `bits`, store in `out`, a folder or URL. Run again, it resumes.
 
     source: a folder, archive, tars or named dataset (see `latentprep.sources.source.open_source`), or an open one.
-    codec: a name, with options as in ``dct:luma=20,chroma=5``, or a `Codec`. Default: ``taesd`` if its weights are at
-    hand, else ``dct``. weights: folder or hub id of an autoencoder's weights, short for the codec's option.
+    codec: a name, with options as in ``dct:luma=20,chroma=5``, or a `Codec`. Default: ``resample`` for images of up to
+    96 pixels a side, else ``taesd`` if its weights are at hand, else ``dct``. weights: folder or hub id of an
+    autoencoder's weights, short for the codec's option.
     progress: ``latentprep.cli.console.progress_bar`` shows what goes on.
     size: pixels per side; default suits source and codec. phi: makes it 1.15**phi times as large, the resolution of
     compound scaling (https://arxiv.org/abs/1905.11946), to the nearest that the codec takes.
@@ -190,7 +193,7 @@ def encode(
     if limit is not None:
         source = source.take(limit)
     names = _split_names(source, splits)
-    coder = _open_codec(codec, crew.device, weights, seed)
+    coder = _open_codec(codec or default_codec(weights, size or usual_side(source)), crew.device, weights, seed)
     if crew.name != "local":
         check_portable(coder)
     image_size = scaled_size(size or default_size(source, coder), phi, coder)
@@ -239,9 +242,8 @@ def encode(
     return encode_result(root, manifest, list(records.values()), encoded=encoded, **facts)
 
 
-def default_size(source: Source, codec: Codec) -> int:
-    """The usual shorter side of the source's images, at most `MAX_DEFAULT_SIZE`, as a size that the codec takes and
-    that leaves latents which networks take."""
+def usual_side(source: Source) -> int | None:
+    """The median of the shorter sides of some of the source's images, in pixels; None if none can be read."""
     from latentprep.sources.images import BadImage, decode
 
     sides = []
@@ -252,10 +254,26 @@ def default_size(source: Source, codec: Codec) -> int:
                 sides.append(min(decode(source.read(split, i).data, colour=STORED).shape[:2]))
             except (BadImage, SourceError, OSError):
                 continue  # reported when its row comes up
-    target = min(MAX_DEFAULT_SIZE, int(np.median(sides))) if sides else MAX_DEFAULT_SIZE
-    for size in (*range(target, 0, -1), *range(target + 1, 1025)):
+    return int(np.median(sides)) if sides else None
+
+
+def default_codec(weights: str | None, side: int | None) -> str:
+    """The codec for images of this side. A block of 8 x 8 pixels is too large a part of a small image."""
+    from latentprep.codecs.listing import weights_at_hand
+
+    if weights is None and side is not None and side <= SMALL_SIDE:
+        return f"resample:factor={max(1, round(side / SMALL_CELLS))}"
+    return "taesd" if weights or weights_at_hand("taesd") == "yes" else "dct"
+
+
+def default_size(source: Source, codec: Codec) -> int:
+    """The usual shorter side of the source's images, at most `MAX_DEFAULT_SIZE`, as a size that the codec takes and
+    that leaves a grid which networks learn from."""
+    target = min(MAX_DEFAULT_SIZE, usual_side(source) or MAX_DEFAULT_SIZE)
+    sizes = [(size, ENOUGH_CELLS) for size in range(target, 0, -1)]
+    for size, cells in (*sizes, *((size, GOOD_CELLS) for size in range(target + 1, 1025))):
         try:
-            if min(codec.latent_shape(size, size)[1:]) >= MIN_DEFAULT_GRID:
+            if min(codec.latent_shape(size, size)[1:]) >= cells:
                 return size
         except UsageError:
             continue
@@ -328,12 +346,9 @@ def _split_names(source: Source, splits: list[str] | None) -> list[str]:
     return names
 
 
-def _open_codec(codec: str | Codec | None, device: torch.device, weights: str | None, seed: int) -> Codec:
+def _open_codec(codec: str | Codec, device: torch.device, weights: str | None, seed: int) -> Codec:
     from latentprep.codecs import open_codec
-    from latentprep.codecs.listing import weights_at_hand
 
-    if codec is None:
-        codec = "taesd" if weights or weights_at_hand("taesd") == "yes" else "dct"
     return open_codec(codec, device=device, weights=weights, seed=seed)
 
 

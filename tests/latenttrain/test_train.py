@@ -308,7 +308,7 @@ def test_larger_batches_and_shorter_runs_get_a_higher_rate():
 
 
 def test_few_samples_are_seen_more_often_in_smaller_batches():
-    for samples, epochs, batch_size in ((10, 150, 32), (300, 84, 32), (3000, 27, 32), (9469, 15, 64), (10**6, 15, 64)):
+    for samples, epochs, batch_size in ((10, 150, 32), (300, 84, 32), (3000, 27, 64), (9469, 15, 64), (10**6, 15, 64)):
         recipe = make_recipe(samples=samples)
         assert (recipe.epochs, recipe.batch_size) == (epochs, batch_size)
         assert recipe.lr == pytest.approx(0.045 * (batch_size / 64) ** 0.5, rel=1e-4)

@@ -213,14 +213,41 @@ def test_dry_run_writes_nothing_and_bounds_the_bytes(images: Path, tmp_path: Pat
     assert predicted.code_bytes == 18 * 16 * 4 * 4 // 2
 
 
-def test_default_size_suits_source_and_codec(tmp_path: Path) -> None:
-    source = make_folder(tmp_path / "images", side=61)
-    assert latentprep.encode(source, codec="dct", out=tmp_path / "a", dry_run=True).size == 64  # 8×8 cells at least
-    assert latentprep.encode(source, codec="resample:factor=1", out=tmp_path / "a", dry_run=True).size == 61
-    middle = make_folder(tmp_path / "middle", train=2, val=1, side=107)
-    assert latentprep.encode(middle, codec="dct", out=tmp_path / "a", dry_run=True).size == 104
-    large = make_folder(tmp_path / "large", train=2, val=1, side=300)
-    assert latentprep.encode(large, codec="dct", out=tmp_path / "a", dry_run=True).size == 224
+@pytest.mark.parametrize(
+    ("side", "codec", "size", "cells"),
+    [
+        (300, "dct", 224, 28),
+        (130, "dct", 128, 16),  # its own size, to whole blocks
+        (107, "dct", 192, 24),  # its own would leave 13 cells
+        (40, "dct", 192, 24),
+        (40, "resample:factor=1", 40, 40),
+    ],
+)
+def test_default_size_suits_source_and_codec(tmp_path: Path, side: int, codec: str, size: int, cells: int) -> None:
+    source = make_folder(tmp_path / "images", train=2, val=1, side=side)
+    planned = latentprep.encode(source, codec=codec, out=tmp_path / "a", dry_run=True)
+    assert (planned.size, planned.latent[1:]) == (size, (cells, cells))
+
+
+@pytest.mark.parametrize(
+    ("side", "given", "codec", "latent"),
+    [
+        (28, {}, "resample", (3, 28, 28)),
+        (32, {}, "resample", (3, 32, 32)),
+        (64, {}, "resample", (3, 32, 32)),
+        (96, {}, "resample", (3, 32, 32)),
+        (97, {}, "dct", (16, 24, 24)),
+        (200, {"size": 64}, "resample", (3, 32, 32)),
+        (32, {"codec": "dct"}, "dct", (16, 24, 24)),
+    ],
+)
+def test_small_images_keep_their_pixels_by_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: int, given: dict, codec: str, latent: tuple
+) -> None:
+    monkeypatch.setattr("latentprep.codecs.listing.weights_at_hand", lambda name: "no")
+    source = make_folder(tmp_path / "images", train=2, val=1, side=side)
+    planned = latentprep.encode(source, **given, out=tmp_path / "a", dry_run=True)
+    assert (planned.codec["name"], planned.latent) == (codec, latent)
 
 
 @pytest.mark.parametrize(
