@@ -52,9 +52,9 @@ if TYPE_CHECKING:
 
 CALIBRATION = 256  # images, spread evenly over the train split
 SHARD_ROWS = 1024
-# Networks learn best on grids of about 24 to 32 cells a side, and still well on 16: docs/results.md
-ENOUGH_CELLS, GOOD_CELLS = 16, 24  # images that leave fewer than the first are enlarged to the second
-SMALL_SIDE, SMALL_CELLS = 96, 32  # pixels; up to it images keep their pixels, averaged to about so many cells
+# Networks learn best on grids of about 28 cells a side, and still well on 16: docs/results.md
+ENOUGH_CELLS, GOOD_CELLS = 16, 28  # images that leave fewer than the first are enlarged to the second
+SMALL_SIDE = 48  # pixels; images up to it are kept as pixels: enlarged, their codes would take more bytes
 MAX_JOINT_CHANNELS = 32  # the filter has 9 weights for each pair of channels, and the search takes as many steps
 RESOLUTION_BASE = 1.15  # gamma of compound scaling
 MAX_DEFAULT_SIZE = 224  # pixels; larger sources are shrunk to it unless a size is given
@@ -141,7 +141,7 @@ def encode(
 
     source: a folder, archive, tars or named dataset (see `latentprep.sources.source.open_source`), or an open one.
     codec: a name, with options as in ``dct:luma=20,chroma=5``, or a `Codec`. Default: ``resample`` for images of up to
-    96 pixels a side, else ``taesd`` if its weights are at hand, else ``dct``. weights: folder or hub id of an
+    48 pixels a side, else ``taesd`` if its weights are at hand, else ``dct``. weights: folder or hub id of an
     autoencoder's weights, short for the codec's option.
     progress: ``latentprep.cli.console.progress_bar`` shows what goes on.
     size: pixels per side; default suits source and codec. phi: makes it 1.15**phi times as large, the resolution of
@@ -258,11 +258,11 @@ def usual_side(source: Source) -> int | None:
 
 
 def default_codec(weights: str | None, side: int | None) -> str:
-    """The codec for images of this side. A block of 8 x 8 pixels is too large a part of a small image."""
+    """The codec for images of this side."""
     from latentprep.codecs.listing import weights_at_hand
 
     if weights is None and side is not None and side <= SMALL_SIDE:
-        return f"resample:factor={max(1, round(side / SMALL_CELLS))}"
+        return "resample:factor=1"
     return "taesd" if weights or weights_at_hand("taesd") == "yes" else "dct"
 
 

@@ -218,8 +218,8 @@ def test_dry_run_writes_nothing_and_bounds_the_bytes(images: Path, tmp_path: Pat
     [
         (300, "dct", 224, 28),
         (130, "dct", 128, 16),  # its own size, to whole blocks
-        (107, "dct", 192, 24),  # its own would leave 13 cells
-        (40, "dct", 192, 24),
+        (107, "dct", 224, 28),  # its own would leave 13 cells
+        (40, "dct", 224, 28),
         (40, "resample:factor=1", 40, 40),
     ],
 )
@@ -234,11 +234,11 @@ def test_default_size_suits_source_and_codec(tmp_path: Path, side: int, codec: s
     [
         (28, {}, "resample", (3, 28, 28)),
         (32, {}, "resample", (3, 32, 32)),
-        (64, {}, "resample", (3, 32, 32)),
-        (96, {}, "resample", (3, 32, 32)),
-        (97, {}, "dct", (16, 24, 24)),
-        (200, {"size": 64}, "resample", (3, 32, 32)),
-        (32, {"codec": "dct"}, "dct", (16, 24, 24)),
+        (48, {}, "resample", (3, 48, 48)),
+        (49, {}, "dct", (16, 28, 28)),
+        (64, {}, "dct", (16, 28, 28)),
+        (200, {"size": 32}, "resample", (3, 32, 32)),
+        (32, {"codec": "dct"}, "dct", (16, 28, 28)),
     ],
 )
 def test_small_images_keep_their_pixels_by_default(
