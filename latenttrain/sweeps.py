@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -169,7 +170,10 @@ def grouped(points: list[Point]) -> list[Group]:
 
 
 def recommended(groups: list[Group], margin: float) -> tuple[int | None, str]:
-    """The fewest bits whose best stem's mean is within `margin` points of the reference, and that as a sentence."""
+    """The fewest bits whose best stem's mean is within `margin` points of the reference, and that as a sentence.
+
+    Of stems whose means differ by less than `noise`, the first is named. The sentence says what is within the noise.
+    """
     reference = max((g for g in groups if g.bits == groups[0].bits), key=lambda g: g.mean)
     near = [g for g in groups if g.bits != FLOAT and g.mean >= reference.mean - margin / 100]
     if not near:
@@ -177,14 +181,26 @@ def recommended(groups: list[Group], margin: float) -> tuple[int | None, str]:
             None,
             f"none: every number of bits loses more than {margin:g} points compared with {name(reference.bits)}",
         )
-    fewest = min(near, key=lambda g: (g.bits, -g.mean))
-    bits = f"{fewest.bits} bit{'s' if fewest.bits > 1 else ''}"
-    lost = (reference.mean - fewest.mean) * 100
-    return fewest.bits, (
-        f"{bits} with stem {fewest.stem}: {abs(lost):.2f} points {'below' if lost > 0 else 'above'} "
-        f"{'float latents' if reference.bits == FLOAT else f'{reference.bits} bits'}, "
-        f"{fewest.bytes_per_image:,.0f} bytes per image"
+    best = min(near, key=lambda g: (g.bits, -g.mean))
+    chosen = next(g for g in near if g.bits == best.bits and best.mean - g.mean <= noise(g, best))
+    bits = f"{chosen.bits} bit{'s' if chosen.bits > 1 else ''}"
+    lost, doubt = (reference.mean - chosen.mean) * 100, noise(reference, chosen) * 100
+    if min(reference.n, chosen.n) < 2:
+        known = "one seed, so the noise is unknown"
+    else:
+        known = f"{'within the' if abs(lost) <= doubt else 'beyond the'} noise of {doubt:.2f}"
+    return chosen.bits, (
+        f"{bits} with stem {chosen.stem}: {abs(lost):.2f} points {'below' if lost > 0 else 'above'} "
+        f"{'float latents' if reference.bits == FLOAT else f'{reference.bits} bits'} ({known}), "
+        f"{chosen.bytes_per_image:,.0f} bytes per image"
     )
+
+
+def noise(one: Group, other: Group) -> float:
+    """Two standard errors of the difference of two means over seeds; 0 where a single seed tells nothing of it."""
+    if min(one.n, other.n) < 2:
+        return 0.0
+    return 2 * math.sqrt(one.deviation**2 / one.n + other.deviation**2 / other.n)
 
 
 def draw_sweep(groups: list[Group], path: Path, judged_by: str) -> None:

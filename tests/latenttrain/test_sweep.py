@@ -133,6 +133,18 @@ def test_the_fewest_bits_within_the_margin_are_recommended():
     assert "loses more than 0.1 points" in why
 
 
+def test_a_recommendation_regards_the_noise_of_the_seeds():
+    def advice(deviation, n, margin=0.5):
+        rows = ((FLOAT, "affine", 0.87), (4, "affine", 0.866), (4, "embedding", 0.868))
+        return recommended([Group(b, stem, top1, deviation, n, 400.0) for b, stem, top1 in rows], margin)[1]
+
+    assert advice(0.004, 3).startswith(
+        "4 bits with stem affine: 0.40 points below float latents (within the noise of 0.65)"
+    )
+    assert advice(0.0001, 3).startswith("4 bits with stem embedding: 0.20 points below float latents (beyond the noise")
+    assert "one seed, so the noise is unknown" in advice(0.0, 1)
+
+
 def test_a_held_out_part_of_train_takes_the_place_of_val(codes, tmp_path, small):
     dataset = latentprep.open(codes)
     learned, judged = load_trained(dataset, CPU, holdout=0.25)
