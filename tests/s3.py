@@ -10,7 +10,9 @@ import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
+
+from loopback import Loopback
 
 FAULTS = ("500", "503", "dropped", "lost answer", "truncated", "slow", "altered")
 
@@ -42,10 +44,8 @@ class Proxy:
             def log_message(self, *_: object) -> None:
                 pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
+        self.server = Loopback(Handler)
         self.port = self.server.server_port
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     def draw(self, request: BaseHTTPRequestHandler) -> str:
         shard = request.command == "GET" and ("/c/" in request.path or request.path.endswith(".tar"))

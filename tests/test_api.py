@@ -5,9 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-import threading
 from collections.abc import Callable, Iterator
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import click
 import numpy as np
 import pytest
 import typer.main
+from loopback import Loopback
 
 import latentprep
 import latentprep.cli.commands
@@ -113,11 +113,8 @@ def site(images: Path) -> Iterator[tuple[Path, str]]:
         def log_message(self, *_: object) -> None:
             pass
 
-    web = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=images.parent))
-    threading.Thread(target=web.serve_forever, daemon=True).start()
-    yield folder, f"http://127.0.0.1:{web.server_port}/codes"
-    web.shutdown()
-    web.server_close()
+    with Loopback(functools.partial(Quiet, directory=images.parent)) as web:
+        yield folder, f"{web.url}/codes"
 
 
 @pytest.fixture(params=["str", "Path", "opened", "URL"])

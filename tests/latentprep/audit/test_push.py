@@ -6,13 +6,13 @@ import base64
 import hashlib
 import json
 import os
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
+from loopback import Loopback
 
 import latentprep
 from inprocess import at_hub, command
@@ -88,16 +88,15 @@ class FakeHub:
             def log_message(self, *_: object) -> None:
                 pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
+        self.server = Loopback(Handler)
+        self.endpoint = self.server.url
 
 
 @pytest.fixture
 def hub() -> Iterator[FakeHub]:
     fake = FakeHub()
     yield fake
-    fake.server.shutdown()
+    fake.server.close()
 
 
 def latentprep_cli(endpoint: str, home: Path, *arguments: object) -> CompletedProcess[str]:

@@ -2,13 +2,13 @@
 
 import hashlib
 import os
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
+from loopback import Loopback
 from told import Told
 
 from latentprep.errors import SourceError, SystemFault, UsageError
@@ -18,19 +18,17 @@ from latentprep.sources.source import open_source
 PAYLOAD = bytes(range(256)) * 4000  # 1 MB
 
 
-class Server(ThreadingHTTPServer):
+class Server(Loopback):
     """Serves ``payload``; ``cuts`` are the byte counts after which the next answers break off."""
 
-    daemon_threads = True
-
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(Handler)
         self.payload = PAYLOAD
         self.cuts: list[int] = []
         self.codes: list[int] = []
         self.ranges = True
         self.requests: list[str | None] = []
-        self.url = f"http://127.0.0.1:{self.server_address[1]}/set.tgz"
+        self.url += "/set.tgz"
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -59,11 +57,7 @@ class Handler(BaseHTTPRequestHandler):
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setattr(datasets, "_BACKOFF", 0.0)
     with Server() as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
         yield server
-        server.shutdown()
-        thread.join()
 
 
 MD5 = hashlib.md5(PAYLOAD).hexdigest()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
+from loopback import Loopback
 
 import latentprep
 from latentprep.errors import SystemFault
@@ -73,10 +73,8 @@ class Service:
             def log_message(self, *_: object) -> None:
                 pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.server = Loopback(Handler)
+        self.url = self.server.url
 
     def refuse(self, status: int, code: str, message: str, more: str = "") -> None:
         text = f"<Error><Code>{code}</Code><Message>{message}</Message>{more}<RequestId>1</RequestId></Error>"
@@ -87,8 +85,7 @@ class Service:
 def service() -> Iterator[Service]:
     found = Service()
     yield found
-    found.server.shutdown()
-    found.server.server_close()
+    found.server.close()
 
 
 @pytest.fixture(autouse=True)

@@ -11,11 +11,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 
 import numpy as np
 import pytest
+from loopback import Loopback
 from s3 import FAULTS, Proxy, running
 
 import latentprep
@@ -61,7 +62,7 @@ def through(server: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Ite
     yield use
     buckets.open_bucket.cache_clear()
     for proxy in proxies:
-        proxy.server.shutdown()
+        proxy.server.close()
 
 
 @pytest.fixture(scope="module")
@@ -242,17 +243,15 @@ def test_a_web_server_is_read_and_never_written(through: Callable[..., Proxy], i
         def log_message(self, *_: object) -> None:
             pass
 
-    web = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=tmp_path / "site"))
-    threading.Thread(target=web.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{web.server_port}/codes/"
+    web = Loopback(functools.partial(Quiet, directory=tmp_path / "site"))
+    url = f"{web.url}/codes/"
     dataset, local = latentprep.open(url), latentprep.open(tmp_path / "site" / "codes")
     assert np.array_equal(dataset.load("train").codes, local.load("train").codes)
     with pytest.raises(DatasetError, match="1 of 2 shards of split 'val' are missing"):
         dataset.load("val")
     with pytest.raises(UsageError, match="can only be read"):
         latentprep.encode(images, **OPTIONS, out=url)
-    web.shutdown()
-    web.server_close()
+    web.close()
 
 
 def test_processes_that_share_a_cache_download_a_file_once(images: Path, tmp_path: Path) -> None:
@@ -272,14 +271,12 @@ def test_processes_that_share_a_cache_download_a_file_once(images: Path, tmp_pat
         def log_message(self, *_: object) -> None:
             pass
 
-    web = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Slow, directory=tmp_path / "site"))
-    threading.Thread(target=web.serve_forever, daemon=True).start()
-    cache, url = tmp_path / "cache", f"http://127.0.0.1:{web.server_port}/codes"
+    web = Loopback(functools.partial(Slow, directory=tmp_path / "site"))
+    cache, url = tmp_path / "cache", f"{web.url}/codes"
     read = f"import latentprep; print(latentprep.open({url!r}, cache_dir={str(cache)!r}).load('train').codes.sum())"
     running = [subprocess.Popen([sys.executable, "-c", read], stdout=subprocess.PIPE) for _ in range(2)]
     found = {process.communicate(timeout=120)[0] for process in running}
-    web.shutdown()
-    web.server_close()
+    web.close()
     assert found == {b"%d\n" % latentprep.open(tmp_path / "site" / "codes").load("train").codes.sum()}
     files = {path: count for path, count in asked.items() if "/train/" in path}
     assert len(files) >= 3
