@@ -55,6 +55,28 @@ def spread(values: list[float]) -> dict:
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}
 
 
+def kept_codes(folder: Path, name: str, source: Any, codec: Any, size: int, bits: int) -> Path:
+    """A latent dataset `name` in the folder, requantized from one of 8 bits, which is encoded once.
+
+    source: of `open_source`; codec: of `make_codec`. Both parts resume; what is there is left alone.
+    """
+    import latentprep
+    from latentprep.cli.console import progress_bar
+
+    whole = folder / f"{name}-8bit"
+    latentprep.encode(source, codec=codec, size=size, bits=8, out=whole, progress=progress_bar)
+    if bits == 8:
+        return whole
+    latentprep.requantize(whole, bits=bits, out=folder / f"{name}-{bits}bit", progress=progress_bar)
+    return folder / f"{name}-{bits}bit"
+
+
+def mean_spread(values: list[float]) -> str:
+    """Shares as ``87.9% ± 0.4``: mean and standard deviation, in points."""
+    text = f"{statistics.mean(values):.1%}"
+    return text + (f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+
 def each_within(
     seconds: float, in_all: float, measure: Callable[[str], dict], parts: Iterable[str]
 ) -> Iterator[tuple[str, dict]]:

@@ -22,20 +22,20 @@ from latenttrain.config import RunConfig, plan_net, plan_run
 from latenttrain.data import Split, load_trained
 from latenttrain.nets import build_net, count_flops, count_parameters
 from latenttrain.recipe import make_recipe
-from talk_table import NARROW, Images, JpegSplit, clocked, pixels_config
+from talk_table import ROWS, Images, JpegSplit, clocked, pixels_config
+
+NARROW = 0.6  # of the default width
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", nargs="?", default="shapes")
     parser.add_argument("--shards", type=Path, default=None, help="a latent dataset of it (default: dct, 4 bits)")
-    parser.add_argument("--size", type=int, default=224, help="pixels a side of the JPEG row")
     parser.add_argument("--images", type=int, default=256, help="clocked a round on JPEGs; 16 times as many on codes")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--device", default="auto")
     asked = parser.parse_args()
-    asked.recipe, asked.epochs, asked.seed, asked.limit = "talk", 1, 0, None
     tune_process()
     device, source = pick_device(asked.device), open_source(asked.source)
     with tempfile.TemporaryDirectory() as folder:
@@ -43,9 +43,9 @@ def main() -> None:
             latentprep.encode(asked.source, codec="dct", out=folder)
         dataset = latentprep.open(asked.shards or folder)
         codes = load_trained(dataset, device)[0]
-    images = JpegSplit(Images(source.take(asked.images), "train", asked.size), asked.workers, device)
+    images = JpegSplit(Images(source.take(asked.images), "train", ROWS[0].grid), asked.workers, device)
     some = Split(codes.codes[: 16 * asked.images], codes.labels[: 16 * asked.images])
-    work: list[tuple[RunConfig, Split | JpegSplit]] = [(pixels_config(asked, source), images)]
+    work: list[tuple[RunConfig, Split | JpegSplit]] = [(pixels_config(ROWS[0], source, epochs=1), images)]
     for width in (1.0, NARROW):
         work.append((plan_run(dataset, make_recipe(epochs=1), plan_net(dataset, width=width)), some))
     names = ("MobileNetV2 on JPEGs", "default", f"--width {NARROW:g}")

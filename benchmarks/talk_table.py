@@ -1,22 +1,25 @@
-"""The talk's experiment (Jacobellis 2023), and this project's network beside it: one table, JSON and picture.
+"""The talk's experiment (Jacobellis 2023) at its own sizes, and this project's network beside it.
 
-    python benchmarks/talk_table.py imagenette --codec taesd --weights … --recipe talk --epochs 20 --out talk
+    python benchmarks/talk_table.py imagenette --out talk                  # every row and seed that is not there yet
+    python benchmarks/talk_table.py imagenette --out talk --clock          # then, on a quiet machine, seconds an epoch
 
-Rows: MobileNetV2 on 224 x 224 pixels decoded from JPEG files by workers in each epoch, as is customary; a quarter of
-its width on 64 x 64 resampled pixels, and on the codec's codes; our network on the same codes, and a narrower one. The
-recipe is for the first three; ours has its own. Every part resumes: datasets, runs and rows done are left alone.
-Without arguments it takes the built-in `shapes` and the block DCT, and ends in minutes.
+A row is a network, what it is trained on, and a recipe; `--list` prints them, `--rows` picks some by shell patterns.
+Datasets, runs and results all resume: what is in the folder is left alone, and each result is written as it ends.
+`codes28` and `codes64` are the codec's codes, of an autoencoder at 224 and 512 pixels; `resample64` is pixels kept as
+8-bit codes; `jpeg224` is pixels that workers decode from JPEG files in every epoch, as is customary.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import fnmatch
 import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,17 +28,18 @@ from torch.utils.data import DataLoader, Dataset
 
 import latentprep
 import latenttrain
-from common import machine, spread
+from common import kept_codes, machine, mean_spread, spread
 from latentprep.audit.info import info
 from latentprep.cli.console import progress_bar, tune_process
 from latentprep.codecs import Codec, make_codec
 from latentprep.device import pick_device
-from latentprep.encoding.encode import default_size
+from latentprep.errors import UsageError
 from latentprep.format import Quantizer
 from latentprep.pictures.plots import BLUE, GREY, INK, draw
 from latentprep.progress import silent
 from latentprep.sources.images import load_views
 from latentprep.sources.source import Source, open_source
+from latentprep.storage.atomic import write_atomic
 from latenttrain.augment import Augment
 from latenttrain.checkpoint import check_run_folder, read_config
 from latenttrain.config import RunConfig, versions
@@ -45,14 +49,45 @@ from latenttrain.recipe import make_recipe
 from latenttrain.runtime import synchronize
 from latenttrain.train import run_fit, start_state, train_epoch
 
-NARROW = 0.6  # of the default width
-NETS = {
-    "pixels": "MobileNetV2 ×1.0",
-    "resampled": "MobileNetV2 ×0.25",
-    "latents": "MobileNetV2 ×0.25",
-    "ours": "latentnet",
-    "narrow": f"latentnet ×{NARROW:g}",
-}
+TALK = ((10510, 0.58, 0.398), (64 * 64 * 3, 0.39, 0.354), (64 * 64 * 2, 0.44, 0.329))  # its bytes, best and last epoch
+
+
+@dataclass(frozen=True)
+class Row:
+    """arch, width: of the network. input: jpegN, resampleN or codesN, with a grid of N x N. batch: the recipe's."""
+
+    arch: str
+    width: float
+    input: str
+    recipe: str
+    batch: int | None = None
+
+    @property
+    def name(self) -> str:
+        width = "" if self.width == 1 else f"-{self.width:g}"
+        return f"{self.arch}{width}-{self.input}-{self.recipe}" + (f"-{self.batch}" if self.batch else "")
+
+    @property
+    def kind(self) -> str:
+        return self.input.rstrip("0123456789")
+
+    @property
+    def grid(self) -> int:
+        return int(self.input.removeprefix(self.kind))
+
+
+ROWS = (
+    Row("mobilenetv2", 1, "jpeg224", "talk"),
+    Row("mobilenetv2", 0.25, "resample64", "talk"),
+    Row("mobilenetv2", 0.25, "codes64", "talk"),
+    Row("mobilenetv2", 1, "jpeg224", "default"),
+    Row("mobilenetv2", 0.25, "resample64", "default"),
+    Row("mobilenetv2", 0.25, "codes64", "default"),
+    *(Row("latentnet", 1, f"codes{grid}", recipe) for grid in (28, 64) for recipe in ("talk", "default")),
+    *(Row("latentnet", 1, f"resample{grid}", "default") for grid in (28, 56, 64)),
+    *(Row("latentnet", 1, f"jpeg{grid}", "default") for grid in (56, 64)),
+    *(Row("latentnet", 1, "codes28", "default", batch) for batch in (256, 1024, 4096)),
+)
 
 
 class Images(Dataset):
@@ -69,13 +104,14 @@ class Images(Dataset):
         return torch.from_numpy(load_views(sample.data, self.size)[0]).permute(2, 0, 1), sample.label
 
 
-@dataclasses.dataclass
+@dataclass
 class JpegSplit:
     """What `latenttrain.data.Split` is to codes: batches of pixels from image files, by a `DataLoader` with workers."""
 
     images: Images
     workers: int
     device: torch.device
+    soft = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -92,14 +128,12 @@ class JpegSplit:
     def codes_of(self, rows: Tensor) -> Tensor:
         return rows
 
-    soft = None
-
     def targets_of(self, rows: Tensor, labels: Tensor, classes: int) -> Tensor:
         return one_hot(labels, classes)
 
-    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        size = min(batch_size, 32)
-        yield from self._loaded([list(range(i, min(i + size, len(self)))) for i in range(0, len(self), size)])
+    def batches(self, batch_size: int, wanted: range | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        every = [list(range(i, min(i + batch_size, len(self)))) for i in range(0, len(self), batch_size)]
+        yield from self._loaded(every if wanted is None else every[wanted.start : wanted.stop])
 
     def _loaded(self, batches: list[list[int]]) -> Iterator[tuple[Tensor, Tensor]]:
         loader: DataLoader = DataLoader(
@@ -109,72 +143,175 @@ class JpegSplit:
             yield pixels.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
 
-def pixels_config(asked: argparse.Namespace, source: Source) -> RunConfig:
-    """MobileNetV2 at its full width on pixels, as a run."""
+def pixels_config(row: Row, source: Source, epochs: int | None, seed: int = 0) -> RunConfig:
+    """A row on JPEG files, as a run."""
     quantizer = Quantizer(8, (-0.5,) * 3, (1.0,) * 3)
     net = NetConfig(
-        latent=(3, asked.size, asked.size), classes=len(source.classes), bits=8, lo=quantizer.lo, step=quantizer.step,
-        arch="mobilenetv2",
+        latent=(3, row.grid, row.grid), classes=len(source.classes), bits=8, lo=quantizer.lo, step=quantizer.step,
+        arch=row.arch, width=row.width,
     )  # fmt: skip
     dataset = {
-        "path": asked.source, "source": {"spec": asked.source, "sha256": source.fingerprint()},
-        "codec": {"name": "pixels"}, "quantizer": quantizer.to_json(), "transform": {"size": asked.size},
-        "classes": list(source.classes), "limit": asked.limit, "manifest_sha256": "",
+        "path": source.spec, "source": {"spec": source.spec, "sha256": source.fingerprint()},
+        "codec": {"name": "pixels"}, "quantizer": quantizer.to_json(), "transform": {"size": row.grid},
+        "classes": list(source.classes), "limit": None, "manifest_sha256": "",
     }  # fmt: skip
-    recipe = make_recipe(asked.recipe, epochs=asked.epochs, seed=asked.seed)
-    augmentation = Augment.none() if asked.recipe == "talk" else Augment(shift=24, noise=False, mirror=True)
-    return RunConfig(net, recipe, augmentation, dataset, versions())
+    recipe = make_recipe(row.recipe, source.size("train"), epochs=epochs, batch_size=row.batch, seed=seed)
+    shift = 3 * max(1, row.grid // 75)  # as far as three cells of codes are on the picture, if it is a large one
+    return RunConfig(
+        net, recipe, Augment.none() if row.recipe == "talk" else Augment(shift, mirror=True), dataset, versions()
+    )
 
 
-def fit_pixels(asked: argparse.Namespace, source: Source, root: Path) -> dict:
-    """The first row's run; its result as JSON."""
-    config = pixels_config(asked, source)
-    check_run_folder(root, config, resume=True, overwrite=False)
-    device = pick_device(asked.device)
-    train, val = (JpegSplit(Images(source, split, asked.size), asked.workers, device) for split in ("train", "val"))
-    return run_fit(config, train, val, root, True, progress_bar).to_json()  # type: ignore[arg-type]
+class Table:
+    """The rows of a folder: encodes, trains and keeps what is not there yet. Several processes may share a folder."""
+
+    def __init__(self, asked: argparse.Namespace) -> None:
+        self.asked, self.out = asked, asked.out
+        self.source = open_source(asked.source, data=asked.data)
+        if asked.limit:
+            self.source = self.source.take(asked.limit)
+        self.codec: Codec = make_codec(asked.codec, **({"weights": asked.weights} if asked.weights else {}))
+        self.device = pick_device(asked.device)
+
+    def dataset(self, row: Row) -> Path:
+        """The row's latent dataset, encoded unless it is there."""
+        if row.kind == "resample":
+            codec = make_codec("resample", factor=1)
+            return kept_codes(self.out, f"resample-{row.grid}px", self.source, codec, row.grid, 8)
+        size = 512 // self.codec.latent_shape(512, 512)[1] * row.grid
+        return kept_codes(self.out, f"{self.codec.name}-{size}px", self.source, self.codec, size, self.asked.bits)
+
+    def splits(self, row: Row, source: Source | None = None) -> tuple[JpegSplit, JpegSplit]:
+        source, workers = source or self.source, self.asked.workers
+        train, val = (JpegSplit(Images(source, split, row.grid), workers, self.device) for split in ("train", "val"))
+        return train, val
+
+    def train(self, row: Row, seed: int) -> dict:
+        """One run of a row: its result."""
+        asked, run = self.asked, self.out / "runs" / f"{row.name}-s{seed}"
+        if row.kind == "jpeg":
+            config = pixels_config(row, self.source, asked.epochs, seed)
+            check_run_folder(run, config, resume=True, overwrite=False)
+            found = run_fit(config, *self.splits(row), run, True, progress_bar)  # type: ignore[arg-type]
+        else:
+            found = latenttrain.fit(
+                self.dataset(row), arch=row.arch, width=row.width, recipe=row.recipe, epochs=asked.epochs,
+                batch_size=row.batch, seed=seed, device=asked.device, out=run, resume=True, progress=progress_bar,
+            )  # fmt: skip
+        return found.to_json()
+
+    def add(self, row: Row, seed: int) -> None:
+        """One run of a row, kept at once. A loss that is no number is a result, too: the row breaks."""
+        path = self.out / "results" / f"{row.name}-s{seed}.json"
+        if path.exists():
+            return
+        try:
+            found = self.train(row, seed)
+        except UsageError as error:
+            if "NaN" not in str(error):
+                raise
+            found = {"breaks": str(error)}
+        write_json(path, found)
+
+    def bytes_per_image(self, row: Row) -> float:
+        """What an image takes on disk."""
+        if row.kind == "jpeg":
+            rows = range(0, self.source.size("train"), -(-self.source.size("train") // 500))  # some of each class
+            return statistics.mean(len(self.source.read("train", i).data) for i in rows)
+        return info(self.dataset(row)).bytes_per_image
+
+    def clock(self, rows: list[Row], rounds: int = 5, images: int = 256) -> None:
+        """Keeps the seconds of an epoch of each row that is trained: all in turn, so many times."""
+        few = self.source.take(images)
+        work: dict[str, tuple[RunConfig, Split | JpegSplit]] = {}
+        for row in rows:
+            runs = sorted((self.out / "runs").glob(f"{row.name}-s*"))
+            if not runs:
+                continue
+            config = read_config(runs[0])
+            if row.kind == "jpeg":
+                work[row.name] = config, self.splits(row, few)[0]
+            else:
+                whole = load_trained(latentprep.open(self.dataset(row)), self.device)[0]
+                some = max(8 * images, config.recipe.batch_size)
+                work[row.name] = config, Split(whole.codes[:some], whole.labels[:some])
+        seconds = clocked(list(work.values()), self.device, rounds)
+        found = {
+            name: spread([s * self.source.size("train") for s in own]) for name, own in zip(work, seconds, strict=True)
+        }
+        write_json(self.out / "results" / "clock.json", {"machine": machine(), "seconds_per_epoch": found})
+
+    def gathered(self) -> dict[str, dict]:
+        """All results so far, by row, in the order of `ROWS`."""
+        clock = self.out / "results" / "clock.json"
+        clocked = json.loads(clock.read_text())["seconds_per_epoch"] if clock.exists() else {}
+        rows = {}
+        for row in ROWS:
+            paths = sorted((self.out / "results").glob(f"{row.name}-s*.json"))
+            if paths:
+                runs = {path.stem.rpartition("-s")[2]: json.loads(path.read_text()) for path in paths}
+                rows[row.name] = {
+                    **vars(row), "bytes_per_image": self.bytes_per_image(row),
+                    "clocked_seconds_per_epoch": clocked.get(row.name), "runs": runs,
+                }  # fmt: skip
+        document = {
+            "benchmark": "talk_table", "epochs": self.asked.epochs, "codec": self.asked.codec, "bits": self.asked.bits,
+            "images": self.source.size("train"), "machine": machine(), "rows": rows,
+        }  # fmt: skip
+        write_json(self.out / "talk_table.json", document)
+        return rows
+
+    def show(self) -> None:
+        """The table on stdout, and the picture."""
+        rows = self.gathered()
+        print("| row | best epoch | last epoch | n | parameters | TFLOPs per epoch | bytes per image | s per epoch |")
+        print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+        for name, row in rows.items():
+            runs = [run for run in row["runs"].values() if "breaks" not in run]
+            if not runs:
+                print(f"| {name} | breaks | breaks | {len(row['runs'])} | | | | |")
+                continue
+            best, last = (mean_spread([run[of] for run in runs]) for of in ("top1", "last_top1"))
+            flops = 3 * runs[0]["flops"] * self.source.size("train") / 1e12  # a step is three forward passes
+            clocked = row["clocked_seconds_per_epoch"]
+            seconds = f"{clocked['median']:.1f}" if clocked else ""
+            print(
+                f"| {name} | {best} | {last} | {len(row['runs'])} | {runs[0]['parameters']:,} | {flops:.2f} "
+                f"| {row['bytes_per_image']:,.0f} | {seconds} |"
+            )
+        self.picture([row for row in rows.values() if not row["batch"]])
+
+    def picture(self, rows: list[dict]) -> None:
+        """Best epochs against bytes, and against seconds where rows are clocked, with the talk's points open."""
+        points = []
+        for row in rows:
+            if top1 := [run["top1"] for run in row["runs"].values() if "breaks" not in run]:
+                points.append((row, statistics.mean(top1)))
+        with draw(self.out / "talk_table.png", 2) as (left, right):
+            for axes, label in ((left, "seconds an epoch"), (right, "bytes an image")):
+                for row, top1 in points:
+                    clocked = row["clocked_seconds_per_epoch"] or {}
+                    x = row["bytes_per_image"] if axes is right else clocked.get("median")
+                    if x is None:
+                        continue
+                    axes.plot(x, top1, "o", color=BLUE if row["arch"] == "latentnet" else GREY)
+                    axes.annotate(
+                        f"{row['input']} {row['recipe']}", (x, top1), color=INK, fontsize=7,
+                        xytext=(4, 3), textcoords="offset points",
+                    )  # fmt: skip
+                axes.set_xscale("log")
+                axes.margins(0.25, 0.1)
+                axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
+                axes.set_xlabel(label, color=INK)
+            for bytes_per_image, best, _ in TALK:
+                right.plot(bytes_per_image, best, "o", color=GREY, fillstyle="none")
+            left.set_title(f"best val top-1 of {self.asked.epochs} epochs", loc="left", color=INK)
+            right.set_title("blue: latentnet; grey: MobileNetV2; open: the talk's", loc="left", color=INK, fontsize=8)
 
 
-def make_shards(asked: argparse.Namespace, source: Source, codec: Codec, name: str) -> Path:
-    """The row's latent dataset, encoded unless it is there."""
-    if name == "resampled":
-        shards = asked.out / "resampled-64"
-        latentprep.encode(source, codec="resample:factor=1", size=64, bits=8, out=shards, progress=progress_bar)
-    elif asked.shards is not None:
-        shards = asked.shards
-    else:
-        shards = asked.out / f"{asked.codec}-{asked.bits}bit"
-        latentprep.encode(source, codec=codec, size=asked.size, bits=asked.bits, out=shards, progress=progress_bar)
-    return shards
-
-
-def make_row(asked: argparse.Namespace, source: Source, codec: Codec, name: str) -> dict:
-    """One row of the table: encode and train what of it is missing."""
-    own = name in ("ours", "narrow")
-    recipe = "default" if own else asked.recipe
-    run = asked.out / f"{name}-{recipe}-e{asked.epochs}-s{asked.seed}"
-    row = {"row": name, "recipe": recipe, "net": NETS[name]}
-    if name == "pixels":
-        rows = range(0, source.size("train"), -(-source.size("train") // 500))  # some of each class
-        row["input"] = f"{asked.size}×{asked.size}×3 pixels (JPEG)"
-        row["bytes_per_image"] = statistics.mean(len(source.read("train", i).data) for i in rows)
-        row |= fit_pixels(asked, source, run)
-    else:
-        shards = make_shards(asked, source, codec, name)
-        facts = info(shards)
-        channels, height, width = facts.latent
-        row["input"] = f"{height}×{width}×{channels} {facts.codec['name']}, {facts.bits} bits"
-        row["bytes_per_image"] = facts.bytes_per_image
-        settings: dict = {"width": NARROW} if name == "narrow" else {}
-        if not own:
-            settings = {"arch": "mobilenetv2", "width": 0.25, "recipe": asked.recipe}
-        result = latenttrain.fit(
-            shards, **settings, epochs=asked.epochs, seed=asked.seed, device=asked.device, out=run, resume=True,
-            progress=progress_bar,
-        )  # fmt: skip
-        row |= result.to_json()
-    # 3 forward passes a training step: torch's own count of the backward pass overlooks groups
-    return row | {"training_flops_per_epoch": 3 * row["flops"] * source.size("train")}
+def write_json(path: Path, document: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, (json.dumps(document, indent=1) + "\n").encode())
 
 
 def clocked(work: list[tuple[RunConfig, Split | JpegSplit]], device: torch.device, rounds: int) -> list[list[float]]:
@@ -187,95 +324,46 @@ def clocked(work: list[tuple[RunConfig, Split | JpegSplit]], device: torch.devic
     with silent("", 0, "") as bar:
         for turn in range(rounds + 1):
             for (config, split), state, own in zip(work, states, seconds, strict=True):
-                batch = min(config.recipe.batch_size, len(split))
                 synchronize(device)
                 start = time.perf_counter()
-                train_epoch(state, config, split, 0, bar)
+                train_epoch(state, config, split, 0, bar)  # type: ignore[arg-type]
                 synchronize(device)
                 if turn:
-                    own.append((time.perf_counter() - start) / batches_per_epoch(len(split), batch) / batch)
+                    own.append((time.perf_counter() - start) / len(split))
     return seconds
-
-
-def clock(asked: argparse.Namespace, source: Source, rows: list[dict], rounds: int = 5, images: int = 256) -> None:
-    """Adds to each row the seconds an epoch takes with nothing else running: all rows in turn, `rounds` times."""
-    device = pick_device(asked.device)
-    few = source.take(images)
-    work: list[tuple[RunConfig, Split | JpegSplit]] = []
-    for row in rows:
-        config = read_config(Path(row["run"]))
-        if row["row"] == "pixels":
-            work.append((config, JpegSplit(Images(few, "train", asked.size), asked.workers, device)))
-        else:
-            whole = load_trained(latentprep.open(config.dataset["path"]), device)[0]
-            work.append((config, Split(whole.codes[: 8 * images], whole.labels[: 8 * images])))
-    for row, seconds in zip(rows, clocked(work, device, rounds), strict=True):
-        row["clocked"] = spread([s * source.size("train") for s in seconds])
-    slowest = rows[0]["clocked"]["median"]
-    for row in rows:
-        row["times_faster"] = slowest / row["clocked"]["median"]
-
-
-def write(asked: argparse.Namespace, rows: list[dict]) -> None:
-    """The table as JSON, Markdown and a picture."""
-    document = {"benchmark": "talk_table", "epochs": asked.epochs, "seed": asked.seed, "machine": machine()}
-    (asked.out / f"table-e{asked.epochs}.json").write_text(json.dumps(document | {"rows": rows}, indent=1) + "\n")
-    lines = [
-        "| network | input | recipe | last val top-1 | parameters | TFLOPs/epoch | bytes/image | s/epoch | faster |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in rows:
-        flops, seconds = row["training_flops_per_epoch"] / 1e12, row["clocked"]["median"]
-        lines.append(
-            f"| {row['net']} | {row['input']} | {row['recipe']} | {row['last_top1']:.1%} | {row['parameters']:,} "
-            f"| {flops:.2f} | {row['bytes_per_image']:,.0f} | {seconds:.1f} | {row['times_faster']:.1f}× |"
-        )
-    text = "\n".join(lines) + "\n"
-    (asked.out / f"table-e{asked.epochs}.md").write_text(text)
-    print(text)
-    with draw(asked.out / f"table-e{asked.epochs}.png", 2) as (left, right):
-        for axes, of, label in ((left, "clocked", "seconds an epoch"), (right, "bytes_per_image", "bytes an image")):
-            for row in rows:
-                x = row[of]["median"] if of == "clocked" else row[of]
-                axes.plot(x, row["last_top1"], "o", color=BLUE if row["row"] in ("ours", "narrow") else GREY)
-                below = row["row"] == "narrow"  # it lies close under ours
-                where = {"xytext": (0, -15 if below else 6), "textcoords": "offset points", "ha": "center"}
-                axes.annotate(row["row"], (x, row["last_top1"]), color=INK, **where)
-            axes.set_xscale("log")
-            axes.margins(0.25)
-            axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
-            axes.set_xlabel(label, color=INK)
-        left.set_title(f"val top-1 after {asked.epochs} epochs", loc="left", color=INK)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", nargs="?", default="shapes")
     parser.add_argument("--data", default=None, help="a copy of the named dataset")
-    parser.add_argument("--codec", default="dct")
+    parser.add_argument("--codec", default="taesd")
     parser.add_argument("--weights", default=None)
     parser.add_argument("--bits", type=int, default=4)
-    parser.add_argument("--size", type=int, default=None, help="pixels a side (default: what encode chooses)")
-    parser.add_argument("--shards", type=Path, default=None, help="a latent dataset that is there already")
-    parser.add_argument("--recipe", default="talk", help="of the MobileNetV2 rows: talk or default")
-    parser.add_argument("--epochs", type=int, default=None, help="of every row (default: 20)")
-    parser.add_argument("--rows", default=",".join(NETS))
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rows", nargs="*", default=["*"], help="names of rows, or shell patterns")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--epochs", type=int, default=20, help="of every row")
     parser.add_argument("--limit", type=int, default=None, help="images a split")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=Path("talk"))
+    parser.add_argument("--clock", action="store_true", help="clock the rows that are there, and train nothing")
+    parser.add_argument("--list", action="store_true", help="print the rows' names and end")
     asked = parser.parse_args()
-    asked.epochs = asked.epochs or 20
+    chosen = [row for row in ROWS if any(fnmatch.fnmatchcase(row.name, pattern) for pattern in asked.rows)]
+    if asked.list or not chosen:
+        print("\n".join(row.name for row in (chosen or ROWS)), file=sys.stdout if chosen else sys.stderr)
+        sys.exit(0 if chosen else f"no row is named {' or '.join(asked.rows)}: the names are above")
     tune_process()
     asked.out.mkdir(parents=True, exist_ok=True)
-    source = open_source(asked.source, data=asked.data)
-    source = source.take(asked.limit) if asked.limit else source
-    codec = make_codec(asked.codec, **({"weights": asked.weights} if asked.weights else {}))
-    asked.size = asked.size or default_size(source, codec)
-    rows = [make_row(asked, source, codec, name) for name in asked.rows.split(",")]
-    clock(asked, source, rows)
-    write(asked, rows)
+    table = Table(asked)
+    if asked.clock:
+        table.clock(chosen)
+    else:
+        for seed in map(int, asked.seeds.split(",")):
+            for row in chosen:
+                table.add(row, seed)
+    table.show()
 
 
 if __name__ == "__main__":
