@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 DEMO ?= demo
 # ablation and net_search, which take hours on real images, are run by hand.
-BENCHMARKS := startup encode_ratio requantize epoch_ratio talk_table time_to_accuracy loader_peers disk_peers scale driver_cost simulate_scale
+BENCHMARKS := startup encode_ratio requantize epoch_ratio time_to_accuracy loader_peers disk_peers scale driver_cost simulate_scale
 
 # What computes on --device auto, which is CUDA where there is a card.
 GPU_TESTS := tests/latenttrain $(patsubst %,tests/latentprep/%,test_device.py codecs derived encoding pictures quantizing audit/test_verify.py)

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import fnmatch
+import glob
 import json
 import multiprocessing
 import os
 import platform
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 RECORDS = Path(__file__).parent / "records"
+
+
+def chosen(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
+    """The names that a shell pattern matches; ends the program if there are none."""
+    found = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+    if not found:
+        sys.exit("\n".join(["no row is named " + " or ".join(patterns) + "; there are", *names]))
+    return found
 
 
 def assets() -> Path | None:
@@ -69,6 +80,34 @@ def kept_codes(folder: Path, name: str, source: Any, codec: Any, size: int, bits
         return whole
     latentprep.requantize(whole, bits=bits, out=folder / f"{name}-{bits}bit", progress=progress_bar)
     return folder / f"{name}-{bits}bit"
+
+
+class Runs:
+    """Results of named rows by seed, a file each: several processes may share the folder, and what is there stays."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, name: str, seed: int) -> Path:
+        return self.folder / f"{name}-s{seed}.json"
+
+    def keep(self, name: str, seed: int, result: dict) -> None:
+        write_json(self.path(name, seed), result)
+
+    def of(self, name: str) -> dict[str, dict]:
+        """By seed."""
+        return {
+            path.stem.rpartition("-s")[2]: json.loads(path.read_text())
+            for path in sorted(self.folder.glob(f"{glob.escape(name)}-s*.json"))
+        }
+
+
+def write_json(path: Path, document: dict) -> None:
+    """Whole or not at all."""
+    from latentprep.storage.atomic import write_atomic
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, (json.dumps(document, indent=1) + "\n").encode())
 
 
 def mean_spread(values: list[float]) -> str:

@@ -12,7 +12,6 @@ Datasets, runs and results all resume: what is in the folder is left alone, and 
 from __future__ import annotations
 
 import argparse
-import fnmatch
 import json
 import os
 import statistics
@@ -28,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import latentprep
 import latenttrain
-from common import kept_codes, machine, mean_spread, spread
+from common import Runs, chosen, kept_codes, machine, mean_spread, spread, write_json
 from latentprep.audit.info import info
 from latentprep.cli.console import progress_bar, tune_process
 from latentprep.codecs import Codec, make_codec
@@ -39,7 +38,6 @@ from latentprep.pictures.plots import BLUE, GREY, INK, draw
 from latentprep.progress import silent
 from latentprep.sources.images import load_views
 from latentprep.sources.source import Source, open_source
-from latentprep.storage.atomic import write_atomic
 from latenttrain.augment import Augment
 from latenttrain.checkpoint import check_run_folder, read_config
 from latenttrain.config import RunConfig, versions
@@ -166,7 +164,7 @@ class Table:
     """The rows of a folder: encodes, trains and keeps what is not there yet. Several processes may share a folder."""
 
     def __init__(self, asked: argparse.Namespace) -> None:
-        self.asked, self.out = asked, asked.out
+        self.asked, self.out, self.runs = asked, asked.out, Runs(asked.out / "results")
         self.source = open_source(asked.source, data=asked.data)
         if asked.limit:
             self.source = self.source.take(asked.limit)
@@ -202,8 +200,7 @@ class Table:
 
     def add(self, row: Row, seed: int) -> None:
         """One run of a row, kept at once. A loss that is no number is a result, too: the row breaks."""
-        path = self.out / "results" / f"{row.name}-s{seed}.json"
-        if path.exists():
+        if self.runs.path(row.name, seed).exists():
             return
         try:
             found = self.train(row, seed)
@@ -211,7 +208,7 @@ class Table:
             if "NaN" not in str(error):
                 raise
             found = {"breaks": str(error)}
-        write_json(path, found)
+        self.runs.keep(row.name, seed, found)
 
     def bytes_per_image(self, row: Row) -> float:
         """What an image takes on disk."""
@@ -247,9 +244,7 @@ class Table:
         clocked = json.loads(clock.read_text())["seconds_per_epoch"] if clock.exists() else {}
         rows = {}
         for row in ROWS:
-            paths = sorted((self.out / "results").glob(f"{row.name}-s*.json"))
-            if paths:
-                runs = {path.stem.rpartition("-s")[2]: json.loads(path.read_text()) for path in paths}
+            if runs := self.runs.of(row.name):
                 rows[row.name] = {
                     **vars(row), "bytes_per_image": self.bytes_per_image(row),
                     "clocked_seconds_per_epoch": clocked.get(row.name), "runs": runs,
@@ -309,11 +304,6 @@ class Table:
             right.set_title("blue: latentnet; grey: MobileNetV2; open: the talk's", loc="left", color=INK, fontsize=8)
 
 
-def write_json(path: Path, document: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, (json.dumps(document, indent=1) + "\n").encode())
-
-
 def clocked(work: list[tuple[RunConfig, Split | JpegSplit]], device: torch.device, rounds: int) -> list[list[float]]:
     """Seconds a sample of training each network on its split, in turn, so many times after one to warm up."""
     states = []
@@ -350,18 +340,18 @@ def main() -> None:
     parser.add_argument("--clock", action="store_true", help="clock the rows that are there, and train nothing")
     parser.add_argument("--list", action="store_true", help="print the rows' names and end")
     asked = parser.parse_args()
-    chosen = [row for row in ROWS if any(fnmatch.fnmatchcase(row.name, pattern) for pattern in asked.rows)]
-    if asked.list or not chosen:
-        print("\n".join(row.name for row in (chosen or ROWS)), file=sys.stdout if chosen else sys.stderr)
-        sys.exit(0 if chosen else f"no row is named {' or '.join(asked.rows)}: the names are above")
+    names = chosen([row.name for row in ROWS], asked.rows)
+    if asked.list:
+        sys.exit(print("\n".join(names)))
+    rows = [row for row in ROWS if row.name in names]
     tune_process()
     asked.out.mkdir(parents=True, exist_ok=True)
     table = Table(asked)
     if asked.clock:
-        table.clock(chosen)
+        table.clock(rows)
     else:
         for seed in map(int, asked.seeds.split(",")):
-            for row in chosen:
+            for row in rows:
                 table.add(row, seed)
     table.show()
 

@@ -14,7 +14,6 @@ import click
 import numpy as np
 import pytest
 import typer.main
-from loopback import Loopback
 
 import latentprep
 import latentprep.cli.commands
@@ -23,6 +22,7 @@ import latenttrain.cli
 from latentprep.cli.options import whole_numbers
 from latentprep.errors import UsageError
 from latentprep.sources.source import Source
+from loopback import Loopback
 from pictures import make_folder
 
 RENDERED = {"as_json", "show"}  # how a command prints its result

@@ -12,11 +12,11 @@ from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
-from loopback import Loopback
 
 import latentprep
 from inprocess import at_hub, command
 from latentprep.audit.hub import card
+from loopback import Loopback
 from pictures import make_folder
 
 pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")

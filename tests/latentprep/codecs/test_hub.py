@@ -11,9 +11,9 @@ from subprocess import CompletedProcess
 
 import pytest
 import torch
-from loopback import Loopback
 
 from inprocess import at_hub, command
+from loopback import Loopback
 
 REPOSITORY, COMMIT = "someone/tiny-vae", "a" * 40
 

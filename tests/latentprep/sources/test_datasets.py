@@ -8,12 +8,12 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
-from loopback import Loopback
 from told import Told
 
 from latentprep.errors import SourceError, SystemFault, UsageError
 from latentprep.sources import named as datasets
 from latentprep.sources.source import open_source
+from loopback import Loopback
 
 PAYLOAD = bytes(range(256)) * 4000  # 1 MB
 

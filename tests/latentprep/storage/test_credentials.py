@@ -8,13 +8,13 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
-from loopback import Loopback
 
 import latentprep
 from latentprep.errors import SystemFault
 from latentprep.storage import aws, buckets
 from latentprep.storage.aws import s3_settings
 from latentprep.storage.places import place
+from loopback import Loopback
 
 pytest.importorskip("obstore", reason="obstore is not installed")
 

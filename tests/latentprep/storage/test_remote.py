@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from loopback import Loopback
 from s3 import FAULTS, Proxy, running
 
 import latentprep
@@ -26,6 +25,7 @@ from latentprep.storage import buckets, lease
 from latentprep.storage.atomic import locked
 from latentprep.storage.cache import ShardCache
 from latentprep.storage.places import RemotePath, place
+from loopback import Loopback
 from pictures import make_folder
 
 pytest.importorskip("obstore", reason="obstore is not installed")
