@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from records import accuracies
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -24,6 +27,26 @@ def test_the_drawing_of_the_packages_is_fresh() -> None:
     pairs = drawn.imports(drawn.layers())
     assert ("latenttrain", "latentprep.format") in pairs
     assert ("latentprep.format", "latentprep.encoding") not in pairs
+
+
+ACCURACY = re.compile(r"\d+\.\d% ± \d+\.\d|\d+\.\d(?=%)")
+
+
+def test_the_accuracies_of_the_results_are_in_the_records_that_they_link() -> None:
+    _, *sections = re.split(r"^## ", (DOCS / "results.md").read_text(), flags=re.MULTILINE)
+    checked = 0
+    for section in sections:
+        known: set[str] = set().union(*map(accuracies, re.findall(r"benchmarks/records/([\w.]+\w)", section)))
+        written = {figure.replace("%", "") for figure in ACCURACY.findall(section)}
+        assert written <= known, f"{section.partition(chr(10))[0]}: {sorted(written - known)}"
+        checked += len(written)
+    assert checked > 100
+
+
+def test_the_accuracies_of_the_readme_are_in_the_results() -> None:
+    results = set(ACCURACY.findall((DOCS / "results.md").read_text()))
+    written = set(ACCURACY.findall((DOCS.parent / "README.md").read_text()))
+    assert written and written <= results, sorted(written - results)
 
 
 def script(name: str) -> ModuleType:
