@@ -78,7 +78,8 @@ def snr(latents: Tensor, restored: Tensor) -> float:
 
 def ours(latents: Tensor, bits: int, joint: bool) -> tuple[dict, np.ndarray]:
     """Bytes a sample and quality of what an encode would write, its quantizer fitted on as few images; the codes."""
-    from latentprep.encoding.encode import CALIBRATION, SHARD_ROWS
+    from latentprep.encoding.calibration import CALIBRATION
+    from latentprep.encoding.encode import SHARD_ROWS
     from latentprep.format import Manifest
     from latentprep.format.zarr_store import choose_compression, chunk_rows, encode_shard_files, shard_files
     from latentprep.quantizing.scalar import dequantize, fit_quantizer, quantize

@@ -54,7 +54,7 @@ def main() -> None:
     batches = torch.from_numpy(pixels).permute(0, 3, 1, 2).split(stages.batch_samples(1, size))
     asked = make_plan(source, ["train"], codec, 4, False, size, codec.latent_shape(size, size), 1, 0, 1024, "zarr")
 
-    manifest = calibrate(stages, asked, 32, silent)
+    manifest = calibrate(stages, asked, silent, 32)
     bare, decoding, pillow, whole = [], [], [], []
     codec.encode(batches[0])
     for _ in range(options.repeats):

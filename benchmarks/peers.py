@@ -51,7 +51,8 @@ class Peer:
 
 
 def write_ours(codes: np.ndarray, labels: np.ndarray, folder: Path, compress: bool) -> None:
-    from latentprep.encoding.encode import CALIBRATION, SHARD_ROWS
+    from latentprep.encoding.calibration import CALIBRATION
+    from latentprep.encoding.encode import SHARD_ROWS
     from latentprep.format import Codes, Manifest, Quantizer, ShardId
     from latentprep.format.commit import commit_shard, create_dataset
     from latentprep.format.shard import encoded_shard

@@ -38,7 +38,9 @@ def _top(version: Annotated[bool, typer.Option("--version", help="Show the versi
 def encode(
     source: Annotated[str, typer.Argument(help="Folder, tar files, or shapes, imagenette, imagewoof.")],
     out: Out = "shards",
-    bits: Annotated[int, typer.Option(help="Bits per code, 1 to 8.")] = 4,
+    bits: Annotated[int | None, typer.Option(help="Bits per code, 1 to 8. Default: 4.")] = None,
+    rate: Annotated[float | None, typer.Option(help="Bits per code on disk, in place of --bits.")] = None,
+    bytes: Annotated[int | None, typer.Option(help="Bytes per image, in place of --bits.")] = None,
     size: Annotated[int | None, typer.Option(help="Pixels per side. Default: suits source and codec.")] = None,
     joint: Joint = None,
     views: Annotated[int, typer.Option(help="Views per train sample; others are crops.")] = 1,
@@ -104,11 +106,11 @@ def encode(
 
     opened = open_shown(source, data=data, val_fraction=val_fraction, seed=seed, out=out)
     result = run(
-        opened, codec=codec, weights=weights, bits=bits, size=size, out=out, store=store, quantizer=quantizer,
-        joint=joint, views=views, splits=words(splits), limit=limit, workers=workers, device=device, devices=devices,
-        workers_per_device=workers_per_device, engine=engine, address=address, seed=seed, shard_rows=shard_rows,
-        shard_of=shard_of, max_pixels=max_pixels, max_error_fraction=max_error_fraction, dry_run=dry_run,
-        overwrite=overwrite, progress=console.progress_bar,
+        opened, codec=codec, weights=weights, bits=bits, rate=rate, bytes=bytes, size=size, out=out, store=store,
+        quantizer=quantizer, joint=joint, views=views, splits=words(splits), limit=limit, workers=workers,
+        device=device, devices=devices, workers_per_device=workers_per_device, engine=engine, address=address,
+        seed=seed, shard_rows=shard_rows, shard_of=shard_of, max_pixels=max_pixels,
+        max_error_fraction=max_error_fraction, dry_run=dry_run, overwrite=overwrite, progress=console.progress_bar,
     )  # fmt: skip
     show_result(result, as_json)
     if result.note:

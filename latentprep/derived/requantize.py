@@ -11,8 +11,8 @@ import torch
 
 from latentprep import __version__
 from latentprep.derived.derive import derive, every_row, opened
-from latentprep.encoding.calibration import calibration_rows
-from latentprep.encoding.encode import CALIBRATION, EncodeResult, check_joint, joint_by_default
+from latentprep.encoding.calibration import CALIBRATION, calibration_rows
+from latentprep.encoding.encode import EncodeResult, check_joint, joint_by_default
 from latentprep.errors import UsageError, opt
 from latentprep.format.dataset import Codes, LatentDataset
 from latentprep.format.manifest import INVALID_LABEL, Manifest, train_split
@@ -88,6 +88,7 @@ def requantized_manifest(source: LatentDataset, bits: int, joint: bool | None = 
     return replace(
         manifest,
         quantizer=quantizer,
+        rate=None,
         statistics=code_statistics(codes, quantizer),
         flip=None if joint else manifest.flip,
         compression=compression,

@@ -4,23 +4,33 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from latentprep.codecs.base import Codec
 from latentprep.encoding.pipeline import Stages, check_finite, decoded, latents_of
 from latentprep.errors import SourceError
 from latentprep.format.manifest import Manifest, Plan, ShardId, train_split
-from latentprep.format.zarr_store import choose_compression
+from latentprep.format.quantizer import Quantizer
+from latentprep.format.zarr_store import choose_compression, encode_codes
 from latentprep.progress import ProgressFactory
+from latentprep.quantizing.rate import fit_rate
 from latentprep.quantizing.scalar import code_statistics, fit_quantizer, quantize
 
+CALIBRATION = 256  # images, spread evenly over the train split
+RATE_CALIBRATION = 1024  # where bytes are to be met: those of images differ more than their ranges …
+LIGHT_CALIBRATION = 4096  # … and those of codecs that compute little most
 FEW_IMAGES = 32  # calibration images: with fewer, the ranges are guesses
+_DECODED = 16  # of them, to see what an error in each channel does
 
 
-def calibrate(stages: Stages, asked: Plan, count: int, progress: ProgressFactory) -> Manifest:
+def calibrate(stages: Stages, asked: Plan, progress: ProgressFactory, count: int | None = None) -> Manifest:
     """Fit the quantizer and choose the compression on up to `count` samples, spread evenly over the train split.
+
+    count: by default as many as what was asked for needs.
 
     The plan's seed decides which sample is drawn from each stretch of the split. The codec gets one image at a time:
     the last bits of its latents may depend on how many images are in the batch. So the same source gives the same
@@ -28,6 +38,9 @@ def calibrate(stages: Stages, asked: Plan, count: int, progress: ProgressFactory
 
     Raises `SourceError` if no sample can be decoded, `CodecError` for latents that are not finite.
     """
+    if count is None:
+        light = LIGHT_CALIBRATION if getattr(stages.codec, "light", False) else RATE_CALIBRATION
+        count = CALIBRATION if asked.rate is None else light
     split = train_split(asked.splits)
     rows = calibration_rows(asked.splits[split], count, asked.transform["seed"])
     first = replace(asked, transform={**asked.transform, "views": 1})
@@ -52,9 +65,51 @@ def calibrate(stages: Stages, asked: Plan, count: int, progress: ProgressFactory
         everything = torch.cat(latents)
         if (doubt := doubtful(everything)) is not None:
             bar.note(f"warning: {doubt}; the ranges may not fit other images")
-    quantizer = fit_quantizer(everything, asked.bits, asked.joint)
+    if asked.rate is None:
+        quantizer = fit_quantizer(everything, asked.bits, asked.joint)
+        compression = choose_compression(quantize(everything, quantizer).numpy()[:, None])
+    else:
+        quantizer, compression = fit_to_rate(stages.codec, everything, asked, asked.rate)
     codes = quantize(everything, quantizer)
-    return asked.manifest(quantizer, code_statistics(codes, quantizer), choose_compression(codes.numpy()[:, None]))
+    return asked.manifest(quantizer, code_statistics(codes, quantizer), compression)
+
+
+def fit_to_rate(codec: Codec, latents: Tensor, asked: Plan, rate: float) -> tuple[Quantizer, list[dict]]:
+    """A quantizer whose codes take so many bits per code on disk, and the compression that they then have.
+
+    latents: f32 [B,C,h,w], the calibration draw. Which compression is best is decided on some of it, by a rough fit.
+    """
+    weights = decoded_error(codec, latents[:: -(-len(latents) // _DECODED)])
+
+    def on_disk(compression: list[dict], codes: Tensor) -> float:
+        tried = asked.manifest(Quantizer(asked.bits, (0.0,), (1.0,)), None, compression)
+        shards = codes.numpy()[:, None].astype(np.uint8)
+        parts = range(0, len(shards), asked.shard_rows)
+        return 8 * sum(len(encode_codes(tried, shards[i : i + asked.shard_rows])) for i in parts) / codes.numel()
+
+    some = latents[:: -(-len(latents) // CALIBRATION)]
+    usual = choose_compression(quantize(some, fit_quantizer(some, 4)).numpy()[:, None])
+    rough = fit_rate(some, rate, weights, partial(on_disk, usual))
+    compression = choose_compression(quantize(some, rough).numpy()[:, None])
+    return fit_rate(latents, rate, weights, partial(on_disk, compression)), compression
+
+
+def decoded_error(codec: Codec, latents: Tensor) -> Tensor:
+    """The squared error in decoded pixels for a unit of squared error in each channel: f32 [B,C,h,w] -> f32 [C]
+
+    By normal noise of 0.3 of the latents' deviation, in one channel at a time: enough to stand out of decoded pixels'
+    rounding.
+    """
+    generator = torch.Generator().manual_seed(0)
+    noise = 0.3 * latents.std((0, 2, 3)).square().mean().sqrt().clamp(min=1e-6)
+    drawn = noise * torch.randn(latents.shape, generator=generator)
+    plain = codec.decode(latents).float()
+    errors = []
+    for channel in range(latents.shape[1]):
+        moved = latents.clone()
+        moved[:, channel] += drawn[:, channel]
+        errors.append((codec.decode(moved).float() - plain).square().mean() / drawn[:, channel].square().mean())
+    return torch.stack(errors).cpu()
 
 
 def doubtful(latents: Tensor) -> str | None:

@@ -144,6 +144,7 @@ def _meaning(plan: Plan) -> dict:
     return {
         "codec": {key: value for key, value in plan.codec.items() if key != "weights"},
         "bits": plan.bits,
+        "rate": plan.rate,
         "joint": plan.joint,
         "transform": {key: plan.transform.get(key) for key in ("size", "resize", "colour")},
     }

@@ -36,7 +36,7 @@ from latentprep.format.manifest import (
     ShardRecord,
     train_split,
 )
-from latentprep.format.quantizer import check_bits
+from latentprep.format.quantizer import MOST_BITS, check_bits
 from latentprep.format.stores import code_bytes
 from latentprep.format.zarr_store import chunk_rows
 from latentprep.progress import ProgressFactory, silent
@@ -50,7 +50,6 @@ if TYPE_CHECKING:
     from latentprep.encoding.crew import Crew
     from latentprep.encoding.pipeline import Stages
 
-CALIBRATION = 256  # images, spread evenly over the train split
 SHARD_ROWS = 1024
 # Networks learn best on grids of about 28 cells a side, and still well on 16: docs/results.md
 ENOUGH_CELLS, GOOD_CELLS = 16, 28  # images that leave fewer than the first are enlarged to the second
@@ -106,7 +105,9 @@ def encode(
     *,
     codec: str | Codec | None = None,
     weights: str | None = None,
-    bits: int = 4,
+    bits: int | None = None,
+    rate: float | None = None,
+    bytes: int | None = None,
     size: int | None = None,
     phi: float = 0.0,
     out: str | Path = "shards",
@@ -137,13 +138,16 @@ def encode(
     profile: bool = False,
     progress: ProgressFactory = silent,
 ) -> EncodeResult:
-    """Encode `source` with `codec`, quantize to `bits`, store in `out`, a folder or URL. Run again, it resumes.
+    """Encode `source` with `codec`, quantize, store in `out`, a folder or URL. Run again, it resumes.
 
     source: a folder, archive, tars or named dataset (see `latentprep.sources.source.open_source`), or an open one.
     codec: a name, with options as in ``dct:luma=20,chroma=5``, or a `Codec`. Default: ``resample`` for images of up to
     48 pixels a side, else ``taesd`` if its weights are at hand, else ``dct``. weights: folder or hub id of an
     autoencoder's weights, short for the codec's option.
     progress: ``latentprep.cli.console.progress_bar`` shows what goes on.
+    bits: 1 to 8 per code, by default 4, fitted to the values of each channel. In place of it, what is to be met on
+    disk: rate, in bits per code, or bytes, of a view's codes. One step, in terms of decoded pixels, then serves all
+    channels, so that bits go where they count (`latentprep.quantizing.rate`): fewer bytes for the same picture.
     size: pixels per side; default suits source and codec. phi: makes it 1.15**phi times as large, the resolution of
     compound scaling (https://arxiv.org/abs/1905.11946), to the nearest that the codec takes.
     store: ``zarr``, or ``wds`` for WebDataset tars. quantizer: a dataset whose quantizer is taken instead of a fitted
@@ -174,7 +178,7 @@ def encode(
     from latentprep.encoding.worker import check_portable
     from latentprep.sources.images import MAX_PIXELS
 
-    check_bits(bits)
+    check_rate(bits, rate, bytes, joint, store)
     check_whole("views", views, 1, 256)
     check_whole("shard_rows", shard_rows, 1, 1 << 24)
     check_whole("batch_size", batch_size, 1, 1 << 16, optional=True)
@@ -201,13 +205,19 @@ def encode(
     taken = None if quantizer is None else open_dataset(quantizer)
     if joint is None and taken is not None:
         joint = taken.manifest.joint
-    whole = make_plan(source, names, coder, bits, joint, image_size, latent, views, seed, shard_rows, store, colour)
+    if bytes is not None:
+        rate = 8 * bytes / int(np.prod(latent))
+    bits = (4 if rate is None else MOST_BITS) if bits is None else bits
+    whole = make_plan(
+        source, names, coder, bits, joint, image_size, latent, views, seed, shard_rows, store, colour, rate
+    )  # fmt: skip
     if taken is not None:
         whole = with_quantizer_of(taken, whole)
     asked = plan_of_part(whole, part)
 
     if dry_run:
-        most = sum(n * int(np.prod(asked.row_shape(split))) for split, n in asked.splits.items()) * bits // 8
+        values = sum(n * int(np.prod(asked.row_shape(split))) for split, n in asked.splits.items())
+        most = round(values * (bits if rate is None else rate) / 8)
         return encode_result(root, asked, [], code_bytes=most, dry_run=True, left_out=source.left_out)
 
     if sum(map(asked.shard_count, names)) > MAX_SHARDS:
@@ -223,7 +233,7 @@ def encode(
     with crew, writing(root):
         manifest = stored_manifest(root, asked, overwrite, source)
         if manifest is None:
-            finished = whole if isinstance(whole, Manifest) else calibrate(stages, whole, CALIBRATION, progress)
+            finished = whole if isinstance(whole, Manifest) else calibrate(stages, whole, progress)
             manifest = plan_of_part(finished, part)
         stages = replace(stages, source=source)
         dataset = start(root, manifest)
@@ -365,6 +375,7 @@ def make_plan(
     shard_rows: int,
     store: str,
     colour: str = SRGB,
+    rate: float | None = None,
 ) -> Plan:
     """What `encode` was asked for. names: of the splits. joint: None is `joint_by_default`."""
     from latentprep.codecs import flip_signs
@@ -392,8 +403,31 @@ def make_plan(
         chunk_rows=chunk_rows(shard_rows, views * channels * height * width),
         splits={name: source.size(name) for name in names},
         store=store,
+        rate=rate,
         written_by=f"latentprep {__version__}",
     )
+
+
+def check_rate(bits: int | None, rate: float | None, bytes: int | None, joint: bool | None, store: str) -> None:
+    """Raises `UsageError` for numbers out of range, or for more than one of bits, rate and bytes."""
+    given = {"bits": bits, "rate": rate, "bytes": bytes}
+    asked = [opt(name, value) for name, value in given.items() if value is not None]
+    if len(asked) > 1:
+        raise UsageError(f"{' and '.join(asked)} cannot be combined", "give one of them")
+    if bits is not None:
+        check_bits(bits)
+    if rate is not None:
+        check_number("rate", rate, 0, MOST_BITS, f"use {opt('rate', 1)} for one bit per code on disk", above=True)
+    check_whole("bytes", bytes, 1, 1 << 32, f"use {opt('bytes', 1000)}", optional=True)
+    if rate is None and bytes is None:
+        return
+    if joint:
+        raise UsageError(f"{asked[0]} cannot be combined with {opt('joint', True)}", "leave one of them out")
+    if store == "wds":
+        raise UsageError(
+            f"{asked[0]} cannot be met by {opt('store', store)}, whose codes are not entropy-coded",
+            f"use {opt('store', 'zarr')}",
+        )
 
 
 def joint_by_default(bits: int, channels: int, flip: tuple[int, ...] | None) -> bool:
@@ -418,7 +452,7 @@ def encode_result(root: Place, plan: Plan, records: list[ShardRecord], **facts: 
     return EncodeResult(
         out=str(root),
         codec=plan.codec,
-        bits=plan.bits,
+        bits=plan.quantizer.bits if isinstance(plan, Manifest) else plan.bits,
         joint=plan.joint,
         size=plan.transform["size"],
         views=plan.most_views,

@@ -53,6 +53,12 @@ class Fields:
             raise self.error(f"has {name} = {value!r:.60}; it must be a whole number from {low} to {high}")
         return value
 
+    def number(self, name: str, low: float, high: float) -> float:
+        value = self.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low < value <= high:
+            raise self.error(f"has {name} = {value!r:.60}; it must be a number above {low:g} and up to {high:g}")
+        return float(value)
+
     def list(self, name: str, kind: type | tuple[type, ...]) -> list[Any]:
         value = self.get(name)
         if not isinstance(value, list) or not all(isinstance(v, kind) and not isinstance(v, bool) for v in value):

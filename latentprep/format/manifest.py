@@ -14,7 +14,7 @@ from typing import Any
 
 from latentprep.errors import DatasetError
 from latentprep.format.fields import Fields, dump_json, parse_json, read_json
-from latentprep.format.quantizer import Quantizer, Statistics
+from latentprep.format.quantizer import MOST_BITS, Quantizer, Statistics
 from latentprep.storage.places import Place
 
 FORMAT = "latentprep"
@@ -50,7 +50,9 @@ class Plan:
     """Everything that decides a dataset's bytes, except the quantizer and the compression.
 
     codec: JSON configuration; ``latentprep.codecs.codec_from_config`` rebuilds the codec from it.
-    bits: per code. joint: whether the codes of a sample are chosen together, see `latentprep.quantizing.joint`.
+    bits: per code; with `rate`, the most that a code may take. rate: bits per code on disk that the quantizer was
+    fitted to, None if it was fitted to `bits`.
+    joint: whether the codes of a sample are chosen together, see `latentprep.quantizing.joint`.
     transform: how a sample becomes pixels: ``size`` (pixels), ``views``, ``seed``, ``resize``,
     ``colour`` (`SRGB`: embedded profiles are converted; `STORED`, or absent: they are ignored).
     source: ``spec`` as the user gave it; ``sha256`` of its splits, keys, labels and classes, all of them; ``part``:
@@ -75,6 +77,7 @@ class Plan:
     chunk_rows: int
     splits: dict[str, int]
     store: str = "zarr"
+    rate: float | None = None
     written_by: str = ""
 
     def views(self, split: str) -> int:
@@ -103,7 +106,8 @@ class Plan:
 
     def manifest(self, quantizer: Quantizer, statistics: Statistics | None, compression: list[dict]) -> Manifest:
         """The finished plan. Inverse of `Manifest.plan`."""
-        assert (quantizer.bits, bool(quantizer.filter)) == (self.bits, self.joint), "a quantizer for another plan"
+        fits = quantizer.bits == self.bits if self.rate is None else quantizer.bits <= self.bits
+        assert fits and bool(quantizer.filter) == self.joint, "a quantizer for another plan"
         planned: dict[str, Any] = {name: getattr(self, name) for name in _PLANNED if name not in ("bits", "joint")}
         return Manifest(**planned, quantizer=quantizer, statistics=statistics, compression=compression)
 
@@ -128,7 +132,7 @@ class Manifest(Plan):
     _file_sha256: str = field(init=False, default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "bits", self.quantizer.bits)
+        object.__setattr__(self, "bits", self.quantizer.bits if self.rate is None else MOST_BITS)
         object.__setattr__(self, "joint", bool(self.quantizer.filter))
 
     @property
@@ -149,6 +153,7 @@ class Manifest(Plan):
                 "store": self.store,
                 "codec": self.codec,
                 "quantizer": self.quantizer.to_json(),
+                **({} if self.rate is None else {"rate": self.rate}),
                 **({} if self.statistics is None else {"statistics": self.statistics.to_json()}),
                 "transform": self.transform,
                 "source": self.source,
@@ -222,6 +227,7 @@ class Manifest(Plan):
             compression=top.list("compression", dict),
             splits={_split_name(name, top): splits.whole(name, 0, _MAX_ROWS) for name in splits.document},
             store=top.text("store", STORES),
+            rate=top.number("rate", 0, MOST_BITS) if "rate" in top.document else None,
             written_by=top.text("written_by"),
             statistics=statistics,
         )

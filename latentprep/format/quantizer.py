@@ -12,6 +12,7 @@ import numpy as np
 
 from latentprep.errors import DatasetError, check_whole, opt
 
+MOST_BITS = 8  # of a code
 FILTER_SIDE = 3  # cells
 
 

@@ -22,8 +22,8 @@ from latentprep import __version__
 from latentprep.codecs import Codec, codec_spec, flip_signs, open_codec, parse_codec, split_codecs
 from latentprep.codecs.base import MAX_SIZE
 from latentprep.device import NOT_ON_DEVICE, Fitting, pick_device
-from latentprep.encoding.calibration import calibration_rows
-from latentprep.encoding.encode import CALIBRATION, default_size, joint_by_default
+from latentprep.encoding.calibration import CALIBRATION, calibration_rows
+from latentprep.encoding.encode import default_size, joint_by_default
 from latentprep.errors import SourceError, UsageError, check_whole, opt, system_fault
 from latentprep.format.manifest import Manifest, ShardId, train_split
 from latentprep.format.quantizer import Quantizer, check_bits
