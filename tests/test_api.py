@@ -19,7 +19,7 @@ import latentprep
 import latentprep.cli.commands
 import latenttrain
 import latenttrain.cli
-from latentprep.cli.options import whole_numbers
+from latentprep.cli.options import numbers, whole_numbers
 from latentprep.errors import UsageError
 from latentprep.sources.source import Source
 from loopback import Loopback
@@ -81,8 +81,8 @@ def test_a_command_has_the_names_and_defaults_of_its_function(name: str) -> None
             continue
         given = options[option].get_default(click.Context(commands()[name]))
         if isinstance(given, str) and not isinstance(default, str):  # a list, as text
-            words = isinstance(default[0], str)
-            given, default = given.split(",") if words else whole_numbers(option, given), list(default)
+            parse = {str: lambda _, text: text.split(","), int: whole_numbers, float: numbers}[type(default[0])]
+            given, default = parse(option, given), list(default)
         assert (str(given) if isinstance(given, Path) else given) == default, option
 
 

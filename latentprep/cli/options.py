@@ -71,6 +71,14 @@ def whole_numbers(option: str, text: str) -> list[int]:
     return numbers
 
 
+def numbers(option: str, text: str) -> list[float]:
+    """``0.5,1``. `UsageError` naming the option for anything else."""
+    try:
+        return [float(part) for part in text.split(",")] if text else []
+    except ValueError as error:
+        raise UsageError(f"{option} takes numbers such as 0.5,1, got {text}") from error
+
+
 def indices(text: str | None) -> list[int] | None:
     """What --index names, or None."""
     return None if text is None else whole_numbers("--index", text)

@@ -23,6 +23,7 @@ from latentprep.cli.options import (
     Split,
     Weights,
     indices,
+    numbers,
     whole_numbers,
 )
 from latentprep.cli.showing import open_shown
@@ -131,6 +132,7 @@ def rd(
         str, typer.Option(help="Codecs, comma-separated, with options as in taesd:weights=DIR or dct:luma=20,chroma=5.")
     ] = "dct",
     bits: Annotated[str, typer.Option(help="Bits per code, such as 1-8 or 2,4.")] = "1-8",
+    rates: Annotated[str, typer.Option(help="Bits per code on disk, as for encode --rate.")] = "0.25,0.5,1,2",
     qualities: Annotated[
         str, typer.Option(help="Qualities of JPEG, WebP and AVIF.")
     ] = "5,10,20,30,40,50,60,70,80,90,95",
@@ -159,7 +161,7 @@ def rd(
     opened = _source(source, data)
     assert opened is not None
     result = run(
-        opened, codecs=codecs, bits=whole_numbers("--bits", bits),
+        opened, codecs=codecs, bits=whole_numbers("--bits", bits), rates=numbers("--rates", rates),
         qualities=whole_numbers("--qualities", qualities), images=images, size=size, seed=seed, device=device,
         out=out, progress=console.progress_bar,
     )  # fmt: skip
@@ -167,7 +169,7 @@ def rd(
         console.print_json(result.to_json())
         return
     rows = [
-        [p.name, str(p.setting), f"{p.bytes:,.0f}", f"{p.bpp:.3f}", f"{result.size**2 * 3 / p.bytes:.1f}",
+        [p.name, f"{p.setting:g}", f"{p.bytes:,.0f}", f"{p.bpp:.3f}", f"{result.size**2 * 3 / p.bytes:.1f}",
          _number(p.psnr, 2), _number(p.ssim, 4)]
         for p in result.points
     ]  # fmt: skip

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,11 @@ from latentprep import __version__
 from latentprep.codecs import Codec, codec_spec, flip_signs, open_codec, parse_codec, split_codecs
 from latentprep.codecs.base import MAX_SIZE
 from latentprep.device import NOT_ON_DEVICE, Fitting, pick_device
-from latentprep.encoding.calibration import CALIBRATION, calibration_rows
+from latentprep.encoding.calibration import CALIBRATION, calibration_rows, fit_to_rate
 from latentprep.encoding.encode import default_size, joint_by_default
-from latentprep.errors import SourceError, UsageError, check_whole, opt, system_fault
-from latentprep.format.manifest import Manifest, ShardId, train_split
-from latentprep.format.quantizer import Quantizer, check_bits
+from latentprep.errors import SourceError, UsageError, check_number, check_whole, opt, system_fault
+from latentprep.format.manifest import Manifest, Plan, ShardId, train_split
+from latentprep.format.quantizer import MOST_BITS, check_bits
 from latentprep.format.shard import Codes, encoded_shard
 from latentprep.format.zarr_store import choose_compression, metadata_files
 from latentprep.pictures.metrics import mean, psnr, ssim
@@ -41,6 +41,8 @@ from latentprep.storage.atomic import write_atomic
 from latentprep.storage.places import path_of, several
 
 BITS = (1, 2, 3, 4, 5, 6, 7, 8)
+RATES = (0.25, 0.5, 1.0, 2.0)
+BY_RATE = "by rate"  # added to a codec's name
 QUALITIES = (5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 95)
 # Pillow's formats, with what it is given besides the quality: each format's own tables and default effort.
 FORMATS: dict[str, dict[str, Any]] = {"JPEG": {"optimize": True}, "WebP": {"method": 4}, "AVIF": {"speed": 6}}
@@ -52,11 +54,14 @@ _TALK = (20, 160)  # the talk's picture: JPEG at 20:1 beside a VAE's codes at 16
 
 @dataclass(frozen=True)
 class Point:
-    """One codec or format at one setting (bits or quality). bytes: per image, with everything that the dataset or file
-    holds for it; bpp: the same in bits per pixel; psnr, ssim: means over the images (None where they have none)."""
+    """One codec or format at one setting: bits, rate or quality.
+
+    bytes: per image, with everything that the dataset or file holds for it; bpp: the same in bits per pixel; psnr,
+    ssim: means over the images, None where they have none.
+    """
 
     name: str
-    setting: int
+    setting: float
     bytes: float
     bpp: float
     psnr: float | None
@@ -86,6 +91,7 @@ def rd(
     *,
     codecs: str | Sequence[str] = "dct",
     bits: Sequence[int] = BITS,
+    rates: Sequence[float] = RATES,
     qualities: Sequence[int] = QUALITIES,
     images: int = 200,
     size: int | None = None,
@@ -100,12 +106,15 @@ def rd(
     images: how many of val (or the first split) are drawn with `seed`, as their canonical view. codecs: names, with
     options as ``taesd:weights=FOLDER`` or ``dct:luma=20,chroma=6``; several in a list, or with commas between them.
     A codec runs once; its latents are quantized to each number of bits, by a quantizer fitted to train as `encode` fits
-    it, and become one shard with labels, keys, record, metadata and manifest, all of which count. OUT gets rd.json,
+    it, and become one shard with labels, keys, record, metadata and manifest, all of which count. rates: bits per code
+    on disk, to be met as by ``encode --rate``, a curve of its own. OUT gets rd.json,
     rd.png, rd.svg and side-by-side.png.
     """
     opened = open_source(source, data=data, seed=seed)
     for b in bits:
         check_bits(b)
+    for rate in rates:
+        check_number("rates", rate, 0, MOST_BITS, above=True)
     for quality in qualities:
         check_whole("qualities", quality, 1, 100)
     check_whole("images", images, 1)
@@ -127,16 +136,19 @@ def rd(
     formats = [name for name in FORMATS if name not in skipped]
     points, seconds = [], {}
     shown = sorted({(2 * k + 1) * len(pixels) // (2 * _SHOWN) for k in range(_SHOWN)})  # in the side-by-side
-    kept: dict[tuple[str, int], Tensor] = {}  # what those become
-    steps = len(built) * (len(bits) + 1) + len(formats) * len(qualities)
+    kept: dict[tuple[str, float], Tensor] = {}  # what those become
+    steps = len(built) * (len(bits) + len(rates) + 1) + len(formats) * len(qualities)
     with progress("measuring", steps * len(pixels) + len(built) * len(calibration), "images", 0) as bar:
         for name, codec in built.items():
             start = time.monotonic()
             latents, fitted = (_encoded(codec, part, bar) for part in (pixels, calibration))
-            for b, cost, parts in _coded(opened, codec, split, rows, latents, fitted, size, bits, seed):
+            for setting, met, cost, parts in _coded(
+                opened, codec, split, rows, latents, fitted, size, bits, rates, seed, skipped
+            ):
                 found, pictures = _measure(parts, pixels, shown, bar)
-                points.append(Point(name, b, cost, 8 * cost / size**2, *found))
-                kept[name, b] = pictures
+                label = f"{name} {BY_RATE}" if met else name
+                points.append(Point(label, setting, cost, 8 * cost / size**2, *found))
+                kept[label, setting] = pictures
             seconds[name] = round(time.monotonic() - start, 2)
         for name in formats:
             start = time.monotonic()
@@ -160,7 +172,7 @@ def rd(
 
 
 def side_by_side(
-    points: list[Point], kept: dict[tuple[str, int], Tensor], pixels: Tensor, formats: list[str]
+    points: list[Point], kept: dict[tuple[str, float], Tensor], pixels: Tensor, formats: list[str]
 ) -> Image.Image:
     """The talk's picture: the original, JPEG at 20:1, the last codec nearest to 160:1, and at as many bytes as that
     the formats and other codecs. Of a format the best file of no more bytes is shown, or the smallest if none is."""
@@ -176,7 +188,7 @@ def side_by_side(
 
     def coded(point: Point) -> Column:
         noun = "bit" if point.setting == 1 else "bits"
-        return column(f"{point.name} {point.setting} {noun}", point.bytes, kept[point.name, point.setting])
+        return column(f"{point.name} {point.setting:g} {noun}", point.bytes, kept[point.name, point.setting])
 
     def filed(name: str, most: float) -> Column:
         files = [_file_of_at_most(name, picture, most) for picture in pixels]
@@ -193,7 +205,7 @@ def side_by_side(
     return draw_sheet(columns, [""] * len(pixels), title, tile=224, width=len(columns) * 240)
 
 
-def draw_rd(points: list[Point], codecs: list[tuple[str, int]], path: Path) -> None:
+def draw_rd(points: list[Point], codecs: list[tuple[str, float]], path: Path) -> None:
     """Quality against bits per pixel: a coloured line per codec, a grey one per format, as a PNG or SVG."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -229,45 +241,45 @@ def _coded(
     calibration: Tensor,
     size: int,
     bits: Sequence[int],
+    rates: Sequence[float],
     seed: int,
-) -> Iterator[tuple[int, float, Iterator[Tensor]]]:
-    """For each number of bits: bytes per image with all overhead, and the decoded batches, u8 [b,3,S,S]."""
+    skipped: dict[str, str],
+) -> Iterator[tuple[float, bool, float, Iterator[Tensor]]]:
+    """For each number of bits, and each rate: which one, whether it is a rate, bytes per image with all overhead, and
+    the decoded batches, u8 [b,3,S,S]. skipped: gets the rates that are out of reach."""
     labels = np.array(source.labels(split), np.int32)[rows]
     keys = [source.keys(split)[row] for row in rows]
     channels, height, width = calibration.shape[1:]
-    flip, decode = flip_signs(codec, (channels, height, width)), Fitting(codec.decode, NOT_ON_DEVICE)
-    for b in bits:
-        quantizer = fit_quantizer(calibration, b, joint_by_default(b, channels, flip))
-        chain = choose_compression(quantize(calibration, quantizer).numpy()[:, None])
-        codes = quantize(latents, quantizer)
-        cost = _stored_bytes(source, codec, split, quantizer, chain, codes.numpy()[:, None], labels, keys, size, seed)
-        batches = (decode(dequantize(part, quantizer)).cpu() for part in codes.split(_BATCH))
-        yield b, cost / len(codes), batches
-
-
-def _stored_bytes(
-    source: Source,
-    codec: Codec,
-    split: str,
-    quantizer: Quantizer,
-    compression: list[dict],
-    codes: np.ndarray,
-    labels: np.ndarray,
-    keys: list[str],
-    size: int,
-    seed: int,
-) -> int:
-    """Of a dataset of just these samples in one shard: codes, labels, keys, record, metadata and manifest."""
-    rows, _, *latent = codes.shape
-    manifest = Manifest(
-        codec=codec.config(), quantizer=quantizer, transform={"size": size, "views": 1, "seed": seed},
-        source={"spec": source.spec, "sha256": source.fingerprint()}, classes=source.classes,
-        latent=(latent[0], latent[1], latent[2]), flip=None, shard_rows=rows, chunk_rows=rows,
-        compression=compression, splits={split: rows}, written_by=f"latentprep {__version__}",
-        statistics=code_statistics(torch.from_numpy(codes[:, 0]), quantizer),
+    latent = (channels, height, width)
+    flip, decode = flip_signs(codec, latent), Fitting(codec.decode, NOT_ON_DEVICE)
+    plan = Plan(
+        codec=codec.config(), bits=MOST_BITS, joint=False, transform={"size": size, "views": 1, "seed": seed},
+        source={"spec": source.spec, "sha256": source.fingerprint()}, classes=source.classes, latent=latent, flip=None,
+        shard_rows=len(rows), chunk_rows=len(rows), splits={split: len(rows)}, written_by=f"latentprep {__version__}",
     )  # fmt: skip
-    facts = {"source_bytes": 0, "saturated": (0,) * latent[0]}
-    shard = encoded_shard(manifest, ShardId(split, 0), Codes(codes, labels, keys), **facts)
+    for setting, met in (*((b, False) for b in bits), *((rate, True) for rate in rates)):
+        if met:
+            asked = replace(plan, rate=setting)
+            try:
+                quantizer, chain = fit_to_rate(codec, calibration, asked, setting)
+            except UsageError as error:
+                skipped[f"{codec.name} at {setting:g} bits on disk"] = error.message
+                continue
+        else:
+            quantizer = fit_quantizer(calibration, int(setting), joint_by_default(int(setting), channels, flip))
+            chain = choose_compression(quantize(calibration, quantizer).numpy()[:, None])
+            asked = replace(plan, bits=int(setting), joint=bool(quantizer.filter))
+        codes = quantize(latents, quantizer)
+        manifest = asked.manifest(quantizer, code_statistics(codes, quantizer), chain)
+        cost = _stored_bytes(manifest, split, Codes(codes.numpy()[:, None], labels, keys))
+        batches = (decode(dequantize(part, quantizer)).cpu() for part in codes.split(_BATCH))
+        yield setting, met, cost / len(codes), batches
+
+
+def _stored_bytes(manifest: Manifest, split: str, codes: Codes) -> int:
+    """Of a dataset of just these samples in one shard: codes, labels, keys, record, metadata and manifest."""
+    saturated = (0,) * manifest.latent[0]
+    shard = encoded_shard(manifest, ShardId(split, 0), codes, source_bytes=0, saturated=saturated)
     rest = [shard.record.to_bytes(), manifest.to_bytes(), *metadata_files(manifest).values()]
     return sum(map(len, shard.files.values())) + sum(map(len, rest))
 

@@ -39,12 +39,13 @@ def dataset(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_rd(images: Path, tmp_path: Path) -> None:
     result = rd(
-        str(images), codecs=["dct:luma=3,chroma=1", "dct"], bits=[1, 4], qualities=[10, 90], images=9, size=64,
-        out=tmp_path / "rd",
+        str(images), codecs=["dct:luma=3,chroma=1", "dct"], bits=[1, 4], rates=[0.5], qualities=[10, 90], images=9,
+        size=64, out=tmp_path / "rd",
     )  # fmt: skip
     assert result.images in (8, 9)  # one of val cannot be read
     by_name = {(p.name, p.setting): p for p in result.points}
-    assert len(by_name) == 4 + 2 * (len(FORMATS) - len(result.skipped))
+    assert len(by_name) == 6 + 2 * (len(FORMATS) - len(result.skipped))
+    assert by_name["dct by rate", 0.5].bytes < by_name["dct", 4].bytes
     for name, low, high in (("dct", 1, 4), ("JPEG", 10, 90)):
         few, many = by_name[name, low], by_name[name, high]
         assert few.bytes < many.bytes
@@ -56,8 +57,8 @@ def test_rd(images: Path, tmp_path: Path) -> None:
     first = (tmp_path / "rd" / "rd.svg").read_bytes()
     assert json.loads((tmp_path / "rd" / "rd.json").read_text())["points"][0]["name"] == "dct:luma=3,chroma=1"
     rd(
-        str(images), codecs=["dct:luma=3,chroma=1", "dct"], bits=[1, 4], qualities=[10, 90], images=9, size=64,
-        out=tmp_path / "again",
+        str(images), codecs=["dct:luma=3,chroma=1", "dct"], bits=[1, 4], rates=[0.5], qualities=[10, 90], images=9,
+        size=64, out=tmp_path / "again",
     )  # fmt: skip
     assert (tmp_path / "again" / "rd.svg").read_bytes() == first
 
@@ -86,6 +87,7 @@ def test_what_rd_refuses(tmp_path: Path) -> None:
         ({"codecs": ["dtc"]}, CodecError),
         ({"codecs": ["dct:luma"]}, UsageError),
         ({"bits": [9]}, UsageError),
+        ({"rates": [0]}, UsageError),
         ({"qualities": [0]}, UsageError),
         ({"images": 0}, UsageError),
     ):
