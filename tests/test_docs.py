@@ -40,7 +40,7 @@ def test_the_accuracies_of_the_results_are_in_the_records_that_they_link() -> No
         written = {figure.replace("%", "") for figure in ACCURACY.findall(section)}
         assert written <= known, f"{section.partition(chr(10))[0]}: {sorted(written - known)}"
         checked += len(written)
-    assert checked > 100
+    assert checked > 50
 
 
 def test_the_accuracies_of_the_readme_are_in_the_results() -> None:
