@@ -151,7 +151,7 @@ def _shards() -> dict[str, Target]:
     for manifest in manifests:
         codes = np.random.default_rng(0).integers(0, 8, (4, *manifest.row_shape("train")), dtype=np.uint8)
         files = encode_shard_files(manifest, "train", 0, codes, np.arange(4, dtype=np.int32) % 2, list("abcd"))
-        for name, path in shard_files("train", 0).items():
+        for name, path in shard_files(manifest, "train", 0).items():
             seeds[name].append(files[path])
 
     def codes_as(data: bytes) -> None:
@@ -175,7 +175,7 @@ def _tar_shard() -> Target:
     codes[2] = 0
     labels, keys = np.array([0, 1, -1, 1], np.int32), ["a.jpg", "b/ä c.png", "d", "e" * 120]
     (data,) = wds_store.encode_shard_files(manifest, "train", 0, codes, labels, keys).values()
-    (path,) = set(wds_store.shard_files("train", 0).values())
+    (path,) = set(wds_store.shard_files(manifest, "train", 0).values())
 
     def run(data: bytes) -> None:
         codes, labels, keys = wds_store.decode_shard_files(manifest, "train", 0, {path: data})
