@@ -8,7 +8,7 @@ Layout: `data/{split}-{index:05d}-of-{shards:05d}.parquet`, as the Hugging Face 
     valid      bool: label is not −1
     thumbnail  struct of bytes (a WebP file) and path (null): an Image of `datasets`; only if the manifest says how
 
-pyarrow writes and reads the columns. It allocates what headers declare, so they are read here first: `_check_pages`.
+pyarrow writes and reads the columns. It allocates what headers declare, so they are checked here first.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import numpy as np
 
 from latentprep.errors import DatasetError, SystemFault, opt
 from latentprep.format.manifest import INVALID_LABEL, Manifest, Plan
+from latentprep.format.thrift import read_struct
 from latentprep.format.thumbnails import thumbnails
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ _MAX_CODES = 1 << 31  # in a shard: Arrow counts the items of lists in 32 bits
 _MAX_KEY_BYTES = 1 << 16  # longer than any path
 _SLACK = 1 << 16  # bytes that the pages of a column may have beside its values
 _MAX_THINGS = 10_000  # in a footer; ours has a few dozen
+_MAGIC, _ZSTD, _DATA, _DICTIONARY = b"PAR1", 6, 0, 2  # the end of a file, a compression, and kinds of pages
 _EXTENSION = "datasets.features.features.{}ExtensionType"
 
 
@@ -162,9 +164,10 @@ def _decode(
     shape = row if len(features(manifest)["codes"]["shape"]) == len(row) else row[1:]
     codes, labels, keys = np.empty((0, *row), np.uint8), np.empty(0, np.int32), list[str]()
     try:
+        _check_sizes(memoryview(data), wanted, rows, shape)
         limits = {"thrift_string_size_limit": len(data), "thrift_container_size_limit": _MAX_THINGS}
         with pq.ParquetFile(pa.BufferReader(data), **limits) as file:
-            _check_columns(file, data, wanted, rows, shape)
+            _check_types(file.schema_arrow, wanted, len(shape))
             table = file.read(list(wanted), use_threads=False)  # whoever reads shards has threads already
         columns = {name: _whole(table.column(name)) for name in wanted}
         if "label" in wanted:
@@ -223,113 +226,70 @@ def _whole(column: pyarrow.ChunkedArray) -> pyarrow.Array:
     return getattr(array, "storage", array)
 
 
-def _check_columns(
-    file: pyarrow.parquet.ParquetFile, data: bytes, wanted: tuple[str, ...], rows: int, shape: tuple[int, ...]
-) -> None:
-    """`ValueError` unless these columns have the types, rows and sizes that we write: then reading them takes no more
-    memory than it should."""
+def _check_types(schema: pyarrow.Schema, wanted: tuple[str, ...], depth: int) -> None:
+    """`ValueError` unless these columns have the types that we write."""
     import pyarrow as pa
 
-    kind = pa.uint8()
-    for _ in shape:
-        kind = pa.list_(kind)
-    count = rows * math.prod(shape)
-    known = {  # name -> type, path, values, their most bytes in memory, the most entries of a dictionary
-        "key": (pa.string(), "key", rows, _MAX_KEY_BYTES, 0),
-        "label": (pa.int64(), "label", rows, 8, 0),
-        "codes": (kind, _leaf(len(shape)), count, 8, 1 << _FEW_BITS),
-        "valid": (pa.bool_(), "valid", rows, 1, 0),
-    }
-    if file.num_row_groups != 1 or file.metadata.num_rows != rows:
-        raise ValueError(f"{file.metadata.num_rows} rows in {file.num_row_groups} groups, not {rows} in one")
-    group = file.metadata.row_group(0)
-    chunks = [group.column(place) for place in range(group.num_columns)]
+    codes = pa.uint8()
+    for _ in range(depth):
+        codes = pa.list_(codes)
+    types = {"key": pa.string(), "label": pa.int64(), "codes": codes, "valid": pa.bool_()}
     for name in wanted:
-        want, path, values, width, entries = known[name]
-        (place,) = file.schema_arrow.get_all_field_indices(name)
-        found = file.schema_arrow.field(place).type
-        (chunk,) = (chunk for chunk in chunks if chunk.path_in_schema.partition(".")[0] == name)
-        if getattr(found, "storage_type", found) != want or chunk.path_in_schema != path:
-            raise ValueError(f"column {name} is {found}, not {want}")
-        if chunk.num_values != values or chunk.compression != "ZSTD":
-            raise ValueError(f"{chunk.num_values} values of {name} by {chunk.compression}, not {values} by ZSTD")
-        first = chunk.dictionary_page_offset or chunk.data_page_offset
-        last = first + chunk.total_compressed_size
+        found = schema.field(name).type
+        if getattr(found, "storage_type", found) != types[name]:
+            raise ValueError(f"column {name} is {found}, not {types[name]}")
+
+
+def _check_sizes(data: memoryview, wanted: tuple[str, ...], rows: int, shape: tuple[int, ...]) -> None:
+    """`ValueError` unless these columns have the rows and sizes that we write: then reading them takes no more memory
+    than it should.
+
+    Numbers are those of fields in parquet.thrift. pyarrow's own parser ends the process for some bad footers.
+    """
+    length = int.from_bytes(data[-8:-4], "little")
+    if len(data) < 12 or bytes(data[-4:]) != _MAGIC or length > len(data) - 12:
+        raise ValueError("no Parquet file")
+    footer, _ = read_struct(data[-8 - length : -8])
+    (group,) = footer[4]
+    if footer[3] != rows or group[3] != rows:
+        raise ValueError(f"{footer[3]} rows, not {rows}")
+    chunks = {b".".join(chunk[3][3]).decode(): chunk[3] for chunk in group[1]}
+    for name in wanted:
+        path, values, width, entries = {  # in the schema; values; their most bytes; most entries of a dictionary
+            "codes": (_leaf(len(shape)), rows * math.prod(shape), 8, 1 << _FEW_BITS),
+            "key": (name, rows, _MAX_KEY_BYTES, 0),
+        }.get(name, (name, rows, 8, 0))
+        if path not in chunks:
+            raise ValueError(f"no column {path}")
+        chunk = chunks[path]
+        if chunk[5] != values:
+            raise ValueError(f"column {name} has {chunk[5]} values, not {values}")
+        if chunk[4] != _ZSTD:
+            raise ValueError(f"column {name} is not compressed by zstd")
+        first = min(place for place in (chunk[9], chunk.get(11)) if place)
+        last = first + chunk[7]
         if not 4 <= first < last <= len(data):
             raise ValueError(f"column {name} lies outside the file")
-        _check_pages(memoryview(data)[first:last], values, values * width + _SLACK, entries)
+        _check_pages(data[first:last], values, values * width + _SLACK, entries)
 
 
 def _check_pages(pages: memoryview, values: int, most: int, entries: int) -> None:
-    """`ValueError` unless a column's pages together have so many values, take at most so many bytes when decompressed,
+    """`ValueError` unless a column's pages together have so many values and at most so many bytes when decompressed,
     and its dictionary, if there may be one, has at most so many entries."""
     at = found = size = 0
     while at < len(pages):
-        header, at = _struct(pages, at)
-        at += header[_COMPRESSED]
-        size += header[_SIZE]
-        if header[_COMPRESSED] < 0 or header[_SIZE] < 0 or at > len(pages):
+        header, at = read_struct(pages, at)
+        kind, large, packed = header[1], header[2], header[3]
+        at += packed
+        size += large
+        if packed < 0 or large < 0 or at > len(pages):
             raise ValueError("a page ends outside its column")
-        if header[_KIND] == _DICTIONARY:
-            if not 0 < header[_DICTIONARY_HEADER][_COUNT] <= entries or found:
+        if kind == _DICTIONARY:
+            if not 0 < header[7][1] <= entries or found:
                 raise ValueError("a dictionary that we would not write")
-        elif header[_KIND] == _DATA:
-            if header[_DATA_HEADER][_COUNT] < 0:
-                raise ValueError("a page of less than no values")
-            found += header[_DATA_HEADER][_COUNT]
+        elif kind == _DATA and header[5][1] >= 0:
+            found += header[5][1]
         else:
-            raise ValueError(f"a page of kind {header[_KIND]}")
+            raise ValueError(f"a page of kind {kind} that we would not write")
     if found != values or size > most:
         raise ValueError(f"its pages declare {found} values in {size} bytes, not {values} in {most} at most")
-
-
-# The fields of a page's header (parquet.thrift) that are looked at, and its kinds.
-_KIND, _SIZE, _COMPRESSED, _DATA_HEADER, _DICTIONARY_HEADER = 1, 2, 3, 5, 7
-_COUNT = 1
-_DATA, _DICTIONARY = 0, 2
-
-
-def _struct(data: memoryview, at: int, depth: int = 0) -> tuple[dict[int, Any], int]:
-    """The struct at byte `at` in Thrift's compact protocol, field -> value, and where it ends.
-
-    Numbers, booleans, strings and structs, which is all that headers of pages have. `ValueError` for others,
-    `IndexError` after the last byte.
-    """
-    fields: dict[int, Any] = {}
-    name = 0
-    if depth > 2:
-        raise ValueError("a header nested too deep")
-    while kind := data[at] & 15:
-        step, at = data[at] >> 4, at + 1
-        if step:
-            name += step
-        else:
-            name, at = _number(data, at)
-        if kind in (1, 2):
-            fields[name] = kind == 1
-        elif kind in (4, 5, 6):
-            fields[name], at = _number(data, at)
-        elif kind == 8:
-            length, at = _unsigned(data, at)
-            at += length
-        elif kind == 12:
-            fields[name], at = _struct(data, at, depth + 1)
-        else:
-            raise ValueError(f"a header with a field of type {kind}")
-    return fields, at + 1
-
-
-def _number(data: memoryview, at: int) -> tuple[int, int]:
-    """A signed number: 0, −1, 1, −2, … are stored as 0, 1, 2, 3, …"""
-    value, at = _unsigned(data, at)
-    return value >> 1 ^ -(value & 1), at
-
-
-def _unsigned(data: memoryview, at: int) -> tuple[int, int]:
-    """A number of at most ten bytes: seven bits each, the lowest first; the last byte is below 128."""
-    value = 0
-    for place in range(10):
-        value |= (data[at + place] & 127) << 7 * place
-        if data[at + place] < 128:
-            return value, at + place + 1
-    raise ValueError("a number that does not end")
