@@ -109,7 +109,7 @@ def files_of(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("store", ["zarr", "wds"])
+@pytest.mark.parametrize("store", ["zarr", "wds", "parquet"])
 def test_what_is_pushed_is_read_again(hub: FakeHub, tmp_path: Path, store: str) -> None:
     images, data = make_folder(tmp_path / "images"), tmp_path / "data"
     (images / "train" / "class_0" / "001.jpg").write_bytes(b"junk")
