@@ -303,7 +303,7 @@ def test_a_dataset_with_a_linear_decoder_gets_thumbnails(root: Path, tmp_path: P
     for cell, codes in zip(cells, shard.codes[:, 0], strict=True):
         if cell:
             with Image.open(io.BytesIO(cell["bytes"])) as picture:
-                assert (picture.format, picture.size, cell["path"]) == ("WEBP", (64, 64), None)
+                assert (picture.format, picture.size, cell["path"]) == ("WEBP", (48, 48), None)
                 small = np.asarray(picture.resize((8, 8), Image.Resampling.BOX), np.float32)
             wanted = dataset.quantizer.dequantize(codes).transpose(1, 2, 0)  # this codec's latents are pixels
             assert np.abs(small - wanted).mean() < 20
