@@ -15,6 +15,7 @@ from pathlib import Path
 import latentprep
 from common import assets, record
 from latentprep.errors import DatasetError
+from latentprep.format.manifest import SOURCE_FILES
 from latentprep.sources.source import open_source
 
 SHARDS = {  # kinds that belong to one shard
@@ -90,6 +91,7 @@ def main() -> None:
         root = Path(scratch) / "data"
         make(root, options.store)
         files = [path.relative_to(root) for path in sorted(root.rglob("*")) if path.is_file()]
+        kinds += (SOURCE_FILES,) if (root / SOURCE_FILES).is_file() else ()
         assert {kind_of(path) for path in files} == set(kinds), files
         assert latentprep.verify(root, deep=True).ok
         table: dict[str, Counter[str]] = {kind: Counter() for kind in kinds}

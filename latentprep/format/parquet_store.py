@@ -28,7 +28,7 @@ from latentprep.format.thumbnails import thumbnails
 if TYPE_CHECKING:
     import pyarrow
 
-_LEVEL = 9  # of zstd: next to no slower than 1 for codes, and up to a tenth smaller
+_LEVEL = 9  # of zstd; for codes that are pixels, a tenth smaller than 1
 _PAGE = 1 << 24  # bytes before compression
 _FEW_BITS = (
     4  # up to here codes are bit-packed, as places in a dictionary; above, their bytes are kept apart from zeros

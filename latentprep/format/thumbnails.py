@@ -13,7 +13,7 @@ from latentprep.errors import DatasetError
 from latentprep.format.quantizer import Quantizer
 
 _SIDE = 48  # pixels, at least: the grid of latents is enlarged by a whole factor
-_QUALITY = 50  # 650 bytes for one of 56 pixels by TAESD, where 4-bit codes take 1,370
+_QUALITY = 50  # 610 bytes for one of 56 pixels by TAESD, whose 4-bit codes take 1,370
 _BATCH = 64
 
 
