@@ -178,7 +178,8 @@ def _replica(net: Net) -> Net:
 
 
 def _norms(net: Net) -> list[BatchNorm]:
-    return [module for module in net.modules() if isinstance(module, BatchNorm)]
+    """Those that learn."""
+    return [module for module in net.modules() if isinstance(module, BatchNorm) and module.weight.requires_grad]
 
 
 def _statistics(net: Net) -> list[Tensor]:
