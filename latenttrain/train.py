@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,7 +35,15 @@ from latenttrain.checkpoint import (
     save_epoch,
 )
 from latenttrain.config import RunConfig, check_init, default_out, plan_net, plan_run
-from latenttrain.data import Samples, batches_per_epoch, check_trainable, cut, load_trained, trained_samples
+from latenttrain.data import (
+    Samples,
+    batches_per_epoch,
+    check_trainable,
+    cut,
+    epoch_generator,
+    load_trained,
+    trained_samples,
+)
 from latenttrain.evaluation import read_scores, split_counts
 from latenttrain.labels import check_labels, labels_file, read_labels
 from latenttrain.launch import launch, reopening
@@ -406,9 +413,7 @@ def train_epoch(
             return train_epoch(state, config, train, epoch, bar, make_learner(state, config, train, pool))
     recipe, net, device = config.recipe, state.net, train.device
     batches = batches_per_epoch(len(train), recipe.batch_size)
-    generator = torch.Generator(device).manual_seed(
-        int(np.random.SeedSequence([recipe.seed, epoch]).generate_state(1)[0])
-    )
+    generator = epoch_generator(recipe.seed, epoch, device)
     live, averaged = averaged_tensors(state.net), averaged_tensors(state.average)
     total = torch.zeros((), device=device)
     known = {"val_top-1": f"{state.metrics[-1]['top1']:.1%}"} if state.metrics else {}
