@@ -96,7 +96,8 @@ def check_run_folder(root: Path, config: RunConfig, resume: bool, overwrite: boo
         )
     earlier, now = (document.to_json() for document in (read_config(root), config))
     found = differences(earlier, now)
-    for name, there, here in sorted(found, key=lambda one: one[0].startswith("recipe.")):  # it follows from the dataset
+    # The network's statistics follow from what it started from, and the recipe from the dataset.
+    for name, there, here in sorted(found, key=lambda one: (one[0] != "init", one[0].startswith("recipe."))):
         if name != "dataset.path" and not name.startswith("versions."):
             name = name.removeprefix("recipe.").removeprefix("net.")
             raise CheckpointError(
