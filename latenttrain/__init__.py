@@ -10,13 +10,25 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Augment", "FitResult", "batches", "evaluate", "fit", "label", "predict", "report", "scale_table", "sweep"]
+__all__ = [
+    "Augment",
+    "Batches",
+    "FitResult",
+    "batches",
+    "evaluate",
+    "fit",
+    "label",
+    "predict",
+    "report",
+    "scale_table",
+    "sweep",
+]
 
 if TYPE_CHECKING:
     from latenttrain.augment import Augment
     from latenttrain.evaluation import evaluate, predict
     from latenttrain.labels import label
-    from latenttrain.loading import batches
+    from latenttrain.loading import Batches, batches
     from latenttrain.results import FitResult
     from latenttrain.runs import report
     from latenttrain.scaling import scale_table
@@ -25,6 +37,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Augment": "augment",
+    "Batches": "loading",
     "FitResult": "results",
     "batches": "loading",
     "evaluate": "evaluation",

@@ -23,7 +23,7 @@ class Batches:
     """Batches of a split on its device; each iteration is one whole epoch. `batches` makes it.
 
     dataset: the `LatentDataset`, whose ``classes`` name the labels. samples: the split, its ``len`` counts its samples.
-    epoch: the one that the next iteration shows; an iteration that ends counts it up, `set_epoch` sets it.
+    epoch: the one that the next iteration shows; the last batch of an epoch counts it up, `set_epoch` sets it.
     """
 
     def __init__(self, dataset: LatentDataset, samples: Samples, settings: dict[str, Any], latents: bool, ranks: Ranks):
@@ -44,13 +44,15 @@ class Batches:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         self._given, self._first = self._first, 0
-        for rows, labels in self._left():
+        epoch = self.epoch
+        for number, (rows, labels) in enumerate(self._left(), 1 + self._given):
             part = self._ranks.share(len(labels))
             wanted = slice(part.start, part.stop)
             codes = self.samples.codes_of(rows[wanted]) if self._settings["shuffle"] else rows[wanted]
-            self._given += 1
+            # At the last batch already: who knows how many there are does not ask for another one.
+            more, self._given = divmod(number, len(self))
+            self.epoch = epoch + more
             yield self._dequantized(codes) if self._latents else codes, labels[wanted]
-        self.epoch, self._given = self.epoch + 1, 0
 
     def _left(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The epoch's batches, from the first that is to be given, of all ranks."""
@@ -74,8 +76,7 @@ class Batches:
 
     def state_dict(self) -> dict[str, Any]:
         """How far the loop has come, in JSON: it counts the batch that was given last as done."""
-        epochs, given = divmod(self._given, len(self))
-        return {"epoch": self.epoch + epochs, "batch": given, **self._settings}
+        return {"epoch": self.epoch, "batch": self._given, **self._settings}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on after the batch that was given last when the state was taken, with the same batches as without a break.

@@ -99,7 +99,9 @@ def test_an_iteration_that_was_left_begins_anew(codes):
     assert other[: len(first)] != first
     assert batches.epoch == 5
     batches.set_epoch(4)
-    assert known(batches) == other
+    assert known(itertools.islice(batches, len(batches))) == other  # and no batch asked for after the last
+    assert batches.epoch == 5
+    assert known(batches) != other
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
