@@ -46,13 +46,14 @@ class Batches:
         self._given, self._first = self._first, 0
         epoch = self.epoch
         for number, (rows, labels) in enumerate(self._left(), 1 + self._given):
-            part = self._ranks.share(len(labels))
-            wanted = slice(part.start, part.stop)
-            codes = self.samples.codes_of(rows[wanted]) if self._settings["shuffle"] else rows[wanted]
+            if self._ranks.world > 1:
+                part = self._ranks.share(len(labels))
+                rows, labels = rows[part.start : part.stop], labels[part.start : part.stop]
+            codes = self.samples.codes_of(rows) if self._settings["shuffle"] else rows
             # At the last batch already: who knows how many there are does not ask for another one.
             more, self._given = divmod(number, len(self))
             self.epoch = epoch + more
-            yield self._dequantized(codes) if self._latents else codes, labels[wanted]
+            yield self._dequantized(codes) if self._latents else codes, labels
 
     def _left(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The epoch's batches, from the first that is to be given, of all ranks."""
