@@ -88,9 +88,10 @@ class Batches:
         place = {"epoch": 0, "batch": 0}
         for name, there, here in differences({**state, **place}, {**self.state_dict(), **place}):
             raise UsageError(f"the state is of other batches: {name} was {there!r}, and is {here!r}", "make them alike")
-        check_whole("epoch", state.get("epoch"), 0)
-        check_whole("batch", state.get("batch"), 0, len(self) - 1)
-        self.epoch, self._given, self._first = state["epoch"], state["batch"], state["batch"]
+        epoch, batch = state.get("epoch"), state.get("batch")
+        if not isinstance(epoch, int) or not isinstance(batch, int) or epoch < 0 or batch not in range(len(self)):
+            raise UsageError(f"the state names batch {batch!r:.60} of epoch {epoch!r:.60}, and there is none")
+        self.epoch, self._given, self._first = epoch, batch, batch
 
 
 def batches(
