@@ -133,7 +133,7 @@ def batches(
     Raises `UsageError` for an unknown split or a value out of range, `DatasetError` for a split that is incomplete,
     damaged or empty, `SystemFault` for a device that is not available or too small.
     """
-    check_whole("batch_size", batch_size, 1, 1 << 20)
+    check_whole("batch_size", batch_size, 2, 1 << 20, f"{opt('batch_size', 64)} is the default")
     check_whole("seed", seed, 0, (1 << 63) - 1)
     check_whole("world_size", world_size, 1)
     check_whole("rank", rank, 0, world_size - 1, f"{opt('world_size')} is {world_size}; ranks count from 0")

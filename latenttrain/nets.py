@@ -137,11 +137,12 @@ class Net(nn.Module):
         """From now on a part of the network stays as it is, the statistics of its BatchNorm layers, too.
 
         part: ``stem``, the stem and the first layer of the body; ``body``, all but the head; None, nothing.
+        Raises `UsageError` if nothing is left to learn.
         """
-        self.requires_grad_(part != "body")
-        if part == "body":
-            self.head[1].requires_grad_(True)
         self.frozen = part
+        if part == "body":
+            self.requires_grad_(False)
+            self.head[1].requires_grad_(True)
         for module in self._first_layers() if part == "stem" else ():
             module.requires_grad_(False)
         if not any(parameter.requires_grad for parameter in self.parameters()):

@@ -201,7 +201,7 @@ def check_net(config: NetConfig, recipe: Recipe, starts: bool) -> None:
         with torch.random.fork_rng([]):
             net = build_net(config)
         if starts:
-            net.freeze("body")  # whether it has a head
+            _ = net.head  # there is one
             net.freeze(recipe.freeze)
 
 

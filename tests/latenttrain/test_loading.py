@@ -153,7 +153,7 @@ def test_bad_values_are_named(codes, make_dataset):
     with pytest.raises(UsageError, match="50 ranks cannot share a batch of 28 samples"):
         made(codes, rank=2, world_size=50)
     with pytest.raises(UsageError, match="batch_size must be"):
-        made(codes, batch_size=0)
+        made(codes, batch_size=1)
     with pytest.raises(UsageError, match="buffer needs stream"):
         made(codes, stream=False, buffer=2)
     with pytest.raises(DatasetError, match="missing"):

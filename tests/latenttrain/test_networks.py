@@ -125,6 +125,20 @@ def test_a_network_that_cannot_be_trained_says_why(plugin, codes, settings, tmp_
     assert not (tmp_path / "run").exists()
 
 
+def test_a_network_without_a_linear_head_is_trained_but_not_carried_over(plugin, codes, settings, tmp_path):
+    latenttrain.fit(codes, arch="latenttrain_small:headless", **settings, out=tmp_path / "run")
+    with pytest.raises(UsageError, match="has no head to tell from the rest"):
+        latenttrain.fit(codes, init=tmp_path / "run", **settings, out=tmp_path / "other")
+
+
+def test_what_a_network_freezes_itself_stays_frozen(plugin, codes, settings, tmp_path):
+    arch = "latenttrain_small:half_frozen"
+    latenttrain.fit(codes, arch=arch, **settings, out=tmp_path / "run")
+    first = load_net(tmp_path / "run")[0].body.first
+    assert first[0].weight.eq(1 / 27).all()
+    assert not first[1].running_var.eq(1).any()  # statistics follow the data, as usual in torch
+
+
 def test_ranks_import_the_network_that_the_caller_named(plugin, codes, tmp_path, monkeypatch):
     given = []
     monkeypatch.setattr(train, "launch", lambda planned, *_: given.append(planned))

@@ -55,3 +55,10 @@ for change in CHANGES:
 
 def headless(planes: int, config: Any) -> nn.Module:
     return nn.Sequential(nn.Conv2d(planes, config.classes, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def half_frozen(planes: int, config: Any) -> nn.Module:
+    net: Any = Small(planes, config.classes)
+    nn.init.constant_(net.first[0].weight, 1 / 27)
+    net.first.requires_grad_(False)
+    return net
