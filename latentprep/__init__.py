@@ -1,6 +1,7 @@
 """Encode an image dataset once with a lossy codec and keep its low-bit codes.
 
-`__all__` is what the command line runs; all of it is imported on first use, so that importing this package stays cheap.
+`__all__` is what the command line runs, and `webdataset` for loops of your own; all of it is imported on first use, so
+that importing this package stays cheap. `latentprep.torch` has more for such loops.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ __all__ = [
     "requantize",
     "subset",
     "verify",
+    "webdataset",
     "write_latents",
 ]
 
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from latentprep.pictures.rd import rd
     from latentprep.pictures.report import report
     from latentprep.sources.source import open_source
+    from latentprep.torch import webdataset
 
 _HOMES = {
     "convert": ".derived.derive",
@@ -64,6 +67,7 @@ _HOMES = {
     "requantize": ".derived.requantize",
     "subset": ".derived.selection",
     "verify": ".audit.verify",
+    "webdataset": ".torch",
     "write_latents": ".audit.latents",
 }
 

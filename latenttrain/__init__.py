@@ -1,7 +1,8 @@
 """Train small networks on the codes of a latent dataset.
 
 Imports latentprep's `format`, `storage` and ground modules; pyproject.toml lists the few exceptions. `__all__` holds
-what the command line runs; each name is imported on first use, so that importing this package stays cheap.
+what the command line runs, and `batches` for loops of your own; each name is imported on first use, so that importing
+this package stays cheap.
 """
 
 from __future__ import annotations
@@ -9,13 +10,27 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Augment", "FitResult", "evaluate", "export", "fit", "label", "predict", "report", "scale_table", "sweep"]
+__all__ = [
+    "Augment",
+    "Batches",
+    "FitResult",
+    "batches",
+    "evaluate",
+    "export",
+    "fit",
+    "label",
+    "predict",
+    "report",
+    "scale_table",
+    "sweep",
+]
 
 if TYPE_CHECKING:
     from latenttrain.augment import Augment
     from latenttrain.evaluation import evaluate, predict
     from latenttrain.exports import export
     from latenttrain.labels import label
+    from latenttrain.loading import Batches, batches
     from latenttrain.results import FitResult
     from latenttrain.runs import report
     from latenttrain.scaling import scale_table
@@ -24,7 +39,9 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Augment": "augment",
+    "Batches": "loading",
     "FitResult": "results",
+    "batches": "loading",
     "evaluate": "evaluation",
     "export": "exports",
     "fit": "train",

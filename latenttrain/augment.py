@@ -75,6 +75,7 @@ class Augment:
 def draw(net: Net, batch: int, config: Augment, device: torch.device, generator: Generator | None) -> dict[str, Tensor]:
     """All random numbers of a batch, by name, uniform in 0…1, f32 [B,…]. The rest of the step is pure."""
     planes = int(net.stem.planes)  # type: ignore[arg-type]
+    dropped = net.features if net.config.arch in DROPOUT else 0
     shapes = {  # and the setting that needs it
         "shift": ((batch, 2), config.shift or config.zoom),
         "zoom": ((batch, 2), config.shift or config.zoom),
@@ -86,7 +87,7 @@ def draw(net: Net, batch: int, config: Augment, device: torch.device, generator:
         "mixup": ((batch, 2), config.mixup),
         "cutout": ((batch, 2), config.cutout),
         "channel_drop": ((batch, planes, 1, 1), config.channel_drop),
-        "dropout": ((batch, net.features), net.config.arch in DROPOUT),
+        "dropout": ((batch, dropped), dropped),
     }
     return {
         name: torch.rand(shape, generator=generator, device=device) for name, (shape, asked) in shapes.items() if asked

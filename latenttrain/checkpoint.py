@@ -14,6 +14,7 @@ repeats what it holds, just after.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -95,7 +96,8 @@ def check_run_folder(root: Path, config: RunConfig, resume: bool, overwrite: boo
         )
     earlier, now = (document.to_json() for document in (read_config(root), config))
     found = differences(earlier, now)
-    for name, there, here in sorted(found, key=lambda one: one[0].startswith("recipe.")):  # it follows from the dataset
+    # The network's statistics follow from what it started from, and the recipe from the dataset.
+    for name, there, here in sorted(found, key=lambda one: (one[0] != "init", one[0].startswith("recipe."))):
         if name != "dataset.path" and not name.startswith("versions."):
             name = name.removeprefix("recipe.").removeprefix("net.")
             raise CheckpointError(
@@ -212,10 +214,40 @@ def load_net(run: str | Path, checkpoint: str = "best") -> tuple[Net, RunConfig,
         int(notes["epoch"])
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} does not say which epoch it is from", "restore it, or train again") from error
-    with torch.random.fork_rng([]):
-        net = build_net(config.net).eval()
+    net = config_net(config, root).eval()
     fill(net, tensors, path)
     return net, config, notes
+
+
+def config_net(config: RunConfig, root: Path) -> Net:
+    """A run's network with fresh weights. Raises `CheckpointError` if it is one of others' that is not there."""
+    try:
+        with torch.random.fork_rng([]):
+            return build_net(config.net)
+    except UsageError as error:
+        message, hint = error.texts
+        raise CheckpointError(f"{root}: {message}", hint) from error
+
+
+def load_init(run: str | Path) -> tuple[Net, RunConfig, str]:
+    """The network of a run's best epoch, its configuration, and the SHA-256 of the file. Raises as `load_net` does."""
+    net, config, _ = load_net(run)
+    return net, config, hashlib.sha256((path_of(run) / BEST).read_bytes()).hexdigest()
+
+
+def init_tensors(run: str | Path, config: RunConfig) -> dict[str, Tensor]:
+    """What a run that starts from another one takes over: its weights, and the head only if the classes are the same.
+
+    config: of the new run. Raises `CheckpointError` if it is not the checkpoint that the run was planned with.
+    """
+    net, earlier, sha256 = load_init(run)
+    if sha256 != config.init:
+        raise CheckpointError(f"{run} has changed since the run was planned", "start again, from a run that has ended")
+    tensors = net.state_dict()
+    if earlier.classes != config.classes:
+        head = net.head[0] + "."
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(head)}
+    return tensors
 
 
 def fill(net: Net, tensors: dict[str, Tensor], path: Path) -> None:

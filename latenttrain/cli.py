@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +28,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 … or mps.")
 Dataset = Annotated[str, typer.Argument(metavar="DIR", help="Latent dataset: a folder or URL.", show_default=False)]
 Run = Annotated[Path, typer.Argument(help="Run folder made by latenttrain fit.", show_default=False)]
 Checkpoint = Annotated[str, typer.Option(help="best (the epoch with the highest val top-1) or last.")]
+Arch = Annotated[str | None, typer.Option(help="The run's network, if it is your own module:function.")]
 
 
 def main() -> None:
@@ -54,12 +56,15 @@ def fit(
     preset: Annotated[
         str | None,
         typer.Option(
-            help="fast: 9 epochs. best: 40 epochs, a larger network. Explicit options override the preset.",
+            help="fast: 9 epochs. best: 40, larger.",
             show_default=False,
         ),
     ] = None,
-    width: Annotated[float, typer.Option(help="Factor on channels (default 1).", show_default=False)] = 1.0,
-    depth: Annotated[float, typer.Option(help="Factor on blocks (default 1).", show_default=False)] = 1.0,
+    width: Annotated[float | None, typer.Option(help="Factor on channels (default 1).", show_default=False)] = None,
+    depth: Annotated[float | None, typer.Option(help="Factor on blocks (default 1).", show_default=False)] = None,
+    arch: Annotated[str | None, typer.Option(help="Your own network, module:function.", show_default=False)] = None,
+    init: Annotated[Path | None, typer.Option(help="Start from this run's weights.", show_default=False)] = None,
+    freeze: Annotated[str | None, typer.Option(help="Of them, keep stem or body.", show_default=False)] = None,
     recipe: Annotated[str, typer.Option(help="default, or talk: plain Adam.", show_default=False)] = "default",
     epochs: Annotated[
         int | None,
@@ -77,7 +82,7 @@ def fit(
     device: Device = "auto",
     devices: Annotated[
         str | None,
-        typer.Option(help="Several, a process each: all, 0,1 … or cpu:N.", show_default=False),
+        typer.Option(help="Several: all, 0,1 … or cpu:N.", show_default=False),
     ] = None,
     out: Annotated[
         Path | None,
@@ -115,12 +120,16 @@ def fit(
     from latenttrain.ranks import this_rank
     from latenttrain.train import fit as train
 
+    _find_here(arch)
     try:
         result = train(
             dataset,
             preset=preset,
             width=width,
             depth=depth,
+            arch=arch,
+            init=init,
+            freeze=freeze,
             recipe=recipe,
             epochs=epochs,
             batch_size=batch_size,
@@ -161,6 +170,7 @@ def label(
     out: Annotated[
         Path | None, typer.Option(help="File to write (default RUN/labels.safetensors).", show_default=False)
     ] = None,
+    arch: Arch = None,
     device: Device = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
     as_json: Json = False,
@@ -179,7 +189,8 @@ def label(
     """
     from latenttrain.labels import label as write
 
-    result = write(runs, dataset, out=out, device=device, overwrite=overwrite, progress=console.progress_bar)
+    _find_here(arch)
+    result = write(runs, dataset, out=out, arch=arch, device=device, overwrite=overwrite, progress=console.progress_bar)
     if as_json:
         console.print_json(result.to_json())
         return
@@ -308,6 +319,7 @@ def evaluate(
     ],
     split: Annotated[str, typer.Option(help="Split to evaluate on.")] = "val",
     checkpoint: Checkpoint = "best",
+    arch: Arch = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -319,7 +331,8 @@ def evaluate(
     """
     from latenttrain.evaluation import evaluate as measure
 
-    result = measure(run, dataset, split=split, checkpoint=checkpoint, device=device)
+    _find_here(arch)
+    result = measure(run, dataset, split=split, checkpoint=checkpoint, arch=arch, device=device)
     if as_json:
         console.print_json(result.to_json())
         return
@@ -340,6 +353,7 @@ def report(
         str, typer.Option(help="codec, or linear: see [b]latentprep linear-decoder[/b]. Makes the pictures.")
     ] = "codec",
     weights: Annotated[str | None, typer.Option(help="Folder of the codec's weights, if it has moved.")] = None,
+    arch: Arch = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -356,7 +370,8 @@ def report(
     from latenttrain.runs import BRIEF, runs_table
     from latenttrain.runs import report as compare
 
-    summaries = compare(runs, dataset=dataset, out=out, decoder=decoder, weights=weights, device=device)
+    _find_here(arch)
+    summaries = compare(runs, dataset=dataset, out=out, decoder=decoder, weights=weights, arch=arch, device=device)
     if as_json:
         console.print_json({"out": str(out), "runs": [run.to_json() for run in summaries]})
         return
@@ -375,6 +390,7 @@ def export(
     ] = False,
     weights: Annotated[Path | None, typer.Option(help="Folder of the codec's weights, if it has moved.")] = None,
     checkpoint: Checkpoint = "best",
+    arch: Arch = None,
     as_json: Json = False,
 ) -> None:
     """Write the network of RUN to one file that other runtimes read, and compare its results with torch's.
@@ -385,7 +401,8 @@ def export(
     """
     from latenttrain.exports import export as run_export
 
-    result = run_export(run, to=to, with_codec=with_codec, weights=weights, checkpoint=checkpoint)
+    _find_here(arch)
+    result = run_export(run, to=to, with_codec=with_codec, weights=weights, checkpoint=checkpoint, arch=arch)
     if as_json:
         console.print_json(result.to_json())
         return
@@ -410,6 +427,7 @@ def predict(
         typer.Option(help="Folder of the codec's weights, if it has moved."),
     ] = None,
     checkpoint: Checkpoint = "best",
+    arch: Arch = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -423,7 +441,8 @@ def predict(
     """
     from latenttrain.evaluation import predict as classify
 
-    predictions = classify(run, images, top=top, weights=weights, checkpoint=checkpoint, device=device)
+    _find_here(arch)
+    predictions = classify(run, images, top=top, weights=weights, checkpoint=checkpoint, arch=arch, device=device)
     if as_json:
         console.print_json({"run": str(run), "predictions": [prediction.to_json() for prediction in predictions]})
     else:
@@ -439,6 +458,12 @@ def predict(
         console.print_error(f"{prediction.image}: {prediction.error}")
     if unread:
         raise typer.Exit(3)
+
+
+def _find_here(arch: str | None) -> None:
+    """Let a module in the current folder be named, as ``python -m`` does; what is installed comes first."""
+    if arch is not None and ":" in arch:
+        sys.path.append(str(Path.cwd()))
 
 
 def _numbers(option: str, text: str) -> list[float]:

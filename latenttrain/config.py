@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from latentprep.errors import CheckpointError
+from latentprep.errors import CheckpointError, UsageError, opt
 from latentprep.format import LatentDataset, Quantizer
 from latentprep.format.fields import differences
 from latentprep.storage.places import Place
@@ -22,6 +22,7 @@ from latenttrain.augment import Augment
 from latenttrain.data import float_statistics
 from latenttrain.nets import NetConfig
 from latenttrain.recipe import Recipe
+from latenttrain.stems import AffineStem
 
 FORMAT, VERSION = "latenttrain run", 1
 
@@ -31,7 +32,7 @@ class RunConfig:
     """Everything that decides the result of a run, and everything needed to use its network.
 
     dataset: as `plan_run` makes it. versions: of latenttrain, torch and Python. They and the dataset's path may
-    change before a run is resumed. Both are read-only.
+    change before a run is resumed. Both are read-only. init: SHA-256 of the checkpoint that the run started from.
     """
 
     net: NetConfig
@@ -39,6 +40,7 @@ class RunConfig:
     augment: Augment
     dataset: Mapping[str, Any]
     versions: Mapping[str, str]
+    init: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("dataset", "versions"):
@@ -61,6 +63,7 @@ class RunConfig:
             "recipe": self.recipe.to_json(),
             "augment": self.augment.to_json(),
             "dataset": dict(self.dataset),
+            **({} if self.init is None else {"init": self.init}),
             "versions": dict(self.versions),
         }
 
@@ -80,6 +83,7 @@ class RunConfig:
             Augment.from_json(document["augment"]),
             dataset,
             document["versions"],
+            document.get("init"),
         )
         if len(config.classes) != config.net.classes or config.quantizer.bits != config.net.bits:
             raise ValueError("the network and the dataset do not fit together")
@@ -89,33 +93,65 @@ class RunConfig:
 def plan_net(
     dataset: LatentDataset,
     *,
-    width: float = 1.0,
-    depth: float = 1.0,
-    arch: str = "latentnet",
-    stem: str = "affine",
-    full_grid: int = 1,
+    width: float | None = None,
+    depth: float | None = None,
+    arch: str | None = None,
+    stem: str | None = None,
+    full_grid: int | None = None,
     latents: Path | None = None,
+    init: NetConfig | None = None,
 ) -> NetConfig:
-    """A network for the dataset's codes, or for its float latents: they have their own statistics and no filter."""
+    """A network for the dataset's codes, or for its float latents: they have their own statistics and no filter.
+
+    init: the network whose weights it is to start with. Settings that are not given are its own, and the stem makes of
+    a latent the planes that its stem makes. Raises `UsageError` for other settings, or a stem that cannot.
+    """
     manifest = dataset.manifest
     quantizer, statistics = manifest.quantizer, manifest.statistics
     mean, std = (statistics.mean, statistics.std) if statistics else ((), ())
     if latents is not None and std:  # of a dataset without statistics, float latents are used without, too
         mean, std = float_statistics(dataset, latents)
-    return NetConfig(
+    given = {"width": width, "depth": depth, "arch": arch, "stem": stem, "full_grid": full_grid}
+    settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if init is not None:
+        for name, value in settings.items():
+            if value != getattr(init, name):
+                raise UsageError(
+                    f"{opt(name)} is {value!r}, but the run to start from has {getattr(init, name)!r}",
+                    f"leave {opt(name)} out",
+                )
+        settings = {name: getattr(init, name) for name in (*given, "activation")}
+    net = NetConfig(
         latent=manifest.latent,
         classes=len(manifest.classes),
         bits=quantizer.bits,
         lo=quantizer.lo,
         step=quantizer.step,
         filter=quantizer.filter if latents is None else (),
-        arch=arch,
-        stem=stem,
-        width=width,
-        depth=depth,
-        full_grid=full_grid,
         mean=mean,
         std=std,
+        **settings,
+    )
+    return net if init is None else _reading_alike(net, init)
+
+
+def _reading_alike(net: NetConfig, init: NetConfig) -> NetConfig:
+    """`net` with the statistics with which its stem makes of a latent what that of `init` makes of it."""
+    if (net.lo, net.step, net.filter) == (init.lo, init.step, init.filter):
+        return dataclasses.replace(net, mean=init.mean, std=init.std)
+    if init.stem != "affine":
+        raise UsageError(
+            f"the run to start from reads codes by the stem {init.stem!r}, and here the same codes are other latents",
+            f"encode with {opt('quantizer', 'DIR')}, the dataset of that run, or start from one with the affine stem",
+        )
+    stem = AffineStem(init.latent[0], init.bits, init.mean, init.std)
+    old = zip(init.lo, init.step, stem.centre.flatten().tolist(), stem.scale.flatten().tolist(), strict=True)
+    latents = [(lo + (centre + 0.5) * step, step / scale) for lo, step, centre, scale in old]  # mean and deviation
+    new = list(zip(latents, net.lo, net.step, strict=True))
+    return dataclasses.replace(
+        net,
+        mean=tuple((mean - lo) / step - 0.5 for (mean, _), lo, step in new),
+        std=tuple(std / step for (_, std), _, step in new),
     )
 
 
@@ -130,10 +166,11 @@ def plan_run(
     latents: Path | None = None,
     stream: int | None = None,
     labels: str | None = None,
+    init: str | None = None,
 ) -> RunConfig:
     """The whole configuration of a run. augment: by default `Augment()`, as the dataset's mirror and views allow.
 
-    limit, holdout, latents, stream, labels: see `describe_dataset`.
+    limit, holdout, latents, stream, labels: see `describe_dataset`. init: see `RunConfig`.
     """
     manifest = dataset.manifest
     if augment is None:
@@ -144,13 +181,14 @@ def plan_run(
         augment = dataclasses.replace(augment, mirror_signs=tuple(map(float, manifest.flip)))
     used = {"limit": limit, "holdout": holdout or None, "latents": latents and str(latents), "stream": stream}
     used |= {"labels": labels} if labels else {}
-    return RunConfig(net, recipe, augment, describe_dataset(dataset) | used, versions())
+    return RunConfig(net, recipe, augment, describe_dataset(dataset) | used, versions(), init)
 
 
 def default_out(dataset: Place, net: NetConfig, seed: int) -> Path:
     """``runs/imagenette-w1-d1-s0``: dataset, width, depth, seed, and the network and stem if not the defaults."""
     names = [dataset.resolve().name, f"w{net.width:g}", f"d{net.depth:g}", f"s{seed}"]
-    names += [name for name, default in ((net.arch, "latentnet"), (net.stem, "affine")) if name != default]
+    arch = net.arch.rpartition(":")[2]
+    names += [name for name, default in ((arch, "latentnet"), (net.stem, "affine")) if name != default]
     return Path("runs", "-".join(names))
 
 
@@ -191,6 +229,22 @@ def check_dataset(config: RunConfig, dataset: LatentDataset) -> None:
     if tuple(dataset.manifest.latent) != config.net.latent:
         raise CheckpointError(
             f"{dataset.root} has latents {dataset.manifest.latent}, the network takes {config.net.latent}"
+        )
+
+
+def check_init(config: RunConfig, dataset: LatentDataset, run: Path) -> None:
+    """Raises `CheckpointError`, naming the first difference, unless the dataset's codes are of the codec and the shape
+    of those that the run was trained with. Classes may differ, and so may the quantizer's ranges."""
+    here = {
+        "codec": meaning(describe_dataset(dataset))["codec"], "latent": list(dataset.manifest.latent),
+        "bits": dataset.quantizer.bits,
+    }  # fmt: skip
+    there = {"codec": meaning(config.dataset)["codec"], "latent": list(config.net.latent), "bits": config.net.bits}
+    for name, one, other in differences(there, here):
+        raise CheckpointError(
+            f"{dataset.root} cannot start from {run}: its {name} is {short(other)}, but the run was trained with "
+            f"{short(one)}",
+            "encode it with the same codec, size and bits",
         )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -49,6 +50,8 @@ class Samples(Protocol):
     def targets_of(self, rows: Tensor, labels: Tensor, classes: int) -> Tensor: ...
 
     def batches(self, batch_size: int, wanted: range | None = None) -> Iterator[tuple[Tensor, Tensor]]: ...
+
+    def in_order(self, sizes: Sequence[int], wanted: range | None = None) -> Iterator[tuple[Tensor, Tensor]]: ...
 
 
 @dataclass(frozen=True)
@@ -114,11 +117,19 @@ class Split:
     def batches(self, batch_size: int, wanted: range | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Every sample once, in order, view 0: codes u8 [B,C,h,w], labels i64 [B]. wanted: only the batches of these
         numbers."""
-        for start in range(0, len(self), batch_size)[
-            slice(None) if wanted is None else slice(wanted.start, wanted.stop)
-        ]:
-            part = slice(start, start + batch_size)
+        return self.in_order(full_batches(len(self), batch_size), wanted)
+
+    def in_order(self, sizes: Sequence[int], wanted: range | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same in batches of these sizes, which add up to all samples."""
+        edges = list(accumulate(sizes, initial=0))
+        for number in range(len(sizes)) if wanted is None else wanted:
+            part = slice(edges[number], edges[number + 1])
             yield self.unpacked(self.codes[part, 0]), self.labels[part]
+
+
+def epoch_generator(seed: int, epoch: int, device: torch.device) -> Generator:
+    """What an epoch draws from, its order first: the same one for the same seed and epoch."""
+    return torch.Generator(device).manual_seed(int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0]))
 
 
 def one_hot(labels: Tensor, classes: int) -> Tensor:
@@ -280,6 +291,11 @@ def pieces(samples: int, most: int) -> int:
     """In how many pieces samples are cut: as few as there can be with at most so many in each, but none of one alone,
     of which BatchNorm can make nothing on a grid of one cell. So three samples in pieces of two at most are one."""
     return max(1, min(-(-samples // most), samples // 2))
+
+
+def full_batches(samples: int, batch_size: int) -> list[int]:
+    """Sizes of batches of which the last alone may be smaller."""
+    return [min(batch_size, samples - start) for start in range(0, samples, batch_size)]
 
 
 def cut(samples: int, pieces: int) -> tuple[int, ...]:

@@ -22,6 +22,7 @@ from latenttrain.config import check_dataset
 from latenttrain.data import Samples
 from latenttrain.microbatch import one_thread_each
 from latenttrain.nets import Net
+from latenttrain.networks import name_network
 from latenttrain.ranks import ALONE, Ranks
 from latenttrain.results import EvalResult, Prediction
 from latenttrain.runtime import autocast, in_bfloat16
@@ -37,11 +38,13 @@ def evaluate(
     *,
     split: str = "val",
     checkpoint: str = "best",
+    arch: str | None = None,
     device: str = "auto",
 ) -> EvalResult:
     """Evaluate a run's network on a split of a dataset that was encoded like its own.
 
     run: the folder that `fit` made. checkpoint: ``best`` (highest val top-1) or ``last``.
+    arch: the run's network, if it is one of your own, ``package.module:function``, not named in this process yet.
     Raises `CheckpointError` for a damaged run or a dataset that was encoded differently, `DatasetError` for a
     damaged dataset, `UsageError` for an unknown split or checkpoint.
 
@@ -49,6 +52,7 @@ def evaluate(
     60
     """
     target = pick_device(device)
+    name_network(arch or "")
     net, config, epoch = load_net(run, checkpoint)
     dataset = open_dataset(dataset)
     check_dataset(config, dataset)
@@ -152,18 +156,20 @@ def predict(
     top: int = 5,
     weights: str | Path | None = None,
     checkpoint: str = "best",
+    arch: str | None = None,
     device: str = "auto",
 ) -> list[Prediction]:
     """Classify image files with a run's network, through the codec and quantizer that it was trained with.
 
     run: its folder, or an ``.onnx`` file that `export` wrote, which onnxruntime runs on the CPU.
     top: classes to list for each image. weights: the folder of the codec's weights, if it has moved. An image that
-    cannot be read gives a `Prediction` with an ``error``; the others are classified.
+    cannot be read gives a `Prediction` with an ``error``; the others are classified. arch: as for `evaluate`.
 
     Raises `CheckpointError` for a damaged run, `CodecError` if the codec is missing, `UsageError` for `top` below 1.
     """
     check_whole("top", top, 1, hint=f"use {opt('top', 5)}")
     target = pick_device(device)
+    name_network(arch or "")
     probabilities_of: Callable[[Tensor], Tensor]
     classes: Sequence[str]
     if path_of(run).suffix == ".onnx":

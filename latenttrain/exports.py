@@ -26,6 +26,7 @@ from latenttrain import __version__
 from latenttrain.checkpoint import BEST, LAST, load_net
 from latenttrain.config import RunConfig
 from latenttrain.nets import Net
+from latenttrain.networks import name_network
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -69,13 +70,14 @@ def export(
     with_codec: bool = False,
     weights: str | Path | None = None,
     checkpoint: str = "best",
+    arch: str | None = None,
 ) -> ExportResult:
     """Write a run's network, in float32, to one file: ``.onnx`` for onnxruntime, or ``.pt2``, of torch.export.
 
     It takes codes, u8 [B,C,h,w], or, with the codec's encoder and the quantizer in it, pixels, u8 [B,3,S,S], and gives
     probabilities, f32 [B,classes]. Classes, and how an image becomes pixels, are in the file's metadata. The file's
     results are compared with torch's before it is kept. weights: the folder of the codec's weights, if it has moved.
-    checkpoint: ``best`` or ``last``.
+    checkpoint: ``best`` or ``last``. arch: the run's network, if it is one of your own, as for `evaluate`.
 
     Raises `CheckpointError` for a damaged run or a file that computes something else, `UsageError` for another ending,
     or a codec or quantizer that cannot be exported, `SystemFault` if the packages that it needs are not installed.
@@ -85,6 +87,7 @@ def export(
         raise UsageError(
             f"{opt('to')} must end in {' or '.join(KINDS)}, got {path.name}", f"use {opt('to', 'model.onnx')}"
         )
+    name_network(arch or "")
     net, config, epoch = load_net(run, checkpoint)
     codes, real = _some_codes(config)
     if with_codec:

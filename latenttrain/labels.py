@@ -37,6 +37,7 @@ from latenttrain.checkpoint import BEST, load_net
 from latenttrain.config import RunConfig, check_dataset, short
 from latenttrain.data import Split, check_trainable, load_split
 from latenttrain.evaluation import split_logits
+from latenttrain.networks import name_network
 
 FORMAT, VERSION, NAME = "latenttrain labels", 1, "labels.safetensors"
 _NOTES, _TENSOR = "latenttrain", "probabilities"
@@ -64,6 +65,7 @@ def label(
     dataset: str | Path | LatentDataset,
     *,
     out: str | Path | None = None,
+    arch: str | None = None,
     device: str = "auto",
     overwrite: bool = False,
     progress: ProgressFactory = silent,
@@ -71,7 +73,7 @@ def label(
     """Label each view of a dataset's train split with the mean of the probabilities that the runs' networks give.
 
     runs: folders that `fit` made from this dataset, or from one that was encoded like it. out: the file to write, by
-    default ``labels.safetensors`` in the first run's folder. overwrite: replace it.
+    default ``labels.safetensors`` in the first run's folder. arch: as for `evaluate`. overwrite: replace it.
 
     Raises `UsageError` for no run or a file that exists, `CheckpointError` for a damaged run or one of other codes,
     `DatasetError` for a dataset that is incomplete or damaged.
@@ -85,6 +87,7 @@ def label(
             f"{path} exists", f"replace it with {opt('overwrite', True)}, or name another file as {opt('out')}"
         )
     target, dataset = pick_device(device), open_dataset(dataset)
+    name_network(arch or "")
     loaded = [load_net(teacher) for teacher in teachers]
     for teacher, (_, config, _) in zip(teachers, loaded, strict=True):
         check_dataset(config, dataset)

@@ -90,6 +90,7 @@ class Learner:
         ranks: Ranks = ALONE,
     ) -> None:
         self.loss_of, self.norm_batch, self.pool, self.ranks = loss_of, norm_batch, pool, ranks
+        net.train()
         self.parameters = [p for p in net.parameters() if p.requires_grad]
         self.statistics = _statistics(net)
         self.like = [torch.zeros((), device=self.parameters[0].device), *self.parameters, *self.statistics]
@@ -178,7 +179,8 @@ def _replica(net: Net) -> Net:
 
 
 def _norms(net: Net) -> list[BatchNorm]:
-    return [module for module in net.modules() if isinstance(module, BatchNorm)]
+    """Those in training mode: what is frozen stays in evaluation mode."""
+    return [module for module in net.modules() if isinstance(module, BatchNorm) and module.training]
 
 
 def _statistics(net: Net) -> list[Tensor]:

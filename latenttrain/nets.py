@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latentprep.errors import UsageError, check_number, check_whole, check_word, nearest, opt
+from latenttrain.networks import adopt, find_network
 from latenttrain.stems import STEMS, AffineStem
 
 
@@ -23,7 +24,7 @@ class NetConfig:
     bits: int  # the quantizer: latents are about lo + (codes + 0.5) * step
     lo: tuple[float, ...]
     step: tuple[float, ...]
-    arch: str = "latentnet"
+    arch: str = "latentnet"  # or another name in `ARCHITECTURES`, or of `latenttrain.networks`
     stem: str = "affine"
     width: float = 1.0
     depth: float = 1.0
@@ -62,8 +63,10 @@ class NetConfig:
             raise UsageError(f"step must be above 0, got {self.step}", "take it from the dataset's manifest")
         if min(self.std, default=0) < 0:
             raise UsageError(f"std must be 0 or more, got {self.std}", "take it from the dataset's manifest")
-        for name, allowed in (("arch", ARCHITECTURES), ("stem", STEMS), ("activation", ACTIVATIONS)):
+        for name, allowed in (("stem", STEMS), ("activation", ACTIVATIONS)):
             check_word(name, getattr(self, name), list(allowed))
+        if not isinstance(self.arch, str):
+            raise UsageError(f"{opt('arch')} must be a name, got {self.arch!r:.60}")
         check_whole("full_grid", self.full_grid, 1, 8, "leave it out for 1")
         for name in ("width", "depth"):
             check_number(name, getattr(self, name), 0.05, 20, f"{opt(name, 1)} is the default")
@@ -93,7 +96,14 @@ class Net(nn.Module):
         self.stem = STEMS[config.stem](config.latent[0], config.bits, config.mean, config.std)
         if isinstance(self.stem, AffineStem) and config.filter:
             self.stem.set_filter(config.filter, config.step)
-        self.body = ARCHITECTURES[config.arch](int(self.stem.planes), config)  # type: ignore[arg-type]
+        self.frozen: str | None = None
+        planes = int(self.stem.planes)  # type: ignore[arg-type]
+        self.body: nn.Module
+        if config.arch in ARCHITECTURES:
+            self.body = ARCHITECTURES[config.arch](planes, config)
+        else:
+            self.body = find_network(config.arch, ARCHITECTURES)(planes, config)
+            adopt(self.body, config.arch, (planes, *config.latent[1:]), config.classes, BatchNorm)
 
     def cut_into(self, parts: tuple[int, ...]) -> None:
         """From now on batches consist of parts of so many samples, each with its own BatchNorm statistics and its own
@@ -105,9 +115,47 @@ class Net(nn.Module):
                     module.parts = parts
 
     @property
+    def head(self) -> tuple[str, nn.Linear]:
+        """The layer that makes the logits, and its name among the network's modules: the last `nn.Linear`.
+
+        Raises `UsageError` if that one has not an output for each class, in a network that others wrote.
+        """
+        linear = [(name, module) for name, module in self.named_modules() if isinstance(module, nn.Linear)]
+        if not linear or linear[-1][1].out_features != self.config.classes:
+            raise UsageError(
+                f"the network {self.config.arch} has no head to tell from the rest",
+                "let its last layer be an nn.Linear with an output for each class",
+            )
+        return linear[-1]
+
+    @property
     def features(self) -> int:
-        """Inputs of the last layer, which makes logits of them."""
-        return self.body[-1].in_features  # type: ignore[return-value]
+        """Inputs of the head."""
+        return self.head[1].in_features
+
+    def freeze(self, part: str | None) -> None:
+        """From now on a part of the network stays as it is, the statistics of its BatchNorm layers, too.
+
+        part: ``stem``, the stem and the first layer of the body; ``body``, all but the head; None, nothing.
+        Raises `UsageError` if nothing is left to learn.
+        """
+        self.frozen = part
+        if part == "body":
+            self.requires_grad_(False)
+            self.head[1].requires_grad_(True)
+        for module in self._first_layers() if part == "stem" else ():
+            module.requires_grad_(False)
+        if not any(parameter.requires_grad for parameter in self.parameters()):
+            raise UsageError(f"{opt('freeze')} {part} leaves nothing to learn in the network {self.config.arch}")
+
+    def _first_layers(self) -> list[nn.Module]:
+        return [self.stem, next(self.body.children(), self.body)]
+
+    def train(self, mode: bool = True) -> Net:
+        super().train(mode and self.frozen != "body")  # a head's result does not depend on the mode
+        for module in self._first_layers() if self.frozen == "stem" else ():
+            module.eval()
+        return self
 
     @property
     def reads_neighbours(self) -> bool:
@@ -124,13 +172,13 @@ class Net(nn.Module):
         dropout: f32 [B,features] in 0…1, drawn by whoever trains, so that a step is a pure function; see `DROPOUT`.
         """
         features = planes.contiguous(memory_format=torch.channels_last)
-        *layers, head = self.body
+        if dropout is None:
+            return self.body(features).float()
+        share = DROPOUT[self.config.arch]
+        *layers, head = self.body.children()  # of an `nn.Sequential`, as all networks in `DROPOUT` are
         for layer in layers:
             features = layer(features)
-        if dropout is not None:
-            share = DROPOUT[self.config.arch]
-            features = features * (dropout >= share) / (1 - share)
-        return head(features).float()
+        return head(features * (dropout >= share) / (1 - share)).float()
 
     def forward(self, codes: Tensor) -> Tensor:
         """u8 [B,C,h,w] -> f32 [B,classes]"""
@@ -138,7 +186,10 @@ class Net(nn.Module):
 
 
 def build_net(config: NetConfig) -> Net:
-    """A network with fresh weights, drawn from torch's global generator."""
+    """A network with fresh weights, drawn from torch's global generator.
+
+    Raises `UsageError` for one that is not installed, or that others wrote and that cannot be trained here.
+    """
     return Net(config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
@@ -315,8 +366,8 @@ def round_depth(blocks: int, depth: float) -> int:
 
 
 def count_parameters(net: nn.Module) -> int:
-    """Trainable parameters."""
-    return sum(parameter.numel() for parameter in net.parameters() if parameter.requires_grad)
+    """Weights, frozen ones too."""
+    return sum(parameter.numel() for parameter in net.parameters())
 
 
 def count_flops(net: Net) -> int:

@@ -35,8 +35,8 @@ class Adam(torch.optim.AdamW):
 
     @staticmethod
     def groups(net: nn.Module, weight_decay: float) -> list[dict]:
-        matrices = [p for p in net.parameters() if p.ndim >= 2]
-        vectors = [p for p in net.parameters() if p.ndim < 2]
+        matrices = [p for p in learned(net) if p.ndim >= 2]
+        vectors = [p for p in learned(net) if p.ndim < 2]
         return [
             {"params": matrices, "momentum": 0.0, "weight_decay": weight_decay, "scale": 1.0},
             {"params": vectors, "momentum": 0.0, "weight_decay": 0.0, "scale": 1.0},
@@ -62,7 +62,7 @@ class Muon(Adam):
 
     @staticmethod
     def groups(net: nn.Module, weight_decay: float) -> list[dict]:
-        parameters = list(net.parameters())
+        parameters = learned(net)
         last = [module for module in net.modules() if isinstance(module, nn.Linear)][-1:]
         head = {id(layer.weight) for layer in last}
         filters = [p for p in parameters if p.ndim >= 2 and id(p) not in head and p.numel() > p.shape[0]]
@@ -102,6 +102,11 @@ class Muon(Adam):
         torch._foreach_add_(parameters, shaped, alpha=-group["lr"])
         for parameter in parameters:
             parameter.grad = None  # AdamW passes over it
+
+
+def learned(net: nn.Module) -> list[nn.Parameter]:
+    """The parameters that are not frozen."""
+    return [parameter for parameter in net.parameters() if parameter.requires_grad]
 
 
 def _rows(weights: Tensor) -> Tensor:

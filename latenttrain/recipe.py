@@ -40,6 +40,7 @@ class Recipe:
     schedule: str = "cosine"  # or constant, after the warm-up
     norm_batch: int = 32  # samples at most in a micro-batch: `latenttrain.microbatch`
     compile: bool = False  # the training step; it rounds differently, so a run cannot change it when it resumes
+    freeze: str | None = None  # what stays as the weights that a run starts from: `Net.freeze`
 
     def __post_init__(self) -> None:
         check_word("optimizer", self.optimizer, ("muon", "adam"))
@@ -57,6 +58,8 @@ class Recipe:
             check_number(name, getattr(self, name), 0, 1, _hint(name), below=True)
         for name in ("lr", "weight_decay", "label_smoothing", "warmup", "ema"):
             object.__setattr__(self, name, float(getattr(self, name)))
+        if self.freeze is not None:
+            check_word("freeze", self.freeze, ("stem", "body"), f"leave {opt('freeze')} out to train all")
         if not isinstance(self.compile, bool):
             raise UsageError(f"{opt('compile')} must be true or false, got {self.compile!r}", "false is the default")
 

@@ -15,9 +15,10 @@ from latentprep.format import LatentDataset, open_dataset
 from latentprep.pictures.plots import COLOURS, INK, drawn
 from latentprep.storage.atomic import write_atomic
 from latentprep.storage.places import path_of, several
-from latenttrain.checkpoint import METRICS, read_config
+from latenttrain.checkpoint import METRICS, config_net, read_config
 from latenttrain.diagnosis import diagnose, mistakes
-from latenttrain.nets import build_net, count_flops, count_parameters
+from latenttrain.nets import count_flops, count_parameters
+from latenttrain.networks import name_network
 from latenttrain.results import FLOAT, count
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def read_run(run: str | Path) -> RunSummary:
         assert numbers
     except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
         raise CheckpointError(f"{path} is missing, damaged or empty", "train until an epoch has ended") from error
-    net = build_net(config.net)
+    net = config_net(config, root)
     return RunSummary(
         run=str(root),
         name=root.resolve().name,
@@ -104,6 +105,7 @@ def report(
     out: str | Path = "runs.html",
     decoder: str = "codec",
     weights: str | None = None,
+    arch: str | None = None,
     device: str = "auto",
 ) -> list[RunSummary]:
     """Write one HTML page that compares runs, and return their summaries.
@@ -111,6 +113,7 @@ def report(
     dataset: show each run's mistakes on its val split, too: the confusion matrix, and the worst ones as pictures. A run
     on other codes is compared, but not evaluated. decoder: ``codec``, or ``linear`` for the matrix that
     ``latentprep linear-decoder fit`` made. weights: the folder of the codec's weights, if it has moved.
+    arch: as for `evaluate`.
 
     Raises `UsageError` for no run, `CheckpointError` for a folder that is not a run, and as `latentprep.preview` does.
     """
@@ -122,6 +125,7 @@ def report(
         raise UsageError(
             f"{opt('decoder')} and {opt('weights')} are for pictures of a dataset", f"name it with {opt('dataset')}"
         )
+    name_network(arch or "")
     summaries = [read_run(run) for run in several(runs)]
     sections = [page.section("Runs", *comparison(summaries))]
     if dataset is not None:

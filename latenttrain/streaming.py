@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from functools import cached_property
-from itertools import count, islice
+from itertools import islice
 
 import numpy as np
 import torch
@@ -25,11 +25,13 @@ from latentprep.format import INVALID_LABEL, LatentDataset, Manifest
 from latentprep.format.packing import packed_bytes
 from latenttrain.data import (
     Samples,
+    Split,
     batches_per_epoch,
     check_classes,
     check_limit,
     check_samples,
     cut,
+    full_batches,
     load_split,
     one_hot,
     view_shown,
@@ -48,7 +50,8 @@ class StreamedSplit:
     Each of several ranks reads and decompresses the whole split, and takes its part of each batch: what it costs is
     processor time, since local files come from the page cache, and shards at a URL from a cache that ranks share.
 
-    held: shards that the buffer holds. limit: at most this many samples, the same ones as `load_split` takes.
+    held: shards that the buffer holds. limit: at most this many samples, the same ones as `load_split` takes. views:
+    whether batches for training show them, or view 0 only.
     The samples and their order do not depend on the threads.
 
     Opening reads the records alone. Raises `DatasetError` if shards are missing or no sample is valid, `UsageError` for
@@ -63,8 +66,10 @@ class StreamedSplit:
         held: int | None = None,
         limit: int | None = None,
         threads: int = THREADS,
+        views: bool = True,
     ) -> None:
         check_limit(limit)
+        self.views = dataset.manifest.views(split) if views else 1
         self.dataset, self.split, self.device, self.threads = dataset, split, device, threads
         check_whole("buffer", held, 1, hint=f"leave {opt('buffer')} out for the default", optional=True)
         self.held = default_buffer(dataset.manifest, split) if held is None else held
@@ -119,7 +124,7 @@ class StreamedSplit:
 
         def one_view(shard: int, codes: np.ndarray) -> np.ndarray:
             rows = np.arange(len(codes))
-            return codes[rows, view_shown(self._kept_before(shard) + rows, epoch, codes.shape[1])]
+            return codes[rows, view_shown(self._kept_before(shard) + rows, epoch, self.views)]
 
         most = min(len(self), max(self.held * rows, most_wanted + rows))
         codes, labels = np.empty((most, *self.dataset.manifest.latent), np.uint8), np.empty(most, np.int64)
@@ -156,29 +161,30 @@ class StreamedSplit:
     def batches(self, batch_size: int, wanted: range | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Every sample once, in order, view 0: codes u8 [B,C,h,w], labels i64 [B]. wanted: only the batches of these
         numbers, though all are read."""
-        numbers = count()
+        return self.in_order(full_batches(len(self), batch_size), wanted)
+
+    def in_order(self, sizes: Sequence[int], wanted: range | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same in batches of these sizes, which add up to all samples."""
         codes, labels = np.empty((0, *self.dataset.manifest.latent), np.uint8), np.empty(0, np.int64)
-        left = len(self)
+        left = deque(enumerate(sizes))
         with closing(self._read(range(len(self._valid)), lambda _, codes: codes[:, 0])) as shards:
             for coming in shards:
                 codes, labels = np.concatenate([codes, coming[0]]), np.concatenate([labels, coming[1]])
-                left -= len(coming[1])
-                while len(labels) >= batch_size or (len(labels) and not left):
-                    part = np.arange(min(batch_size, len(labels)))
-                    number = next(numbers)
+                while left and len(labels) >= left[0][1]:
+                    number, size = left.popleft()
+                    part = np.arange(size)
                     if wanted is None or number in wanted:
                         yield self._moved(codes, part), self._moved(labels, part)
-                    codes, labels = codes[len(part) :], labels[len(part) :]
+                    codes, labels = codes[size:], labels[size:]
 
     def packed(self) -> PackedSplit:
         """The whole split on the device, packed shard by shard, so that it is never unpacked as a whole."""
         manifest, bits = self.dataset.manifest, self.dataset.quantizer.bits
-        views, channels, height, width = manifest.row_shape(self.split)
-        size = packed_bytes(channels * height * width, bits)
-        codes = torch.empty((len(self), views, size), dtype=torch.uint8, device=self.device)
+        size = packed_bytes(int(np.prod(manifest.latent)), bits)
+        codes = torch.empty((len(self), self.views, size), dtype=torch.uint8, device=self.device)
         labels = torch.empty(len(self), dtype=torch.int64, device=self.device)
         start = 0
-        with closing(self._read(range(len(self._valid)), lambda _, codes: codes)) as shards:
+        with closing(self._read(range(len(self._valid)), lambda _, codes: codes[:, : self.views])) as shards:
             for shard, found in shards:
                 part = slice(start, start + len(found))
                 codes[part] = pack(torch.from_numpy(shard).flatten(2).to(self.device), bits)
@@ -255,9 +261,14 @@ def shards_mixed(rows: np.ndarray, shard_rows: int) -> float:
 
 
 def shards_to_hold(
-    dataset: LatentDataset, device: torch.device, stream: bool | None, buffer: int | None, resident_only: bool
+    dataset: LatentDataset,
+    device: torch.device,
+    stream: bool | None,
+    buffer: int | None,
+    resident_only: bool = False,
+    split: str = "train",
 ) -> int | None:
-    """The shards that the buffer holds if train is streamed; None if it is not.
+    """The shards that the buffer holds if the split is streamed; None if it is not.
 
     stream: None streams only if the codes, even packed, take more than half of the free memory. resident_only: another
     setting needs all codes in memory. Raises `UsageError` if the two exclude each other.
@@ -271,10 +282,10 @@ def shards_to_hold(
     if buffer is not None and (stream is False or resident_only):
         raise UsageError(f"{opt('buffer')} needs {opt('stream')}, and this run is not streamed", "leave it out")
     if stream is None:
-        stream = not (resident_only or fits(dataset, "train", device) or fits(dataset, "train", device, packed=True))
+        stream = not (resident_only or fits(dataset, split, device) or fits(dataset, split, device, packed=True))
     if not stream:
         return None
-    return default_buffer(dataset.manifest, "train") if buffer is None else buffer
+    return default_buffer(dataset.manifest, split) if buffer is None else buffer
 
 
 def training_data(
@@ -286,20 +297,32 @@ def training_data(
 ) -> tuple[Samples, Samples]:
     """The samples to train on, train with all views, and to evaluate on, view 0 of val. soft: see `Split`.
 
-    held: from `shards_to_hold`. In memory a code takes a byte if all fit that way, else they are packed; val is
-    streamed if neither fits. Raises as `load_split` does.
+    held: from `shards_to_hold`. Val is streamed if it does not fit. Raises as `load_split` does.
     """
-    train: Samples
-    if held is not None:
-        train = StreamedSplit(dataset, "train", device, held, limit)
-    else:
-        if fits(dataset, "train", device):
-            held_whole = load_split(dataset, "train", device, limit)
-        else:
-            held_whole = StreamedSplit(dataset, "train", device, limit=limit).packed()
-        train = replace(held_whole, soft=soft if soft is None else soft.to(device))
+    train = shown_samples(dataset, "train", device, held, limit)
+    if isinstance(train, Split):
+        train = replace(train, soft=soft if soft is None else soft.to(device))
     check_classes(dataset, train)
     return train, judged_split(dataset, "val", device)
+
+
+def shown_samples(
+    dataset: LatentDataset,
+    split: str,
+    device: torch.device,
+    held: int | None,
+    limit: int | None = None,
+    views: bool = True,
+) -> Samples:
+    """A split to be shown in random order, with all views or view 0 only.
+
+    held: from `shards_to_hold`. In memory a code takes a byte if all fit that way, else they are packed.
+    """
+    if held is not None:
+        return StreamedSplit(dataset, split, device, held, limit, views=views)
+    if fits(dataset, split, device):
+        return load_split(dataset, split, device, limit, views)
+    return StreamedSplit(dataset, split, device, limit=limit, views=views).packed()
 
 
 def judged_split(dataset: LatentDataset, split: str, device: torch.device) -> Samples:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,18 +27,29 @@ from latenttrain.checkpoint import (
     State,
     begun_by,
     check_run_folder,
+    init_tensors,
+    load_init,
     read_config,
     restore,
     run_folder,
     save_epoch,
 )
-from latenttrain.config import RunConfig, default_out, plan_net, plan_run
-from latenttrain.data import Samples, batches_per_epoch, check_trainable, cut, load_trained, trained_samples
+from latenttrain.config import RunConfig, check_init, default_out, plan_net, plan_run
+from latenttrain.data import (
+    Samples,
+    batches_per_epoch,
+    check_trainable,
+    cut,
+    epoch_generator,
+    load_trained,
+    trained_samples,
+)
 from latenttrain.evaluation import read_scores, split_counts
 from latenttrain.labels import check_labels, labels_file, read_labels
 from latenttrain.launch import launch, reopening
 from latenttrain.microbatch import Learner, micro_batches, one_thread_each
-from latenttrain.nets import Net, build_net, count_flops, count_parameters
+from latenttrain.nets import ARCHITECTURES, Net, NetConfig, build_net, count_flops, count_parameters
+from latenttrain.networks import name_network
 from latenttrain.optimizers import make_optimizer
 from latenttrain.ranks import ALONE, Ranks, joined, this_rank
 from latenttrain.recipe import Recipe, make_recipe, preset_settings
@@ -53,10 +63,10 @@ def fit(
     dataset: str | Path | LatentDataset,
     *,
     preset: str | None = None,
-    width: float = 1.0,
-    depth: float = 1.0,
-    arch: str = "latentnet",
-    stem: str = "affine",
+    width: float | None = None,
+    depth: float | None = None,
+    arch: str | None = None,
+    stem: str | None = None,
     full_grid: int | None = None,
     recipe: str | Mapping[str, Any] = "default",
     epochs: int | None = None,
@@ -71,6 +81,8 @@ def fit(
     holdout: float = 0.0,
     latents: str | Path | None = None,
     labels: str | Path | None = None,
+    init: str | Path | None = None,
+    freeze: str | None = None,
     stream: bool | None = None,
     buffer: int | None = None,
     compile: bool = False,
@@ -83,8 +95,10 @@ def fit(
 
     dataset: a folder, a URL, or what `latentprep.open` returned.
     preset: one of `PRESETS`, which sets full_grid, epochs and batch_size; explicit arguments override it.
-    width, depth: factors on the network's channels and blocks; `scale_table` lists those of compound scaling.
-    arch, stem: a name in `ARCHITECTURES` and in `STEMS`. full_grid: 3 x 3 convolutions on the whole grid, by default 1.
+    width, depth: factors on the network's channels and blocks, by default 1; `scale_table` lists those of compound
+    scaling. arch: a name in `ARCHITECTURES`, by default ``latentnet``, or a network of your own: see
+    `latenttrain.networks`. stem: a name in `STEMS`, by default ``affine``. full_grid: 3 x 3 convolutions on the whole
+    grid, by default 1.
     recipe: a name in `RECIPES`, or fields of `Recipe` to set, such as ``{"weight_decay": 0.1}``; epochs, batch_size and
     lr (the peak) override it. augment: by default `Augment()`, or none for ``talk``, with mirroring if the codec has
     an exact mirror image and without zoom if the dataset has views.
@@ -92,6 +106,9 @@ def fit(
     the rest, so that choices are not made on val. latents: a folder written by ``latentprep latents``, to train on
     float latents (view 0) in place of codes. labels: a file that `label` wrote, or the folder that it is in: learn from
     its probabilities in place of classes; the recipe's label smoothing then does nothing.
+    init: start from the best weights of another run, on a dataset of the same codec, latent shape and bits. The network
+    is that run's, and its stem reads latents as that run did; the head starts fresh where the classes differ. freeze:
+    what of these weights stays as it is: ``body``, all but the head, or ``stem``, the stem and the first layer.
     stream: read train from disk in every epoch; by default only if its codes need more than half of the free memory.
     buffer: shards mixed at a time when streaming; more of them come closer to a true permutation.
     compile: generate code for the training step first, from the gather of codes to the loss: `runtime.compiled`.
@@ -119,6 +136,10 @@ def fit(
         check_trainable(dataset, ("train",) if holdout else ("train", "val"))
         samples = trained_samples(dataset, limit, holdout)
         chosen = preset_settings(preset, samples)
+        name_network(arch or "")
+        start = None if init is None else load_init(init)
+        if start is not None:
+            check_init(start[1], dataset, path_of(init or ""))
         settings = make_recipe(
             recipe,
             samples,
@@ -127,11 +148,16 @@ def fit(
             lr=lr,
             seed=seed,
             compile=compile,
+            freeze=freeze,
         )
         floats = None if latents is None else path_of(latents)
         soft = None if labels is None else labels_file(labels)
-        grid = chosen["full_grid"] if full_grid is None else full_grid
-        net = plan_net(dataset, width=width, depth=depth, arch=arch, stem=stem, full_grid=grid, latents=floats)
+        grid = chosen["full_grid"] if full_grid is None and start is None else full_grid
+        net = plan_net(
+            dataset, width=width, depth=depth, arch=arch, stem=stem, full_grid=grid, latents=floats,
+            init=start and start[1].net,
+        )  # fmt: skip
+        check_net(net, settings, start is not None)
         root = path_of(out) if out is not None else default_out(dataset.root, net, seed)
         again = ranks.restarts > 0 and begun_by(root, ranks.job)
         held = shards_to_hold(dataset, target, stream, buffer, bool(holdout or floats or soft))
@@ -142,14 +168,14 @@ def fit(
         augmented = Augment.none() if augment is None and recipe == "talk" else augment
         config = plan_run(
             dataset, settings, net, augment=augmented, limit=limit, holdout=holdout, latents=floats, stream=held,
-            labels=None if soft is None else check_labels(soft, dataset, limit, holdout),
+            labels=None if soft is None else check_labels(soft, dataset, limit, holdout), init=start and start[2],
         )  # fmt: skip
         if ranks.world > 1:
             check_shares(ranks.world, samples, settings)
         check_run_folder(root, config, resume or again, overwrite and not again)
         if tensorboard:
             open_log(root)  # whether its package is there
-        return PlannedRun(config, root, resume or again, tensorboard, soft)
+        return PlannedRun(config, root, resume or again, tensorboard, soft, None if init is None else path_of(init))
 
     if devices is not None:
         chosen = parse_devices(devices)
@@ -164,6 +190,21 @@ def fit(
         return carry_out(planned, dataset, lambda: ranks.device(device), ranks, progress)
 
 
+def check_net(config: NetConfig, recipe: Recipe, starts: bool) -> None:
+    """Raises `UsageError` if the network cannot be trained so. starts: whether from the weights of another run."""
+    if recipe.freeze is not None and not starts:
+        raise UsageError(
+            f"{opt('freeze')} keeps weights as they are, and there are none yet",
+            f"give {opt('init')}, a run to start from",
+        )
+    if config.arch not in ARCHITECTURES or starts:
+        with torch.random.fork_rng([]):
+            net = build_net(config)
+        if starts:
+            _ = net.head  # there is one
+            net.freeze(recipe.freeze)
+
+
 def check_shares(world: int, samples: int, recipe: Recipe) -> None:
     """Raises `UsageError` if there are more ranks than micro-batches in the smallest batch of an epoch."""
     *_, smallest = cut(samples, batches_per_epoch(samples, recipe.batch_size))
@@ -176,6 +217,9 @@ def check_shares(world: int, samples: int, recipe: Recipe) -> None:
         )
 
 
+_PATHS = ("root", "labels", "init")
+
+
 @dataclass(frozen=True)
 class PlannedRun:
     """What `fit` was asked for, checked: any process that can open the dataset can carry it out."""
@@ -185,14 +229,15 @@ class PlannedRun:
     resume: bool
     tensorboard: bool
     labels: Path | None = None
+    init: Path | None = None
 
     def to_json(self) -> dict[str, Any]:
-        labels = self.labels and str(self.labels)
-        return {**vars(self), "config": self.config.to_json(), "root": str(self.root), "labels": labels}
+        paths = {name: path and str(path) for name, path in vars(self).items() if name in _PATHS}
+        return {**vars(self), **paths, "config": self.config.to_json()}
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> PlannedRun:
-        paths = {name: fields[name] and Path(fields[name]) for name in ("root", "labels")}
+        paths = {name: fields[name] and Path(fields[name]) for name in _PATHS}
         return cls(**{**fields, **paths, "config": RunConfig.from_json(fields["config"])})
 
 
@@ -204,6 +249,7 @@ def carry_out(
     progress: ProgressFactory,
 ) -> FitResult:
     """This rank's part of a run: load the splits and train. device: which one, or the error why there is none."""
+    name_network(planned.config.net.arch)  # who planned it has named it
     used = planned.config.dataset
     limit, holdout, latents, held = (used[name] for name in ("limit", "holdout", "latents", "stream"))
 
@@ -217,7 +263,7 @@ def carry_out(
 
     train, val = ranks.agreed(load)
     log = open_log(planned.root) if planned.tensorboard and ranks.is_main else None
-    return run_fit(planned.config, train, val, planned.root, planned.resume, progress, log, ranks)
+    return run_fit(planned.config, train, val, planned.root, planned.resume, progress, log, ranks, planned.init)
 
 
 def run_fit(
@@ -229,8 +275,9 @@ def run_fit(
     progress: ProgressFactory,
     log: MetricsLog | None = None,
     ranks: Ranks = ALONE,
+    init: Path | None = None,
 ) -> FitResult:
-    """The run itself, once its folder is checked and its splits are on their device."""
+    """The run itself, once its folder is checked and its splits are on their device. init: the run to start from."""
     recipe, target = config.recipe, train.device
     resume = resume or ranks.told(lambda: ranks.restarts > 0 and begun_by(root, ranks.job))
     with (
@@ -238,7 +285,8 @@ def run_fit(
         run_folder(root, config, resume, ranks.job) if ranks.is_main else contextlib.nullcontext(),
         reproducible(target, recipe.seed),
     ):
-        state = start_state(config, target)
+        start = None if init is None else ranks.told(lambda: init_tensors(init, config))
+        state = start_state(config, target, start)
         if resume:
             restore(root, state, ranks)
         train_epochs(state, config, root, train, val, progress if ranks.is_main else silent, log, ranks)
@@ -262,9 +310,16 @@ def run_fit(
     )
 
 
-def start_state(config: RunConfig, device: torch.device) -> State:
-    """A fresh network on the device, drawn on the CPU so that the device does not matter, and its optimizer."""
-    net = build_net(config.net).to(device)
+def start_state(config: RunConfig, device: torch.device, start: dict[str, Tensor] | None = None) -> State:
+    """A fresh network on the device, drawn on the CPU so that the device does not matter, and its optimizer.
+
+    start: weights of another network, of `init_tensors`, that it takes over.
+    """
+    net = build_net(config.net)
+    if start:
+        net.load_state_dict({**net.state_dict(), **start})
+    net.freeze(config.recipe.freeze)
+    net = net.to(device)
     return State(net, copy.deepcopy(net), make_optimizer(net, config.recipe), [])
 
 
@@ -358,9 +413,7 @@ def train_epoch(
             return train_epoch(state, config, train, epoch, bar, make_learner(state, config, train, pool))
     recipe, net, device = config.recipe, state.net, train.device
     batches = batches_per_epoch(len(train), recipe.batch_size)
-    generator = torch.Generator(device).manual_seed(
-        int(np.random.SeedSequence([recipe.seed, epoch]).generate_state(1)[0])
-    )
+    generator = epoch_generator(recipe.seed, epoch, device)
     live, averaged = averaged_tensors(state.net), averaged_tensors(state.average)
     total = torch.zeros((), device=device)
     known = {"val_top-1": f"{state.metrics[-1]['top1']:.1%}"} if state.metrics else {}

@@ -31,7 +31,7 @@ DIFFERENT = {
     "latentprep encode": dict.fromkeys(("batch_size", "colour", "phi", "profile", "strict"), STUDY),
     "latentprep latents": {"batch_size": STUDY},
     "latentprep verify": {"batch_size": STUDY},
-    "latenttrain fit": dict.fromkeys(("arch", "stem", "full_grid", "augment", "latents", "buffer"), STUDY),
+    "latenttrain fit": dict.fromkeys(("stem", "full_grid", "augment", "latents", "buffer"), STUDY),
 }  # fmt: skip
 FUNCTIONS = {
     "latentprep codecs": latentprep.list_codecs,

@@ -21,6 +21,7 @@ from latentprep.cli import datasets as cli_datasets
 from latentprep.cli import pictures as cli_pictures
 from latentprep.codecs.dct import DctCodec
 from latentprep.errors import UsageError, check_number, check_whole, check_word, opt
+from latentprep.torch import LatentStream
 from latenttrain import cli as latenttrain_cli
 from latenttrain.recipe import Recipe
 
@@ -75,6 +76,8 @@ def test_every_parameter_that_an_error_names_exists() -> None:
         latentprep.pictures.rd.rd,
         latentprep.pictures.report.report,
         latentprep.encoding.encode.encode,
+        LatentStream,
+        LatentStream.set_epoch,
     ]
     for module in (latentprep_cli, cli_datasets, cli_pictures, latenttrain_cli):
         functions += [command.callback for command in module.app.registered_commands]

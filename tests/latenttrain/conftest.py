@@ -18,11 +18,11 @@ SHARD_ROWS = 64
 
 def make_manifest(
     classes=CLASSES, rows=None, latent=(3, 8, 8), views=1, bits=4, flip=None, codec=None, size=64, store="zarr",
-    statistics=None,
+    statistics=None, quantizer=None,
 ):  # fmt: skip
     return Manifest(
         codec=codec or {"name": "fake", "levels": 7},
-        quantizer=Quantizer(bits, (-2.0,) * latent[0], (0.25,) * latent[0]),
+        quantizer=quantizer or Quantizer(bits, (-2.0,) * latent[0], (0.25,) * latent[0]),
         transform={"size": size, "views": views, "seed": 0, "resize": "bicubic"},
         source={"spec": "made up", "sha256": "0" * 64},
         classes=tuple(classes),
@@ -74,6 +74,12 @@ def make_dataset(tmp_path) -> Callable[..., Path]:
         return write_dataset(tmp_path / name, make_manifest(**changes), invalid, skip)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def write_codes() -> Callable[..., Path]:
+    """``write_codes(folder, **manifest changes)`` -> the folder, for fixtures that outlive a test."""
+    return lambda folder, **changes: write_dataset(folder, make_manifest(**changes))
 
 
 @pytest.fixture(scope="session")

@@ -175,7 +175,7 @@ def test_help_fits_on_a_screen_and_options_are_few(latenttrain, monkeypatch, com
     code, out, _ = latenttrain(command, "--help")
     assert (code, len(out.rstrip().splitlines()) <= 50) == (0, True)
     options = [p for p in typer.main.get_command(app).commands[command].params if p.param_type_name == "option"]
-    assert len(options) <= 20
+    assert len(options) <= 23
     for option in options:
         assert f"--{option.name.removeprefix('as_').replace('_', '-')}" in out
 

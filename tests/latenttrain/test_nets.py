@@ -138,7 +138,7 @@ def test_config_survives_json():
 )
 def test_bad_settings_are_named(changes, words):
     with pytest.raises(UsageError, match=words):
-        NetConfig.from_json({**config().to_json(), **changes})
+        build_net(NetConfig.from_json({**config().to_json(), **changes}))
 
 
 @pytest.mark.parametrize("fields", [{"colour": 3}, {"latent": None}, {}])

@@ -76,7 +76,7 @@ def test_counting_leaves_the_network_as_it_was():
     assert all((old == new).all() for old, new in zip(statistics, one.buffers(), strict=True))
 
 
-def test_only_trainable_parameters_count():
+def test_frozen_parameters_count_too():
     layer = nn.Linear(3, 2)
     layer.bias.requires_grad_(False)
-    assert count_parameters(layer) == 6
+    assert count_parameters(layer) == 8
