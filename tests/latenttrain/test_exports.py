@@ -134,7 +134,7 @@ def test_the_quantizer_in_a_file_gives_the_codes_of_quantize(bits: int) -> None:
     far = torch.tensor([-1e30, 1e30]).expand(3, 2)
     latents = torch.cat([edges, up, down, far], 1)[None, :, None]
 
-    module = _Quantized(torch.nn.Identity(), quantizer)
+    module = _Quantized(torch.nn.Identity(), quantizer).eval()
     data = _onnx(module, latents.expand(2, -1, -1, -1).contiguous(), "latents", {})
     found = _run_onnx(data, latents.numpy())
     assert found.dtype == np.uint8
