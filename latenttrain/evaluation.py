@@ -165,13 +165,18 @@ def predict(
     top: classes to list for each image. weights: the folder of the codec's weights, if it has moved. An image that
     cannot be read gives a `Prediction` with an ``error``; the others are classified. arch: as for `evaluate`.
 
-    Raises `CheckpointError` for a damaged run, `CodecError` if the codec is missing, `UsageError` for `top` below 1.
+    Raises `CheckpointError` for a damaged run or file, `CodecError` if the codec is missing, `UsageError` for `top`
+    below 1 or a ``.pt2`` file.
     """
     check_whole("top", top, 1, hint=f"use {opt('top', 5)}")
     target = pick_device(device)
     name_network(arch or "")
     probabilities_of: Callable[[Tensor], Tensor]
     classes: Sequence[str]
+    if path_of(run).suffix == ".pt2":
+        raise UsageError(
+            "predict takes no .pt2 file, since torch.export.load may unpickle", f"export to {opt('to', 'model.onnx')}"
+        )
     if path_of(run).suffix == ".onnx":
         from latenttrain.exports import OnnxModel
 

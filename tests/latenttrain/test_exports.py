@@ -13,8 +13,10 @@ import latentprep
 import latenttrain
 from inprocess import command
 from latentprep.codecs import open_codec
-from latentprep.errors import LatentError, UsageError
-from latenttrain.exports import NOTES, OnnxModel
+from latentprep.errors import CheckpointError, LatentError, UsageError
+from latentprep.format import Quantizer
+from latentprep.quantizing.scalar import quantize
+from latenttrain.exports import NOTES, OnnxModel, _onnx, _Quantized, _run_onnx
 from pictures import make_folder
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
@@ -122,6 +124,39 @@ def test_the_graph_of_an_autoencoder(tmp_path: Path) -> None:
     assert (made.graph()(pixels) - made.encode(pixels)).abs().max() < 1e-5  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("bits", [1, 4, 8])
+def test_the_quantizer_in_a_file_gives_the_codes_of_quantize(bits: int) -> None:
+    """At the edges of cells, beside them, and outside the range."""
+    quantizer = Quantizer(bits, (-1.7, 0.25, 3.0), (0.3, 0.007, 1.0))
+    lo, step = (torch.tensor(values)[:, None] for values in (quantizer.lo, quantizer.step))
+    edges = lo + torch.arange(-3, quantizer.levels + 4) * step
+    up, down = (edges.nextafter(torch.tensor(end)) for end in (torch.inf, -torch.inf))
+    far = torch.tensor([-1e30, 1e30]).expand(3, 2)
+    latents = torch.cat([edges, up, down, far], 1)[None, :, None]
+
+    module = _Quantized(torch.nn.Identity(), quantizer).eval()
+    data = _onnx(module, latents.expand(2, -1, -1, -1).contiguous(), "latents", {})
+    found = _run_onnx(data, latents.numpy())
+    assert found.dtype == np.uint8
+    assert (found == quantize(latents, quantizer).numpy()).all()
+
+
+def test_a_file_is_compared_with_the_codec_itself(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A codec whose graph computes something else leaves no file."""
+    from latentprep.codecs.dct import DctCodec
+
+    right = DctCodec.graph
+    monkeypatch.setattr(DctCodec, "graph", lambda codec: torch.nn.Sequential(Halved(), right(codec)))
+    with pytest.raises(CheckpointError, match="would compute something else"):
+        latenttrain.export(run, to=tmp_path / "model.onnx", with_codec=True)
+    assert not list(tmp_path.iterdir())
+
+
+class Halved(torch.nn.Module):
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return pixels // 2
+
+
 def test_what_cannot_be_exported(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"must end in \.onnx or \.pt2"):
         latenttrain.export(run, to=tmp_path / "model.pb")
@@ -130,6 +165,10 @@ def test_what_cannot_be_exported(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="chosen jointly"):
         latenttrain.export(tmp_path / "run", to=tmp_path / "model.onnx", with_codec=True)
     assert not list(tmp_path.glob("model*"))
+    result = latenttrain.export(tmp_path / "run", to=tmp_path / "codes.onnx")  # codes to probabilities works
+    assert result.same_top1 == result.checked
+    with pytest.raises(UsageError, match=r"no \.pt2 file"):
+        latenttrain.predict(tmp_path / "model.pt2", "photo.jpg")
 
 
 def test_files_that_are_no_export(run: Path, pixels_model: Path, tmp_path: Path) -> None:
@@ -139,13 +178,27 @@ def test_files_that_are_no_export(run: Path, pixels_model: Path, tmp_path: Path)
     plain = onnx.load(pixels_model)
     del plain.metadata_props[:]
     onnx.save(plain, tmp_path / "plain.onnx")
+    edits = {
+        "classes": lambda notes: notes["classes"].append("another"),
+        "fewer": lambda notes: notes["classes"].pop(),
+        "size": lambda notes: notes["transform"].update(size=48),
+        "input": lambda notes: notes.update(input="codes"),
+        "codec": lambda notes: notes.update(codec={}),
+    }
+    for name, edit in edits.items():
+        other = onnx.load(pixels_model)
+        notes = json.loads(other.metadata_props[0].value)
+        edit(notes)
+        onnx.helper.set_model_props(other, {NOTES: json.dumps(notes)})
+        onnx.save(other, tmp_path / f"{name}.onnx")
     wrong = onnx.load(pixels_model)
     onnx.helper.set_model_props(wrong, {NOTES: '{"input": "sound"}'})
     onnx.save(wrong, tmp_path / "wrong.onnx")
-    for name in ("absent", "text", "plain", "wrong"):
+    for name in ("absent", "text", "plain", "wrong", *edits):
         with pytest.raises(LatentError) as error:
             OnnxModel(tmp_path / f"{name}.onnx")
         assert f"{name}.onnx" in str(error.value)
+    for name in ("absent", "text", "plain", "wrong"):
         done = command("latenttrain", "predict", tmp_path / f"{name}.onnx", "photo.jpg")
         assert done.returncode in (6, 7)
         assert "Traceback" not in done.stderr
