@@ -10,9 +10,10 @@ import os
 import re
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from latentprep.errors import SourceError
+from latentprep.errors import SourceError, UsageError, opt
 from latentprep.sources.listing import ANNOTATIONS, TABLES, Entry, Listing, left_out_line
 from latentprep.sources.splits import named_after_splits, split_of_folder
 
@@ -24,7 +25,7 @@ STRAY = "images beside the class folders"
 
 
 class Found(NamedTuple):
-    """An image before classes are numbered: its key, its class's name, and where its bytes are."""
+    """An image before classes are numbered: its key, its class's name, "" if it has none, and where it is."""
 
     key: str
     name: str
@@ -35,13 +36,33 @@ class Found(NamedTuple):
 class Tree:
     """Images by split; class folders by split, with or without images; and what was left out.
 
-    notes: what else a user should know about how the source is read.
+    notes: what else a user should know about how the source is read. classes: all of them in order, where the source
+    says so. in_order: whether rows stay in this order, and are not sorted by key. identity: what changes when the files
+    do, if that is known.
     """
 
     found: dict[str, list[Found]]
     folders: dict[str, set[str]] = field(default_factory=dict)
     left_out: Counter[str] = field(default_factory=Counter)
     notes: tuple[str, ...] = ()
+    classes: tuple[str, ...] | None = None
+    in_order: bool = False
+    identity: str = ""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where labels are, if not in folders' names: a table's path, and the names of its columns or a Parquet file's."""
+
+    labels: str | Path | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+
+    def check_unused(self, spec: str) -> None:
+        """UsageError if any of them is given, for a source that has no use for it."""
+        for name, given in vars(self).items():
+            if given is not None:
+                raise UsageError(f"{opt(name)} has no effect on {spec}", "leave it out")
 
 
 def by_folders(spec: str, listing: Listing) -> Tree:

@@ -170,7 +170,7 @@ def test_tiny_imagenet_takes_the_classes_of_val_from_its_text(pack):
         ({"a/x.svg": b"<svg/>", "p.parquet": b"PAR1"}, r"no images \(it has: 1 image of .*\.svg.; 1 file \.parquet"),
         ({"train/0.tar": shard(0), "val/0.tar": shard(0), "x/0.tar": shard(0)}, r"the split of .*x/0\.tar is unknown"),
         (images("images") | {"labels.csv": b"0,a"}, r"only one class: images \(tables of labels are not read: .csv\)"),
-        ({"train/0.tar": shard(0), "val/0.tar": shard(0), "dev/0.tar": shard(0)}, "tars of dev and val, which are"),
+        ({"train/0.tar": shard(0), "val/0.tar": shard(0), "dev/0.tar": shard(0)}, "files of dev and val, which are"),
         ({"train-val-0.tar": shard(0), "val-0.tar": shard(0)}, "contains two splits, train and val"),
         ({"00000.tar": tar_bytes({"0.jpg": JPEG, "0.txt": b"a cat", "0.json": b"{}"}),
           "1.tar": tar_bytes({"1.jpg": JPEG})},
