@@ -14,10 +14,11 @@ from latentprep.progress import ProgressFactory, silent
 from latentprep.sources.archives import list_archive
 from latentprep.sources.kinds import has_image_name, has_parquet_name
 from latentprep.sources.layouts import LAYOUTS, Columns, Tree, by_folders
-from latentprep.sources.listing import ARCHIVES, BESIDE, list_folder, read_file
+from latentprep.sources.listing import ARCHIVES, BESIDE, Listing, list_folder, read_file
 from latentprep.sources.offsets import archive_kind, read_member
 from latentprep.sources.parquet import by_parquet
 from latentprep.sources.parquet_files import Files, local_files, remote_files
+from latentprep.sources.tables import by_labels, by_metadata
 from latentprep.sources.tars import by_tars
 from latentprep.storage.places import SCHEMES, path_of
 
@@ -66,7 +67,7 @@ def _find(spec: str, path: Path, out: Path | None, progress: ProgressFactory, co
             return tree, load
         if not listing.archives or any("/" in image.path for image in listing.images):
             listing.leave_out(BESIDE, len(listing.archives))
-            return by_folders(spec, listing), read_file
+            return _labelled(spec, listing, columns), read_file
         tars = [listing.archives[name] for name in sorted(listing.archives)]
         left_out = listing.left_out
         listing.leave_out("images beside tars", len(listing.images))
@@ -78,9 +79,25 @@ def _find(spec: str, path: Path, out: Path | None, progress: ProgressFactory, co
             if any(parquet):
                 other = tars[parquet.index(False)]
                 raise SourceError(f"{spec} names Parquet files and others, such as {other}", "name the ones alone")
-    tree = by_tars(spec, {str(tar): list_archive(tar, progress) for tar in tars})
+    listings = {str(tar): list_archive(tar, progress) for tar in tars}
+    only = next(iter(listings.values()))
+    if len(listings) == 1 and not only.labels and not only.archives:
+        tree = _labelled(spec, only, columns)
+    else:
+        columns.check_unused(f"{spec}, whose labels are in tars")
+        tree = by_tars(spec, listings)
     tree.left_out.update(left_out or {})
     return tree, read_member
+
+
+def _labelled(spec: str, listing: Listing, columns: Columns) -> Tree:
+    """The images of a folder or archive with the labels of a table, if there is one, or else of its folders."""
+    if columns.labels is not None:
+        return by_labels(spec, listing, columns)
+    if tree := by_metadata(spec, listing, columns):
+        return tree
+    columns.check_unused(f"{spec}, where folders are the labels")
+    return by_folders(spec, listing)
 
 
 def _named(spec: str, path: Path) -> list[Path]:

@@ -20,16 +20,25 @@ from latentprep.sources.offsets import archive_kind
 
 HIDDEN = "images in hidden files or folders"
 BESIDE = "archives beside image files"
+NOT_NAMED = "images not named in "  # a table of labels
+METADATA = ("metadata.csv", "metadata.jsonl")  # the hub's: a row for each image of their folder
+METADATA_BYTES = 1 << 28  # of a table of labels, at most
 ANNOTATIONS = "val_annotations.txt"  # Tiny-ImageNet's: FILE, CLASS and a box per line, separated by tabs
 _OURS = {  # files that mark a folder as written by us, and the text in them that shows it
     "manifest.json": ("a latent dataset", re.compile(rb'"format":\s*"latentprep"')),
     "config.json": ("a training run", re.compile(rb'"format":\s*"latenttrain run"')),
 }
-_HEADS = {"manifest.json": 1 << 16, "config.json": 1 << 16, ANNOTATIONS: 1 << 24}  # bytes to check; 512 of other files
+_HEADS = {  # bytes to check; 512 of other files
+    "manifest.json": 1 << 16,
+    "config.json": 1 << 16,
+    ANNOTATIONS: 1 << 24,
+    **dict.fromkeys(METADATA, METADATA_BYTES + 1),
+}
 _SHADOWS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN")
 _MOST_LINKS = 3  # links to folders on the path to a file
 LABEL_BYTES = 1024  # the longest `.cls` member that counts as a label
-TABLES = (".csv", ".tsv", ".json", ".jsonl", ".xml", ".txt", ".mat", ".parquet")  # may hold labels
+LABEL_TABLES = (".csv", ".tsv", ".jsonl", ".parquet")  # the kinds that can be read
+TABLES = (*LABEL_TABLES, ".json", ".xml", ".txt", ".mat")  # may hold labels
 ARCHIVES = (".tar", ".tgz", ".tar.gz")
 _UNREAD_ARCHIVES = (".zip", ".7z", ".rar", ".bz2", ".xz", ".zst", ".part", ".partial", ".crdownload")
 
@@ -46,7 +55,8 @@ class Listing:
     """What a folder or an archive holds, by '/'-separated path inside it.
 
     labels: texts of ``.cls`` files. annotations: texts of `ANNOTATIONS` files. archives: tars, each as its `Path` or,
-    inside a tar, as a `Listing` of its own. parquet: Parquet files outside of tars. ours: folders that we wrote ("": all
+    inside a tar, as a `Listing` of its own. parquet: Parquet files outside of tars. metadata:
+    texts of `METADATA` files. ours: folders that we wrote ("": all
     of it), and what they are. others: the number of other files, by ending. left_out: what is not read, and how many.
     linked: whether links to folders were followed.
     """
@@ -57,6 +67,7 @@ class Listing:
     annotations: dict[str, bytes] = field(default_factory=dict)
     archives: dict[str, Any] = field(default_factory=dict)
     parquet: dict[str, Path] = field(default_factory=dict)
+    metadata: dict[str, bytes] = field(default_factory=dict)
     ours: dict[str, str] = field(default_factory=dict)
     others: Counter[str] = field(default_factory=Counter)
     left_out: Counter[str] = field(default_factory=Counter)
@@ -80,6 +91,9 @@ class Listing:
             self.images.append(Entry(name, at))
         elif ending == ".cls":
             self.labels[name] = head
+        elif base in METADATA:
+            self.metadata[name] = head
+            self.add_other(name)
         elif base == ANNOTATIONS:
             self.annotations[name] = head
         elif base in _OURS and _OURS[base][1].search(head):

@@ -35,13 +35,15 @@ _MOST_NAME = 1024  # bytes of a class's name, or of an image's
 class _Columns:
     """Where images and labels are. image, name: paths of Parquet columns; name is "" if images have none.
 
-    classes: that the labels index, if they have names. told: whether the schema's metadata says what they are.
+    classes: that the labels index, if they have names; numbers: whether labels are numbers without names. told: whether
+    the schema's metadata says what the columns are.
     """
 
     image: str
     name: str
     label: str
     classes: tuple[str, ...] | None
+    numbers: bool
     told: bool
 
 
@@ -103,24 +105,31 @@ def by_parquet(
 
 def _say(columns: _Columns, tree: Tree) -> None:
     if not columns.told:
-        tree.notes += (f"images are in column {columns.image}, labels in {columns.label}",)
+        image = columns.image.removesuffix(".bytes")
+        tree.notes += (f"images are in column {image}, labels in {columns.label}",)
+    if columns.numbers:
+        tree.notes += (f"the labels in {columns.label} have no names: classes are named by their numbers",)
     if columns.classes is None:
         return
     base = tree.found.get("train") or next(iter(tree.found.values()))
     used = {row.name for row in base}
     if none := [name for name in columns.classes if name not in used]:
         some = f"{', '.join(none[:3])}{', …' if len(none) > 3 else ''}"
-        tree.notes += (f"{len(none)} of {len(columns.classes)} classes have no images in train: {some}",)
+        tree.notes += (f"classes without images in train, of {len(columns.classes)}: {len(none)} ({some})",)
 
 
 def _with_keys(name: str, split: str | None, rows: list[_Indexed], files: list[str], tree: Tree) -> list[Found]:
     """Rows with keys: as in a folder, or, if images have no names or share them, by file and row."""
-    prefix = f"{split}/" if split else ""
-    keys = [f"{prefix}{row.label}/{row.image.rpartition('/')[2]}" for row in rows if row.image]
+    above = [split] if split else []
+    keys = ["/".join([*above, *filter(None, [row.label]), _base(row.image)]) for row in rows if row.image]
     if len(set(keys)) < len(rows):
         keys = [f"{files[row.part].rpartition('.')[0]}:{row.row:09}" for row in rows]
         tree.notes += (f"some images of {name} have no name or share one: keys are files and rows",)
     return [Found(key, row.label, (row.part, row.row)) for key, row in zip(keys, rows, strict=True)]
+
+
+def _base(path: str) -> str:
+    return path.rpartition("/")[2]
 
 
 class ParquetImages:
@@ -303,7 +312,9 @@ def _columns(file: str, schema: Any, image: str | None, label: str | None) -> _C
     features = _features(file, schema)
     image_told = [name for name, kind in features.items() if kind == "Image"]
     label_told = [name for name, kind in features.items() if isinstance(kind, tuple)]
-    picked = _pick(file, schema, "image_column", image, image_told, [f.name for f in schema if _image_leaf(f.type)])
+    picked = _pick(
+        file, schema, "image_column", image, image_told, [f.name for f in schema if _image_leaf(f.type) is not None]
+    )
     field = _field(file, schema, picked, "image_column")
     leaf = _image_leaf(field.type)
     if leaf is None:
@@ -317,7 +328,8 @@ def _columns(file: str, schema: Any, image: str | None, label: str | None) -> _C
     told = picked in image_told and label_picked in label_told
     inner = [] if leaf == "" else [one.name for one in field.type]
     name = f"{picked}.path" if "path" in inner and _is_text(field.type.field("path").type) else ""
-    return _Columns(picked + leaf, name, label_picked, classes if isinstance(classes, tuple) else None, told)
+    known = classes if isinstance(classes, tuple) else None
+    return _Columns(picked + leaf, name, label_picked, known, known is None and _is_number(label_field.type), told)
 
 
 def _pick(file: str, schema: Any, option: str, asked: str | None, told: list[str], fit: list[str]) -> str:
@@ -334,6 +346,26 @@ def _pick(file: str, schema: Any, option: str, asked: str | None, told: list[str
     raise SourceError(
         f"{file} has no column of {what}s that can be told (it has: {_listed(schema)})", f"name it with {opt(option)}"
     )
+
+
+def read_columns(parquet: ParquetFile, wanted: list[str], usual: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """The rows of a table of labels, as dictionaries of its columns that are wanted or have a usual name.
+
+    Numbers of a ClassLabel become the names. Raises SourceError for a damaged file, SystemFault without pyarrow.
+    """
+    with _open(parquet) as (reader, _), _damage(parquet.name):
+        schema = reader.schema_arrow
+        if reader.metadata.num_rows > parquet.size:
+            raise SourceError(f"{parquet.name} declares {reader.metadata.num_rows} rows in {parquet.size} bytes")
+        features = _features(parquet.name, schema)
+        names = [f.name for f in schema if (f.name in wanted or f.name.lower() in usual) and _is_label(f.type, False)]
+        others = {field.name: None for field in schema if field.name not in names}
+        for batch in reader.iter_batches(_INDEXED, columns=names, use_threads=False):
+            for row in batch.to_pylist():
+                for name, classes in features.items():
+                    if isinstance(classes, tuple) and isinstance(number := row.get(name), int):
+                        row[name] = classes[number] if 0 <= number < len(classes) else None
+                yield {**row, **others}
 
 
 def _field(file: str, schema: Any, name: str, option: str) -> Any:
@@ -377,6 +409,12 @@ def _is_label(kind: Any, numbers: bool) -> bool:
     if types.is_dictionary(kind):
         return _is_label(kind.value_type, numbers)
     return types.is_integer(kind) or (not numbers and (_is_text(kind) or types.is_boolean(kind)))
+
+
+def _is_number(kind: Any) -> bool:
+    import pyarrow.types as types
+
+    return types.is_integer(kind)
 
 
 def _features(file: str, schema: Any) -> dict[str, Any]:

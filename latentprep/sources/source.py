@@ -29,7 +29,7 @@ from latentprep.format.manifest import INVALID_LABEL
 from latentprep.progress import ProgressFactory, silent
 from latentprep.sources.finding import Load, find
 from latentprep.sources.layouts import LAYOUTS, Columns, Found, Tree
-from latentprep.sources.listing import HIDDEN, left_out_line
+from latentprep.sources.listing import HIDDEN, NOT_NAMED, left_out_line
 from latentprep.storage.places import path_of
 
 _STATTERS = 8  # threads that ask for files' sizes and times: on a network, each answer takes a while
@@ -267,7 +267,7 @@ def open_own_source(
             raise UsageError(
                 f"{opt('data')} needs {opt('source')}: it is a local copy of that dataset", f"give {opt('source')} too"
             )
-        Columns(labels, image_column, label_column).check_unused("no source")
+        Columns(labels, image_column, label_column).check_unused("a dataset without its source")
         return None
     opened = open_source(
         source, data=data, labels=labels, image_column=image_column, label_column=label_column,
@@ -320,6 +320,7 @@ def _build(spec: str, tree: Tree, load: Load, val_fraction: float | None, seed: 
 def _check_left_out(spec: str, tree: Tree) -> None:
     """Raise SourceError if more than half of the images that are not hidden would be left out."""
     lost = {what: n for what, n in tree.left_out.items() if what.startswith("images") and what != HIDDEN}
+    lost = {what: n for what, n in lost.items() if not what.startswith(NOT_NAMED)}  # a table may name a few alone
     total = sum(lost.values()) + sum(map(len, tree.found.values()))
     if sum(lost.values()) > total / 2:
         way_out = f"{LAYOUTS}; or give the folder with the class folders directly"
