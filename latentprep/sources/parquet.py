@@ -81,16 +81,16 @@ def by_parquet(
     for split, some in files.splits.items():
         rows: list[_Indexed] = []
         for parquet in some:
-            with _open(parquet) as (reader, identity):
-                own = _columns(parquet.name, reader.schema_arrow, image_column, label_column)
-                if columns is not None and own != columns:
-                    raise SourceError(
-                        f"{parquet.name} has other columns or classes than the files before it", "open it on its own"
-                    )
-                columns, part = own, _part(replace(parquet, identity=identity), reader.metadata, own)
-                rows += _index(part, len(parts), reader, own)
-                parts.append(part)
-                digest.update(identity.encode())
+            opened = _open(parquet)
+            own = _columns(parquet.name, opened.schema, image_column, label_column)
+            if columns is not None and own != columns:
+                raise SourceError(
+                    f"{parquet.name} has other columns or classes than the files before it", "open it on its own"
+                )
+            columns, part = own, _part(opened, own)
+            rows += _index(part, len(parts), opened, own)
+            parts.append(part)
+            digest.update(part.parquet.identity.encode())
         name = split or "train"
         if rows and not any(row.label for row in rows):
             tree.left_out[f"images in {name} (none has a label)"] += len(rows)
@@ -100,7 +100,9 @@ def by_parquet(
         raise SourceError(f"{spec} has no rows with labels", f"name their column with {opt('label_column')}")
     _say(columns, tree)
     tree.classes, tree.identity, tree.in_order = columns.classes, digest.hexdigest(), True
-    return tree, ParquetImages(tuple(parts))
+    images = ParquetImages(tuple(parts))
+    images.check_bytes(next(rows[0].at for rows in tree.found.values() if rows))
+    return tree, images
 
 
 def _say(columns: _Columns, tree: Tree) -> None:
@@ -164,6 +166,19 @@ class ParquetImages:
             raise SourceError(f"row {row} of {part.parquet.name} has no image")
         return data
 
+    def check_bytes(self, at: tuple[int, int]) -> None:
+        """SourceError if none of the rows in the block of an image has bytes: then there are only paths."""
+        number, row = at
+        part = self.parts[number]
+        group = bisect.bisect_right(part.starts, row) - 1
+        with self._lock, _damage(part.parquet.name):
+            rows = self._block(number, group, (row - part.starts[group]) // part.block)
+        if rows.null_count == len(rows):
+            raise SourceError(
+                f"{part.parquet.name} holds no bytes of images, perhaps their paths",
+                "write it with push_to_hub, or embed the images with embed_table_storage of datasets.table",
+            )
+
     def _block(self, number: int, group: int, block: int) -> Any:
         """Rows of a row group: from the blocks kept, or by reading on, or again from the group's beginning."""
         if (number, group, block) in self._blocks:
@@ -193,12 +208,21 @@ class ParquetImages:
     @staticmethod
     def _read(part: Part, group: int) -> Iterator[Any]:
         """The blocks of a row group, as arrays of bytes."""
-        with _open(part.parquet) as (reader, _):
-            leaf = part.image.split(".")[1:]
-            batches = reader.iter_batches(part.block, row_groups=[group], columns=[part.image], use_threads=False)
-            for batch in batches:
-                column = batch.column(0)
-                yield column.flatten()[0] if leaf else column
+        import pyarrow as pa
+
+        leaf, pieces, count = "." in part.image, [], 0
+        opened = _open(part.parquet)
+        # Values of a dictionary are shared, not copied for each row: a file of 1 KB may repeat 1 GB a thousand times.
+        shared = [] if leaf else [part.image]
+        for batch in opened.batches([part.image], part.block, shared, [group]):
+            pieces.append(batch.column(0).flatten()[0] if leaf else batch.column(0))
+            count += len(batch)
+            while count >= part.block:
+                whole = pa.chunked_array(pieces)
+                yield whole[: part.block]
+                pieces, count = whole[part.block :].chunks, count - part.block
+        if count:
+            yield pa.chunked_array(pieces)
 
 
 @contextmanager
@@ -215,9 +239,30 @@ def _damage(name: str) -> Iterator[None]:
         raise SourceError(f"{name} is damaged or cut short: {reason}", "copy or download it again") from error
 
 
-@contextmanager
-def _open(parquet: ParquetFile) -> Iterator[tuple[Any, str]]:
-    """pyarrow's reader of a file, and the file's identity. Raises SourceError if it is not the one it was."""
+@dataclass(frozen=True)
+class _Opened:
+    """A file whose footer has been read."""
+
+    parquet: ParquetFile
+    metadata: Any
+    schema: Any
+
+    def batches(
+        self, columns: list[str], rows: int, shared: Sequence[str] = (), groups: list[int] | None = None
+    ) -> Iterator[Any]:
+        """Record batches of up to so many rows. shared: columns whose equal values are kept once, as dictionaries."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        stream = pa.PythonFile(self.parquet.open(), mode="r")
+        reader = pq.ParquetFile(
+            stream, metadata=self.metadata, read_dictionary=list(shared), pre_buffer=False, buffer_size=_BUFFER
+        )
+        return reader.iter_batches(rows, row_groups=groups, columns=columns, use_threads=False)
+
+
+def _open(parquet: ParquetFile) -> _Opened:
+    """Read a file's footer. Raises SourceError if it has none, or is not the file it was; SystemFault."""
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -231,60 +276,52 @@ def _open(parquet: ParquetFile) -> Iterator[tuple[Any, str]]:
         raise SourceError(f"{parquet.name} has changed since it was opened", "open the source again")
     with _damage(parquet.name):
         limits = {"thrift_string_size_limit": len(footer), "thrift_container_size_limit": _MOST_PARTS}
-        metadata = pq.ParquetFile(pa.BufferReader(MAGIC + footer), **limits).metadata
-        stream = pa.PythonFile(parquet.open(), mode="r")
-        reader = pq.ParquetFile(stream, metadata=metadata, pre_buffer=False, buffer_size=_BUFFER, **limits)
-        yield reader, identity
+        reader = pq.ParquetFile(pa.BufferReader(MAGIC + footer), **limits)
+        return _Opened(replace(parquet, identity=identity), reader.metadata, reader.schema_arrow)
 
 
-def _part(parquet: ParquetFile, metadata: Any, columns: _Columns) -> Part:
-    """Raises SourceError if the file declares more rows or bytes than it can hold."""
-    name = parquet.name
+def _part(opened: _Opened, columns: _Columns) -> Part:
+    """Raises SourceError if the file declares more rows than it can hold."""
+    parquet, metadata, name = opened.parquet, opened.metadata, opened.parquet.name
     if metadata.num_rows > parquet.size:
         raise SourceError(f"{name} declares {metadata.num_rows} rows in {parquet.size} bytes", "it is damaged")
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
     counts = [group.num_rows for group in groups]
     if any(count < 0 for count in counts) or sum(counts) != metadata.num_rows:
         raise SourceError(f"{name} declares {metadata.num_rows} rows, and row groups of {sum(counts)}", "it is damaged")
-    place = next(i for i in range(metadata.num_columns) if metadata.schema.column(i).path == columns.image)
-    chunks = [group.column(place) for group in groups]
-    nulls = [chunk.statistics.null_count if chunk.statistics is not None else None for chunk in chunks]
-    if columns.name and metadata.num_rows and nulls == counts:
-        raise SourceError(
-            f"{name} holds the images' paths, not their bytes",
-            "write it with push_to_hub, or embed the images with embed_table_storage of datasets.table",
-        )
-    for chunk in chunks:
-        if not 0 <= chunk.total_compressed_size <= parquet.size:
-            raise SourceError(f"{name} declares {chunk.total_compressed_size} bytes of images, and has {parquet.size}")
-    widest = max(
-        (chunk.total_uncompressed_size // count for chunk, count in zip(chunks, counts, strict=True) if count),
-        default=1,
-    )
+    # Only of row groups: asking pyarrow for a column's own figures ends the process if a file lies about its type.
+    widest = max((group.total_byte_size // group.num_rows for group in groups if group.num_rows), default=1)
     block = max(1, min(_BLOCK_ROWS, _BLOCK_BYTES // max(1, widest)))
     return Part(parquet, columns.image, (0, *accumulate(counts)), block)
 
 
-def _index(part: Part, number: int, reader: Any, columns: _Columns) -> Iterator[_Indexed]:
+def _index(part: Part, number: int, opened: _Opened, columns: _Columns) -> Iterator[_Indexed]:
     wanted = [columns.label, *([columns.name] if columns.name else [])]
-    rows = 0
+    shared = [columns.label] if _is_text(opened.schema.field(columns.label).type) else []
+    row = 0
     with _damage(part.parquet.name):
-        for batch in reader.iter_batches(_INDEXED, columns=wanted, use_threads=False):
-            labels = batch.column(batch.schema.get_field_index(columns.label)).to_pylist()
+        for batch in opened.batches(wanted, _INDEXED, shared):
+            labels = _values(batch.column(batch.schema.get_field_index(columns.label)))
             names: Sequence[str | None] = [None] * len(labels)
             if columns.name:
-                top, _, leaf = columns.name.partition(".")
-                images = batch.column(batch.schema.get_field_index(top))
-                names = (images.flatten()[0] if leaf else images).to_pylist()
+                images = batch.column(batch.schema.get_field_index(columns.name.partition(".")[0]))
+                names = _values(images.flatten()[0])
             for label, name in zip(labels, names, strict=True):
-                if len(name or "") > _MOST_NAME:
-                    raise SourceError(
-                        f"row {rows} of {part.parquet.name} has an image name of {len(name or '')} letters"
-                    )
-                yield _Indexed(number, rows, _class_of(label, columns, part.parquet.name, rows), name or "")
-                rows += 1
-        if rows != part.starts[-1]:
-            raise ValueError(f"it has {rows} rows, and declares {part.starts[-1]}")
+                yield _Indexed(number, row, _class_of(label, columns, part.parquet.name, row), name or "")
+                row += 1
+        if row != part.starts[-1]:
+            raise ValueError(f"it has {row} rows, and declares {part.starts[-1]}")
+
+
+def _values(column: Any) -> list[Any]:
+    """The values of a column. Raises ValueError for texts that are too long to be names."""
+    import pyarrow.compute as compute
+    import pyarrow.types as types
+
+    texts = column.dictionary if types.is_dictionary(column.type) else column
+    if _is_text(texts.type) and (longest := compute.max(compute.binary_length(texts)).as_py() or 0) > _MOST_NAME:
+        raise ValueError(f"a name or label has {longest} bytes")
+    return column.to_pylist()
 
 
 def _class_of(label: Any, columns: _Columns, file: str, row: int) -> str:
@@ -292,13 +329,7 @@ def _class_of(label: Any, columns: _Columns, file: str, row: int) -> str:
     if label is None or label == "" or (columns.classes is not None and label == -1):  # so the hub writes "unknown"
         return ""
     if columns.classes is None:
-        text = str(label).lower() if isinstance(label, bool) else str(label)
-        if len(text) > _MOST_NAME:
-            raise SourceError(
-                f"row {row} of {file} has a label of {len(text)} letters",
-                f"name another column with {opt('label_column')}",
-            )
-        return text
+        return str(label).lower() if isinstance(label, bool) else str(label)
     if not 0 <= label < len(columns.classes):
         raise SourceError(f"row {row} of {file} has label {label}, but there are {len(columns.classes)} classes")
     return columns.classes[label]
@@ -353,19 +384,26 @@ def read_columns(parquet: ParquetFile, wanted: list[str], usual: tuple[str, ...]
 
     Numbers of a ClassLabel become the names. Raises SourceError for a damaged file, SystemFault without pyarrow.
     """
-    with _open(parquet) as (reader, _), _damage(parquet.name):
-        schema = reader.schema_arrow
-        if reader.metadata.num_rows > parquet.size:
-            raise SourceError(f"{parquet.name} declares {reader.metadata.num_rows} rows in {parquet.size} bytes")
-        features = _features(parquet.name, schema)
-        names = [f.name for f in schema if (f.name in wanted or f.name.lower() in usual) and _is_label(f.type, False)]
-        others = {field.name: None for field in schema if field.name not in names}
-        for batch in reader.iter_batches(_INDEXED, columns=names, use_threads=False):
-            for row in batch.to_pylist():
-                for name, classes in features.items():
-                    if isinstance(classes, tuple) and isinstance(number := row.get(name), int):
-                        row[name] = classes[number] if 0 <= number < len(classes) else None
-                yield {**row, **others}
+    opened = _open(parquet)
+    if opened.metadata.num_rows > parquet.size:
+        raise SourceError(f"{parquet.name} declares {opened.metadata.num_rows} rows in {parquet.size} bytes")
+    features = _features(parquet.name, opened.schema)
+    fields = [one for one in opened.schema if (one.name in wanted or one.name.lower() in usual)]
+    names = [one.name for one in fields if _is_label(one.type, False)]
+    shared = [one.name for one in fields if _is_text(one.type)]
+    others = dict.fromkeys(one.name for one in opened.schema if one.name not in names)
+    with _damage(parquet.name):
+        for batch in opened.batches(names, _INDEXED, shared):
+            kinds = [(name, features.get(name)) for name in batch.schema.names]
+            for row in zip(*map(_values, batch.columns), strict=True):
+                yield others | {name: _named(value, kind) for (name, kind), value in zip(kinds, row, strict=True)}
+
+
+def _named(value: Any, classes: Any) -> Any:
+    """A label's name, if it is a number of a ClassLabel's."""
+    if not isinstance(classes, tuple) or not isinstance(value, int):
+        return value
+    return classes[value] if 0 <= value < len(classes) else None
 
 
 def _field(file: str, schema: Any, name: str, option: str) -> Any:

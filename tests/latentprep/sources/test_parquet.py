@@ -180,7 +180,8 @@ def test_any_order_from_threads_and_after_pickling(tmp_path: Path, monkeypatch: 
 
 
 def test_reading_in_order_reads_each_row_group_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = open_source(write(tmp_path / "train.parquet", some(60), ["a", "b"], group=20), val_fraction=0)
+    opened = open_source(write(tmp_path / "train.parquet", some(60), ["a", "b"], group=20), val_fraction=0)
+    source = pickle.loads(pickle.dumps(opened))
     read, real = [], parquet_module.ParquetImages._read
     monkeypatch.setattr(
         parquet_module.ParquetImages, "_read", staticmethod(lambda part, group: read.append(group) or real(part, group))
@@ -315,7 +316,7 @@ def test_options_without_effect_are_refused(tmp_path: Path, folder: Path, files:
 
 def test_paths_in_place_of_bytes_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "x.parquet", [(None, "/etc/passwd", 0), (None, "/etc/hosts", 1)], ["a", "b"])
-    with pytest.raises(SourceError, match="holds the images' paths, not their bytes"):
+    with pytest.raises(SourceError, match="holds no bytes of images, perhaps their paths"):
         open_source(path)
 
 
@@ -378,7 +379,6 @@ def test_a_web_server_is_read_by_ranges(tmp_path: Path, folder: Path, files: Pat
     with web.server:
         url = f"{web.url}/{{train-00000-of-00002,train-00001-of-00002,validation-00000-of-00001}}.parquet"
         source = open_source(url)
-        opening = sum(bool(wanted) for _, wanted in web.asked)
         assert contents(pickle.loads(pickle.dumps(source))) == contents(open_source(folder))
         latentprep.encode(source, **OPTIONS, out=tmp_path / "web")
         with pytest.raises(SourceError, match="web servers do not list their files"):
@@ -387,7 +387,7 @@ def test_a_web_server_is_read_by_ranges(tmp_path: Path, folder: Path, files: Pat
             open_source(f"{web.url}/gone.parquet")
     latentprep.encode(folder, **OPTIONS, out=tmp_path / "folder")
     assert codes(tmp_path / "web") == codes(tmp_path / "folder")
-    assert opening > 3
+    assert all(wanted for path, wanted in web.asked if path.endswith("-of-00002.parquet") and wanted is not None)
 
 
 def test_a_bucket_is_read_by_ranges(tmp_path: Path, folder: Path, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -465,3 +465,140 @@ def test_configurations_of_a_card(tmp_path: Path) -> None:
     assert (one.size("train"), one.size("val")) == (8, 4)
     assert one.left_out == {"files of split unsupervised (not a known split)": 1}
     assert two.keys("train")[0] == "train/cat/000.jpg"
+
+
+# --- hostile files
+
+
+def refused(path: Path, message: str, most: int = 64 << 20) -> None:
+    """Opening it is one error of one line, and takes little memory."""
+    pool = pa.default_memory_pool()
+    before = pool.bytes_allocated()
+    with pytest.raises(SourceError, match=message) as caught:
+        source = open_source(path, val_fraction=0)
+        for i in range(source.size("train")):
+            source.read("train", i)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1000
+    assert pool.bytes_allocated() - before < most
+
+
+def with_footer(path: Path, footer: bytes) -> None:
+    """Put another footer into a file."""
+    data = path.read_bytes()
+    end = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    path.write_bytes(data[:end] + footer + len(footer).to_bytes(4, "little") + b"PAR1")
+
+
+def footer_of(path: Path) -> bytes:
+    data = path.read_bytes()
+    return data[-8 - int.from_bytes(data[-8:-4], "little") : -8]
+
+
+def varint(number: int) -> bytes:
+    """A signed number as Thrift's compact protocol writes it."""
+    left, out = number * 2, b""
+    while left > 127:
+        out, left = out + bytes([left & 127 | 128]), left >> 7
+    return out + bytes([left])
+
+
+def test_files_that_are_cut_short_or_none(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.parquet", some(8), ["a", "b"])
+    whole = path.read_bytes()
+    for size in (0, 3, 11, 12, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        refused(path, "is not a whole Parquet file")
+    for end in (b"PARE", b"PAR2"):
+        path.write_bytes(whole[:-4] + end)
+        refused(path, "is not a whole Parquet file")
+    path.write_bytes(whole[:-8] + b"\xff\xff\xff\xffPAR1")
+    refused(path, "declares a footer of 4294967295 bytes")
+    path.write_bytes(whole[:4] + bytes(len(whole) - 8 - len(footer_of(write(path, some(8), ["a", "b"])))) + whole[-4:])
+    refused(path, "is damaged or cut short")
+
+
+def test_sizes_that_a_file_cannot_have(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.parquet", [(b"x", f"{i}", i % 2) for i in range(5000)], ["a", "b"], group=5000)
+    footer = footer_of(path)
+    assert footer.count(b"\x16" + varint(5000)) >= 2
+    for rows in (1 << 40, (1 << 62) - 1):
+        with_footer(path, footer.replace(b"\x16" + varint(5000), b"\x16" + varint(rows)))
+        refused(path, f"declares {rows} rows in")
+    with_footer(path, footer.replace(b"\x16" + varint(5000), b"\x16" + varint(5001)))
+    refused(path, "is damaged or cut short|declares")
+
+
+def test_a_value_that_is_repeated_is_not_copied(tmp_path: Path) -> None:
+    large = pa.DictionaryArray.from_arrays(pa.array([0] * 3000, pa.int32()), pa.array([b"x" * (4 << 20)]))
+    text = pa.DictionaryArray.from_arrays(pa.array([0] * 3000, pa.int32()), pa.array(["x" * (4 << 20)]))
+    options: dict[str, Any] = {
+        "compression": "zstd",
+        "dictionary_pagesize_limit": 1 << 30,
+        "store_schema": False,
+    }
+    pq.write_table(pa.table({"image": large, "label": [0, 1] * 1500}), tmp_path / "a.parquet", **options)
+    assert (tmp_path / "a.parquet").stat().st_size < 10_000
+    source = open_source(tmp_path / "a.parquet", val_fraction=0)
+    before = pa.default_memory_pool().bytes_allocated()
+    assert len(source.read("train", 2999).data) == 4 << 20
+    assert pa.default_memory_pool().bytes_allocated() - before < 64 << 20
+    pq.write_table(pa.table({"image": [b"x"] * 3000, "label": text}), tmp_path / "b.parquet", **options)
+    refused(tmp_path / "b.parquet", "a name or label has 4194304 bytes")
+
+
+def test_absurd_schemas(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    deep = pa.binary()
+    for _ in range(90):
+        deep = pa.struct([("bytes", deep)])
+    pq.write_table(pa.table({"image": pa.array([], deep), "label": pa.array([], pa.int64())}), path)
+    refused(path, "no column of images that can be told")
+    pq.write_table(pa.table({f"c{i}": [1] for i in range(5000)}), path)
+    refused(path, r"no column of images .* and 4992 more")
+    lists = pa.array([[b"x"]], pa.list_(pa.binary()))
+    pq.write_table(pa.table({"image": lists, "label": [1]}), path)
+    refused(path, "no column of images that can be told")
+    twice = pa.Table.from_arrays([pa.array([b"x"]), pa.array([b"y"]), pa.array([1])], ["image", "image", "label"])
+    pq.write_table(twice, path)
+    refused(path, "several columns to choose from: image, image")
+    pq.write_table(pa.table({"image": [b"x"], "label": [[1, 2]]}), path)
+    refused(path, "column label of .* holds list<element: int64>, not one number or text")
+    pq.write_table(pa.table({"image": pa.array([], pa.binary()), "label": pa.array([], pa.int64())}), path)
+    refused(path, "has no rows with labels")
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        (b"[" * 100_000, "is not valid JSON"),
+        (b'{"info": NaN}', "is not valid JSON"),
+        (b"\xff", "is not valid JSON"),
+        (b"[]", "must be a JSON object"),
+        (b'{"info": {"features": {"label": {"_type": "ClassLabel", "names": [1, 2]}}}}', "no list of class names"),
+        (b'{"info": {"features": {"label": {"_type": "ClassLabel", "names": ["a", "a"]}}}}', "have one name"),
+        (b'{"info": {"features": {"label": {"_type": "ClassLabel", "names": ["a"]}}}}', "label 1, but there are 1"),
+        (b'{"info": {"features": {"other": {"_type": "ClassLabel", "names": ["a"]}}}}', "no single column other"),
+        (b'{"info": {"features": {"label": {"_type": "Image"}}}}', "holds int64, not images"),
+    ],
+    ids=range(9),
+)
+def test_features_that_are_wrong(tmp_path: Path, features: bytes, message: str) -> None:
+    table = pa.table({"image": [b"x"] * 4, "label": [0, 1] * 2}).replace_schema_metadata({b"huggingface": features})
+    pq.write_table(table, tmp_path / "x.parquet")
+    refused(tmp_path / "x.parquet", message)
+
+
+def test_nothing_is_unpickled(tmp_path: Path) -> None:
+    class Harm:
+        def __reduce__(self) -> tuple:
+            return Path.touch, (tmp_path / "ran",)
+
+    pickled = pickle.dumps(Harm())
+    kind = {b"ARROW:extension:name": b"arrow.py_extension_type", b"ARROW:extension:metadata": pickled}
+    fields = [pa.field("image", pa.binary(), metadata=kind), pa.field("label", pa.int64())]
+    table = pa.Table.from_arrays([pa.array([pickled] * 20), pa.array([0, 1] * 10)], schema=pa.schema(fields))
+    pq.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(SourceError, match="none of 20 images drawn from split 'train' can be decoded"):
+        latentprep.encode(tmp_path / "x.parquet", **OPTIONS, val_fraction=0, out=tmp_path / "out")
+    assert not (tmp_path / "ran").exists()
