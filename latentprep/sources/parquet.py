@@ -23,6 +23,7 @@ from latentprep.sources.layouts import Found, Tree
 from latentprep.sources.parquet_files import MAGIC, Files, ParquetFile
 
 _MOST_PARTS = 100_000  # row groups, columns or names in one list of a footer
+_MOST_ROWS = 1 << 20  # of a file, if it has fewer bytes: a dictionary holds equal rows once
 _INDEXED = 4096  # rows of labels and names that are read at a time
 _BLOCK_ROWS, _BLOCK_BYTES = 64, 32 << 20  # of images that are read at a time: at most, but one row at least
 _KEPT = 256 << 20  # bytes of blocks that are kept, so that neighbours need not be read again
@@ -283,7 +284,7 @@ def _open(parquet: ParquetFile) -> _Opened:
 def _part(opened: _Opened, columns: _Columns) -> Part:
     """Raises SourceError if the file declares more rows than it can hold."""
     parquet, metadata, name = opened.parquet, opened.metadata, opened.parquet.name
-    if metadata.num_rows > parquet.size:
+    if metadata.num_rows > max(parquet.size, _MOST_ROWS):
         raise SourceError(f"{name} declares {metadata.num_rows} rows in {parquet.size} bytes", "it is damaged")
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
     counts = [group.num_rows for group in groups]
@@ -385,7 +386,7 @@ def read_columns(parquet: ParquetFile, wanted: list[str], usual: tuple[str, ...]
     Numbers of a ClassLabel become the names. Raises SourceError for a damaged file, SystemFault without pyarrow.
     """
     opened = _open(parquet)
-    if opened.metadata.num_rows > parquet.size:
+    if opened.metadata.num_rows > max(parquet.size, _MOST_ROWS):
         raise SourceError(f"{parquet.name} declares {opened.metadata.num_rows} rows in {parquet.size} bytes")
     features = _features(parquet.name, opened.schema)
     fields = [one for one in opened.schema if (one.name in wanted or one.name.lower() in usual)]
