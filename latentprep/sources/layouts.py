@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from latentprep.errors import SourceError, UsageError, opt
-from latentprep.sources.listing import ANNOTATIONS, LABEL_TABLES, Entry, Listing, left_out_line
+from latentprep.sources.listing import ANNOTATIONS, LABEL_TABLES, TABLES, Entry, Listing, left_out_line
 from latentprep.sources.splits import named_after_splits, split_of_folder
 
 LAYOUTS = (
@@ -213,8 +213,12 @@ def _in_no_class(spec: str, entry: Entry, listing: Listing) -> SourceError:
 
 
 def _tables(listing: Listing) -> str:
-    endings = [ending for ending in LABEL_TABLES if listing.others[ending]]
-    return f" (to read labels from its {', '.join(endings)}, name the file as {opt('labels')})" if endings else ""
+    endings = [ending for ending in TABLES if listing.others[ending]]
+    if not endings:
+        return ""
+    if known := [ending for ending in endings if ending in LABEL_TABLES]:
+        return f" (to read labels from its {', '.join(known)}, name the file as {opt('labels')})"
+    return f" (tables of labels of these kinds are not read: {', '.join(endings)})"
 
 
 def _read_annotations(tree: Tree, listing: Listing, splits: dict[str, str], depth: int) -> None:
