@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from latentprep.errors import SourceError
+from latentprep.format.thrift import read_struct
 from latentprep.sources.kinds import has_parquet_name
 from latentprep.sources.offsets import PlainFile
 from latentprep.sources.splits import SPLIT_NAMES, splits_of_files
@@ -21,6 +22,8 @@ from latentprep.storage.places import RemotePath, place
 MAGIC = b"PAR1"
 MOST_FOOTER = 64 << 20  # bytes of a file's footer: thousands of row groups take less than one MiB
 _TAIL = 1 << 16  # bytes at the end that are read first: as a rule the whole footer
+_LARGE_PAGE, _MOST_RATIO = 64 << 20, 100  # bytes of a page, or their ratio to those compressed, at most: either
+_MOST_HEADER = 16 << 20  # bytes of a page's header, which may hold its smallest and largest value
 _CONVERTED = "refs/convert/parquet"  # where the hub keeps Parquet files that it made of other datasets
 _REVISION = re.compile(r"([^@]*)@(refs/(?:convert|pr)/[^/]+|~parquet|[^/]+)(.*)", re.S)
 _WAY_OUT = "give a Parquet file, a folder of them, or a pattern such as 'data/train-*.parquet'"
@@ -87,6 +90,7 @@ class ParquetFile:
 class _Stream(io.RawIOBase):
     def __init__(self, parquet: ParquetFile) -> None:
         self._parquet, self._at = parquet, 0
+        self._pages: dict[int, _Pages] = {}  # of each column: by the place where its next read begins
 
     def readable(self) -> bool:
         return True
@@ -104,8 +108,34 @@ class _Stream(io.RawIOBase):
     def read(self, size: int = -1) -> bytes:
         left = max(0, self._parquet.size - self._at)
         data = self._parquet.file.pread(left if size is None or size < 0 else min(size, left), self._at)
+        pages = self._pages.pop(self._at, None) or _Pages()
+        pages.follow(data)
         self._at += len(data)
+        self._pages[self._at] = pages
         return data
+
+
+class _Pages:
+    """Checks the sizes in headers of pages as they are read: pyarrow takes as much memory as they declare."""
+
+    def __init__(self) -> None:
+        self._rest, self._skip = b"", 0  # the beginning of a header; bytes before the next one
+
+    def follow(self, data: bytes) -> None:
+        """The next bytes of a column. Raises ValueError for a page that becomes too large, or no header."""
+        data, at = self._rest + data if self._rest else data, self._skip
+        while at < len(data):
+            try:
+                header, body = read_struct(memoryview(data), at)
+            except IndexError:  # it goes on in the next read
+                break
+            large, packed = header.get(2, -1), header.get(3, -1)
+            if min(large, packed) < 0 or large > max(_LARGE_PAGE, _MOST_RATIO * packed):
+                raise ValueError(f"a page declares {large} bytes, {packed} when compressed")
+            at = body + packed
+        self._rest, self._skip = data[at:], max(0, at - len(data))
+        if len(self._rest) > _MOST_HEADER:
+            raise ValueError(f"the header of a page takes more than {_MOST_HEADER} bytes")
 
 
 def _no_parquet(name: str, why: str) -> SourceError:

@@ -531,6 +531,14 @@ def test_sizes_that_a_file_cannot_have(tmp_path: Path) -> None:
     refused(path, "is damaged or cut short|declares")
 
 
+def test_a_page_that_becomes_huge_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    table = pa.table({"image": [bytes(80 << 20), b"x"], "label": [0, 1]})
+    pq.write_table(table, path, compression="zstd", use_dictionary=False)
+    del table
+    refused(path, "a page declares 83886[0-9]{3} bytes")
+
+
 def test_a_value_that_is_repeated_is_not_copied(tmp_path: Path) -> None:
     large = pa.DictionaryArray.from_arrays(pa.array([0] * 3000, pa.int32()), pa.array([b"x" * (4 << 20)]))
     text = pa.DictionaryArray.from_arrays(pa.array([0] * 3000, pa.int32()), pa.array(["x" * (4 << 20)]))
