@@ -15,10 +15,16 @@ from pathlib import Path
 import latentprep
 from common import assets, record
 from latentprep.errors import DatasetError
+from latentprep.format.manifest import SOURCE_FILES
 from latentprep.sources.source import open_source
 
-SHARDS = {"zarr": ("codes", "labels", "keys", "record"), "wds": ("tar", "record")}  # kinds that belong to one shard
-DERIVED = {"zarr": ("errors.jsonl", "zarr.json"), "wds": ("errors.jsonl",)}
+SHARDS = {  # kinds that belong to one shard
+    "zarr": ("codes", "labels", "keys", "record"),
+    "wds": ("tar", "record"),
+    "parquet": ("parquet", "record"),
+}
+DERIVED = {"zarr": ("errors.jsonl", "zarr.json"), "wds": ("errors.jsonl",), "parquet": ("errors.jsonl",)}
+WHOLE = (".tar", ".parquet")  # one file holds a shard
 
 
 def make(root: Path, store: str) -> None:
@@ -38,15 +44,15 @@ def make(root: Path, store: str) -> None:
 
 def kind_of(path: Path) -> str:
     parts = path.parts
-    if parts[0] == "records" or path.suffix == ".tar":
-        return "tar" if path.suffix == ".tar" else "record"
+    if parts[0] == "records" or path.suffix in WHOLE:
+        return path.suffix[1:] if path.suffix in WHOLE else "record"
     return path.name if len(parts) == 1 or "c" not in parts else parts[1]
 
 
 def shard_of(path: Path) -> tuple[str, int] | None:
     parts = path.parts
-    if parts[0] == "records" or path.suffix == ".tar":
-        split, _, index = path.stem.partition("-")
+    if parts[0] == "records" or path.suffix in WHOLE:
+        split, index, *_ = path.stem.split("-")
         return split, int(index)
     return (parts[0], int(parts[3])) if "c" in parts else None
 
@@ -85,6 +91,7 @@ def main() -> None:
         root = Path(scratch) / "data"
         make(root, options.store)
         files = [path.relative_to(root) for path in sorted(root.rglob("*")) if path.is_file()]
+        kinds += (SOURCE_FILES,) if (root / SOURCE_FILES).is_file() else ()
         assert {kind_of(path) for path in files} == set(kinds), files
         assert latentprep.verify(root, deep=True).ok
         table: dict[str, Counter[str]] = {kind: Counter() for kind in kinds}

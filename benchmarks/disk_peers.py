@@ -101,7 +101,7 @@ def ours(latents: Tensor, bits: int, joint: bool) -> tuple[dict, np.ndarray]:
         labels = (np.arange(start, start + len(part)) * 10 // rows).astype(np.int32)
         keys = [f"train/n0{label:07}/n0{label:07}_{row:05}.JPEG" for row, label in enumerate(labels, start)]
         files = encode_shard_files(manifest, "train", index, part, labels, keys)
-        for name, path in shard_files("train", index).items():
+        for name, path in shard_files(manifest, "train", index).items():
             sizes[name] += len(files[path])
     size = sizes["codes"] / rows
     return {

@@ -100,7 +100,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         sources = source_cost(root, asked.files)
-        stores = {store: shard_cost(root / store, asked.shards, store) for store in ("zarr", "wds")}
+        stores = {store: shard_cost(root / store, asked.shards, store) for store in ("zarr", "wds", "parquet")}
     record("driver_cost", {"files": asked.files, "shards": asked.shards, "source": sources, "store": stores})
 
 

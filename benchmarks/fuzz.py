@@ -36,7 +36,7 @@ else:
 # Of a hundred executions. The cheap parsers get most; `dataset` is `verify` and `load` of a whole dataset.
 SHARES = {
     "manifest": 16.0,
-    "record": 22.0,
+    "record": 20.0,
     "codes": 14.0,
     "labels": 7.0,
     "keys": 10.0,
@@ -46,6 +46,7 @@ SHARES = {
     "tar in gzip": 1.0,
     "gzip": 2.0,
     "parquet": 2.0,
+    "parquet shard": 2.0,
     "table": 2.0,
     "checkpoint": 4.0,
     "config": 2.5,

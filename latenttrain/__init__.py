@@ -9,11 +9,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Augment", "FitResult", "evaluate", "fit", "label", "predict", "report", "scale_table", "sweep"]
+__all__ = ["Augment", "FitResult", "evaluate", "export", "fit", "label", "predict", "report", "scale_table", "sweep"]
 
 if TYPE_CHECKING:
     from latenttrain.augment import Augment
     from latenttrain.evaluation import evaluate, predict
+    from latenttrain.exports import export
     from latenttrain.labels import label
     from latenttrain.results import FitResult
     from latenttrain.runs import report
@@ -25,6 +26,7 @@ _HOMES = {
     "Augment": "augment",
     "FitResult": "results",
     "evaluate": "evaluation",
+    "export": "exports",
     "fit": "train",
     "label": "labels",
     "predict": "evaluation",

@@ -367,8 +367,42 @@ def report(
 
 
 @app.command()
-def predict(
+def export(
     run: Run,
+    to: Annotated[Path, typer.Option(help="File to write: model.onnx, or model.pt2 of torch.export.")],
+    with_codec: Annotated[
+        bool, typer.Option("--with-codec", help="Take pixels: the codec's encoder and the quantizer go into the file.")
+    ] = False,
+    weights: Annotated[Path | None, typer.Option(help="Folder of the codec's weights, if it has moved.")] = None,
+    checkpoint: Checkpoint = "best",
+    as_json: Json = False,
+) -> None:
+    """Write the network of RUN to one file that other runtimes read, and compare its results with torch's.
+
+    Example:
+
+      latenttrain export runs/shards-w1-d1-s0 --to model.onnx --with-codec
+    """
+    from latenttrain.exports import export as run_export
+
+    result = run_export(run, to=to, with_codec=with_codec, weights=weights, checkpoint=checkpoint)
+    if as_json:
+        console.print_json(result.to_json())
+        return
+    shape = "×".join(map(str, result.shape))
+    samples = "samples of the run's dataset" if result.real else "random samples"
+    facts = {
+        "takes": f"{result.input}, u8 [B×{shape}]; gives probabilities, f32 [B×{result.classes}]",
+        "compared": f"with torch on {result.checked} {samples}: {result.same_top1} have the same likeliest class, "
+        f"probabilities differ by at most {result.difference:.2g}",
+        "next": f"latenttrain predict {result.to} photo.jpg" if result.to.endswith(".onnx") else "torch.export.load",
+    }
+    console.print_facts(f"wrote {result.to}", facts)
+
+
+@app.command()
+def predict(
+    run: Annotated[Path, typer.Argument(help="Run folder, or model.onnx of latenttrain export.", show_default=False)],
     images: Annotated[list[str], typer.Argument(metavar="IMAGE…", help="Image files.", show_default=False)],
     top: Annotated[int, typer.Option(help="Classes to list for each image.")] = 5,
     weights: Annotated[

@@ -156,6 +156,7 @@ def predict(
 ) -> list[Prediction]:
     """Classify image files with a run's network, through the codec and quantizer that it was trained with.
 
+    run: its folder, or an ``.onnx`` file that `export` wrote, which onnxruntime runs on the CPU.
     top: classes to list for each image. weights: the folder of the codec's weights, if it has moved. An image that
     cannot be read gives a `Prediction` with an ``error``; the others are classified.
 
@@ -163,20 +164,15 @@ def predict(
     """
     check_whole("top", top, 1, hint=f"use {opt('top', 5)}")
     target = pick_device(device)
-    net, config, _ = load_net(run, checkpoint)
-    net = net.to(target)
+    probabilities_of: Callable[[Tensor], Tensor]
+    classes: Sequence[str]
+    if path_of(run).suffix == ".onnx":
+        from latenttrain.exports import OnnxModel
 
-    from latentprep.codecs import codec_from_config
-    from latentprep.quantizing.scalar import quantize
-
-    codec = codec_from_config(config.dataset["codec"], device=target, weights=str(weights) if weights else None)
-    transform = config.dataset["transform"]
-
-    def probabilities_of(pixels: Tensor) -> Tensor:
-        codes = quantize(codec.encode(pixels), config.quantizer).to(target)
-        with full_float32():
-            return net(codes).softmax(1)
-
+        model = OnnxModel(path_of(run), weights)
+        probabilities_of, transform, classes = model, model.transform, model.classes
+    else:
+        probabilities_of, transform, classes = _classifier(run, weights, checkpoint, target)
     fitting = Fitting(probabilities_of, NOT_ON_DEVICE)
     images = several(images)
     predictions: list[Prediction] = []
@@ -186,7 +182,7 @@ def predict(
         answers: Iterator[tuple[list[int], list[float]]] = iter(())
         if pixels:
             with torch.inference_mode(), on_device(target):
-                likeliest = fitting(torch.stack(pixels)).topk(min(top, config.net.classes))
+                likeliest = fitting(torch.stack(pixels)).topk(min(top, len(classes)))
                 indices, values = to_host([likeliest.indices, likeliest.values])
             answers = zip(indices.tolist(), values.tolist(), strict=True)
         for path, view in views:
@@ -194,9 +190,28 @@ def predict(
                 predictions.append(Prediction(path, error=view))
             else:
                 likely, probabilities = next(answers)
-                names = [config.classes[index] for index in likely]
+                names = [classes[index] for index in likely]
                 predictions.append(Prediction(path, tuple(zip(names, probabilities, strict=True))))
     return predictions
+
+
+def _classifier(
+    run: str | Path, weights: str | Path | None, checkpoint: str, device: torch.device
+) -> tuple[Callable[[Tensor], Tensor], dict[str, Any], Sequence[str]]:
+    """A run's pixels u8 [B,3,S,S] -> probabilities f32 [B,classes], its transform, and its classes."""
+    from latentprep.codecs import codec_from_config
+    from latentprep.quantizing.scalar import quantize
+
+    net, config, _ = load_net(run, checkpoint)
+    net = net.to(device)
+    codec = codec_from_config(config.dataset["codec"], device=device, weights=str(weights) if weights else None)
+
+    def probabilities_of(pixels: Tensor) -> Tensor:
+        codes = quantize(codec.encode(pixels), config.quantizer).to(device)
+        with full_float32():
+            return net(codes).softmax(1)
+
+    return probabilities_of, config.dataset["transform"], config.classes
 
 
 def _read(path: str | Path, transform: dict[str, Any]) -> Tensor | str:

@@ -22,8 +22,9 @@ from PIL import Image
 
 import latentprep
 from latentprep.errors import LatentError
-from latentprep.format import Manifest, Quantizer, ShardRecord, open_dataset, wds_store
+from latentprep.format import Manifest, Quantizer, ShardRecord, open_dataset
 from latentprep.format.latents import described, read_latents
+from latentprep.format.stores import store_of
 from latentprep.format.zarr_store import (
     CANDIDATES,
     decode_codes,
@@ -127,7 +128,8 @@ def make_targets(folder: Path) -> dict[str, Target]:
         "manifest": Target([make_manifest(i).to_bytes() for i in range(3)], Manifest.from_bytes, text=True),
         "record": _record(),
         **_shards(),
-        "tar shard": _tar_shard(),
+        "tar shard": _whole_shard("wds"),
+        "parquet shard": _whole_shard("parquet"),
         "image": Target(_images(), _decode, allowed=(BadImage,)),
         **_archives(folder),
         "parquet": _parquet(folder),
@@ -153,7 +155,7 @@ def _shards() -> dict[str, Target]:
     for manifest in manifests:
         codes = np.random.default_rng(0).integers(0, 8, (4, *manifest.row_shape("train")), dtype=np.uint8)
         files = encode_shard_files(manifest, "train", 0, codes, np.arange(4, dtype=np.int32) % 2, list("abcd"))
-        for name, path in shard_files("train", 0).items():
+        for name, path in shard_files(manifest, "train", 0).items():
             seeds[name].append(files[path])
 
     def codes_as(data: bytes) -> None:
@@ -170,17 +172,18 @@ def _shards() -> dict[str, Target]:
     return {name: Target(seeds[name], run) for name, run in runs.items()}
 
 
-def _tar_shard() -> Target:
-    """A shard of a WebDataset store, past its checksum."""
-    manifest = replace(make_manifest(), store="wds")
+def _whole_shard(store: str) -> Target:
+    """A shard of a store that keeps it in one file, past its checksum."""
+    manifest = replace(make_manifest(), store=store)
+    functions = store_of(manifest)
     codes = np.random.default_rng(0).integers(0, 8, (4, *manifest.row_shape("train")), dtype=np.uint8)
     codes[2] = 0
     labels, keys = np.array([0, 1, -1, 1], np.int32), ["a.jpg", "b/ä c.png", "d", "e" * 120]
-    (data,) = wds_store.encode_shard_files(manifest, "train", 0, codes, labels, keys).values()
-    (path,) = set(wds_store.shard_files("train", 0).values())
+    (data,) = functions.encode_shard_files(manifest, "train", 0, codes, labels, keys).values()
+    (path,) = set(functions.shard_files(manifest, "train", 0).values())
 
     def run(data: bytes) -> None:
-        codes, labels, keys = wds_store.decode_shard_files(manifest, "train", 0, {path: data})
+        codes, labels, keys = functions.decode_shard_files(manifest, "train", 0, {path: data})
         assert codes.shape == (4, 2, 2, 3, 5)
         assert len(labels) == len(keys) == 4
 

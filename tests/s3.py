@@ -48,7 +48,7 @@ class Proxy:
         self.port = self.server.server_port
 
     def draw(self, request: BaseHTTPRequestHandler) -> str:
-        shard = request.command == "GET" and ("/c/" in request.path or request.path.endswith(".tar"))
+        shard = request.command == "GET" and ("/c/" in request.path or request.path.endswith((".tar", ".parquet")))
         with self._lock:
             self.asked += 1
             if self._random.random() >= self.share:

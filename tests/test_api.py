@@ -219,7 +219,7 @@ def test_verify_looks_at_what_is_there_now_even_of_an_opened_dataset(site: tuple
     assert json.loads(json.dumps(latentprep.list_codecs()[0].to_json()))["name"]
 
 
-@pytest.mark.parametrize("store", ["zarr", "wds"])
+@pytest.mark.parametrize("store", ["zarr", "wds", "parquet"])
 def test_a_record_is_read_once(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: str) -> None:
     from collections import Counter
 

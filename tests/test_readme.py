@@ -83,6 +83,11 @@ assert [urllib.parse.unquote(key) for key, _, _ in samples] == expected.keys and
 assert (numpy.stack([codes for _, codes, _ in samples]) == expected.codes[:, 0]).all()
 assert [label for _, _, label in samples] == expected.labels.tolist()
 """,
+    "parquet": """
+import latentprep
+expected = latentprep.open("shards-parquet").load("train")
+assert (codes == expected.codes).all() and (labels == expected.labels).all()
+""",
 }
 
 
@@ -92,7 +97,8 @@ def test_the_readers_in_the_specification_read(
 ) -> None:
     text = (ROOT / "docs" / "format.md").read_text()
     code = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)[place]
-    out = "shards" if store == "zarr" else "shards-tars"
+    out = {"zarr": "shards", "wds": "shards-tars", "parquet": "shards-parquet"}[store]
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     latentprep.encode(
         "shapes", codec="dct", limit=100, views=2, shard_rows=60, store=store, out=tmp_path / out
     )  # fmt: skip

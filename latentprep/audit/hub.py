@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from latentprep.derived.derive import opened
 from latentprep.errors import SystemFault, UsageError
+from latentprep.format import parquet_store
 from latentprep.format.dataset import LatentDataset
-from latentprep.format.manifest import ERRORS, MANIFEST
+from latentprep.format.manifest import ERRORS, MANIFEST, Manifest, ShardRecord
 from latentprep.format.stores import store_of
 from latentprep.progress import ProgressFactory, silent
 from latentprep.storage.buckets import hub_errors
@@ -107,6 +109,10 @@ def card(dataset: LatentDataset, repository: str) -> str:
     texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in facts.items()}
     table = "\n".join(f"{name}: {text}" for name, text in texts.items())
     size = next(name for most, name in _SIZES if rows < most)
+    columns, reading = (
+        (_columns(manifest, records), _DATASETS.format(repository)) if manifest.store == "parquet" else ("", "")
+    )
+    made = "the codes" if manifest.thumbnail is None else "the codes, and to the thumbnails made of them,"
     return f"""---
 pretty_name: {json.dumps(repository.partition("/")[2])}
 task_categories:
@@ -116,12 +122,12 @@ size_categories:
 tags:
 - latentprep
 - latents
----
+{columns}---
 
 # {repository.partition("/")[2]}
 
 Images as low-bit codes, made by a lossy codec, with their labels: for training small networks on the codes.
-The images themselves are not included; their licence applies to the codes too.
+The images themselves are not included; their licence applies to {made} too.
 
 ````text
 {table.replace("````", "")}
@@ -134,11 +140,56 @@ pip install 'latentprep[hub]'
 latentprep info {where}
 latenttrain fit {where}
 ````
-
+{reading}
 Latents are `lo + (code + 0.5) * step`, with each channel's `lo` and `step` from `manifest.json`. Every file except this
 one has a checksum; `latentprep verify` checks them.
 """
 
+
+_DATASETS = """
+Or with the `datasets` library alone: `datasets.load_dataset("{}")`. In rows that are not `valid` all codes are 0.
+"""
+
+
+def _columns(manifest: Manifest, records: list[ShardRecord]) -> str:
+    """The card's fields that tell the hub's viewer and ``load_dataset`` of a Parquet store's columns and splits."""
+    names = [split for split, rows in manifest.splits.items() if rows]
+    lines = ["configs:", "- config_name: default", "  data_files:"]
+    lines += [line for name in names for line in (f"  - split: {name}", f"    path: data/{name}-*.parquet")]
+    lines += ["dataset_info:", "  features:"]
+    for name, kind in parquet_store.features(manifest).items():
+        lines += [f"  - name: {name}", *_YAML_TYPES[kind["_type"]](kind)]
+    lines += ["  splits:"]
+    for name in names:
+        size = sum(file.bytes for record in records if record.split == name for file in record.files.values())
+        lines += [f"  - name: {name}", f"    num_bytes: {size}", f"    num_examples: {manifest.splits[name]}"]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _class_label(kind: dict) -> list[str]:
+    names = [f"          '{label}': {_quoted(name)}" for label, name in enumerate(kind["names"])]
+    return ["    dtype:", "      class_label:", "        names:", *names]
+
+
+def _array(kind: dict) -> list[str]:
+    shape = json.dumps(kind["shape"])
+    return ["    dtype:", f"      {kind['_type'].lower()[:-1]}_d:", f"        shape: {shape}", "        dtype: uint8"]
+
+
+def _quoted(text: str) -> str:
+    """A string in YAML: printable ASCII in quotes, and all else by its number."""
+    plain = (c if " " <= c <= "~" and c not in '"\\' else f"\\U{ord(c):08x}" for c in text)
+    return f'"{"".join(plain)}"'
+
+
+# What follows a feature's name, from the JSON of its type; the words are those of `datasets`.
+_YAML_TYPES: dict[str, Callable[[dict], list[str]]] = {
+    "Value": lambda kind: [f"    dtype: {kind['dtype']}"],
+    "ClassLabel": _class_label,
+    "Array3D": _array,
+    "Array4D": _array,
+    "Image": lambda kind: ["    dtype: image"],
+}
 
 _SIZES = (
     (1_000, "n<1K"),

@@ -42,7 +42,7 @@ class DatasetInfo:
     joint: whether codes were chosen together, see `latentprep.quantizing.joint`. latent: (C, h, w).
     views: of each train sample. size: pixels per side of the images that were encoded.
     part: of the source, such as "3/8", see `encode`; "0/1": all of it.
-    code_bytes: size on disk of all committed codes (for a WebDataset store, of the tars); dataset_bytes: with labels
+    code_bytes: size on disk of all committed codes (of whole shards in stores but Zarr); dataset_bytes: with labels
     and keys. bits_per_value: ``8 * code_bytes`` over the number of codes. bytes_per_image: code bytes per sample.
     source_bytes: size of the image files that were read. saturation: for each channel, the share of latents outside
     the quantizer's range. poor: channels that carry next to nothing, judged by the first committed shard of train.

@@ -56,7 +56,7 @@ def encode(
     size: Annotated[int | None, typer.Option(help="Pixels per side. Default: suits source and codec.")] = None,
     joint: Joint = None,
     views: Annotated[int, typer.Option(help="Views per train sample; others are crops.")] = 1,
-    store: Annotated[str, typer.Option(help="zarr, or wds for WebDataset tars.")] = "zarr",
+    store: Annotated[str, typer.Option(help="zarr, wds (WebDataset tars) or parquet.")] = "zarr",
     shard_rows: Annotated[int, typer.Option(help="Samples per shard.")] = 1024,
     shard_of: Annotated[str | None, typer.Option(help="One part of the source, 0/8 to 7/8, or slurm.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of views, calibration and splitting.")] = 0,

@@ -62,15 +62,16 @@ def convert(
     out: Annotated[
         str, typer.Argument(help="Folder, s3://… or gs://… to write to; an unfinished one there is resumed.")
     ],
-    store: Annotated[str, typer.Option(help="zarr, or wds: tars that any WebDataset reader reads.")],
+    store: Annotated[str, typer.Option(help="zarr, wds (WebDataset tars) or parquet.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the dataset in OUT and start over.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Convert to the other store, losslessly: converting back gives the same bytes. What is written is read back.
+    """Convert to another store, losslessly: converting back gives the same bytes. What is written is read back.
 
     Example:
 
       latentprep convert shards shards-tars --store wds
+      latentprep convert shards shards-parquet --store parquet
     """
     from latentprep.derived.derive import convert as run
 

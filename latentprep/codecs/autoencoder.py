@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from latentprep.codecs.base import check_multiple, to_pixels
 from latentprep.device import full_float32, has_fast_bfloat16
@@ -96,6 +97,15 @@ class AutoencoderCodec:
             z = (output.latents if hasattr(output, "latents") else output.latent).float()
         return ((z - self._shift) * self._scale).contiguous()
 
+    def graph(self) -> nn.Module:
+        """What `encode` does in float32, as a module that can be exported.
+
+        Raises `UsageError` if it draws from a posterior.
+        """
+        if self.posterior == "sample":
+            raise UsageError("a codec that draws from a posterior cannot be exported", "encode with posterior=mean")
+        return _Graph(copy.deepcopy(self._model).float().cpu(), self._scale, self._shift)
+
     @torch.inference_mode()
     @full_float32()
     def decode(self, latents: Tensor) -> Tensor:
@@ -125,6 +135,21 @@ class AutoencoderCodec:
                 f"{self.weights} is not an image autoencoder: 64×64 pixels give latents {tuple(latents.shape)}"
             )
         return latents.shape[1], 64 // latents.shape[-1]
+
+
+class _Graph(nn.Module):
+    def __init__(self, model: nn.Module, scale: float, shift: float) -> None:
+        super().__init__()
+        self.model, self.scale, self.shift = model, scale, shift
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """u8 [B,3,H,W] -> f32 [B,C,H/f,W/f]."""
+        output = self.model.encode(pixels.float() / 127.5 - 1)  # type: ignore[operator]
+        if hasattr(output, "latent_dist"):
+            z = output.latent_dist.mean
+        else:
+            z = output.latents if hasattr(output, "latents") else output.latent
+        return (z - self.shift) * self.scale
 
 
 class SdVae(AutoencoderCodec):

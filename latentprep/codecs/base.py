@@ -33,6 +33,9 @@ class Codec(Protocol):
 
     A codec that computes little for each pixel may set ``light = True``: on a CPU it then gets one thread and leaves
     the other cores to decoding, since to share every small operation among busy cores costs more than it gains.
+
+    A codec may have ``graph()``, a module that does what ``encode`` does, on the CPU in float32, in operations that
+    can be exported; ``latenttrain export --with-codec`` needs it.
     """
 
     name: str

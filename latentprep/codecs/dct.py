@@ -6,7 +6,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from latentprep.codecs.base import check_multiple, to_pixels
 from latentprep.device import full_float32
@@ -65,6 +65,12 @@ class DctCodec:
         parts = images.split(_IN_CACHE) if self.device.type == "cpu" else (images,)
         return torch.cat([F.conv2d(_centred(part), self._analysis, stride=BLOCK) for part in parts])
 
+    def graph(self) -> nn.Module:
+        """What `encode` does, as a module that can be exported."""
+        analysis = nn.Conv2d(3, len(self._analysis), BLOCK, BLOCK, bias=False)
+        analysis.weight.data.copy_(self._analysis)
+        return nn.Sequential(_Centred(), analysis).requires_grad_(False)
+
     @torch.inference_mode()
     @full_float32()
     def decode(self, latents: Tensor) -> Tensor:
@@ -74,6 +80,12 @@ class DctCodec:
     def flip(self, latents: Tensor) -> Tensor:
         """f32 [B,C,h,w] -> f32 [B,C,h,w]: blocks in reverse order, odd horizontal frequencies negated."""
         return latents.to(self.device).flip(-1) * self._signs
+
+
+class _Centred(nn.Module):
+    def forward(self, pixels: Tensor) -> Tensor:
+        """u8 -> f32, less 128"""
+        return pixels.float() - 128
 
 
 def _centred(pixels: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from latentprep.codecs.base import check_multiple, to_pixels
 from latentprep.errors import check_whole
@@ -38,6 +38,10 @@ class ResampleCodec:
         shape = [side // self.factor for side in images.shape[-2:]]
         return F.interpolate(pixels, shape, mode="bicubic", antialias=True, align_corners=False).clamp_(0, 255)
 
+    def graph(self) -> nn.Module:
+        """What `encode` does, as a module that can be exported."""
+        return _Shrink(self.factor)
+
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
         """f32 [B,3,h,w] -> u8 [B,3,fh,fw], bicubic."""
@@ -47,3 +51,24 @@ class ResampleCodec:
     def flip(self, latents: Tensor) -> Tensor:
         """f32 [B,3,h,w] -> f32 [B,3,h,w], columns in reverse order."""
         return latents.to(self.device).flip(-1)
+
+
+class _Shrink(nn.Module):
+    """Shrinking is linear, and along each side by itself: a matrix, of what it makes of single pixels."""
+
+    def __init__(self, factor: int) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """u8 [B,3,H,W] -> f32 [B,3,H/f,W/f]."""
+        values = pixels.float()
+        if self.factor == 1:
+            return values
+        rows, columns = (self._matrix(side) for side in values.shape[-2:])
+        return (rows @ values @ columns.T).clamp(0, 255)
+
+    def _matrix(self, side: int) -> Tensor:
+        """f32 [side/f,side]"""
+        shape = [side // self.factor, side]
+        return F.interpolate(torch.eye(side)[None, None], shape, mode="bicubic", antialias=True)[0, 0]

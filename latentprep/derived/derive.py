@@ -18,12 +18,13 @@ import numpy as np
 from latentprep.encoding.driver import commit_shards, start, stored_manifest, writing
 from latentprep.encoding.encode import EncodeResult, encode_result
 from latentprep.encoding.source_files import joined_stats, read_stats, write_stats
-from latentprep.errors import DatasetError, UsageError, check_word, opt
+from latentprep.errors import DatasetError, UsageError, opt
 from latentprep.format.commit import write_errors
 from latentprep.format.dataset import LatentDataset, open_dataset
-from latentprep.format.manifest import INVALID_LABEL, MAX_SHARDS, STORES, Manifest, ShardId, ShardRecord
+from latentprep.format.manifest import INVALID_LABEL, LINEAR_DECODER, MAX_SHARDS, Manifest, ShardId, ShardRecord
 from latentprep.format.shard import Codes, EncodedShard, encoded_shard
-from latentprep.format.stores import store_of
+from latentprep.format.stores import check_store, store_of
+from latentprep.format.thumbnails import ColourMap
 from latentprep.progress import ProgressFactory, silent
 from latentprep.storage.places import place
 
@@ -54,18 +55,31 @@ def convert(
 ) -> EncodeResult:
     """Convert a dataset to another store, losslessly: converting back gives the same bytes. Run again, it resumes.
 
-    Raises `UsageError` for an unknown store, `DatasetError` if the dataset is damaged or incomplete.
+    If a linear decoder was fitted to the dataset, a Parquet store gets a thumbnail of each sample by it.
+
+    Raises `UsageError` for an unknown store, `SystemFault` if it needs a package that is not installed, `DatasetError`
+    if the dataset or its linear decoder is damaged or it is incomplete.
 
     >>> made = latentprep.convert("shards", out="shards-tars", store="wds")
     >>> latentprep.open("shards-tars").manifest.store
     'wds'
     """
-    check_word("store", store, STORES)
+    check_store(store)
     source = opened(dataset)
-    manifest = replace(source.manifest, store=store)
+    manifest = replace(source.manifest, store=store, thumbnail=_thumbnail(source) if store == "parquet" else None)
     return derive(
         out, manifest, [source], every_row([source]), title="converting", overwrite=overwrite, progress=progress
     )
+
+
+def _thumbnail(dataset: LatentDataset) -> ColourMap | None:
+    """How latents become thumbnails: by the dataset's linear decoder, or as in a Parquet store that is converted."""
+    from latentprep.codecs.linear import load_linear_decoder
+
+    if not (dataset.root / LINEAR_DECODER).is_file():
+        return dataset.manifest.thumbnail
+    linear = load_linear_decoder(dataset)
+    return ColourMap(tuple(linear.small_matrix.ravel().tolist()), tuple(linear.small_bias.tolist()))
 
 
 def opened(dataset: str | Path | LatentDataset) -> LatentDataset:

@@ -15,7 +15,8 @@ from latentprep.encoding.pipeline import Stages, check_finite, decoded, latents_
 from latentprep.errors import SourceError
 from latentprep.format.manifest import Manifest, Plan, ShardId, train_split
 from latentprep.format.quantizer import Quantizer
-from latentprep.format.zarr_store import choose_compression, encode_codes
+from latentprep.format.stores import store_of
+from latentprep.format.zarr_store import choose_compression
 from latentprep.progress import ProgressFactory
 from latentprep.quantizing.rate import fit_rate
 from latentprep.quantizing.scalar import code_statistics, fit_quantizer, quantize
@@ -79,13 +80,19 @@ def fit_to_rate(codec: Codec, latents: Tensor, asked: Plan, rate: float) -> tupl
 
     latents: f32 [B,C,h,w], the calibration draw. Which compression is best is decided on some of it, by a rough fit.
     """
+    split = train_split(asked.splits)
     weights = decoded_error(codec, latents[:: -(-len(latents) // _DECODED)])
 
     def on_disk(compression: list[dict], codes: Tensor) -> float:
-        tried = asked.manifest(Quantizer(asked.bits, (0.0,), (1.0,)), None, compression)
-        shards = codes.numpy()[:, None].astype(np.uint8)
-        parts = range(0, len(shards), asked.shard_rows)
-        return 8 * sum(len(encode_codes(tried, shards[i : i + asked.shard_rows])) for i in parts) / codes.numel()
+        bits = max(1, int(codes.max()).bit_length())
+        manifest = asked.manifest(Quantizer(bits, (0.0,) * codes.shape[1], (1.0,) * codes.shape[1]), None, compression)
+        manifest = replace(manifest, transform={**manifest.transform, "views": 1})
+        size = 0
+        for part in codes[:, None].split(asked.shard_rows):
+            labels, keys = np.zeros(len(part), np.int32), list(map(str, range(len(part))))
+            files = store_of(manifest).encode_shard_files(manifest, split, 0, part.numpy(), labels, keys)
+            size += len(files[store_of(manifest).shard_files(manifest, split, 0)["codes"]])
+        return 8 * size / codes.numel()
 
     some = latents[:: -(-len(latents) // CALIBRATION)]
     usual = choose_compression(quantize(some, fit_quantizer(some, 4)).numpy()[:, None])

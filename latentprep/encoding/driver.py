@@ -115,6 +115,8 @@ def _check_same(root: Place, stored: Manifest, asked: Plan, source: Source | Non
             what = f"the source of {root} has changed"
         elif name.partition(".")[0] in ("quantizer", "compression"):
             what = f"{root} has different settings: its quantizer was fitted to other codes"
+        elif name.partition(".")[0] == "thumbnail":
+            what = f"{root} has different settings: its thumbnails are not by this linear decoder"
         else:
             what = f"{root} has different settings: {name} is {stored_value}, but {requested} was requested"
         raise DatasetError(
@@ -162,4 +164,5 @@ def _decided(plan: Plan, fitted: bool) -> dict:
     }
     if fitted and isinstance(plan, Manifest):
         decided |= {"quantizer": plan.quantizer.to_json(), "compression": plan.compression}
+        decided |= {"thumbnail": None if plan.thumbnail is None else plan.thumbnail.to_json()}
     return decided

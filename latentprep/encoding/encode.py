@@ -29,7 +29,6 @@ from latentprep.format.manifest import (
     MAX_SHARDS,
     SRGB,
     STORED,
-    STORES,
     Manifest,
     Plan,
     ShardId,
@@ -37,7 +36,7 @@ from latentprep.format.manifest import (
     train_split,
 )
 from latentprep.format.quantizer import MOST_BITS, check_bits
-from latentprep.format.stores import code_bytes
+from latentprep.format.stores import check_store, code_bytes
 from latentprep.format.zarr_store import chunk_rows
 from latentprep.progress import ProgressFactory, silent
 from latentprep.sources.source import Source, open_source
@@ -154,10 +153,10 @@ def encode(
     channels, so that bits go where they count (`latentprep.quantizing.rate`): fewer bytes for the same picture.
     size: pixels per side; default suits source and codec. phi: makes it 1.15**phi times as large, the resolution of
     compound scaling (https://arxiv.org/abs/1905.11946), to the nearest that the codec takes.
-    store: ``zarr``, or ``wds`` for WebDataset tars. quantizer: a dataset whose quantizer is taken instead of a fitted
-    one, so that the two can be merged. joint: choose the codes of a sample together, for 1 to 3 dB more (see
-    `latentprep.quantizing.joint`); such codes have no exact mirror. Default: as `quantizer` has it, else
-    `joint_by_default`.
+    store: ``zarr``, ``wds`` for WebDataset tars, or ``parquet``, which the `datasets` library reads.
+    quantizer: a dataset whose quantizer is taken instead of a fitted one, so that the two can be merged. joint: choose
+    the codes of a sample together, for 1 to 3 dB more (see `latentprep.quantizing.joint`); such codes have no exact
+    mirror. Default: as `quantizer` has it, else `joint_by_default`.
     colour: "srgb" converts embedded colour profiles, "stored" uses an image's numbers as they are.
     views: of a train sample, see `images.load_views`; other splits have view 0 alone.
     shard_of: ``"3/8"``, ``(3, 8)``: encode the fourth of eight parts of the source alone, to a folder of its own.
@@ -192,7 +191,7 @@ def encode(
     check_whole("seed", seed, 0, (1 << 63) - 1)
     check_number("max_error_fraction", max_error_fraction, 0, 1)
     check_word("colour", colour, COLOURS)
-    check_word("store", store, STORES)
+    check_store(store)
     crew = crew_of(engine, devices, device, address, workers_per_device)
     part = parse_part(shard_of)
     root = place(out)

@@ -72,7 +72,7 @@ def remove_dataset(root: Place) -> None:
     files = [MANIFEST, ERRORS, LINEAR_DECODER, SOURCE_FILES, *store.metadata_files(manifest)]
     for split in manifest.splits:
         for index in range(manifest.shard_count(split)):
-            files += [record_path(split, index), *store.shard_files(split, index).values()]
+            files += [record_path(split, index), *store.shard_files(manifest, split, index).values()]
     for path in files:
         (root / path).unlink(missing_ok=True)
         if not isinstance(root, RemotePath):

@@ -129,7 +129,11 @@ class LatentDataset:
         Raises `DatasetError` naming the shard if it is missing, cut short, altered, or from another encode.
         """
         record = self.committed(split, index)
-        wanted = {path for name, path in self._store.shard_files(split, index).items() if keys or name != "keys"}
+        wanted = {
+            path
+            for name, path in self._store.shard_files(self.manifest, split, index).items()
+            if keys or name != "keys"
+        }
         files = {path: self._read(record, path) for path in wanted}
         codes, labels, names = self._store.decode_shard_files(self.manifest, split, index, files)
         if self.verify:
@@ -139,18 +143,18 @@ class LatentDataset:
     def read_labels(self, split: str, index: int) -> np.ndarray:
         """i32 [n]: the labels of one shard's rows, −1 for invalid ones. Its codes are not decoded."""
         record = self.committed(split, index)
-        path = self._store.shard_files(split, index)["labels"]
+        path = self._store.shard_files(self.manifest, split, index)["labels"]
         return self._store.decode_labels(self.manifest, split, index, self._read(record, path))
 
     def read_keys(self, split: str, index: int) -> list[str]:
         """The keys of one shard's rows, including invalid ones. Its codes are not decoded."""
         record = self.committed(split, index)
-        path = self._store.shard_files(split, index)["keys"]
+        path = self._store.shard_files(self.manifest, split, index)["keys"]
         return self._store.decode_keys(self.manifest, split, index, self._read(record, path))
 
     def check_files(self, record: ShardRecord) -> None:
         """Raise `DatasetError` if a file of the shard does not match its record."""
-        paths = set(self._store.shard_files(record.split, record.index).values())
+        paths = set(self._store.shard_files(self.manifest, record.split, record.index).values())
         if set(record.files) != paths:
             raise DatasetError(
                 f"{self.root / record.path} does not list the files of shard {record.split} {record.index}"

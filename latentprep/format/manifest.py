@@ -15,11 +15,12 @@ from typing import Any
 from latentprep.errors import DatasetError
 from latentprep.format.fields import Fields, dump_json, parse_json, read_json
 from latentprep.format.quantizer import MOST_BITS, Quantizer, Statistics
+from latentprep.format.thumbnails import ColourMap
 from latentprep.storage.places import Place
 
 FORMAT = "latentprep"
 VERSION = 1
-STORES = ("zarr", "wds")
+STORES = ("zarr", "wds", "parquet")
 MANIFEST = "manifest.json"
 RECORDS = "records"
 ERRORS = "errors.jsonl"
@@ -122,6 +123,7 @@ class Manifest(Plan):
     quantizer: what codes mean; `bits` and `joint` follow from it.
     statistics: of the calibration samples' codes; None in older datasets.
     compression: the Zarr codec chain of the codes array, chosen by measurement. Other stores keep it for `convert`.
+    thumbnail: how latents become the thumbnails of a Parquet store; None if it has none, as other stores.
     """
 
     bits: int = field(init=False)
@@ -129,6 +131,7 @@ class Manifest(Plan):
     quantizer: Quantizer
     compression: list[dict]
     statistics: Statistics | None = None
+    thumbnail: ColourMap | None = None
     _file_sha256: str = field(init=False, default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -164,6 +167,7 @@ class Manifest(Plan):
                 "chunk_rows": self.chunk_rows,
                 "compression": self.compression,
                 "splits": self.splits,
+                **({} if self.thumbnail is None else {"thumbnail": self.thumbnail.to_json()}),
             }
         )
 
@@ -196,6 +200,12 @@ class Manifest(Plan):
         flip = None if top.get("flip") is None else tuple(top.list("flip", int))
         if flip is not None and (len(flip) != latent[0] or set(flip) - {-1, 1}):
             raise top.error("has a field 'flip' that is not one sign per channel")
+        thumbnail = None
+        if "thumbnail" in top.document:
+            colours = top.object("thumbnail")
+            thumbnail = ColourMap(colours.numbers("matrix"), colours.numbers("bias"))
+            if len(thumbnail.matrix) != 3 * latent[0]:
+                raise top.error(f"has a thumbnail's map for {len(thumbnail.matrix)} / 3 channels, not {latent[0]}")
         transform = top.object("transform")
         transform.whole("size", 1, _MAX_SIDE)
         if "colour" in transform.document:
@@ -230,6 +240,7 @@ class Manifest(Plan):
             rate=top.number("rate", 0, MOST_BITS) if "rate" in top.document else None,
             written_by=top.text("written_by"),
             statistics=statistics,
+            thumbnail=thumbnail,
         )
         manifest._check_sizes(top)
         object.__setattr__(manifest, "_file_sha256", hashlib.sha256(data).hexdigest())

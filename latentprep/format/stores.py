@@ -6,8 +6,9 @@ from typing import Protocol
 
 import numpy as np
 
-from latentprep.format import wds_store, zarr_store
-from latentprep.format.manifest import Manifest, Plan, ShardRecord
+from latentprep.errors import check_word
+from latentprep.format import parquet_store, wds_store, zarr_store
+from latentprep.format.manifest import STORES, Manifest, Plan, ShardRecord
 
 
 class Store(Protocol):
@@ -19,7 +20,7 @@ class Store(Protocol):
     def metadata_files(self, manifest: Manifest) -> dict[str, bytes]:
         """path -> bytes of the files that a dataset has beside its shards."""
 
-    def shard_files(self, split: str, index: int) -> dict[str, str]:
+    def shard_files(self, plan: Plan, split: str, index: int) -> dict[str, str]:
         """``codes``, ``labels`` and ``keys`` -> path of the file that holds them for shard `index`."""
 
     def encode_shard_files(
@@ -41,7 +42,14 @@ class Store(Protocol):
         """The bytes of the file that holds a shard's keys -> n keys."""
 
 
-_STORES: dict[str, Store] = {"zarr": zarr_store, "wds": wds_store}
+_STORES: dict[str, Store] = {"zarr": zarr_store, "wds": wds_store, "parquet": parquet_store}
+
+
+def check_store(store: str) -> None:
+    """`UsageError` unless there is a store of this name, `SystemFault` if what it needs is not installed."""
+    check_word("store", store, STORES)
+    if store == "parquet":
+        parquet_store.check_installed()
 
 
 def store_of(plan: Plan) -> Store:
@@ -49,6 +57,6 @@ def store_of(plan: Plan) -> Store:
 
 
 def code_bytes(plan: Plan, record: ShardRecord) -> int:
-    """Size of the file that holds a shard's codes; in a WebDataset store, it also holds labels, keys and headers."""
-    file = record.files.get(store_of(plan).shard_files(record.split, record.index)["codes"])
+    """Size of the file that holds a shard's codes; in the other stores than Zarr, it also holds labels and keys."""
+    file = record.files.get(store_of(plan).shard_files(plan, record.split, record.index)["codes"])
     return file.bytes if file else 0

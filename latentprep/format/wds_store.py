@@ -23,7 +23,7 @@ from urllib.parse import unquote
 import numpy as np
 
 from latentprep.errors import DatasetError, opt
-from latentprep.format.manifest import INVALID_LABEL, Manifest
+from latentprep.format.manifest import INVALID_LABEL, Manifest, Plan
 from latentprep.format.packing import pack, packed_bytes, unpack
 
 _BLOCK = 512
@@ -34,7 +34,7 @@ _SIZE = re.compile(rb"[0-7]{11}\0")
 _LABEL = re.compile(rb"[0-9]{1,9}")
 
 
-def shard_files(split: str, index: int) -> dict[str, str]:
+def shard_files(plan: Plan, split: str, index: int) -> dict[str, str]:
     """Array name -> path of the file that holds it for shard `index`: one tar holds all three."""
     return dict.fromkeys(("codes", "labels", "keys"), f"{split}-{index:06d}.tar")
 
@@ -56,7 +56,7 @@ def encode_shard_files(
     codes: u8 [n,V,C,h,w], 0 in rows of label -1; labels: i32 [n]; keys: n strings; n at most ``manifest.shard_rows``.
     Raises `DatasetError` for an empty or repeated key: the samples of a tar are distinguished by their names.
     """
-    path, suffixes = shard_files(split, index)["codes"], _suffixes(manifest, split)
+    path, suffixes = shard_files(manifest, split, index)["codes"], _suffixes(manifest, split)
     packed = pack(codes.reshape(*codes.shape[:2], int(np.prod(manifest.latent))), manifest.quantizer.bits)
     parts, seen = [], {""}
     for key, views, label in zip(keys, packed, labels.tolist(), strict=True):
@@ -80,7 +80,7 @@ def decode_shard_files(
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """path: bytes of one shard's tar -> codes u8 [n,V,C,h,w], labels i32 [n], keys. Inverse of
     `encode_shard_files`. Raises `DatasetError` for bytes that do not decode."""
-    path, row = shard_files(split, index)["codes"], manifest.row_shape(split)
+    path, row = shard_files(manifest, split, index)["codes"], manifest.row_shape(split)
     labels, keys, packed = _decode(manifest, split, index, files[path])
     bits, count = manifest.quantizer.bits, int(np.prod(row[1:]))
     views = np.frombuffer(b"".join(packed), np.uint8).reshape(-1, row[0], packed_bytes(count, bits))
@@ -144,7 +144,7 @@ def _decode(manifest: Manifest, split: str, index: int, data: bytes) -> tuple[np
         if len(keys) < rows:
             raise ValueError(f"{len(keys)} samples, not {rows}")
     except ValueError as error:
-        path = shard_files(split, index)["codes"]
+        path = shard_files(manifest, split, index)["codes"]
         raise DatasetError(f"{path} cannot be decoded ({error})", "encode it again") from error
     return np.array(labels, np.int32), keys, packed
 

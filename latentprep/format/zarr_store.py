@@ -23,7 +23,7 @@ from zarr.codecs import BloscCodec, TransposeCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
 from latentprep.errors import DatasetError
-from latentprep.format.manifest import Manifest
+from latentprep.format.manifest import Manifest, Plan
 
 CHUNK_BYTES = 1 << 20  # codes in a separately compressed chunk, about
 _ZSTD = {"name": "zstd", "configuration": {"level": 1, "checksum": False}}
@@ -46,7 +46,7 @@ def chunk_rows(shard_rows: int, row_bytes: int) -> int:
     return next(rows for rows in range(most, 0, -1) if shard_rows % rows == 0)
 
 
-def shard_files(split: str, index: int) -> dict[str, str]:
+def shard_files(plan: Plan, split: str, index: int) -> dict[str, str]:
     """Array name -> path of its file for shard `index`, relative to the dataset's root."""
     return {
         "codes": f"{split}/codes/c/{index}/0/0/0/0",
@@ -62,7 +62,7 @@ def encode_shard_files(
 
     codes: u8 [n,V,C,h,w]; labels: i32 [n]; keys: n strings; n at most ``manifest.shard_rows``.
     """
-    paths = shard_files(split, index)
+    paths = shard_files(manifest, split, index)
     arrays = {"labels": labels, "keys": np.array(keys, dtype=np.dtypes.StringDType())}
     files = {paths["codes"]: encode_codes(manifest, codes)}
     return files | {paths[name]: _chunk_bytes(manifest, split, name, array) for name, array in arrays.items()}
@@ -73,7 +73,7 @@ def decode_shard_files(
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """path: bytes of one shard's files -> codes u8 [n,V,C,h,w], labels i32 [n], keys. Inverse of
     `encode_shard_files`. No keys if their file is left out. Raises `DatasetError` for bytes that do not decode."""
-    paths = shard_files(split, index)
+    paths = shard_files(manifest, split, index)
     return (
         decode_codes(manifest, split, index, files[paths["codes"]]),
         decode_labels(manifest, split, index, files[paths["labels"]]),
@@ -132,7 +132,7 @@ def decode_codes(manifest: Manifest, split: str, index: int, data: bytes) -> np.
             part = codes[start : start + manifest.chunk_rows]
             part[:] = raw.transpose(np.argsort(order))[: len(part)]
     except (ValueError, RuntimeError, KeyError, IndexError, TypeError, MemoryError) as error:
-        raise _undecodable(shard_files(split, index)["codes"], error) from error
+        raise _undecodable(shard_files(manifest, split, index)["codes"], error) from error
     return codes
 
 
@@ -143,7 +143,7 @@ def decode_labels(manifest: Manifest, split: str, index: int, data: bytes) -> np
             raise ValueError(f"it declares {_declared_bytes(data)} bytes, not {4 * manifest.shard_rows}")
         values = np.frombuffer(numcodecs.Zstd().decode(data), "<i4").astype(np.int32)
     except (ValueError, RuntimeError, MemoryError) as error:
-        raise _undecodable(shard_files(split, index)["labels"], error) from error
+        raise _undecodable(shard_files(manifest, split, index)["labels"], error) from error
     return values[: manifest.rows_in_shard(split, index)]
 
 
@@ -166,7 +166,7 @@ def decode_keys(manifest: Manifest, split: str, index: int, data: bytes) -> list
                 raise ValueError("a key ends after the last byte")
             keys.append(str(plain[start:at], "utf-8"))
     except (ValueError, RuntimeError, MemoryError) as error:
-        raise _undecodable(shard_files(split, index)["keys"], error) from error
+        raise _undecodable(shard_files(manifest, split, index)["keys"], error) from error
     return keys
 
 

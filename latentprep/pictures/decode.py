@@ -14,9 +14,9 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from latentprep.codecs.linear import load_linear_decoder
 from latentprep.errors import UsageError, check_word, opt, system_fault
 from latentprep.format.dataset import LatentDataset, open_dataset
-from latentprep.pictures.linear_decoder import load_linear_decoder
 from latentprep.pictures.metrics import mean, psnr, ssim
 from latentprep.pictures.samples import Decoder, Originals, decoded, pick
 from latentprep.progress import ProgressFactory, silent

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from latentprep.codecs.linear import LinearDecoder, load_linear_decoder, shrink
 from latentprep.derived.requantize import recoder, requantized_manifest
 from latentprep.device import NOT_ON_DEVICE, Fitting
 from latentprep.errors import SourceError, UsageError, opt, system_fault
 from latentprep.format.dataset import LatentDataset, open_dataset
 from latentprep.format.quantizer import check_bits
 from latentprep.pictures.decode import open_decoder
-from latentprep.pictures.linear_decoder import LinearDecoder, load_linear_decoder, shrink
 from latentprep.pictures.samples import Decoder, Picked, decode_all, load_originals, pick
 from latentprep.pictures.sheet import Column, channel_pictures, colour_pictures, draw_sheet, png
 from latentprep.progress import ProgressFactory, silent

@@ -1,4 +1,4 @@
-"""Training knows no store: the same samples in either give the same numbers."""
+"""Training knows no store: the same samples in any give the same numbers."""
 
 import json
 
@@ -10,13 +10,15 @@ import latenttrain
 from latentprep.format import open_dataset
 from latenttrain.streaming import StreamedSplit
 
+OTHERS = ("wds", "parquet")
+
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory, codes):
-    """The same 200 + 70 samples in both stores: four shards and two, the last ones odd."""
+def stores(tmp_path_factory, codes):
+    """The same 200 + 70 samples in each store: four shards and two, the last ones odd."""
     root = tmp_path_factory.mktemp("stores")
-    latentprep.convert(codes, out=root / "wds", store="wds")
-    return codes, root / "wds"
+    made = {store: latentprep.convert(codes, out=root / store, store=store).out for store in OTHERS}
+    return {"zarr": codes, **made}
 
 
 def numbers(run):
@@ -25,20 +27,21 @@ def numbers(run):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_fit_and_eval_give_the_same_numbers(both, tmp_path, small, stream):
-    for dataset, run in zip(both, ("zarr", "wds"), strict=True):
-        latenttrain.fit(dataset, **small, stream=stream, out=tmp_path / run)
-    assert numbers(tmp_path / "zarr") == numbers(tmp_path / "wds")
-    weights = [(tmp_path / run / "best.safetensors").read_bytes() for run in ("zarr", "wds")]
-    assert weights[0] == weights[1]
-    results = [latenttrain.evaluate(tmp_path / "zarr", dataset) for dataset in both]
-    assert results[0].top1 == results[1].top1
-    assert results[0].loss == results[1].loss
+def test_fit_and_eval_give_the_same_numbers(stores, tmp_path, small, stream):
+    found = {}
+    for store, dataset in stores.items():
+        latenttrain.fit(dataset, **small, stream=stream, out=tmp_path / store)
+        result = latenttrain.evaluate(tmp_path / "zarr", dataset)
+        weights = (tmp_path / store / "best.safetensors").read_bytes()
+        found[store] = numbers(tmp_path / store), weights, result.top1, result.loss
+    for store in OTHERS:
+        assert found[store] == found["zarr"]
 
 
+@pytest.mark.parametrize("store", OTHERS)
 @pytest.mark.parametrize("threads", [1, 16])  # 16: fewer shards than workers
-def test_tars_stream_every_sample_once_whatever_the_threads(make_dataset, threads):
-    dataset = open_dataset(make_dataset(store="wds", rows={"train": 129, "val": 3}, views=2))
+def test_every_sample_is_streamed_once_whatever_the_threads(make_dataset, threads, store):
+    dataset = open_dataset(make_dataset(store=store, rows={"train": 129, "val": 3}, views=2))
     streamed = StreamedSplit(dataset, "train", torch.device("cpu"), threads=threads)
     codes = torch.cat([found for found, _ in streamed.batches(10)])
     assert torch.equal(codes, torch.from_numpy(dataset.load("train").codes[:, 0]))

@@ -109,7 +109,7 @@ def files_of(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("store", ["zarr", "wds"])
+@pytest.mark.parametrize("store", ["zarr", "wds", "parquet"])
 def test_what_is_pushed_is_read_again(hub: FakeHub, tmp_path: Path, store: str) -> None:
     images, data = make_folder(tmp_path / "images"), tmp_path / "data"
     (images / "train" / "class_0" / "001.jpg").write_bytes(b"junk")
@@ -170,3 +170,35 @@ def test_the_card_says_what_the_dataset_is(tmp_path: Path) -> None:
         '"class_0"',
     ):
         assert fact in text
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_datasets_loads_a_pushed_parquet_store_by_its_card(tmp_path: Path, views: int) -> None:
+    """As the hub would: the README beside the files, and no code of ours."""
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    names = ('say "cheese"', "naïve 🧀: #1", "no")
+    root, images = tmp_path / "data", make_folder(tmp_path / "images", classes=3)
+    for number, name in enumerate(names):
+        for split in ("train", "val"):
+            (images / split / f"class_{number}").rename(images / split / name)
+    options = {"codec": "resample:factor=4", "size": 32, "views": views, "shard_rows": 8}
+    latentprep.encode(images, **options, out=tmp_path / "zarr")
+    latentprep.fit_linear_decoder(tmp_path / "zarr", images)
+    latentprep.convert(tmp_path / "zarr", out=root, store="parquet")
+    ours = latentprep.open(root)
+    (root / "README.md").write_text(card(ours, NAME))
+    loaded = datasets.load_dataset(str(root), cache_dir=str(tmp_path / "cache"))
+    assert {split: len(found) for split, found in loaded.items()} == ours.manifest.splits
+    info = datasets.load_dataset_builder(str(root), cache_dir=str(tmp_path / "other")).info  # by the card alone
+    assert {split: found.num_examples for split, found in info.splits.items()} == ours.manifest.splits
+    sizes = {split: sum(path.stat().st_size for path in root.glob(f"data/{split}-*")) for split in ours.splits}
+    assert {split: found.num_bytes for split, found in info.splits.items()} == sizes
+    assert info.features == loaded["val"].features
+    assert list(info.features) == ["key", "label", "codes", "valid", "thumbnail"]
+    assert info.features["label"].names == list(ours.classes) == sorted(names)
+    shape = (3, 8, 8) if views == 1 else (None, 3, 8, 8)
+    assert info.features["codes"].shape == shape and info.features["codes"].dtype == "uint8"
+    found, wanted = loaded["val"].with_format("numpy")[:], ours.load("val")
+    assert (found["codes"].reshape(wanted.codes.shape) == wanted.codes).all()
+    assert loaded["val"][0]["thumbnail"].size == (48, 48)
+    assert "load_dataset" not in card(latentprep.open(tmp_path / "zarr"), NAME)

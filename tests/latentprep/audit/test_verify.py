@@ -56,6 +56,10 @@ def shards(found: VerifyResult) -> list[tuple[str | None, int | None]]:
     return [(problem.split, problem.index) for problem in found.problems]
 
 
+def paths(split: str, index: int) -> dict[str, str]:
+    return shard_files(None, split, index)  # Zarr's follow from these two alone
+
+
 def everything(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
@@ -99,8 +103,8 @@ def test_every_bit_flip_is_found(data: Path) -> None:
 
 def test_damaged_and_missing_shards_are_named_and_repaired(data: Path, source: Source) -> None:
     before = everything(data)
-    flip(data / shard_files("train", 1)["codes"], 77)
-    (data / shard_files("val", 0)["keys"]).unlink()
+    flip(data / paths("train", 1)["codes"], 77)
+    (data / paths("val", 0)["keys"]).unlink()
     (data / "records" / "train-000002.json").unlink()
     flip(data / "records" / "val-000001.json", 900)
     flip(data / "errors.jsonl", 3)
@@ -116,10 +120,10 @@ def test_damaged_and_missing_shards_are_named_and_repaired(data: Path, source: S
 
 def test_repairing_leaves_whole_shards_alone(data: Path, source: Source) -> None:
     times = {path: path.stat().st_mtime_ns for path in data.rglob("*") if path.is_file()}
-    flip(data / shard_files("train", 1)["labels"], 5)
+    flip(data / paths("train", 1)["labels"], 5)
     assert latentprep.verify(data, source=source, repair=True, samples=0).ok
     changed = {str(path.relative_to(data)) for path, time in times.items() if path.stat().st_mtime_ns != time}
-    assert changed == {*shard_files("train", 1).values(), "records/train-000001.json", "errors.jsonl"}
+    assert changed == {*paths("train", 1).values(), "records/train-000001.json", "errors.jsonl"}
 
 
 def test_an_altered_manifest_is_not_repaired_over(data: Path, source: Source) -> None:
@@ -137,7 +141,7 @@ def test_a_part_of_another_encode_is_named(data: Path, made: tuple[Path, Path], 
     shutil.copy(tmp_path / "other" / "records" / "train-000001.json", data / "records")
     with pytest.raises(DatasetError, match="does not belong to"):
         open_dataset(data).load("train")
-    shutil.copy(tmp_path / "other" / shard_files("val", 0)["codes"], data / shard_files("val", 0)["codes"])
+    shutil.copy(tmp_path / "other" / paths("val", 0)["codes"], data / paths("val", 0)["codes"])
     with pytest.raises(DatasetError, match="shard val 0"):
         open_dataset(data).load("val")
     assert shards(latentprep.verify(data)) == [("train", 1), ("val", 0)]
@@ -236,12 +240,12 @@ def test_an_interrupted_encode_is_incomplete_not_damaged(data: Path) -> None:
 
 
 def test_verification_can_be_switched_off(data: Path) -> None:
-    path = data / shard_files("train", 1)["labels"]
+    path = data / paths("train", 1)["labels"]
     other = open_dataset(data)
     files = encode_shard_files(
         other.manifest, "train", 1, *[v[::-1] for v in vars(other.read_shard("train", 1)).values()]
     )
-    path.write_bytes(files[shard_files("train", 1)["labels"]])
+    path.write_bytes(files[paths("train", 1)["labels"]])
     with pytest.raises(DatasetError, match=r"shard train 1: .* was altered"):
         latentprep.open(data).read_shard("train", 1)
     assert len(latentprep.open(data, verify=False).load("train").keys) == 11
@@ -280,7 +284,7 @@ def test_exit_codes_and_json(data: Path, made: tuple[Path, Path]) -> None:
     done = run("verify", data)
     assert done.returncode == 0, done.stderr
     assert "is intact" in done.stdout
-    flip(data / shard_files("train", 1)["codes"], 77)
+    flip(data / paths("train", 1)["codes"], 77)
     done = run("verify", data)
     assert done.returncode == 6
     assert "train 1" in done.stdout

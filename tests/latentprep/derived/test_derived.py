@@ -44,44 +44,51 @@ def same_samples(a: LatentDataset, b: LatentDataset) -> bool:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 + 8 images of 2 classes, of which one does not decode, with three views in shards of five, in both stores."""
+    """24 + 8 images of 2 classes, of which one does not decode, with three views in shards of five, in each store."""
     root = tmp_path_factory.mktemp("derived")
     images = make_folder(root / "images", train=12, val=4)
     (images / "train" / "class_1" / "003.jpg").write_bytes(b"junk")
     encode(images, root / "zarr", views=3)
-    encode(images, root / "wds", views=3, store="wds")
+    for store in ("wds", "parquet"):
+        encode(images, root / store, views=3, store=store)
     return root
 
 
-def test_there_and_back_gives_the_same_bytes(root: Path, tmp_path: Path) -> None:
-    there = latentprep.convert(root / "zarr", out=tmp_path / "wds", store="wds")
+@pytest.mark.parametrize("first", ["zarr", "wds", "parquet"])
+@pytest.mark.parametrize("second", ["zarr", "wds", "parquet"])
+def test_there_and_back_gives_the_same_bytes(root: Path, tmp_path: Path, first: str, second: str) -> None:
+    there = latentprep.convert(root / first, out=tmp_path / second, store=second)
     assert there.encoded == 32
-    assert digest(tmp_path / "wds") == digest(root / "wds")  # nor does it matter which way it was encoded
-    latentprep.convert(tmp_path / "wds", out=tmp_path / "zarr", store="zarr")
-    assert digest(tmp_path / "zarr") == digest(root / "zarr")
-    assert same_samples(latentprep.open(root / "zarr"), latentprep.open(root / "wds"))
+    assert digest(tmp_path / second) == digest(root / second)  # nor does it matter which way it was encoded
+    latentprep.convert(tmp_path / second, out=tmp_path / "back" / first, store=first)
+    assert digest(tmp_path / "back" / first) == digest(root / first)
+    assert latentprep.verify(tmp_path / second, deep=True).ok
+    assert same_samples(latentprep.open(root / first), latentprep.open(root / second))
     for split in ("train", "val"):
-        ours, theirs = (latentprep.open(root / store).load(split) for store in ("zarr", "wds"))
+        ours, theirs = (latentprep.open(root / store).load(split) for store in ("zarr", second))
         assert np.array_equal(ours.codes, theirs.codes) and ours.keys == theirs.keys
         assert np.array_equal(ours.labels, theirs.labels)
-        rows = latentprep.open(root / "wds").valid_rows(split)
+        rows = latentprep.open(root / second).valid_rows(split)
         assert np.array_equal(rows, latentprep.open(root / "zarr").valid_rows(split))
 
 
-def test_an_encode_to_tars_resumes_and_is_replaced(root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("store", "file"), [("wds", "train-000001.tar"), ("parquet", "data/train-00001-of-00005.parquet")]
+)
+def test_an_encode_to_another_store_resumes_and_is_replaced(root: Path, tmp_path: Path, store: str, file: str) -> None:
     out = tmp_path / "out"
-    encode(root / "images", out, views=3, store="wds")
-    (out / "train-000001.tar").unlink()
+    encode(root / "images", out, views=3, store=store)
+    (out / file).unlink()
     (out / "records" / "val-000000.json").unlink()
     assert latentprep.encode(
-        root / "images", codec="dct", size=32, shard_rows=5, out=out, views=3, store="wds"
+        root / "images", codec="dct", size=32, shard_rows=5, out=out, views=3, store=store
     ).encoded == 10  # fmt: skip
-    assert digest(out) == digest(root / "wds")
-    with pytest.raises(DatasetError, match="store is wds, but zarr was requested"):
+    assert digest(out) == digest(root / store)
+    with pytest.raises(DatasetError, match=f"store is {store}, but zarr was requested"):
         encode(root / "images", out, views=3)
     encode(root / "images", out, views=3, overwrite=True)
     assert digest(out) == digest(root / "zarr")
-    with pytest.raises(UsageError, match="store must be zarr or wds, got tar"):
+    with pytest.raises(UsageError, match="store must be zarr or wds or parquet, got tar"):
         encode(root / "images", out, store="tar")
 
 
@@ -136,7 +143,7 @@ def test_requantize_keeps_the_store(root: Path, tmp_path: Path) -> None:
     assert same_samples(ours, theirs)
 
 
-@pytest.mark.parametrize("store", ["zarr", "wds"])
+@pytest.mark.parametrize("store", ["zarr", "wds", "parquet"])
 def test_a_subset_is_some_samples_as_they_were(root: Path, tmp_path: Path, store: str) -> None:
     source = latentprep.open(root / store).load("train")
     latentprep.subset(root / store, out=tmp_path / "half", fraction=0.5, seed=3)
@@ -171,7 +178,7 @@ def test_a_subset_of_classes_numbers_them_anew(root: Path, tmp_path: Path) -> No
         latentprep.subset(root / "zarr", out=tmp_path / "x", fraction=0)
 
 
-@pytest.mark.parametrize("store", ["zarr", "wds"])
+@pytest.mark.parametrize("store", ["zarr", "wds", "parquet"])
 def test_splits_encoded_apart_merge_to_the_encode_of_all(root: Path, tmp_path: Path, store: str) -> None:
     train = encode(root / "images", tmp_path / "train", views=3, store=store, splits=["train"])
     val = encode(root / "images", tmp_path / "val", splits=["val"], store=store, quantizer=train.root)

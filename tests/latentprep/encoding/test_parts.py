@@ -50,9 +50,12 @@ def halves(root: Path) -> tuple[LatentDataset, LatentDataset]:
 @pytest.mark.parametrize("count", [2, 3, 7])
 @pytest.mark.parametrize(
     "options",
-    [{"views": 3}, {"store": "wds"}, {"bits": 1, "joint": True}, {"limit": 13, "splits": ["val", "train"]}],
-    ids=["views", "wds", "joint", "limit"],
-)
+    [
+        {"views": 3}, {"store": "wds"}, {"store": "parquet"}, {"bits": 1, "joint": True},
+        {"limit": 13, "splits": ["val", "train"]},
+    ],
+    ids=["views", "wds", "parquet", "joint", "limit"],
+)  # fmt: skip
 def test_parts_merge_to_the_bytes_of_one_encode(root: Path, tmp_path: Path, count: int, options: dict) -> None:
     whole = encode(root, tmp_path / "whole", **options)
     count = min(count, sum(map(whole.manifest.shard_count, whole.splits)))

@@ -86,7 +86,9 @@ def test_shard_files_round_trip(n: int, views: int, bits: int, compression: int,
     labels = np.arange(-1, n - 1, dtype=np.int32)
     files = encode_shard_files(m, "train", 0, codes, labels, keys[:n])
     assert files == encode_shard_files(m, "train", 0, codes, labels, keys[:n])  # deterministic
-    assert files[shard_files("train", 0)["codes"]] == zarr_store._chunk_bytes(m, "train", "codes", codes)  # Zarr's own
+    assert files[shard_files(m, "train", 0)["codes"]] == zarr_store._chunk_bytes(
+        m, "train", "codes", codes
+    )  # Zarr's own
     again = decode_shard_files(m, "train", 0, files)
     assert np.array_equal(again[0], codes)
     assert np.array_equal(again[1], labels)
@@ -103,7 +105,7 @@ def test_damaged_codes_are_an_error_or_codes_never_a_crash(compression: int, pla
     m = manifest(9, 9, 2, compression, chunk_rows=3, splits={"train": 7})
     codes = np.random.default_rng(0).integers(0, 4, (7, *m.row_shape("train")), dtype=np.uint8)
     files = encode_shard_files(m, "train", 0, codes, np.zeros(7, np.int32), [""] * 7)
-    data = bytearray(files[shard_files("train", 0)["codes"]])
+    data = bytearray(files[shard_files(m, "train", 0)["codes"]])
     for place, value in places:
         data[int(place * len(data))] = value
     for damaged in (bytes(data), bytes(data[: int(keep * len(data))])):
@@ -118,7 +120,7 @@ def test_all_zero_codes_are_stored_not_left_out() -> None:
     files = encode_shard_files(
         m, "train", 0, np.zeros((4, *m.row_shape("train")), np.uint8), np.zeros(4, np.int32), [""] * 4
     )
-    assert set(files) == set(shard_files("train", 0).values())
+    assert set(files) == set(shard_files(m, "train", 0).values())
     assert all(files.values())
 
 
@@ -187,7 +189,7 @@ def damage(path: Path, how: str) -> None:
 @pytest.mark.parametrize("how", ["missing", "cut", "altered"])
 @pytest.mark.parametrize("name", ["codes", "labels", "keys"])
 def test_a_damaged_shard_is_named(dataset: LatentDataset, name: str, how: str) -> None:
-    damage(dataset.root / shard_files("train", 1)[name], how)
+    damage(dataset.root / shard_files(dataset.manifest, "train", 1)[name], how)
     dataset.read_shard("train", 0)
     with pytest.raises(DatasetError, match=r"shard train 1.*encode again: it makes only that shard"):
         dataset.load("train")

@@ -63,7 +63,7 @@ def tar_of(m: Manifest, invalid: tuple[int, ...] = (), keys: list[str] | None = 
 
 
 def decoded(m: Manifest, data: bytes) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    return decode_shard_files(m, "train", 0, {shard_files("train", 0)["codes"]: data})
+    return decode_shard_files(m, "train", 0, {shard_files(m, "train", 0)["codes"]: data})
 
 
 @given(st.integers(1, 8), st.integers(1, 30), st.integers(0, 5))

@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 
 import latentprep
+from latentprep.codecs.linear import load_linear_decoder, shrink
 from latentprep.errors import DatasetError, SourceError, UsageError
 from latentprep.format.commit import remove_dataset
-from latentprep.pictures.linear_decoder import _least_squares, load_linear_decoder, shrink
+from latentprep.pictures.linear_decoder import _least_squares
 from latentprep.pictures.preview import linear_preview, unit_latents
 from latentprep.pictures.samples import Originals, pick
 from latentprep.pictures.sheet import Column, channel_pictures, draw_sheet, fitted

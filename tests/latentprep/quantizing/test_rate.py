@@ -71,9 +71,12 @@ def test_what_is_out_of_reach_says_so() -> None:
         fit_rate(latents(1), 1e-6, torch.ones(1), lambda codes: 0.01 + entropy(codes))
 
 
-@pytest.mark.parametrize(("codec", "asked"), [("dct", {"rate": 0.8}), ("resample", {"bytes": 320})])
-def test_a_dataset_has_the_bytes_that_were_asked_for(tmp_path: Path, codec: str, asked: dict) -> None:
-    same = {"codec": codec, "size": 64, "limit": 256, "shard_rows": 128, "out": tmp_path / "d"}
+@pytest.mark.parametrize(
+    ("codec", "store", "asked"),
+    [("dct", "zarr", {"rate": 0.8}), ("resample", "zarr", {"bytes": 320}), ("resample", "parquet", {"bytes": 400})],
+)
+def test_a_dataset_has_the_bytes_that_were_asked_for(tmp_path: Path, codec: str, store: str, asked: dict) -> None:
+    same = {"codec": codec, "store": store, "size": 64, "limit": 256, "shard_rows": 128, "out": tmp_path / "d"}
     made = latentprep.encode("shapes", **same, **asked)
     values = int(np.prod(made.latent))
     rate = asked.get("rate", asked.get("bytes", 0) * 8 / values)

@@ -90,7 +90,7 @@ def numbers(run: Path) -> list[dict]:
     return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
 
 
-@pytest.mark.parametrize("store", ["zarr", "wds"])
+@pytest.mark.parametrize("store", ["zarr", "wds", "parquet"])
 def test_through_faults_an_encode_and_a_fit_equal_the_local_ones(
     through: Callable[..., Proxy], images: Path, tmp_path: Path, store: str
 ) -> None:
