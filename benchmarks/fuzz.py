@@ -35,8 +35,8 @@ else:
 
 # Of a hundred executions. The cheap parsers get most; `dataset` is `verify` and `load` of a whole dataset.
 SHARES = {
-    "manifest": 20.0,
-    "record": 22.0,
+    "manifest": 16.0,
+    "record": 20.0,
     "codes": 14.0,
     "labels": 7.0,
     "keys": 10.0,
@@ -45,6 +45,9 @@ SHARES = {
     "tar": 3.0,
     "tar in gzip": 1.0,
     "gzip": 2.0,
+    "parquet": 2.0,
+    "parquet shard": 2.0,
+    "table": 2.0,
     "checkpoint": 4.0,
     "config": 2.5,
     "latents": 1.0,

@@ -132,6 +132,8 @@ def make_targets(folder: Path) -> dict[str, Target]:
         "parquet shard": _whole_shard("parquet"),
         "image": Target(_images(), _decode, allowed=(BadImage,)),
         **_archives(folder),
+        "parquet": _parquet(folder),
+        "table": _table(folder),
         "checkpoint": _checkpoint(folder),
         "config": _config(folder),
         "latents": _latents(folder),
@@ -247,6 +249,56 @@ def _archives(folder: Path) -> dict[str, Target]:
 
     small = [gzip.compress(seed, 9, mtime=0) for seed in seeds]
     return {"tar": Target(seeds, read), "tar in gzip": Target(seeds, zipped), "gzip": Target(small, read)}
+
+
+def _parquet(folder: Path) -> Target:
+    """A source of a Parquet file: columns, labels, images, and the JSON of `datasets` in its footer."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    features = {"image": {"_type": "Image"}, "label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}
+    images = [{"bytes": jpeg(picture(i, 16, 16)), "path": f"{i}.jpg"} for i in range(8)]
+    table = pa.table({"image": images, "label": [0, 1] * 4})
+    table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    plain = pa.table({"image": [image["bytes"] for image in images], "label": ["cat", "dog"] * 4})
+    seeds = []
+    for rows, options in (
+        (table, {"compression": "none", "row_group_size": 4}),
+        (table, {"compression": "zstd", "row_group_size": 3, "data_page_version": "2.0"}),
+        (plain, {"compression": "snappy", "row_group_size": 8}),
+    ):
+        buffer = io.BytesIO()
+        pq.write_table(rows, buffer, **options)
+        seeds.append(buffer.getvalue())
+    path = folder / "train.parquet"
+
+    def read(data: bytes) -> None:
+        path.write_bytes(data)
+        source = open_source(path)
+        for split in source.splits:
+            for i in range(source.size(split)):
+                source.read(split, i)
+
+    return Target(seeds, read, text=True)
+
+
+def _table(folder: Path) -> Target:
+    """A table of labels: CSV, or JSON lines."""
+    seeds = [
+        b'file_name,label,split\n0.jpg,"a ""cat""",train\n1.jpg,dog,train\n2.jpg,dog,val\n',
+        b'{"file_name": "0.jpg", "label": 1}\n{"file_name": "1.jpg", "label": 2}\n',
+    ]
+    images = folder / "labelled"
+    images.mkdir()
+    for i in range(3):
+        (images / f"{i}.jpg").write_bytes(b"\xff\xd8\xff\xe0")
+
+    def read(data: bytes) -> None:
+        path = folder / ("labels.jsonl" if data[:1] == b"{" else "labels.csv")
+        path.write_bytes(data)
+        open_source(images, labels=path, val_fraction=0 if path.suffix == ".jsonl" else None)
+
+    return Target(seeds, read, text=True)
 
 
 def _checkpoint(folder: Path) -> Target:

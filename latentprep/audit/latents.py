@@ -24,6 +24,9 @@ def write_latents(
     *,
     out: str | Path,
     data: str | Path | None = None,
+    labels: str | Path | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
     val_fraction: float | None = None,
     limit: int | None = None,
     seed: int = 0,
@@ -35,7 +38,8 @@ def write_latents(
 ) -> Path:
     """Write the float16 latents of view 0 of every sample of `dataset` to the folder `out`, and return it.
 
-    source: the images that the dataset was made from; data, val_fraction, limit, seed: the values used to encode it.
+    source: the images that the dataset was made from; data, labels, image_column, label_column, val_fraction, limit,
+    seed: the values used to encode it.
     Splits that are already in `out` are left alone. `latenttrain.sweep` compares codes with these latents; training
     needs only codes, which are a tenth of the size.
 
@@ -48,7 +52,10 @@ def write_latents(
     if root.resolve() == opened.root.resolve():
         raise UsageError(f"{opt('out')} is the dataset itself, {root}", "choose another folder")
     manifest = opened.manifest
-    source = open_source(source, data=data, val_fraction=val_fraction, seed=seed)
+    source = open_source(
+        source, data=data, labels=labels, image_column=image_column, label_column=label_column,
+        val_fraction=val_fraction, seed=seed,
+    )  # fmt: skip
     source = source if limit is None else source.take(limit)
     stages = own_stages(opened, source, weights, device, batch_size, workers)
     canonical = replace(manifest, transform={**manifest.transform, "views": 1})

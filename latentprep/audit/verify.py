@@ -77,6 +77,9 @@ def verify(
     source: str | Path | Source | None = None,
     samples: int = SAMPLES,
     data: str | Path | None = None,
+    labels: str | Path | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
     val_fraction: float | None = None,
     limit: int | None = None,
     seed: int = 0,
@@ -90,8 +93,9 @@ def verify(
     """Check a dataset: the count, size and checksum of every file, labels, keys, codes and derived files.
 
     deep: decode every shard, not only some of each split. source: the images that the dataset was made from. Keys and
-    labels are compared with it, and `samples` images, drawn by `seed`, are encoded again. data, val_fraction, limit,
-    seed: the values used to encode it. repair: encode the damaged and missing shards again, and no others.
+    labels are compared with it, and `samples` images, drawn by `seed`, are encoded again. data, labels, image_column,
+    label_column, val_fraction, limit, seed: the values used to encode it. repair: encode the damaged and missing shards
+    again, and no others.
     weights, device, batch_size, workers: for the codec, as in `encode`.
 
     Raises `DatasetError` if there is no dataset or its manifest is damaged (then nothing can be checked or repaired),
@@ -108,7 +112,10 @@ def verify(
     check_whole("samples", samples, 0, hint=f"use {opt('samples', SAMPLES)}")
     root = dataset.root if isinstance(dataset, LatentDataset) else dataset  # as it is now
     dataset = open_dataset(root)
-    source = open_own_source(source, data=data, val_fraction=val_fraction, seed=seed, limit=limit)
+    source = open_own_source(
+        source, data=data, labels=labels, image_column=image_column, label_column=label_column,
+        val_fraction=val_fraction, seed=seed, limit=limit,
+    )  # fmt: skip
     stages = None if source is None else own_stages(dataset, source, weights, device, batch_size, workers)
     source = None if stages is None else stages.source
     compared, repaired = None, {}

@@ -10,7 +10,19 @@ from latentprep import __version__, text
 from latentprep.cli import console
 from latentprep.cli import datasets as cli_datasets
 from latentprep.cli import pictures as cli_pictures
-from latentprep.cli.options import Data, Device, Joint, Json, Out, Overwrite, Workers, words
+from latentprep.cli.options import (
+    Data,
+    Device,
+    ImageColumn,
+    Joint,
+    Json,
+    LabelColumn,
+    Labels,
+    Out,
+    Overwrite,
+    Workers,
+    words,
+)
 from latentprep.cli.showing import open_shown, shape, show_result
 
 app = typer.Typer(
@@ -36,7 +48,7 @@ def _top(version: Annotated[bool, typer.Option("--version", help="Show the versi
 
 @app.command()
 def encode(
-    source: Annotated[str, typer.Argument(help="Folder, tar files, or shapes, imagenette, imagewoof.")],
+    source: Annotated[str, typer.Argument(help="Folder, tars, Parquet files, or shapes, imagenette, imagewoof.")],
     out: Out = "shards",
     bits: Annotated[int | None, typer.Option(help="Bits per code, 1 to 8. Default: 4.")] = None,
     rate: Annotated[float | None, typer.Option(help="Bits per code on disk, in place of --bits.")] = None,
@@ -80,6 +92,9 @@ def encode(
         int | None, typer.Option(rich_help_panel="Source", help="Largest image, in pixels. Default: 134217728.")
     ] = None,
     data: Data = None,
+    labels: Labels = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
     workers: Workers = None,
     device: Device = "auto",
     devices: Annotated[
@@ -104,7 +119,10 @@ def encode(
     """
     from latentprep.encoding.encode import encode as run
 
-    opened = open_shown(source, data=data, val_fraction=val_fraction, seed=seed, out=out)
+    opened = open_shown(
+        source, data=data, labels=labels, image_column=image_column, label_column=label_column,
+        val_fraction=val_fraction, seed=seed, out=out,
+    )  # fmt: skip
     result = run(
         opened, codec=codec, weights=weights, bits=bits, rate=rate, bytes=bytes, size=size, out=out, store=store,
         quantizer=quantizer, joint=joint, views=views, splits=words(splits), limit=limit, workers=workers,

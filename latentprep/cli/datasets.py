@@ -13,8 +13,11 @@ from latentprep.cli.options import (
     Data,
     Dataset,
     Device,
+    ImageColumn,
     Joint,
     Json,
+    LabelColumn,
+    Labels,
     Out,
     Overwrite,
     SameLimit,
@@ -155,6 +158,9 @@ def latents(
     source: Annotated[str, typer.Argument(help="The source the dataset was made from.")],
     out: Annotated[Path, typer.Option(help="Folder to write to; splits already there are left alone.")],
     data: Data = None,
+    labels: Labels = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
     val_fraction: SameValFraction = None,
     limit: SameLimit = None,
     seed: SameSeed = 0,
@@ -171,7 +177,10 @@ def latents(
     """
     from latentprep.audit.latents import write_latents as run
 
-    opened = open_shown(source, data=data, val_fraction=val_fraction, seed=seed)
+    opened = open_shown(
+        source, data=data, labels=labels, image_column=image_column, label_column=label_column,
+        val_fraction=val_fraction, seed=seed,
+    )  # fmt: skip
     folder = run(
         dataset, opened, out=out, limit=limit, weights=weights, device=device, workers=workers,
         progress=console.progress_bar,
@@ -194,6 +203,9 @@ def verify(
     ] = False,
     samples: Annotated[int, typer.Option(rich_help_panel="Source", help="Images to encode again and compare.")] = 64,
     data: Data = None,
+    labels: Labels = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
     val_fraction: SameValFraction = None,
     limit: SameLimit = None,
     seed: SameSeed = 0,
@@ -214,7 +226,10 @@ def verify(
     """
     from latentprep.audit.verify import verify as run
 
-    opened = open_shown(source, data=data, val_fraction=val_fraction, seed=seed, limit=limit)
+    opened = open_shown(
+        source, data=data, labels=labels, image_column=image_column, label_column=label_column,
+        val_fraction=val_fraction, seed=seed, limit=limit,
+    )  # fmt: skip
     found = run(
         dataset, deep=deep, source=opened, samples=samples, seed=seed, repair=repair, weights=weights, device=device,
         workers=workers, progress=console.progress_bar,

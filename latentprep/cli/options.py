@@ -36,6 +36,16 @@ Data = Annotated[
     Path | None,
     typer.Option(rich_help_panel="Source", help="Your own copy of the named dataset, instead of a download."),
 ]
+Labels = Annotated[
+    Path | None,
+    typer.Option(rich_help_panel="Source", help="Table of labels: CSV, TSV, JSON lines or Parquet."),
+]
+ImageColumn = Annotated[
+    str | None, typer.Option(rich_help_panel="Source", help="Column of images, or of --labels' file names.")
+]
+LabelColumn = Annotated[
+    str | None, typer.Option(rich_help_panel="Source", help="Column of labels. Default: the ClassLabel, or label.")
+]
 OwnSource = Annotated[
     str | None, typer.Option("--source", help="The source the dataset was made from, for the original images.")
 ]

@@ -117,6 +117,9 @@ def encode(
     splits: list[str] | None = None,
     limit: int | None = None,
     data: str | Path | None = None,
+    labels: str | Path | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
     val_fraction: float | None = None,
     batch_size: int | None = None,
     workers: int | None = None,
@@ -139,7 +142,8 @@ def encode(
 ) -> EncodeResult:
     """Encode `source` with `codec`, quantize, store in `out`, a folder or URL. Run again, it resumes.
 
-    source: a folder, archive, tars or named dataset (see `latentprep.sources.source.open_source`), or an open one.
+    source: a folder, archive, tars, Parquet files or named dataset, or an open one. data, labels, image_column,
+    label_column, val_fraction: see `latentprep.sources.source.open_source`.
     codec: a name, with options as in ``dct:luma=20,chroma=5``, or a `Codec`. Default: ``resample`` for images of up to
     48 pixels a side, else ``taesd`` if its weights are at hand, else ``dct``. weights: folder or hub id of an
     autoencoder's weights, short for the codec's option.
@@ -192,7 +196,10 @@ def encode(
     part = parse_part(shard_of)
     root = place(out)
 
-    source = open_source(source, data=data, val_fraction=val_fraction, seed=seed, out=out)
+    source = open_source(
+        source, data=data, labels=labels, image_column=image_column, label_column=label_column,
+        val_fraction=val_fraction, seed=seed, out=out,
+    )  # fmt: skip
     if limit is not None:
         source = source.take(limit)
     names = _split_names(source, splits)

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from latentprep.errors import SourceError
+from latentprep.errors import SourceError, opt
 from latentprep.progress import BYTES, ProgressFactory, silent
 from latentprep.sources.kinds import has_image_name
-from latentprep.sources.listing import HIDDEN, TABLES, Entry, Listing, is_hidden, text_path
+from latentprep.sources.listing import HIDDEN, LABEL_TABLES, TABLES, Entry, Listing, is_hidden, text_path
 from latentprep.sources.offsets import AGAIN, GzipFile, PlainFile, archive_kind, begins_tar
 
 _HEADER_BYTES = 1 << 20  # of one member, including long names
@@ -31,12 +31,13 @@ def list_archive(path: Path, progress: ProgressFactory = silent) -> Listing:
     """
     kind = archive_kind(path)
     if kind not in ("tar", "gzip"):
-        what = "a Parquet file" if kind == "Parquet" else f"a {kind} archive" if kind else "not an archive"
+        what = f"a {kind} archive" if kind else "not an archive"
         if path.suffix.lower() in TABLES:
-            what = f"a table ({path.suffix}), which is not read"
+            what = f"a table ({path.suffix}), not images"
         raise SourceError(
             f"{path} is {what}",
-            "give a folder, a .tar or a .tar.gz, with images in class folders or WebDataset samples",
+            "give a folder, a .tar or a .tar.gz, with images in class folders or WebDataset samples"
+            + (f", and the table as {opt('labels')}" if path.suffix.lower() in LABEL_TABLES else ""),
         )
     file = GzipFile(path) if kind == "gzip" else PlainFile(path)
     total = path.stat().st_size

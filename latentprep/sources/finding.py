@@ -1,55 +1,103 @@
-"""Find the images that a source's name stands for: in a folder, an archive, or several tars."""
+"""Find the images that a source's name stands for: in a folder, an archive, several tars, or Parquet files."""
 
 from __future__ import annotations
 
+import glob
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from latentprep.errors import SourceError, nearest
 from latentprep.progress import ProgressFactory, silent
 from latentprep.sources.archives import list_archive
-from latentprep.sources.kinds import has_image_name
-from latentprep.sources.layouts import LAYOUTS, Tree, by_folders
-from latentprep.sources.listing import BESIDE, list_folder, read_file
-from latentprep.sources.offsets import read_member
+from latentprep.sources.kinds import has_image_name, has_parquet_name
+from latentprep.sources.layouts import LAYOUTS, Columns, Tree, by_folders
+from latentprep.sources.listing import ARCHIVES, BESIDE, Listing, list_folder, read_file
+from latentprep.sources.offsets import archive_kind, read_member
+from latentprep.sources.parquet import by_parquet
+from latentprep.sources.parquet_files import Files, local_files, remote_files
+from latentprep.sources.tables import by_labels, by_metadata
 from latentprep.sources.tars import by_tars
-from latentprep.storage.places import path_of
+from latentprep.storage.places import SCHEMES, path_of
 
 MAX_TARS = 100_000  # in one brace pattern, at most
 
+NO_COLUMNS = Columns()
 Load = Callable[[Any], bytes]
 
 
-def find(spec: str, out: Path | None = None, progress: ProgressFactory = silent) -> tuple[Tree, Load]:
+def find(
+    spec: str, out: Path | None = None, progress: ProgressFactory = silent, columns: Columns = NO_COLUMNS
+) -> tuple[Tree, Load]:
     """The images that ``spec`` names, by split, and the function that reads one. ``out``: a folder to leave out.
 
     Raises SourceError.
     """
     try:
-        return _find(spec, path_of(spec), out, progress)
+        if _is_url(spec):
+            return _parquet(spec, remote_files(spec, _expand_braces(spec)), columns)
+        return _find(spec, path_of(spec), out, progress, columns)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise SourceError(f"cannot read {error.filename or spec}: {reason}", "check its permissions") from error
 
 
-def _find(spec: str, path: Path, out: Path | None, progress: ProgressFactory) -> tuple[Tree, Load]:
+def _is_url(spec: str) -> bool:
+    """Whether Parquet files at this URL are read; tars are not."""
+    return spec.partition("://")[0].lower() in SCHEMES and "://" in spec and not spec.lower().endswith(ARCHIVES)
+
+
+def _parquet(spec: str, files: Files, columns: Columns) -> tuple[Tree, Load]:
+    replace(columns, image_column=None, label_column=None).check_unused(f"{spec}, which has labels of its own")
+    return by_parquet(spec, files, columns.image_column, columns.label_column)
+
+
+def _find(spec: str, path: Path, out: Path | None, progress: ProgressFactory, columns: Columns) -> tuple[Tree, Load]:
     if path.is_dir():
         listing = list_folder(path, out)
         if what := listing.ours.get(""):
             raise SourceError(f"{spec} is {what}, not images", "give the images that it was made of")
+        if listing.parquet and not listing.images and not listing.archives:
+            tree, load = _parquet(
+                spec, local_files(spec, [listing.parquet[n] for n in sorted(listing.parquet)]), columns
+            )
+            tree.left_out.update(listing.left_out)
+            return tree, load
         if not listing.archives or any("/" in image.path for image in listing.images):
             listing.leave_out(BESIDE, len(listing.archives))
-            return by_folders(spec, listing), read_file
+            return _labelled(spec, listing, columns), read_file
         tars = [listing.archives[name] for name in sorted(listing.archives)]
         left_out = listing.left_out
         listing.leave_out("images beside tars", len(listing.images))
     else:
         tars, left_out = _named(spec, path), None
-    tree = by_tars(spec, {str(tar): list_archive(tar, progress) for tar in tars})
+        if parquet := [has_parquet_name(str(tar)) or archive_kind(tar) == "Parquet" for tar in tars]:
+            if all(parquet):
+                return _parquet(spec, local_files(spec, tars), columns)
+            if any(parquet):
+                other = tars[parquet.index(False)]
+                raise SourceError(f"{spec} names Parquet files and others, such as {other}", "name the ones alone")
+    listings = {str(tar): list_archive(tar, progress) for tar in tars}
+    only = next(iter(listings.values()))
+    if len(listings) == 1 and not only.labels and not only.archives:
+        tree = _labelled(spec, only, columns)
+    else:
+        columns.check_unused(f"{spec}, whose labels are in tars")
+        tree = by_tars(spec, listings)
     tree.left_out.update(left_out or {})
     return tree, read_member
+
+
+def _labelled(spec: str, listing: Listing, columns: Columns) -> Tree:
+    """The images of a folder or archive with the labels of a table, if there is one, or else of its folders."""
+    if columns.labels is not None:
+        return by_labels(spec, listing, columns)
+    if tree := by_metadata(spec, listing, columns):
+        return tree
+    columns.check_unused(f"{spec}, where folders are the labels")
+    return by_folders(spec, listing)
 
 
 def _named(spec: str, path: Path) -> list[Path]:
@@ -60,7 +108,11 @@ def _named(spec: str, path: Path) -> list[Path]:
         return [path]
     if path.exists():
         raise SourceError(f"{spec} is neither a file nor a folder", LAYOUTS)
-    tars = [path_of(name) for name in _expand_braces(spec)]
+    tars = []
+    for name in _expand_braces(spec):
+        one = path_of(name)
+        matching = sorted(Path(one.anchor).glob(str(one.relative_to(one.anchor)))) if glob.has_magic(name) else []
+        tars += matching or [one]
     _check_exists(spec, tars)
     return tars
 

@@ -108,6 +108,11 @@ def has_unsupported_name(path: str) -> bool:
     return _ending(path) in UNSUPPORTED_EXTENSIONS
 
 
+def has_parquet_name(path: str) -> bool:
+    """Whether the name ends as those of Parquet files do."""
+    return _ending(path) in (".parquet", ".pq")
+
+
 def _ending(path: str) -> str:
     dot = path.rfind(".")
     return path[dot:].lower() if dot >= 0 else ""

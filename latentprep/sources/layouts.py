@@ -10,10 +10,11 @@ import os
 import re
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from latentprep.errors import SourceError
-from latentprep.sources.listing import ANNOTATIONS, TABLES, Entry, Listing, left_out_line
+from latentprep.errors import SourceError, UsageError, opt
+from latentprep.sources.listing import ANNOTATIONS, LABEL_TABLES, TABLES, Entry, Listing, left_out_line
 from latentprep.sources.splits import named_after_splits, split_of_folder
 
 LAYOUTS = (
@@ -24,7 +25,7 @@ STRAY = "images beside the class folders"
 
 
 class Found(NamedTuple):
-    """An image before classes are numbered: its key, its class's name, and where its bytes are."""
+    """An image before classes are numbered: its key, its class's name, "" if it has none, and where it is."""
 
     key: str
     name: str
@@ -35,13 +36,33 @@ class Found(NamedTuple):
 class Tree:
     """Images by split; class folders by split, with or without images; and what was left out.
 
-    notes: what else a user should know about how the source is read.
+    notes: what else a user should know about how the source is read. classes: all of them in order, where the source
+    says so. in_order: whether rows stay in this order, and are not sorted by key. identity: what changes when the files
+    do, if that is known.
     """
 
     found: dict[str, list[Found]]
     folders: dict[str, set[str]] = field(default_factory=dict)
     left_out: Counter[str] = field(default_factory=Counter)
     notes: tuple[str, ...] = ()
+    classes: tuple[str, ...] | None = None
+    in_order: bool = False
+    identity: str = ""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where labels are, if not in folders' names: a table's path, and the names of its columns or a Parquet file's."""
+
+    labels: str | Path | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+
+    def check_unused(self, spec: str) -> None:
+        """UsageError if any of them is given, for a source that has no use for it."""
+        for name, given in vars(self).items():
+            if given is not None:
+                raise UsageError(f"{opt(name)} has no effect on {spec}", "leave it out")
 
 
 def by_folders(spec: str, listing: Listing) -> Tree:
@@ -193,7 +214,11 @@ def _in_no_class(spec: str, entry: Entry, listing: Listing) -> SourceError:
 
 def _tables(listing: Listing) -> str:
     endings = [ending for ending in TABLES if listing.others[ending]]
-    return f" (tables of labels are not read: {', '.join(endings)})" if endings else ""
+    if not endings:
+        return ""
+    if known := [ending for ending in endings if ending in LABEL_TABLES]:
+        return f" (to read labels from its {', '.join(known)}, name the file as {opt('labels')})"
+    return f" (tables of labels of these kinds are not read: {', '.join(endings)})"
 
 
 def _read_annotations(tree: Tree, listing: Listing, splits: dict[str, str], depth: int) -> None:

@@ -15,22 +15,31 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from latentprep.errors import SourceError
-from latentprep.sources.kinds import has_image_name, has_unsupported_name, is_image
+from latentprep.sources.kinds import has_image_name, has_parquet_name, has_unsupported_name, is_image
 from latentprep.sources.offsets import archive_kind
 
 HIDDEN = "images in hidden files or folders"
 BESIDE = "archives beside image files"
+NOT_NAMED = "images not named in "  # a table of labels
+METADATA = ("metadata.csv", "metadata.jsonl")  # the hub's: a row for each image of their folder
+METADATA_BYTES = 1 << 28  # of a table of labels, at most
 ANNOTATIONS = "val_annotations.txt"  # Tiny-ImageNet's: FILE, CLASS and a box per line, separated by tabs
 _OURS = {  # files that mark a folder as written by us, and the text in them that shows it
     "manifest.json": ("a latent dataset", re.compile(rb'"format":\s*"latentprep"')),
     "config.json": ("a training run", re.compile(rb'"format":\s*"latenttrain run"')),
 }
-_HEADS = {"manifest.json": 1 << 16, "config.json": 1 << 16, ANNOTATIONS: 1 << 24}  # bytes to check; 512 of other files
+_HEADS = {  # bytes to check; 512 of other files
+    "manifest.json": 1 << 16,
+    "config.json": 1 << 16,
+    ANNOTATIONS: 1 << 24,
+    **dict.fromkeys(METADATA, METADATA_BYTES + 1),
+}
 _SHADOWS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN")
 _MOST_LINKS = 3  # links to folders on the path to a file
 LABEL_BYTES = 1024  # the longest `.cls` member that counts as a label
-TABLES = (".csv", ".tsv", ".json", ".jsonl", ".xml", ".txt", ".mat", ".parquet")  # may hold labels
-_ARCHIVES = (".tar", ".tgz", ".tar.gz")
+LABEL_TABLES = (".csv", ".tsv", ".jsonl", ".parquet")  # the kinds that can be read
+TABLES = (*LABEL_TABLES, ".json", ".xml", ".txt", ".mat")  # may hold labels
+ARCHIVES = (".tar", ".tgz", ".tar.gz")
 _UNREAD_ARCHIVES = (".zip", ".7z", ".rar", ".bz2", ".xz", ".zst", ".part", ".partial", ".crdownload")
 
 
@@ -46,9 +55,10 @@ class Listing:
     """What a folder or an archive holds, by '/'-separated path inside it.
 
     labels: texts of ``.cls`` files. annotations: texts of `ANNOTATIONS` files. archives: tars, each as its `Path` or,
-    inside a tar, as a `Listing` of its own. ours: folders that we wrote ("": all of it), and what they are. others: the
-    number of other files, by ending. left_out: what is not read, and how many. linked: whether links to folders were
-    followed.
+    inside a tar, as a `Listing` of its own. parquet: Parquet files outside of tars. metadata:
+    texts of `METADATA` files. ours: folders that we wrote ("": all
+    of it), and what they are. others: the number of other files, by ending. left_out: what is not read, and how many.
+    linked: whether links to folders were followed.
     """
 
     images: list[Entry] = field(default_factory=list)
@@ -56,6 +66,8 @@ class Listing:
     labels: dict[str, bytes] = field(default_factory=dict)
     annotations: dict[str, bytes] = field(default_factory=dict)
     archives: dict[str, Any] = field(default_factory=dict)
+    parquet: dict[str, Path] = field(default_factory=dict)
+    metadata: dict[str, bytes] = field(default_factory=dict)
     ours: dict[str, str] = field(default_factory=dict)
     others: Counter[str] = field(default_factory=Counter)
     left_out: Counter[str] = field(default_factory=Counter)
@@ -79,6 +91,9 @@ class Listing:
             self.images.append(Entry(name, at))
         elif ending == ".cls":
             self.labels[name] = head
+        elif base in METADATA:
+            self.metadata[name] = head
+            self.add_other(name)
         elif base == ANNOTATIONS:
             self.annotations[name] = head
         elif base in _OURS and _OURS[base][1].search(head):
@@ -107,9 +122,14 @@ class Listing:
             self.images = [entry for entry in self.images if not entry.path.startswith(inside)]
             self.folders = {name for name in self.folders if name != folder and not name.startswith(inside)}
             self.archives = {name: at for name, at in self.archives.items() if not name.startswith(inside)}
+            self.parquet = {name: at for name, at in self.parquet.items() if not name.startswith(inside)}
             self.labels = {name: text for name, text in self.labels.items() if not name.startswith(inside)}
             self.left_out[f"images in {folder}/ ({self.ours[folder]})"] = before - len(self.images)
-        used = {above for name in (*(image.path for image in self.images), *self.archives) for above in _above(name)}
+        used = {
+            above
+            for name in (*(image.path for image in self.images), *self.archives, *self.parquet)
+            for above in _above(name)
+        }
         self.folders -= {above for folder in self.ours for above in _above(folder)} - used
 
 
@@ -182,8 +202,11 @@ def list_folder(root: Path, out: Path | None = None) -> Listing:
                     else:
                         head = listing.add(name, item.path, lambda size, path=item.path: _head(path, size))  # type: ignore[misc]
                         kind = archive_kind(Path(item.path), head) if head else None
-                        if kind in ("tar", "gzip") or (kind is None and name.lower().endswith(_ARCHIVES)):
+                        if kind in ("tar", "gzip") or (kind is None and name.lower().endswith(ARCHIVES)):
                             listing.archives[name] = Path(item.path)  # a damaged one, too: reading it says so
+                        elif head and (kind == "Parquet" or has_parquet_name(name)):
+                            listing.parquet[name] = Path(item.path)
+                            listing.add_other(name)
                         elif head:
                             listing.add_other(name)
         except OSError as error:

@@ -1,4 +1,4 @@
-"""Where labelled images come from: a folder, tar files, an archive or a named dataset, all behind one class, `Source`.
+"""Where labelled images come from: a folder, tar or Parquet files or a named dataset, all behind one class, `Source`.
 
 A source is an index, made without decoding any image: for each split, rows of (key, label, place), sorted by key. A key
 is the image's path below the folder with the splits (``train/n01440764/x.JPEG``), or below the folder with the classes
@@ -25,10 +25,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from latentprep.errors import SourceError, UsageError, check_number, check_whole, opt
+from latentprep.format.manifest import INVALID_LABEL
 from latentprep.progress import ProgressFactory, silent
 from latentprep.sources.finding import Load, find
-from latentprep.sources.layouts import LAYOUTS, Found, Tree
-from latentprep.sources.listing import HIDDEN, left_out_line
+from latentprep.sources.layouts import LAYOUTS, Columns, Found, Tree
+from latentprep.sources.listing import HIDDEN, NOT_NAMED, left_out_line
 from latentprep.storage.places import path_of
 
 _STATTERS = 8  # threads that ask for files' sizes and times: on a network, each answer takes a while
@@ -57,6 +58,7 @@ class Source:
     left_out: what is in no row, and how many: "images in docs/ (not a known split)", "links in a circle". The rows and
     the entries that begin with "images" add up to all image files; `take` does not change it.
     notes: what else a user should know about how the source is read.
+    identity: for Parquet files, a SHA-256 (hex) of their sizes and footers; it is part of the fingerprint.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Source:
         load: Callable[[Any], bytes],
         left_out: Mapping[str, int] | None = None,
         notes: tuple[str, ...] = (),
+        identity: str = "",
     ) -> None:
         self.spec = spec
         self.classes = classes
@@ -75,6 +78,7 @@ class Source:
         self._load = load
         self.left_out = dict(left_out or {})
         self.notes = notes
+        self.identity = identity
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{split} {self.size(split)}" for split in self.splits)
@@ -90,16 +94,19 @@ class Source:
         return len(self._split(split))
 
     def keys(self, split: str) -> list[str]:
-        """The samples' keys, sorted and unique within the split."""
+        """The samples' keys, unique within the split; sorted, except that Parquet files keep their order."""
         return [row.key for row in self._split(split)]
 
     def labels(self, split: str) -> list[int]:
-        """The samples' classes, as indices into `classes`."""
+        """The samples' classes, as indices into `classes`; -1 for a sample without a label, which cannot be read."""
         return [row.label for row in self._split(split)]
 
     def read(self, split: str, i: int) -> Sample:
-        """Sample ``i`` of a split. Raises OSError or SourceError if its file or archive is gone or has changed."""
+        """Sample ``i`` of a split. Raises OSError or SourceError if its file or archive is gone or has changed, or it
+        has no label."""
         row = self._split(split)[i]
+        if row.label < 0:
+            raise SourceError(f"{row.key} has no label")
         try:
             return Sample(row.key, self._load(row.at), row.label)
         except SourceError as error:
@@ -115,8 +122,9 @@ class Source:
         return None if any(one is None for one in stats) else [one for one in stats if one is not None]
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of classes, splits, keys and labels. To resume, it must be unchanged."""
-        return fingerprint(self.classes, {split: [row[:2] for row in rows] for split, rows in self._rows.items()})
+        """SHA-256 (hex) of classes, splits, keys and labels, and of `identity`. To resume, it must be unchanged."""
+        whole = fingerprint(self.classes, {split: [row[:2] for row in rows] for split, rows in self._rows.items()})
+        return hashlib.sha256(f"{whole} {self.identity}".encode()).hexdigest() if self.identity else whole
 
     def take(self, limit: int) -> Source:
         """The source with at most ``limit`` samples per split, evenly spaced over its classes and keys.
@@ -125,12 +133,12 @@ class Source:
         """
         check_whole("limit", limit, 1, hint=f"leave {opt('limit')} out for all samples")
         rows = {split: _spread(rows, limit) for split, rows in self._rows.items()}
-        return Source(self.spec, self.classes, rows, self._load, self.left_out, self.notes)
+        return Source(self.spec, self.classes, rows, self._load, self.left_out, self.notes, self.identity)
 
     def only(self, rows: Mapping[str, range]) -> Source:
         """The source with these splits, and these rows of each, alone."""
         some = {split: self._split(split)[run.start : run.stop] for split, run in rows.items()}
-        return Source(self.spec, self.classes, some, self._load, self.left_out, self.notes)
+        return Source(self.spec, self.classes, some, self._load, self.left_out, self.notes, self.identity)
 
 
 def _stat(at: Any) -> tuple[int, int] | None:
@@ -157,14 +165,17 @@ def fingerprint(classes: Sequence[str], splits: Mapping[str, Iterable[tuple[str,
 def _spread(rows: list[Row], limit: int) -> list[Row]:
     if limit >= len(rows):
         return rows
-    by_class = sorted(rows, key=lambda row: (row.label, row.key))
-    return sorted(by_class[(2 * k + 1) * len(rows) // (2 * limit)] for k in range(limit))
+    by_class = sorted(range(len(rows)), key=lambda i: (rows[i].label, rows[i].key))
+    return [rows[i] for i in sorted(by_class[(2 * k + 1) * len(rows) // (2 * limit)] for k in range(limit))]
 
 
 def open_source(
     spec: str | Path | Source,
     *,
     data: str | Path | None = None,
+    labels: str | Path | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
     val_fraction: float | None = None,
     seed: int = 0,
     cache: Path | None = None,
@@ -176,8 +187,15 @@ def open_source(
     ``spec`` is a named dataset (``shapes``, ``imagenette-160``, …), a folder, a .tar or .tar.gz of such a folder, or
     several tars: WebDataset shards, or one tar per split or class; in a folder, in a tar, or as a brace pattern
     ``train-{000000..000012}.tar``. A named dataset takes precedence over a folder; write ``./shapes`` for the folder.
+    Or it is Parquet files, which need the extra ``parquet``: one, a folder of them, a pattern ``data/train-*.parquet``,
+    or any of these at ``s3://…``, ``gs://…``, ``https://…`` (no folder) or ``hf://datasets/NAME[/CONFIG][@REVISION]``.
 
     ``data``: a local copy of the named dataset (folder or archive), used instead of a download to ``cache``.
+    ``labels``: a table of labels for the images of a folder or archive, CSV, TSV, JSON lines or Parquet, with columns
+    ``file_name``, ``label`` and, if there are several splits, ``split``. Without one, ``metadata.csv`` or
+    ``metadata.jsonl`` beside the images is read, if it has labels.
+    ``image_column``, ``label_column``: of Parquet files, where the features that ``datasets`` writes do not tell them,
+    and of tables of labels.
     ``val_fraction``: the share of each class, in [0, 1), to move from train to val if there is no val split (0.1 if
     None; 0 for no val split). ``seed`` and the keys alone decide which samples.
     ``out``: a folder that is being written; it is left out if it is inside the source.
@@ -192,11 +210,13 @@ def open_source(
     """
     from latentprep.sources import named as datasets
 
+    columns = Columns(labels, image_column, label_column)
     if isinstance(spec, Source):
         if data is not None or val_fraction is not None:
             raise UsageError(
                 f"{opt('data')} and {opt('val_fraction')} have no effect on an open source", "leave them out"
             )
+        columns.check_unused("an open source")
         return spec
     if val_fraction is not None:
         check_number("val_fraction", val_fraction, 0, 1, f"use {opt('val_fraction', 0.1)}", below=True)
@@ -206,13 +226,15 @@ def open_source(
         raise UsageError(
             f"{opt('data')} is only for datasets that are downloaded, not for {spec}", f"use it with {downloads}"
         )
+    if name is not None:
+        columns.check_unused(name)
     if name == "shapes":
         from latentprep.sources import shapes
 
         return _build(name, shapes.find(), shapes.read, val_fraction, seed)
     if name is None:
         folder = None if out is None or "://" in str(out) else path_of(out)
-        return _build(str(spec), *find(str(spec), folder, progress), val_fraction, seed)
+        return _build(str(spec), *find(str(spec), folder, progress, columns), val_fraction, seed)
     path = path_of(data) if data is not None else datasets.fetch(name, cache, progress)
     if not path.exists():
         raise SourceError(
@@ -227,6 +249,9 @@ def open_own_source(
     source: str | Path | Source | None,
     *,
     data: str | Path | None = None,
+    labels: str | Path | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
     val_fraction: float | None = None,
     seed: int = 0,
     limit: int | None = None,
@@ -242,19 +267,23 @@ def open_own_source(
             raise UsageError(
                 f"{opt('data')} needs {opt('source')}: it is a local copy of that dataset", f"give {opt('source')} too"
             )
+        Columns(labels, image_column, label_column).check_unused("a dataset without its source")
         return None
-    opened = open_source(source, data=data, val_fraction=val_fraction, seed=seed, out=out, progress=progress)
+    opened = open_source(
+        source, data=data, labels=labels, image_column=image_column, label_column=label_column,
+        val_fraction=val_fraction, seed=seed, out=out, progress=progress,
+    )  # fmt: skip
     return opened if limit is None else opened.take(limit)
 
 
 def _build(spec: str, tree: Tree, load: Load, val_fraction: float | None, seed: int) -> Source:
     """Number the classes, check them, split off val if there is none, and sort."""
     _check_left_out(spec, tree)
-    found = {split: sorted(rows, key=lambda row: row.key) for split, rows in tree.found.items()}
+    found = {s: rows if tree.in_order else sorted(rows, key=lambda row: row.key) for s, rows in tree.found.items()}
     base = "train" if "train" in found else next(iter(found))
-    counts = Counter(row.name for row in found[base])
-    for split in [base, *found]:
-        for name in sorted(tree.folders.get(split, set()) | {row.name for row in found[split]}):
+    counts = Counter(row.name for row in found[base] if row.name)
+    for split in [base, *found] if tree.classes is None else ():
+        for name in sorted(tree.folders.get(split, set()) | {row.name for row in found[split]} - {""}):
             if split == base and not counts[name]:
                 way_out = "add images to it or remove the folder"
                 where = f" in {split}" if len(found) > 1 else ""
@@ -263,11 +292,12 @@ def _build(spec: str, tree: Tree, load: Load, val_fraction: float | None, seed: 
                 way_out = f"add the class to {base}, or remove it from {split}"
                 raise SourceError(f"class {name} of {spec} is in {split} but not in {base}", way_out)
     if len(counts) < 2:
-        raise SourceError(f"{spec} has only one class: {', '.join(counts) or 'none'}", LAYOUTS)
+        way_out = f"name another column with {opt('label_column')}" if tree.in_order else LAYOUTS
+        raise SourceError(f"{spec} has only one class: {', '.join(counts) or 'none'}", way_out)
     for split, rows in found.items():
-        for one, two in pairwise(rows):
-            if one.key == two.key:
-                raise SourceError(f"{spec}: key {one.key} occurs twice in {split}", "rename or remove one of them")
+        for one, two in pairwise(sorted(row.key for row in rows)):
+            if one == two:
+                raise SourceError(f"{spec}: key {one} occurs twice in {split}", "rename or remove one of them")
 
     notes = tree.notes
     if "val" not in found:
@@ -280,15 +310,17 @@ def _build(spec: str, tree: Tree, load: Load, val_fraction: float | None, seed: 
         )
     numbers = all(name.isascii() and name.isdigit() for name in counts)
     classes = sorted(counts, key=lambda name: (int(name), name)) if numbers else sorted(counts)
-    index = {name: label for label, name in enumerate(classes)}
+    classes = list(tree.classes or classes)
+    index = {name: label for label, name in enumerate(classes)} | {"": INVALID_LABEL}
     order = sorted((split for split in found if found[split]), key=["train", "val", "test"].index)
     numbered = {split: [Row(row.key, index[row.name], row.at) for row in found[split]] for split in order}
-    return Source(spec, tuple(classes), numbered, load, tree.left_out, notes)
+    return Source(spec, tuple(classes), numbered, load, tree.left_out, notes, tree.identity)
 
 
 def _check_left_out(spec: str, tree: Tree) -> None:
     """Raise SourceError if more than half of the images that are not hidden would be left out."""
     lost = {what: n for what, n in tree.left_out.items() if what.startswith("images") and what != HIDDEN}
+    lost = {what: n for what, n in lost.items() if not what.startswith(NOT_NAMED)}  # a table may name a few alone
     total = sum(lost.values()) + sum(map(len, tree.found.values()))
     if sum(lost.values()) > total / 2:
         way_out = f"{LAYOUTS}; or give the folder with the class folders directly"

@@ -1,4 +1,4 @@
-"""The names of splits, as folders and in the names of tars."""
+"""The names of splits, as folders and in the names of tars and Parquet files."""
 
 from __future__ import annotations
 
@@ -39,34 +39,34 @@ def named_after_splits(names: Iterable[str]) -> tuple[str, str] | None:
     return None
 
 
-def splits_of_tars(spec: str, tars: Iterable[str]) -> dict[str, str | None]:
-    """The split of each tar, from its name, or else from the nearest folder with a split's name.
+def splits_of_files(spec: str, files: Iterable[str]) -> dict[str, str | None]:
+    """The split of each tar or Parquet file, from its name, or else from the nearest folder with a split's name.
 
-    Only the folder around all the tars, and those inside it, are considered. None for every tar if no path names a
+    Only the folder around all the files, and those inside it, are considered. None for every file if no path names a
     split. Raises SourceError if some paths name a split and others do not, or a name contains two.
     """
-    paths = {tar: PurePath(tar) for tar in tars}
+    paths = {file: PurePath(file) for file in files}
     common = os.path.commonpath([path.parent for path in paths.values()])
     outside = max(0, len(PurePath(common).parts) - 1)
     splits: dict[str, str | None] = {}
     words: dict[str, str] = {}  # the name in use for each split
-    for tar, path in paths.items():
+    for file, path in paths.items():
         named = {match.lower() for match in _IN_NAME.findall(path.name)}
         if len({SPLIT_NAMES[word] for word in named}) > 1:
             both = " and ".join(sorted(named))
-            raise SourceError(f"the name of {tar} contains two splits, {both}", "rename it so that it contains one")
+            raise SourceError(f"the name of {file} contains two splits, {both}", "rename it so that it contains one")
         folders = [part.lower() for part in reversed(path.parent.parts[outside:])]
         word = next((word for word in (*sorted(named), *folders) if word in SPLIT_NAMES), None)
-        splits[tar] = split = word and SPLIT_NAMES[word]
+        splits[file] = split = word and SPLIT_NAMES[word]
         if word and split and words.setdefault(split, word) != word:
             both = " and ".join(sorted((word, words[split])))
-            raise SourceError(f"{spec} has tars of {both}, which are both the {split} split", "keep one of them")
-    untold = [tar for tar, split in splits.items() if split is None]
+            raise SourceError(f"{spec} has files of {both}, which are both the {split} split", "keep one of them")
+    untold = [file for file, split in splits.items() if split is None]
     if untold and len(untold) < len(splits):
-        told = next(tar for tar, split in splits.items() if split)
+        told = next(file for file, split in splits.items() if split)
         others = f" and {len(untold) - 1} more" if len(untold) > 1 else ""
         raise SourceError(
             f"{spec}: the split of {untold[0]}{others} is unknown, while {told} names {splits[told]}",
-            "put the split into each tar's path, as in train-000.tar or train/000.tar, or leave those tars out",
+            "put the split into each file's path, as in train-000.tar or train/000.tar, or leave those files out",
         )
     return splits

@@ -9,7 +9,7 @@ from dataclasses import replace
 from latentprep.errors import SourceError
 from latentprep.sources.layouts import Found, Tree, by_folders, sidecars, what_else
 from latentprep.sources.listing import BESIDE, Entry, Listing
-from latentprep.sources.splits import split_of_folder, splits_of_tars
+from latentprep.sources.splits import split_of_folder, splits_of_files
 
 _ENDING = re.compile(r"\.(tar|tgz|tar\.gz)$", re.IGNORECASE)
 _SHARDS = (
@@ -57,7 +57,7 @@ def _joined(spec: str, tars: dict[str, Listing]) -> Listing:
     """
     flat = {path: tar for path, tar in tars.items() if tar.images and not any("/" in i.path for i in tar.images)}
     _check_not_shards(spec, flat)
-    splits = splits_of_tars(spec, [path for path in tars if path not in flat]) if len(flat) < len(tars) else {}
+    splits = splits_of_files(spec, [path for path in tars if path not in flat]) if len(flat) < len(tars) else {}
     whole = Listing()
     root = _common_folder(tars)
     for path, listing in tars.items():
@@ -105,7 +105,7 @@ def _by_labels(spec: str, tars: dict[str, Listing]) -> Tree:
 
     If a key occurs in several tars of a split, the tars' names are put before all keys of that split.
     """
-    splits = splits_of_tars(spec, tars)
+    splits = splits_of_files(spec, tars)
     root = _common_folder(tars)
     by_split: dict[str, dict[str, list[Found]]] = {}
     left_out: Counter[str] = Counter()

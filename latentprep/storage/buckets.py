@@ -61,6 +61,12 @@ class Bucket(Protocol):
     def names(self, key: str) -> list[str]:
         """The names directly below a key; empty if the store cannot list them."""
 
+    def read(self, key: str, start: int, size: int) -> bytes:
+        """The `size` bytes from `start`, which the object must have. Raises `FileNotFoundError`."""
+
+    def files(self, key: str) -> dict[str, int]:
+        """Every object below a key, and its size in bytes; empty if the store cannot list them."""
+
 
 class ObjectStore:
     """S3, Google Cloud Storage and (read-only) HTTP, by obstore. url: of a bucket or a server."""
@@ -138,6 +144,25 @@ class ObjectStore:
         listing = self._tried("list", key, lambda: self._obstore.list_with_delimiter(self._store, prefix))
         paths = [*listing["common_prefixes"], *(entry["path"] for entry in listing["objects"])]
         return sorted(path.rstrip("/").rpartition("/")[2] for path in paths)
+
+    def read(self, key: str, start: int, size: int) -> bytes:
+        def part() -> bytes:
+            data = bytes(self._obstore.get_range(self._store, key, start=start, length=size))
+            if len(data) != size:
+                raise OSError(f"got {len(data)} of {size} bytes")
+            return data
+
+        return self._tried("read", key, part)
+
+    def files(self, key: str) -> dict[str, int]:
+        if not self._writable:
+            return {}
+        prefix = f"{key}/" if key else None
+
+        def listing() -> dict[str, int]:
+            return {one["path"]: one["size"] for some in self._obstore.list(self._store, prefix) for one in some}
+
+        return self._tried("list", key, listing)
 
     def _head(self, key: str) -> dict | None:
         def head() -> Any:
@@ -240,6 +265,57 @@ class HubRepository:
 
     def names(self, key: str) -> list[str]:
         return []
+
+    def read(self, key: str, start: int, size: int) -> bytes:
+        import requests  # which older and newer versions of the hub's client do not both use
+        from huggingface_hub import errors, hf_hub_url
+        from huggingface_hub.utils import build_hf_headers
+
+        def part() -> bytes:
+            url = hf_hub_url(self._name, key, repo_type="dataset", revision=self._revision)
+            headers = {
+                **build_hf_headers(),
+                "Range": f"bytes={start}-{start + size - 1}",
+                "Accept-Encoding": "identity",
+            }
+            with requests.get(url, headers=headers, timeout=30, stream=True) as answer:
+                if answer.status_code in (401, 403):
+                    raise SystemFault(
+                        f"no permission to read {self.url}/{key}",
+                        "accept the dataset's terms on its page, and log in with: hf auth login",
+                    )
+                if answer.status_code in (404, 416):
+                    raise FileNotFoundError(f"{self.url}/{key}")
+                if answer.status_code != 206 and not (answer.ok and start == 0):
+                    raise OSError(f"{answer.status_code} {answer.reason}")
+                data = answer.raw.read(size)
+            if len(data) != size:
+                raise OSError(f"got {len(data)} of {size} bytes")
+            return data
+
+        return _tried(f"read {self.url}/{key}", part, (requests.RequestException, errors.HfHubHTTPError, OSError))
+
+    def files(self, key: str) -> dict[str, int]:
+        return {path: size for path, size in self.snapshot()[1].items() if not key or path.startswith(f"{key}/")}
+
+    def snapshot(self) -> tuple[str, dict[str, int], Any]:
+        """The revision's commit, its files with their sizes, and the ``configs`` of its card, as they are there.
+
+        Raises `FileNotFoundError` if there is no such repository or revision.
+        """
+        from huggingface_hub import errors
+
+        def info() -> Any:
+            try:
+                return self._hub.HfApi().dataset_info(self._name, revision=self._revision, files_metadata=True)
+            except errors.RepositoryNotFoundError as error:
+                raise FileNotFoundError(self.url) from error
+            except errors.RevisionNotFoundError as error:
+                raise FileNotFoundError(self.url) from error
+
+        found = _tried(f"list {self.url}", info, hub_errors())
+        card = found.card_data.to_dict() if found.card_data is not None else {}
+        return found.sha, {one.rfilename: one.size or 0 for one in found.siblings or ()}, card.get("configs")
 
 
 def hub_errors() -> tuple[type[Exception], ...]:

@@ -260,8 +260,8 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Target]:
 
 @pytest.mark.parametrize(
     "name",
-    ["manifest", "record", "codes", "labels", "keys", "image", "tar", "tar in gzip", "gzip", "checkpoint", "config",
-     "latents", "dataset", "parquet shard"],
+    ["manifest", "record", "codes", "labels", "keys", "image", "tar", "tar in gzip", "gzip", "parquet", "table",
+     "checkpoint", "config", "latents", "dataset", "parquet shard"],
 )  # fmt: skip
 def test_mutations_are_our_errors_or_nothing(targets: dict[str, Target], name: str) -> None:
     """A hundred or two of each here; `benchmarks/fuzz.py` does a million."""
@@ -284,4 +284,4 @@ def test_mutations_are_our_errors_or_nothing(targets: dict[str, Target], name: s
 
 def test_every_target_is_fuzzed(targets: dict[str, Target]) -> None:
     assert all(issubclass(kind, (LatentError, BadImage)) for target in targets.values() for kind in target.allowed)
-    assert len(targets) == 15
+    assert len(targets) == 17
