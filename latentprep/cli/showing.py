@@ -52,6 +52,8 @@ def show_result(result: EncodeResult, as_json: bool) -> None:
         rate = result.encoded / max(1e-9, result.seconds)
         by = "" if result.engine == "local" else f", {result.engine}: {text.plural(result.workers, 'worker')}"
         facts["time"] = f"{text.duration(result.seconds)}, {rate:.0f} images/s{by}"
+    if result.reused:
+        facts["reused"] = f"{result.reused} of {text.plural(result.encoded, 'image')}; the codec encoded the others"
     if result.part != "0/1":
         facts["part"] = f"{result.part} of the source; latentprep merge puts all parts together"
     elif not result.dry_run and {"train", "val"} <= set(result.rows):
