@@ -6,8 +6,8 @@ Layout: `data/{split}-{index:05d}-of-{shards:05d}.parquet`, as the Hugging Face 
     codes      uint8 lists of (C, h, w), or of (V, C, h, w) if a split has several views: the Array3D or Array4D of
                the `datasets` library, which reads all of this by itself
     valid      bool: label is not −1
-    hash       16 bytes; only if the manifest has a content hash
     thumbnail  struct of bytes (a WebP file) and path (null): an Image of `datasets`; only if the manifest says how
+    hash       16 bytes of the hash of the source file; only if the manifest has a content hash
 
 pyarrow writes and reads the columns. It allocates what headers declare, so they are checked here first.
 """
@@ -77,9 +77,11 @@ def features(manifest: Manifest) -> dict[str, dict[str, Any]]:
         "codes": {"shape": shape, "dtype": "uint8", "_type": f"Array{len(shape)}D"},
         "valid": {"dtype": "bool", "_type": "Value"},
     }
+    if manifest.thumbnail is not None:
+        columns["thumbnail"] = {"_type": "Image"}
     if manifest.content_hash is not None:
         columns["hash"] = {"dtype": "binary", "_type": "Value"}
-    return columns if manifest.thumbnail is None else columns | {"thumbnail": {"_type": "Image"}}
+    return columns
 
 
 def encode_shard_files(
@@ -115,12 +117,12 @@ def encode_shard_files(
         "codes": _nested(codes.reshape(len(codes), *codes.shape[-len(shape) :])),
         "valid": pa.array(valid),
     }
-    if hashes is not None:
-        arrays["hash"] = pa.array([row.tobytes() for row in hashes], pa.binary())
     if manifest.thumbnail is not None:
         pictures = thumbnails(manifest.quantizer, manifest.thumbnail, codes[:, 0])
         cells = [{"bytes": data} if there else None for data, there in zip(pictures, valid, strict=True)]
         arrays["thumbnail"] = pa.array(cells, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    if hashes is not None:
+        arrays["hash"] = pa.array([row.tobytes() for row in hashes], pa.binary())
     extension = {  # so that `datasets` gives the column its shape; pyarrow alone reads lists
         "ARROW:extension:name": _EXTENSION.format(columns["codes"]["_type"]),
         "ARROW:extension:metadata": json.dumps([shape, "uint8"]),
