@@ -25,7 +25,7 @@ from latentprep.device import NOT_ON_DEVICE, Fitting, pick_device
 from latentprep.encoding.calibration import CALIBRATION, calibration_rows, fit_to_rate
 from latentprep.encoding.encode import default_size, joint_by_default
 from latentprep.errors import SourceError, UsageError, check_number, check_whole, opt, system_fault
-from latentprep.format.hashes import HASH_BYTES
+from latentprep.format.hashes import CONTENT_HASH, HASH_BYTES
 from latentprep.format.manifest import Manifest, Plan, ShardId, train_split
 from latentprep.format.quantizer import MOST_BITS, check_bits
 from latentprep.format.shard import Codes, encoded_shard
@@ -256,7 +256,8 @@ def _coded(
     plan = Plan(
         codec=codec.config(), bits=MOST_BITS, joint=False, transform={"size": size, "views": 1, "seed": seed},
         source={"spec": source.spec, "sha256": source.fingerprint()}, classes=source.classes, latent=latent, flip=None,
-        shard_rows=len(rows), chunk_rows=len(rows), splits={split: len(rows)}, written_by=f"latentprep {__version__}",
+        shard_rows=len(rows), chunk_rows=len(rows), splits={split: len(rows)}, content_hash=CONTENT_HASH,
+        written_by=f"latentprep {__version__}",
     )  # fmt: skip
     for setting, met in (*((b, False) for b in bits), *((rate, True) for rate in rates)):
         if met:
