@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import latentprep
+from inprocess import command
 from latentprep.codecs import make_codec
 from latentprep.encoding.reuse import Reuse
 from latentprep.errors import DatasetError, UsageError
@@ -85,6 +86,13 @@ def test_counts_of_saturated_latents_are_exact_where_whole_shards_are_reused(tmp
     assert codec.images == 0
     for record in (tmp_path / "old/records").iterdir():
         assert (tmp_path / "new/records" / record.name).read_bytes() == record.read_bytes()
+
+
+def test_the_command_says_how_many_were_reused(changed: Path, tmp_path: Path) -> None:
+    flags = [text for name, value in OPTIONS.items() for text in (f"--{name.replace('_', '-')}", value)]
+    arguments = [changed, "--codec", "dct", *flags, "--reuse", tmp_path / "old", "--out", tmp_path / "new"]
+    shown = command("latentprep", "encode", *arguments)
+    assert "53 of 61 images; the codec encoded the others" in " ".join(shown.stdout.split())
 
 
 def test_processes_reuse_too(changed: Path, tmp_path: Path) -> None:
