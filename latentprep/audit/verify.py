@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from latentprep.audit.reencode import SAMPLES, Comparison, compare, own_stages
+from latentprep.audit.reencode import SAMPLES, Comparison, compare, own_rows, own_stages
 from latentprep.encoding.driver import commit_shards, writing
-from latentprep.encoding.source_files import read_stats
+from latentprep.encoding.source_files import read_stats, source_stats, write_stats
 from latentprep.errors import DatasetError, SourceError, UsageError, check_whole, opt, system_fault
 from latentprep.format.commit import create_dataset, error_lines, write_errors
 from latentprep.format.dataset import ForeignRecord, LatentDataset, open_dataset
@@ -114,8 +114,8 @@ def verify(
 
     deep: decode every shard, not only some of each split. source: the images that the dataset was made from. Keys,
     labels and content hashes are compared with it, so that all changed images are found, and `samples` images, drawn by
-    `seed`, are encoded again. data, val_fraction, limit,
-    seed: the values used to encode it. repair: encode the damaged and missing shards again, and no others.
+    `seed`, are encoded again; with 0 samples no codec is needed. data, val_fraction, limit, seed: the values used to
+    encode it. repair: encode the damaged and missing shards, and those with changed images, again, and no others.
     weights, device, batch_size, workers: for the codec, as in `encode`.
 
     Raises `DatasetError` if there is no dataset or its manifest is damaged (then nothing can be checked or repaired),
@@ -133,8 +133,10 @@ def verify(
     root = dataset.root if isinstance(dataset, LatentDataset) else dataset  # as it is now
     dataset = open_dataset(root)
     source = open_own_source(source, data=data, val_fraction=val_fraction, seed=seed, limit=limit)
-    stages = None if source is None else own_stages(dataset, source, weights, device, batch_size, workers)
-    source = None if stages is None else stages.source
+    stages = None
+    if source is not None and (samples or repair):
+        stages = own_stages(dataset, source, weights, device, batch_size, workers)
+    source = None if source is None else own_rows(dataset, source)
     compared, repaired = None, {}
     try:
         check = _Check(dataset, deep, source, progress)
@@ -144,7 +146,7 @@ def verify(
             for shard, what in wrong.items():
                 check.damaged(shard, check.good.pop(shard), what)
         if stages is not None and repair and check.problems:
-            repaired = _repair(dataset, stages, check.bad, progress)
+            repaired = _repair(dataset, stages, check.bad, bool(hashed and hashed.changed), progress)
             check = _Check(open_dataset(root), deep, source, progress)
     except OSError as error:
         raise system_fault(error) from error
@@ -316,9 +318,14 @@ def _compare_images(
 
 
 def _repair(
-    dataset: LatentDataset, stages: Stages, bad: dict[ShardId, ShardRecord | None], progress: ProgressFactory
+    dataset: LatentDataset,
+    stages: Stages,
+    bad: dict[ShardId, ShardRecord | None],
+    changed: bool,
+    progress: ProgressFactory,
 ) -> dict[str, bool | None]:
-    """Encode the bad shards again, and write the derived files again."""
+    """Encode the bad shards again, and write the derived files again. changed: whether images were, and all that were
+    are in bad shards, so that the next encode should not take them for replaced."""
     from latentprep.encoding.pipeline import LocalEngine
 
     manifest, jobs = dataset.manifest, list(bad)
@@ -332,6 +339,8 @@ def _repair(
             repaired[str(record.shard)] = None if before is None else before.files == record.files
 
         commit_shards(dataset, LocalEngine(manifest, stages, bar).run(jobs), done)
+        if changed and (stats := source_stats(stages.source, list(dataset.splits))) is not None:
+            write_stats(dataset.root, stats)
         write_errors(dataset.root, [record for split in dataset.splits for record in dataset.records(split)])
     return repaired
 
