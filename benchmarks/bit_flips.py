@@ -19,12 +19,12 @@ from latentprep.format.manifest import SOURCE_FILES
 from latentprep.sources.source import open_source
 
 SHARDS = {  # kinds that belong to one shard
-    "zarr": ("codes", "labels", "keys", "record"),
-    "wds": ("tar", "record"),
+    "zarr": ("codes", "labels", "keys", "hashes", "record"),
+    "wds": ("tar", "hashes", "record"),
     "parquet": ("parquet", "record"),
 }
 DERIVED = {"zarr": ("errors.jsonl", "zarr.json"), "wds": ("errors.jsonl",), "parquet": ("errors.jsonl",)}
-WHOLE = (".tar", ".parquet")  # one file holds a shard
+WHOLE = (".tar", ".parquet", ".hashes")  # of a shard, by its name
 
 
 def make(root: Path, store: str) -> None:

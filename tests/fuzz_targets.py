@@ -23,11 +23,13 @@ from PIL import Image
 import latentprep
 from latentprep.errors import LatentError
 from latentprep.format import Manifest, Quantizer, ShardRecord, open_dataset
+from latentprep.format.hashes import CONTENT_HASH
 from latentprep.format.latents import described, read_latents
 from latentprep.format.stores import store_of
 from latentprep.format.zarr_store import (
     CANDIDATES,
     decode_codes,
+    decode_hashes,
     decode_keys,
     decode_labels,
     encode_shard_files,
@@ -118,6 +120,7 @@ def make_manifest(compression: int = 0) -> Manifest:
         chunk_rows=2,
         compression=CANDIDATES[compression],
         splits={"train": 10, "val": 3},
+        content_hash=CONTENT_HASH,
         written_by="test",
     )
 
@@ -149,12 +152,13 @@ def _record() -> Target:
 
 
 def _shards() -> dict[str, Target]:
-    """The three files of a shard, past their checksums."""
-    seeds: dict[str, list[bytes]] = {"codes": [], "labels": [], "keys": []}
+    """The four files of a shard, past their checksums."""
+    seeds: dict[str, list[bytes]] = {"codes": [], "labels": [], "keys": [], "hashes": []}
     manifests = [make_manifest(i) for i in range(3)]
     for manifest in manifests:
         codes = np.random.default_rng(0).integers(0, 8, (4, *manifest.row_shape("train")), dtype=np.uint8)
-        files = encode_shard_files(manifest, "train", 0, codes, np.arange(4, dtype=np.int32) % 2, list("abcd"))
+        labels, keys = np.arange(4, dtype=np.int32) % 2, list("abcd")
+        files = encode_shard_files(manifest, "train", 0, codes, labels, keys, _hashes())
         for name, path in shard_files(manifest, "train", 0).items():
             seeds[name].append(files[path])
 
@@ -168,8 +172,15 @@ def _shards() -> dict[str, Target]:
     def keys_as(data: bytes) -> None:
         assert len(decode_keys(manifests[0], "train", 0, data)) == 4
 
-    runs = {"codes": codes_as, "labels": labels_as, "keys": keys_as}
+    def hashes_as(data: bytes) -> None:
+        assert decode_hashes(manifests[0], "train", 0, data).shape == (4, 16)
+
+    runs = {"codes": codes_as, "labels": labels_as, "keys": keys_as, "hashes": hashes_as}
     return {name: Target(seeds[name], run) for name, run in runs.items()}
+
+
+def _hashes() -> np.ndarray:
+    return np.random.default_rng(1).integers(0, 256, (4, 16), np.uint8)
 
 
 def _whole_shard(store: str) -> Target:
@@ -179,13 +190,15 @@ def _whole_shard(store: str) -> Target:
     codes = np.random.default_rng(0).integers(0, 8, (4, *manifest.row_shape("train")), dtype=np.uint8)
     codes[2] = 0
     labels, keys = np.array([0, 1, -1, 1], np.int32), ["a.jpg", "b/ä c.png", "d", "e" * 120]
-    (data,) = functions.encode_shard_files(manifest, "train", 0, codes, labels, keys).values()
-    (path,) = set(functions.shard_files(manifest, "train", 0).values())
+    path = functions.shard_files(manifest, "train", 0)["codes"]
+    data = functions.encode_shard_files(manifest, "train", 0, codes, labels, keys, _hashes())[path]
 
     def run(data: bytes) -> None:
         codes, labels, keys = functions.decode_shard_files(manifest, "train", 0, {path: data})
         assert codes.shape == (4, 2, 2, 3, 5)
         assert len(labels) == len(keys) == 4
+        if functions.shard_files(manifest, "train", 0)["hashes"] == path:
+            assert functions.decode_hashes(manifest, "train", 0, data).shape == (4, 16)
 
     return Target([data], run)
 

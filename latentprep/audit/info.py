@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from latentprep.audit.duplicates import Duplicates, find_duplicates
 from latentprep.encoding.parts import part_of
 from latentprep.format.dataset import LatentDataset, open_dataset
 from latentprep.format.manifest import INVALID_LABEL, ShardRecord, train_split
@@ -47,6 +48,7 @@ class DatasetInfo:
     source_bytes: size of the image files that were read. saturation: for each channel, the share of latents outside
     the quantizer's range. poor: channels that carry next to nothing, judged by the first committed shard of train.
     devices: that made the shards, and how many; empty if all are CPUs.
+    duplicates: images that occur more than once; None if the dataset has no content hashes.
     """
 
     path: str
@@ -74,13 +76,14 @@ class DatasetInfo:
     saturation: tuple[float, ...]
     poor: tuple[PoorChannel, ...]
     devices: dict[str, int]
+    duplicates: Duplicates | None
 
     def to_json(self) -> dict:
         return asdict(self)
 
 
 def info(dataset: str | Path | LatentDataset) -> DatasetInfo:
-    """Facts about a dataset, from its manifest, records, labels and one shard's codes.
+    """Facts about a dataset, from its manifest, records, labels, content hashes and one shard's codes.
 
     Raises `DatasetError` if there is none or a shard is damaged.
 
@@ -128,6 +131,7 @@ def info(dataset: str | Path | LatentDataset) -> DatasetInfo:
         saturation=tuple((saturated * manifest.latent[0] / max(1, values)).tolist()),
         poor=_poor_channels(dataset, records),
         devices={} if set(devices) <= {"cpu"} else dict(sorted(devices.items())),
+        duplicates=find_duplicates(dataset),
     )
 
 

@@ -44,6 +44,18 @@ class Comparison:
     unreadable: tuple[str, ...] = ()
 
 
+def own_rows(dataset: LatentDataset, source: Source) -> Source:
+    """The rows of `source` that the dataset has: all, or its part. Raises `SourceError` if it is not its source."""
+    from latentprep.encoding.parts import rows_of_plan
+
+    if source.fingerprint() != dataset.manifest.source["sha256"]:
+        raise SourceError(
+            f"{source.spec} is not the source that {dataset.root} was made from: its files or labels differ",
+            f"use the source, {opt('limit')}, {opt('val_fraction')} and {opt('seed')} that it was encoded with",
+        )
+    return rows_of_plan(source, dataset.manifest)
+
+
 def own_stages(
     dataset: LatentDataset,
     source: Source,
@@ -52,23 +64,18 @@ def own_stages(
     batch_size: int | None,
     workers: int | None,
 ) -> Stages:
-    """Stages that encode with the dataset's own codec, and the rows of `source` that it has: all, or its part.
+    """Stages that encode with the dataset's own codec, and the rows of `source` that it has, see `own_rows`.
 
     Raises `SourceError` if it is not the dataset's source, `CodecError` if the codec or the same weights are missing.
     """
     from latentprep.codecs import codec_from_config
     from latentprep.device import pick_device
-    from latentprep.encoding.parts import rows_of_plan
     from latentprep.encoding.pipeline import Stages
     from latentprep.sources.images import MAX_PIXELS
 
-    if source.fingerprint() != dataset.manifest.source["sha256"]:
-        raise SourceError(
-            f"{source.spec} is not the source that {dataset.root} was made from: its files or labels differ",
-            f"use the source, {opt('limit')}, {opt('val_fraction')} and {opt('seed')} that it was encoded with",
-        )
+    rows = own_rows(dataset, source)
     codec = codec_from_config(dataset.manifest.codec, device=pick_device(device), weights=weights)
-    return Stages(rows_of_plan(source, dataset.manifest), codec, batch_size, workers, MAX_PIXELS)
+    return Stages(rows, codec, batch_size, workers, MAX_PIXELS)
 
 
 def compare(

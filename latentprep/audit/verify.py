@@ -14,17 +14,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from latentprep.audit.reencode import SAMPLES, Comparison, compare, own_stages
+from latentprep.audit.reencode import SAMPLES, Comparison, compare, own_rows, own_stages
 from latentprep.encoding.driver import commit_shards, writing
-from latentprep.encoding.source_files import read_stats
-from latentprep.errors import DatasetError, UsageError, check_whole, opt, system_fault
+from latentprep.encoding.source_files import read_stats, source_stats, write_stats
+from latentprep.errors import DatasetError, SourceError, UsageError, check_whole, opt, system_fault
 from latentprep.format.commit import create_dataset, error_lines, write_errors
 from latentprep.format.dataset import ForeignRecord, LatentDataset, open_dataset
+from latentprep.format.hashes import content_hash, known
 from latentprep.format.manifest import ERRORS, INVALID_LABEL, MANIFEST, ShardId, ShardRecord
 from latentprep.format.stores import store_of
 from latentprep.progress import ProgressFactory, silent
 from latentprep.sources.source import Source, open_own_source
 from latentprep.storage.places import Place
+from latentprep.text import plural
 
 if TYPE_CHECKING:
     from latentprep.encoding.pipeline import Stages
@@ -43,12 +45,32 @@ class Problem:
 
 
 @dataclass(frozen=True)
+class SourceImages:
+    """The source's images, compared with the dataset by their content hashes.
+
+    images: how many could be read. changed: the keys of those that are others than were encoded. unreadable: images
+    that cannot be read now, or are damaged, with the reason: their codes are still good.
+    """
+
+    images: int = 0
+    changed: tuple[str, ...] = ()
+    unreadable: tuple[str, ...] = ()
+
+    def __add__(self, other: SourceImages) -> SourceImages:
+        return SourceImages(
+            self.images + other.images, self.changed + other.changed, self.unreadable + other.unreadable
+        )
+
+
+@dataclass(frozen=True)
 class VerifyResult:
     """What `verify` found.
 
     shards: how many are planned; checked: how many are committed and intact; decoded: how many had their codes decoded.
     rows, invalid, bytes: of the checked shards. problems: what is wrong (after `repair`: what is still wrong).
     repaired: shard -> whether it got the same bytes as its old record names; None if there was no readable record.
+    hashed: all images of the intact and the changed shards, if there is a source and the dataset has content hashes
+    (after `repair`, as they were before).
     """
 
     path: str
@@ -60,6 +82,7 @@ class VerifyResult:
     bytes: int
     problems: tuple[Problem, ...]
     compared: Comparison | None = None
+    hashed: SourceImages | None = None
     repaired: dict[str, bool | None] = field(default_factory=dict)
 
     @property
@@ -92,10 +115,11 @@ def verify(
 ) -> VerifyResult:
     """Check a dataset: the count, size and checksum of every file, labels, keys, codes and derived files.
 
-    deep: decode every shard, not only some of each split. source: the images that the dataset was made from. Keys and
-    labels are compared with it, and `samples` images, drawn by `seed`, are encoded again. data, labels, image_column,
-    label_column, val_fraction, limit, seed: the values used to encode it. repair: encode the damaged and missing shards
-    again, and no others.
+    deep: decode every shard, not only some of each split. source: the images that the dataset was made from. Keys,
+    labels and content hashes are compared with it, so that all changed images are found, and `samples` images, drawn by
+    `seed`, are encoded again; with 0 samples no codec is needed. data, labels, image_column, label_column,
+    val_fraction, limit, seed: the values used to encode it. repair: encode the damaged and missing shards, and those
+    with changed images, again, and no others.
     weights, device, batch_size, workers: for the codec, as in `encode`.
 
     Raises `DatasetError` if there is no dataset or its manifest is damaged (then nothing can be checked or repaired),
@@ -116,17 +140,20 @@ def verify(
         source, data=data, labels=labels, image_column=image_column, label_column=label_column,
         val_fraction=val_fraction, seed=seed, limit=limit,
     )  # fmt: skip
-    stages = None if source is None else own_stages(dataset, source, weights, device, batch_size, workers)
-    source = None if stages is None else stages.source
+    stages = None
+    if source is not None and (samples or repair):
+        stages = own_stages(dataset, source, weights, device, batch_size, workers)
+    source = None if source is None else own_rows(dataset, source)
     compared, repaired = None, {}
     try:
         check = _Check(dataset, deep, source, progress)
+        hashed = None if source is None or dataset.manifest.content_hash is None else check.hashed
         if stages is not None and samples:
             compared, wrong = compare(dataset, stages, check.good, samples, seed, progress)
             for shard, what in wrong.items():
                 check.damaged(shard, check.good.pop(shard), what)
         if stages is not None and repair and check.problems:
-            repaired = _repair(dataset, stages, check.bad, progress)
+            repaired = _repair(dataset, stages, check.bad, bool(hashed and hashed.changed), progress)
             check = _Check(open_dataset(root), deep, source, progress)
     except OSError as error:
         raise system_fault(error) from error
@@ -141,12 +168,14 @@ def verify(
         bytes=sum(file.bytes for record in records for file in record.files.values()),
         problems=tuple(sorted(check.problems, key=lambda p: (p.split is None, p.split or "", p.index or 0))),
         compared=compared,
+        hashed=hashed,
         repaired=repaired,
     )
 
 
 class _Check:
-    """One pass over a dataset. good: intact shards with their records; bad: all others, with their records if readable.
+    """One pass over a dataset. good: intact shards with their records; bad: all others, with their records if readable;
+    hashed: the images of its source, if there is one.
 
     Raises `DatasetError` if the shards were made with another manifest.
     """
@@ -157,6 +186,7 @@ class _Check:
         self.good: dict[ShardId, ShardRecord] = {}
         self.bad: dict[ShardId, ShardRecord | None] = {}
         self.decoded = 0
+        self.hashed = SourceImages()
         self._check_shards(self._records(), progress)
         self._check_derived()
 
@@ -188,8 +218,8 @@ class _Check:
     def _check_shards(self, records: list[ShardRecord], progress: ProgressFactory) -> None:
         seen: dict[str, dict[str, int]] = {split: {} for split in self.dataset.splits}  # key -> shard
         with ThreadPoolExecutor(_READERS) as pool, progress("verifying", len(records), "shards", 0) as bar:
-            for record, (problem, keys) in zip(records, pool.map(self._read, records), strict=True):
-                shard = record.shard
+            for record, (problem, keys, images) in zip(records, pool.map(self._read, records), strict=True):
+                shard, self.hashed = record.shard, self.hashed + images
                 if not problem:
                     holders = [(key, seen[record.split].setdefault(key, record.index)) for key in keys]
                     twice = [(key, holder) for key, holder in holders if holder != record.index]
@@ -209,8 +239,8 @@ class _Check:
         count = self.dataset.manifest.shard_count(record.split)
         return self.deep or count <= _SHALLOW or record.index in {count * k // _SHALLOW for k in range(_SHALLOW)}
 
-    def _read(self, record: ShardRecord) -> tuple[str, list[str]]:
-        """Read one shard: what is wrong with it (empty if nothing is), and its keys."""
+    def _read(self, record: ShardRecord) -> tuple[str, list[str], SourceImages]:
+        """Read one shard: what is wrong with it (empty if nothing is), its keys, and how its images compare."""
         split, index, codes = record.split, record.index, None
         try:
             self.dataset.check_files(record)
@@ -219,11 +249,26 @@ class _Check:
                 codes, labels, keys = shard.codes, shard.labels, shard.keys
             else:
                 labels, keys = self.dataset.read_labels(split, index), self.dataset.read_keys(split, index)
+            hashes = self.dataset.read_hashes(split, index)
         except DatasetError as error:
-            return error.message, []
-        return self._rows_problem(record, codes, labels, keys), keys
+            return error.message, [], SourceImages()
+        problem, images = self._rows_problem(record, codes, labels, keys, hashes), SourceImages()
+        if not problem and hashes is not None and self.source is not None:
+            images = _compare_images(self.source, record, index * self.dataset.manifest.shard_rows, keys, hashes)
+            if images.changed:
+                problem = (
+                    f"holds {plural(len(images.changed), 'image')} changed since, the first is {images.changed[0]}"
+                )
+        return problem, keys, images
 
-    def _rows_problem(self, record: ShardRecord, codes: np.ndarray | None, labels: np.ndarray, keys: list[str]) -> str:
+    def _rows_problem(
+        self,
+        record: ShardRecord,
+        codes: np.ndarray | None,
+        labels: np.ndarray,
+        keys: list[str],
+        hashes: np.ndarray | None,
+    ) -> str:
         classes, start = len(self.dataset.classes), record.index * self.dataset.manifest.shard_rows
         invalid = {entry["row"] - start: entry["key"] for entry in record.invalid}
         if not INVALID_LABEL <= labels.min() <= labels.max() < classes:
@@ -234,6 +279,8 @@ class _Check:
             return "has a different key at an invalid row than its record lists"
         if codes is not None and codes[sorted(invalid)].any():
             return "holds codes in an invalid row"
+        if hashes is not None and hashes[sorted(invalid)].any():
+            return "has a content hash at an invalid row"
         if self.source is not None:
             rows = slice(start, start + record.rows)
             wanted = np.array(self.source.labels(record.split)[rows], np.int32)
@@ -258,10 +305,34 @@ class _Check:
                 self.problems.append(Problem(None, None, f"{ERRORS} does not match the records"))
 
 
+def _compare_images(
+    source: Source, record: ShardRecord, start: int, keys: list[str], hashes: np.ndarray
+) -> SourceImages:
+    """Compare the source's images with one shard's content hashes, where these are known. start: its first row."""
+    from latentprep.sources.images import BadImage, load_views
+
+    images, changed, unreadable = 0, [], []
+    for place in np.flatnonzero(known(hashes)).tolist():
+        try:
+            data = source.read(record.split, start + place).data
+            if content_hash(data) != hashes[place].tobytes():
+                load_views(data, size=8)
+                changed.append(keys[place])
+            images += 1
+        except (BadImage, SourceError, OSError) as error:
+            unreadable.append(f"{keys[place]}: {getattr(error, 'strerror', None) or error}")
+    return SourceImages(images, tuple(changed), tuple(unreadable))
+
+
 def _repair(
-    dataset: LatentDataset, stages: Stages, bad: dict[ShardId, ShardRecord | None], progress: ProgressFactory
+    dataset: LatentDataset,
+    stages: Stages,
+    bad: dict[ShardId, ShardRecord | None],
+    changed: bool,
+    progress: ProgressFactory,
 ) -> dict[str, bool | None]:
-    """Encode the bad shards again, and write the derived files again."""
+    """Encode the bad shards again, and write the derived files again. changed: whether images were, and all that were
+    are in bad shards, so that the next encode should not take them for replaced."""
     from latentprep.encoding.pipeline import LocalEngine
 
     manifest, jobs = dataset.manifest, list(bad)
@@ -275,6 +346,8 @@ def _repair(
             repaired[str(record.shard)] = None if before is None else before.files == record.files
 
         commit_shards(dataset, LocalEngine(manifest, stages, bar).run(jobs), done)
+        if changed and (stats := source_stats(stages.source, list(dataset.splits))) is not None:
+            write_stats(dataset.root, stats)
         write_errors(dataset.root, [record for split in dataset.splits for record in dataset.records(split)])
     return repaired
 

@@ -74,6 +74,10 @@ def encode(
         str | None,
         typer.Option(rich_help_panel="Codec", help="Dataset whose quantizer to use, so that both can be merged."),
     ] = None,
+    reuse: Annotated[
+        str | None,
+        typer.Option(rich_help_panel="Codec", help="Dataset whose quantizer, and codes of same images, to take."),
+    ] = None,
     splits: Annotated[
         str | None, typer.Option(rich_help_panel="Source", help="Comma-separated splits to encode. Default: all.")
     ] = None,
@@ -125,9 +129,9 @@ def encode(
     )  # fmt: skip
     result = run(
         opened, codec=codec, weights=weights, bits=bits, rate=rate, bytes=bytes, size=size, out=out, store=store,
-        quantizer=quantizer, joint=joint, views=views, splits=words(splits), limit=limit, workers=workers,
-        device=device, devices=devices, workers_per_device=workers_per_device, engine=engine, address=address,
-        seed=seed, shard_rows=shard_rows, shard_of=shard_of, max_pixels=max_pixels,
+        quantizer=quantizer, reuse=reuse, joint=joint, views=views, splits=words(splits), limit=limit,
+        workers=workers, device=device, devices=devices, workers_per_device=workers_per_device, engine=engine,
+        address=address, seed=seed, shard_rows=shard_rows, shard_of=shard_of, max_pixels=max_pixels,
         max_error_fraction=max_error_fraction, dry_run=dry_run, overwrite=overwrite, progress=console.progress_bar,
     )  # fmt: skip
     show_result(result, as_json)

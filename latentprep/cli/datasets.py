@@ -30,6 +30,8 @@ from latentprep.cli.options import (
 from latentprep.cli.showing import open_shown, shape, show_result, show_verified
 from latentprep.errors import DatasetError
 
+_DUPLICATES = 20  # images shown, at most
+
 app = typer.Typer()
 
 
@@ -247,7 +249,9 @@ def info(
     dataset: Dataset,
     as_json: Json = False,
 ) -> None:
-    """Describe a latent dataset: codec, bits, samples per class, bytes per image, compression.
+    """Describe a latent dataset: codec, bits, samples per class, bytes per image, compression, duplicates.
+
+    Duplicates are images that a split holds twice, or two splits hold (leaks), by the content hashes of their files.
 
     Example:
 
@@ -278,6 +282,9 @@ def info(
             "saturated": " ".join(f"{share:.2%}" for share in found.saturation[:16])
             + (" …" if len(found.saturation) > 16 else "")
             + " of values, per channel",
+            "duplicates": "unknown: an earlier version made it, without content hashes"
+            if found.duplicates is None
+            else found.duplicates.text(),
             **({"made by": made_by} if made_by else {}),
             **{
                 f"channel {poor.channel}": f"{poor.entropy:.2f} bits per code: {poor.cause}" for poor in found.poor[:16]
@@ -291,3 +298,8 @@ def info(
     rows.append(["invalid", *(str(found.splits[split].invalid) for split in names)])
     rows.append(["all", *(f"{found.splits[split].committed} of {found.splits[split].rows}" for split in names)])
     console.print_table("", ["class", *names], rows)
+    if found.duplicates is not None and found.duplicates.images:
+        lines, count = found.duplicates.lines(_DUPLICATES), len(found.duplicates.images)
+        if count > _DUPLICATES:
+            lines.append(["…", f"and {count - _DUPLICATES} more; --json has them all"])
+        console.print_table("images that occur more than once", ["rows", "keys"], lines)

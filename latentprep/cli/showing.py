@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from latentprep.sources.source import Source
 
 _MOST_SHOWN = 50  # shards, of those that verify finds wrong
+_FEW_SHOWN = 10  # changed images
 
 
 @overload
@@ -52,6 +53,8 @@ def show_result(result: EncodeResult, as_json: bool) -> None:
         rate = result.encoded / max(1e-9, result.seconds)
         by = "" if result.engine == "local" else f", {result.engine}: {text.plural(result.workers, 'worker')}"
         facts["time"] = f"{text.duration(result.seconds)}, {rate:.0f} images/s{by}"
+    if result.reused:
+        facts["reused"] = f"{result.reused} of {text.plural(result.encoded, 'image')}; the codec encoded the others"
     if result.part != "0/1":
         facts["part"] = f"{result.part} of the source; latentprep merge puts all parts together"
     elif not result.dry_run and {"train", "val"} <= set(result.rows):
@@ -71,8 +74,16 @@ def show_verified(found: VerifyResult) -> None:
             f"{text.plural(found.compared.images, 'image')} encoded again: {found.compared.differing:.3%} of the "
             f"codes differ, by at most {found.compared.farthest:.3%} of the range per image"
         )
-        if found.compared.unreadable:
+        if found.compared.unreadable and found.hashed is None:
             facts["unreadable"] = f"{len(found.compared.unreadable)} now, the first {found.compared.unreadable[0]}"
+    if found.hashed is not None:
+        changed = found.hashed.changed
+        which = ", ".join(changed[:_FEW_SHOWN]) + (", …; --json has them all" if len(changed) > _FEW_SHOWN else "")
+        facts["hashed"] = f"{text.plural(found.hashed.images, 'image')} of the source, {len(changed)} changed" + (
+            f": {which}" if changed else ""
+        )
+        if found.hashed.unreadable:
+            facts["unreadable"] = f"{len(found.hashed.unreadable)} now, the first {found.hashed.unreadable[0]}"
     if found.repaired:
         same = sum(map(bool, found.repaired.values()))
         facts["repaired"] = ", ".join(found.repaired) + (f"; {same} to the recorded bytes" if same else "")

@@ -21,8 +21,9 @@ from latentprep.encoding.source_files import joined_stats, read_stats, write_sta
 from latentprep.errors import DatasetError, UsageError, opt
 from latentprep.format.commit import write_errors
 from latentprep.format.dataset import LatentDataset, open_dataset
+from latentprep.format.hashes import HASH_BYTES
 from latentprep.format.manifest import INVALID_LABEL, LINEAR_DECODER, MAX_SHARDS, Manifest, ShardId, ShardRecord
-from latentprep.format.shard import Codes, EncodedShard, encoded_shard
+from latentprep.format.shard import Codes, EncodedShard, encoded_shard, joined_devices
 from latentprep.format.stores import check_store, store_of
 from latentprep.format.thumbnails import ColourMap
 from latentprep.progress import ProgressFactory, silent
@@ -161,7 +162,8 @@ def _taker(parts: Sequence[LatentDataset]) -> Callable[[str, np.ndarray, int], _
 
     @lru_cache(2)  # an old shard that two new ones need is read once
     def read(part: int, split: str, index: int) -> Codes:
-        return parts[part].read_shard(split, index)
+        shard, hashes = parts[part].read_shard(split, index), parts[part].read_hashes(split, index)
+        return replace(shard, hashes=np.zeros((len(shard), HASH_BYTES), np.uint8) if hashes is None else hashes)
 
     def take(split: str, rows: np.ndarray, first: int) -> _Taken:
         taken: list[Codes] = []
@@ -173,19 +175,21 @@ def _taker(parts: Sequence[LatentDataset]) -> Callable[[str, np.ndarray, int], _
         for part, index in np.unique(shards, axis=0).tolist():
             here = np.flatnonzero((shards == (part, index)).all(axis=1))
             shard, record = read(part, split, index), parts[part].committed(split, index)
-            devices.add(record.device or "cpu")
+            devices.add(record.device)
             places = rows[here, 1] - index * shard_rows[part]
             labels = shard.labels[places]
-            taken.append(Codes(shard.codes[places], labels, [shard.keys[place] for place in places]))
+            assert shard.hashes is not None
+            keys = [shard.keys[place] for place in places]
+            taken.append(Codes(shard.codes[places], labels, keys, shard.hashes[places]))
             new_row = dict(zip(rows[here, 1].tolist(), (here + first).tolist(), strict=True))
             invalid += [{**entry, "row": new_row[entry["row"]]} for entry in record.invalid if entry["row"] in new_row]
             valid, all_valid = (int((some != INVALID_LABEL).sum()) for some in (labels, shard.labels))
             source_bytes += record.source_bytes * valid // max(1, all_valid)
             saturated += np.array(record.saturated) * valid // max(1, all_valid)
-        codes, labels = (np.concatenate([getattr(some, name) for some in taken]) for name in ("codes", "labels"))
-        joined = Codes(codes, labels, [key for some in taken for key in some.keys])
-        device = "" if devices == {"cpu"} else ", ".join(sorted(devices))
-        return _Taken(joined, source_bytes, tuple(saturated.tolist()), invalid, device)
+        names = ("codes", "labels", "hashes")
+        codes, labels, hashes = (np.concatenate([getattr(some, name) for some in taken]) for name in names)
+        joined = Codes(codes, labels, [key for some in taken for key in some.keys], hashes)
+        return _Taken(joined, source_bytes, tuple(saturated.tolist()), invalid, joined_devices(devices))
 
     return take
 
@@ -196,9 +200,14 @@ def _checked(manifest: Manifest, shard: ShardId, taken: _Taken) -> EncodedShard:
         manifest, shard, taken.rows,
         source_bytes=taken.source_bytes, saturated=taken.saturated, invalid=taken.invalid, device=taken.device,
     )  # fmt: skip
-    codes, labels, keys = store_of(manifest).decode_shard_files(manifest, shard.split, shard.index, encoded.files)
+    store, where = store_of(manifest), (manifest, shard.split, shard.index)
+    codes, labels, keys = store.decode_shard_files(*where, encoded.files)
     rows = taken.rows
-    if not (np.array_equal(codes, rows.codes) and np.array_equal(labels, rows.labels) and keys == rows.keys):
+    same = np.array_equal(codes, rows.codes) and np.array_equal(labels, rows.labels) and keys == rows.keys
+    if manifest.content_hash is not None and rows.hashes is not None:
+        hashes = store.decode_hashes(*where, encoded.files[store.shard_files(*where)["hashes"]])
+        same = same and np.array_equal(hashes, rows.hashes)
+    if not same:
         raise DatasetError(
             f"shard {shard} does not decode to the codes it was encoded from", "check this machine's memory for faults"
         )

@@ -80,7 +80,7 @@ def merge(
 
     The store, the rows per shard and the compression are those of the first part. Encode the other parts with
     ``quantizer=`` the first one: otherwise each part has a quantizer of its own, and they differ. Run again, it
-    resumes.
+    resumes. Rows of a part without content hashes get unknown ones where another part has them.
 
     The parts of one source, encoded with ``shard_of=``, may be given in any order, and have the same quantizer by
     themselves. All together become, byte for byte, the dataset of one encode.
@@ -92,7 +92,8 @@ def merge(
     if len(datasets) < 2:
         raise UsageError("merge takes two or more datasets", "name all parts")
     parts = _in_order([opened(dataset) for dataset in datasets])
-    first = parts[0].manifest
+    hashed = next((part.manifest.content_hash for part in parts if part.manifest.content_hash), None)
+    first = replace(parts[0].manifest, content_hash=hashed)
     for part in parts[1:]:
         for name, there, here in differences(
             _configuration(first, part.manifest), _configuration(part.manifest, first)

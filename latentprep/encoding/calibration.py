@@ -13,6 +13,7 @@ from torch import Tensor
 from latentprep.codecs.base import Codec
 from latentprep.encoding.pipeline import Stages, check_finite, decoded, latents_of
 from latentprep.errors import SourceError
+from latentprep.format.hashes import HASH_BYTES
 from latentprep.format.manifest import Manifest, Plan, ShardId, train_split
 from latentprep.format.quantizer import Quantizer
 from latentprep.format.stores import store_of
@@ -87,10 +88,11 @@ def fit_to_rate(codec: Codec, latents: Tensor, asked: Plan, rate: float) -> tupl
         bits = max(1, int(codes.max()).bit_length())
         manifest = asked.manifest(Quantizer(bits, (0.0,) * codes.shape[1], (1.0,) * codes.shape[1]), None, compression)
         manifest = replace(manifest, transform={**manifest.transform, "views": 1})
-        size = 0
+        size, random = 0, np.random.default_rng(0)
         for part in codes[:, None].split(asked.shard_rows):
             labels, keys = np.zeros(len(part), np.int32), list(map(str, range(len(part))))
-            files = store_of(manifest).encode_shard_files(manifest, split, 0, part.numpy(), labels, keys)
+            hashes = None if asked.content_hash is None else random.integers(0, 256, (len(part), HASH_BYTES), np.uint8)
+            files = store_of(manifest).encode_shard_files(manifest, split, 0, part.numpy(), labels, keys, hashes)
             size += len(files[store_of(manifest).shard_files(manifest, split, 0)["codes"]])
         return 8 * size / codes.numel()
 

@@ -127,15 +127,17 @@ def _check_same(root: Place, stored: Manifest, asked: Plan, source: Source | Non
         )
 
 
-def with_quantizer_of(dataset: LatentDataset, asked: Plan) -> Manifest:
+def with_quantizer_of(dataset: LatentDataset, asked: Plan, option: str = "quantizer") -> Manifest:
     """Finish the plan with the quantizer, statistics and compression of `dataset`, so that the two can be merged.
+
+    option: by which it was given.
 
     Raises `DatasetError` naming the first setting that would give their codes different meanings.
     """
     for name, there, requested in differences(_meaning(dataset.manifest), _meaning(asked)):
         raise DatasetError(
             f"the quantizer of {dataset.root} does not fit: {name} is {there} there, but {requested} was requested",
-            f"use the same settings as for that dataset, or leave out {opt('quantizer')}",
+            f"use the same settings as for that dataset, or leave out {opt(option)}",
         )
     given = dataset.manifest
     return asked.manifest(given.quantizer, given.statistics, given.compression)

@@ -8,7 +8,9 @@ first shard: the quantizer and the compression from a calibration draw, everythi
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Generator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,10 +21,12 @@ from latentprep import __version__
 from latentprep.encoding.driver import commit_shards, start, stored_manifest, with_quantizer_of, writing
 from latentprep.encoding.parts import parse_part, part_of, plan_of_part, rows_of_plan
 from latentprep.encoding.profile import Profile
+from latentprep.encoding.reuse import Reuse
 from latentprep.encoding.source_files import check_unchanged, source_stats
 from latentprep.errors import Interrupted, SourceError, UsageError, check_number, check_whole, check_word, opt
 from latentprep.format.commit import write_errors
 from latentprep.format.dataset import LatentDataset, open_dataset
+from latentprep.format.hashes import CONTENT_HASH
 from latentprep.format.manifest import (
     COLOURS,
     MAX_SHARD_CODES,
@@ -36,6 +40,7 @@ from latentprep.format.manifest import (
     train_split,
 )
 from latentprep.format.quantizer import MOST_BITS, check_bits
+from latentprep.format.shard import EncodedShard
 from latentprep.format.stores import check_store, code_bytes
 from latentprep.format.zarr_store import chunk_rows
 from latentprep.progress import ProgressFactory, silent
@@ -62,7 +67,8 @@ MAX_DEFAULT_SIZE = 224  # pixels; larger sources are shrunk to it unless a size 
 class EncodeResult:
     """What `encode` did, or, with `dry_run`, would do.
 
-    rows: per split; invalid: samples that could not be read; encoded: samples encoded in this run.
+    rows: per split; invalid: samples that could not be read; encoded: samples encoded in this run;
+    reused: those of them whose codes were taken from another dataset.
     joint: codes were chosen together, see `latentprep.quantizing.joint`. latent: (C, h, w) of a view.
     code_bytes: bytes of codes on disk (with `dry_run`: the most there will be).
     profile: where the time went, if asked for: `profile.Profile.to_json`.
@@ -84,6 +90,7 @@ class EncodeResult:
     shards: int
     code_bytes: int
     encoded: int = 0
+    reused: int = 0
     invalid: int = 0
     seconds: float = 0.0
     dry_run: bool = False
@@ -112,6 +119,7 @@ def encode(
     out: str | Path = "shards",
     store: str = "zarr",
     quantizer: str | Path | LatentDataset | None = None,
+    reuse: str | Path | LatentDataset | None = None,
     joint: bool | None = None,
     views: int = 1,
     splits: list[str] | None = None,
@@ -157,6 +165,10 @@ def encode(
     quantizer: a dataset whose quantizer is taken instead of a fitted one, so that the two can be merged. joint: choose
     the codes of a sample together, for 1 to 3 dB more (see `latentprep.quantizing.joint`); such codes have no exact
     mirror. Default: as `quantizer` has it, else `joint_by_default`.
+    reuse: a dataset of the same codec, bits and size whose quantizer is taken, and the codes of all images that it has
+    too, byte for byte, by their content hashes: only new and changed ones go through the codec. (Further views are also
+    drawn by seed and key, so they are taken only where both are the same.) The result has the files of an encode with
+    that ``quantizer``; only the records' counts of saturated latents are shares of the old ones.
     colour: "srgb" converts embedded colour profiles, "stored" uses an image's numbers as they are.
     views: of a train sample, see `images.load_views`; other splits have view 0 alone.
     shard_of: ``"3/8"``, ``(3, 8)``: encode the fourth of eight parts of the source alone, to a folder of its own.
@@ -208,7 +220,14 @@ def encode(
         check_portable(coder)
     image_size = scaled_size(size or default_size(source, coder), phi, coder)
     latent = coder.latent_shape(image_size, image_size)
-    taken = None if quantizer is None else open_dataset(quantizer)
+    if quantizer is not None and reuse is not None:
+        raise UsageError(
+            f"{opt('reuse')} takes the quantizer of that dataset, so {opt('quantizer')} has no effect", "leave it out"
+        )
+    other = quantizer if reuse is None else reuse
+    taken = None if other is None else open_dataset(other)
+    if reuse is not None and taken is not None and taken.root.resolve() == root.resolve():
+        raise UsageError(f"{opt('reuse')} is the dataset to write, {root}", f"choose another folder as {opt('out')}")
     if joint is None and taken is not None:
         joint = taken.manifest.joint
     if bytes is not None:
@@ -218,7 +237,8 @@ def encode(
         source, names, coder, bits, joint, image_size, latent, views, seed, shard_rows, store, colour, rate
     )  # fmt: skip
     if taken is not None:
-        whole = with_quantizer_of(taken, whole)
+        whole = with_quantizer_of(taken, whole, "quantizer" if reuse is None else "reuse")
+    reused_codes = None if taken is None or reuse is None else Reuse(taken, whole)
     asked = plan_of_part(whole, part)
 
     if dry_run:
@@ -234,7 +254,7 @@ def encode(
         )
 
     began = time.monotonic()
-    stages = Stages(source, coder, batch_size, workers, max_pixels or MAX_PIXELS, strict)
+    stages = Stages(source, coder, batch_size, workers, max_pixels or MAX_PIXELS, strict, reuse=reused_codes)
     source = rows_of_plan(source, asked)
     with crew, writing(root):
         manifest = stored_manifest(root, asked, overwrite, source)
@@ -251,10 +271,10 @@ def encode(
         note = check_unchanged(dataset, source, source_stats(source, names), records)
         if profile:
             stages = replace(stages, profile=Profile(stages.threads(), crew.workers))
-        encoded = _run(crew, stages, dataset, records, max_error_fraction, progress)
+        encoded, reused = _run(crew, stages, dataset, records, max_error_fraction, progress)
     found = stages.profile.to_json() if stages.profile else None
     facts = {"seconds": time.monotonic() - began, "profile": found, "note": note, "left_out": source.left_out}
-    facts |= {"engine": crew.name, "workers": crew.workers}
+    facts |= {"engine": crew.name, "workers": crew.workers, "reused": reused}
     return encode_result(root, manifest, list(records.values()), encoded=encoded, **facts)
 
 
@@ -316,11 +336,19 @@ def _run(
     records: dict[ShardId, ShardRecord],
     max_fraction: float,
     progress: ProgressFactory,
-) -> int:
-    """Encode and commit the shards that `records` lacks, and add theirs; returns how many samples that were."""
-    manifest = dataset.manifest
+) -> tuple[int, int]:
+    """Encode and commit the shards that `records` lacks, and add theirs; returns how many samples that were, and how
+    many of them were reused."""
+    manifest, reused = dataset.manifest, 0
     jobs = [shard for shard in manifest.shards() if shard not in records]
     before = sum(record.rows for record in records.values())
+
+    def counted(shards: Generator[EncodedShard, None, None]) -> Generator[EncodedShard, None, None]:
+        nonlocal reused
+        with contextlib.closing(shards):
+            for shard in shards:
+                reused += shard.reused
+                yield shard
 
     def done(record: ShardRecord) -> None:
         records[record.shard] = record
@@ -331,7 +359,7 @@ def _run(
     try:
         _check_errors(records, manifest, max_fraction)
         with progress("encoding", sum(manifest.splits.values()), "images", before) as bar:
-            commit_shards(dataset, crew.engine(manifest, stages, bar).run(jobs), done)
+            commit_shards(dataset, counted(crew.engine(manifest, stages, bar).run(jobs)), done)
     except KeyboardInterrupt as error:
         total = sum(map(manifest.shard_count, manifest.splits))
         raise Interrupted(
@@ -339,7 +367,7 @@ def _run(
             "run the same command again to continue",
         ) from error
     write_errors(dataset.root, list(records.values()))
-    return sum(record.rows for record in records.values()) - before
+    return sum(record.rows for record in records.values()) - before, reused
 
 
 def _check_errors(records: dict[ShardId, ShardRecord], manifest: Manifest, max_fraction: float) -> None:
@@ -410,6 +438,7 @@ def make_plan(
         splits={name: source.size(name) for name in names},
         store=store,
         rate=rate,
+        content_hash=CONTENT_HASH,
         written_by=f"latentprep {__version__}",
     )
 

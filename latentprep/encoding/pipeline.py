@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,10 +24,12 @@ from torch import Tensor
 from latentprep.codecs import Codec
 from latentprep.device import NOT_ON_DEVICE, Fitting, device_name, on_device, queues, sent
 from latentprep.encoding.profile import CODEC, DECODE, QUANTIZE, WAIT_DECODE, WAIT_WRITE, WRITE, Profile
+from latentprep.encoding.reuse import Found, Reuse
 from latentprep.errors import CodecError, SourceError, opt
+from latentprep.format.hashes import HASH_BYTES, content_hash
 from latentprep.format.manifest import INVALID_LABEL, Manifest, Plan, ShardId
 from latentprep.format.quantizer import Quantizer
-from latentprep.format.shard import Codes, EncodedShard, encoded_shard
+from latentprep.format.shard import Codes, EncodedShard, encoded_shard, joined_devices
 from latentprep.progress import Progress, Silent
 from latentprep.quantizing.scalar import quantize_counting
 from latentprep.sources.images import MAX_PIXELS, BadImage, colour_of, load_views
@@ -42,7 +44,7 @@ _IMAGES_PER_TASK = 16  # images that one thread decodes in one task, at most: sm
 
 @dataclass(frozen=True)
 class Stages:
-    """What the stages work with: a source, a codec, batch size, threads and limits."""
+    """What the stages work with: a source, a codec, batch size, threads, limits, and codes that need not be made."""
 
     source: Source
     codec: Codec
@@ -51,6 +53,7 @@ class Stages:
     max_pixels: int = MAX_PIXELS
     strict: bool = False  # stop at the first sample that cannot be read
     profile: Profile | None = None
+    reuse: Reuse | None = None
 
     def timed(self, stage: str) -> AbstractContextManager[None]:
         """Count the time spent inside for the stage, if a profile is requested."""
@@ -95,13 +98,30 @@ def cores() -> int:
 
 @dataclass
 class _Batch:
-    """Consecutive samples of one shard. images: u8 [b,V,S,S,3], all 0 for samples in `invalid`."""
+    """Consecutive samples of one shard. rows: those for the codec, in order; reused: where the codes of the others are.
+
+    images: u8 [b,V,S,S,3], of `rows`, all 0 for samples in `invalid`; hashes: of all others' files.
+    """
 
     shard: ShardId
     rows: list[int]
     images: np.ndarray
     invalid: dict[int, str] = field(default_factory=dict)  # row -> reason
+    reused: dict[int, Found] = field(default_factory=dict)
+    hashes: dict[int, bytes] = field(default_factory=dict)
     source_bytes: int = 0
+
+    def __len__(self) -> int:
+        return len(self.rows) + len(self.reused)
+
+
+class _Loaded(NamedTuple):
+    """A sample that could be read: its file's size and content hash, and where its codes are, if they need not be
+    made."""
+
+    size: int
+    content: bytes
+    found: Found | None
 
 
 @dataclass
@@ -183,9 +203,9 @@ class LocalEngine:
                 for coded in _coded(stages, manifest, jobs, readers):
                     shard = coded.batch.shard
                     check_finite(coded.batch, coded.finite, keys[shard.split])
-                    self.progress.advance(len(coded.batch.rows), shard=str(shard), **facts)
+                    self.progress.advance(len(coded.batch), shard=str(shard), **facts)
                     batches.append(coded)
-                    if sum(len(c.batch.rows) for c in batches) == manifest.rows_in_shard(shard.split, shard.index):
+                    if sum(len(c.batch) for c in batches) == manifest.rows_in_shard(shard.split, shard.index):
                         arguments = (stages, manifest, shard, batches, keys[shard.split], labels[shard.split])
                         waiting.append(compressor.submit(_encoded, *arguments))
                         batches = []
@@ -233,6 +253,9 @@ def _coded(stages: Stages, manifest: Manifest, jobs: list[ShardId], pool: Thread
 
 
 def _code(stages: Stages, quantizer: Quantizer, batch: _Batch) -> _Coded:
+    if not batch.rows:
+        nothing = torch.zeros(0, dtype=torch.uint8)
+        return _Coded(batch, nothing, nothing.bool(), torch.zeros(len(quantizer.lo), dtype=torch.int64), None)
     with on_device(stages.device):
         with stages.timed(CODEC):
             latents = latents_of(stages, batch)
@@ -269,17 +292,21 @@ def decoded(
     """Batches of decoded images in the order of `specs`. `_AHEAD` of them are prepared while one is used."""
     size, seed, colour = manifest.transform["size"], manifest.transform["seed"], colour_of(manifest.transform)
 
-    def load(batch: _Batch, place: int) -> int | str:
-        """Decode one sample into the batch: its size in bytes, or why it cannot be read."""
+    def load(batch: _Batch, place: int) -> _Loaded | str:
+        """Read one sample, and decode it into the batch unless its codes are there already; or why that cannot be."""
         try:
-            sample, out = stages.source.read(batch.shard.split, batch.rows[place]), batch.images[place]
-            load_views(sample.data, size, len(out), seed, sample.key, stages.max_pixels, out, colour)
-            return len(sample.data)
+            split, out = batch.shard.split, batch.images[place]
+            sample = stages.source.read(split, batch.rows[place])
+            content = content_hash(sample.data)
+            found = None if stages.reuse is None else stages.reuse.find(split, sample.key, content)
+            if found is None:
+                load_views(sample.data, size, len(out), seed, sample.key, stages.max_pixels, out, colour)
+            return _Loaded(len(sample.data), content, found)
         except (BadImage, SourceError, OSError) as error:
             batch.images[place] = 0  # part of it may have been written
             return str(getattr(error, "strerror", None) or error)
 
-    def load_some(batch: _Batch, places: range) -> list[int | str]:
+    def load_some(batch: _Batch, places: range) -> list[_Loaded | str]:
         with stages.timed(DECODE):
             return [load(batch, place) for place in places]
 
@@ -299,8 +326,14 @@ def decoded(
         for row, outcome in zip(batch.rows, outcomes, strict=True):
             if isinstance(outcome, str):
                 batch.invalid[row] = outcome
-            else:
-                batch.source_bytes += outcome
+                continue
+            batch.source_bytes += outcome.size
+            batch.hashes[row] = outcome.content
+            if outcome.found is not None:
+                batch.reused[row] = outcome.found
+        if batch.reused:
+            batch.images = batch.images[[place for place, row in enumerate(batch.rows) if row not in batch.reused]]
+            batch.rows = [row for row in batch.rows if row not in batch.reused]
         if stages.strict and batch.invalid:
             row, why = next(iter(batch.invalid.items()))
             key = stages.source.keys(batch.shard.split)[row]
@@ -322,22 +355,40 @@ def check_finite(batch: _Batch, finite: Tensor, keys: list[str]) -> None:
 def _encoded(
     stages: Stages, manifest: Manifest, shard: ShardId, batches: list[_Coded], keys: list[str], labels: np.ndarray
 ) -> EncodedShard:
-    """Compress one shard from all its batches. keys, labels: of the whole split."""
+    """Compress one shard from all its batches, and from the codes that are reused. keys, labels: of the whole split."""
     with stages.timed(WRITE):
-        rows = [row for coded in batches for row in coded.batch.rows]
-        codes = np.concatenate([coded.codes.numpy() for coded in batches])
-        reasons = {row: why for coded in batches for row, why in coded.batch.invalid.items()}
-        bad = [place for place, row in enumerate(rows) if row in reasons]
-        shard_codes = Codes(codes, labels[rows], [keys[row] for row in rows])
-        shard_codes.codes[bad], shard_codes.labels[bad] = 0, INVALID_LABEL
+        start, count = shard.index * manifest.shard_rows, manifest.rows_in_shard(shard.split, shard.index)
+        codes = np.zeros((count, *manifest.row_shape(shard.split)), np.uint8)
+        hashes = np.zeros((count, HASH_BYTES), np.uint8)
+        reasons: dict[int, str] = {}
+        reused: dict[int, Found] = {}
+        saturated = np.zeros(manifest.latent[0], np.int64)
+        for coded in batches:
+            batch = coded.batch
+            if batch.rows:
+                codes[[row - start for row in batch.rows]] = coded.codes.numpy()
+            for row, content in batch.hashes.items():
+                hashes[row - start] = np.frombuffer(content, np.uint8)
+            saturated += coded.saturated.numpy()
+            reasons |= batch.invalid
+            reused |= batch.reused
+        devices = {device_name(stages.device)} if len(reused) < count else set()
+        if reused:
+            assert stages.reuse is not None
+            taken = stages.reuse.take(shard.split, list(reused.values()))
+            codes[[row - start for row in reused]] = taken.codes
+            saturated += taken.saturated
+            devices |= taken.devices
+        bad = sorted(reasons)
+        rows = Codes(codes, labels[start : start + count].copy(), keys[start : start + count], hashes)
+        rows.codes[[row - start for row in bad]], rows.labels[[row - start for row in bad]] = 0, INVALID_LABEL
         return encoded_shard(
             manifest,
             shard,
-            shard_codes,
+            rows,
             source_bytes=sum(coded.batch.source_bytes for coded in batches),
-            saturated=torch.stack([coded.saturated for coded in batches]).sum(0).tolist(),
-            invalid=[
-                {"row": rows[place], "key": shard_codes.keys[place], "reason": reasons[rows[place]]} for place in bad
-            ],
-            device=device_name(stages.device),
+            saturated=saturated.tolist(),
+            invalid=[{"row": row, "key": keys[row], "reason": reasons[row]} for row in bad],
+            device=joined_devices(devices),
+            reused=len(reused),
         )

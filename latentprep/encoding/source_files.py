@@ -93,7 +93,8 @@ def check_unchanged(
     if replaced:
         raise DatasetError(
             f"{len(replaced)} of {rows} images were replaced since {root} was made: {some(replaced)}",
-            f"to resume, restore them, or delete {root / SOURCE_FILES} if they are the same images; to start again, "
+            f"to resume, restore them, or delete {root / SOURCE_FILES} if they are the same images; to encode "
+            f"only the new ones, use {opt('reuse', str(root))} and another folder as {opt('out')}; to start again, "
             f"choose another folder as {opt('out')}, or use {opt('overwrite', True)}",
         )
     if before is None or before.keys() != stats.keys() or not all(np.array_equal(before[s], stats[s]) for s in stats):

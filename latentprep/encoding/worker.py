@@ -15,7 +15,9 @@ from latentprep import __version__
 from latentprep.codecs import Codec, codec_class, codec_from_config
 from latentprep.encoding.pipeline import LocalEngine, Stages
 from latentprep.encoding.profile import Profile
+from latentprep.encoding.reuse import Reuse
 from latentprep.errors import CodecError, LatentError, SourceError, SystemFault, opt
+from latentprep.format.dataset import open_dataset
 from latentprep.format.manifest import Manifest, ShardId
 from latentprep.format.shard import EncodedShard
 from latentprep.progress import Progress
@@ -35,7 +37,7 @@ class Work:
 
     codec: its `config`. device: that it runs on. threads: of torch. decoders: threads that read and decode.
     folder: that relative paths start from. version: of latentprep. probe: (split, row, SHA-256) of samples that every
-    worker must be able to read. The other fields: see `Stages`.
+    worker must be able to read. reuse: where the dataset is whose codes are reused. The other fields: see `Stages`.
     """
 
     manifest: Manifest
@@ -51,6 +53,7 @@ class Work:
     folder: str
     version: str
     probe: tuple[tuple[str, int, str], ...]
+    reuse: str | None
 
     def open(self, progress: Progress) -> Callable[[ShardId], Made]:
         """Get ready, in the worker; returns the function that makes a shard.
@@ -69,8 +72,9 @@ class Work:
             self._check_readable(split, row, sha256)
         codec = codec_from_config(self.codec, device=self.device)
         profile = Profile(self.decoders) if self.timed else None
+        reuse = None if self.reuse is None else Reuse(open_dataset(self.reuse), self.manifest)
         stages = Stages(
-            self.source, codec, self.batch_size, self.decoders, self.max_pixels, self.strict, profile
+            self.source, codec, self.batch_size, self.decoders, self.max_pixels, self.strict, profile, reuse
         )  # fmt: skip
 
         def make(shard: ShardId) -> Made:
@@ -98,6 +102,7 @@ def work_of(manifest: Manifest, stages: Stages, device: torch.device, threads: i
         manifest, stages.source, stages.codec.config(), str(device), threads, stages.workers or threads,
         stages.batch_size, stages.max_pixels, stages.strict, stages.profile is not None, str(Path.cwd()), __version__,
         tuple(probe for split in manifest.splits for probe in _readable(stages.source, split)),
+        None if stages.reuse is None else str(stages.reuse.dataset.root),
     )  # fmt: skip
 
 

@@ -129,11 +129,8 @@ class LatentDataset:
         Raises `DatasetError` naming the shard if it is missing, cut short, altered, or from another encode.
         """
         record = self.committed(split, index)
-        wanted = {
-            path
-            for name, path in self._store.shard_files(self.manifest, split, index).items()
-            if keys or name != "keys"
-        }
+        paths = self._store.shard_files(self.manifest, split, index)
+        wanted = {paths[name] for name in ("codes", "labels", *(["keys"] if keys else []))}
         files = {path: self._read(record, path) for path in wanted}
         codes, labels, names = self._store.decode_shard_files(self.manifest, split, index, files)
         if self.verify:
@@ -151,6 +148,15 @@ class LatentDataset:
         record = self.committed(split, index)
         path = self._store.shard_files(self.manifest, split, index)["keys"]
         return self._store.decode_keys(self.manifest, split, index, self._read(record, path))
+
+    def read_hashes(self, split: str, index: int) -> np.ndarray | None:
+        """u8 [n,16]: the content hashes of one shard's rows, all 0 where unknown. None in a dataset without them. Its
+        codes are not decoded."""
+        if self.manifest.content_hash is None:
+            return None
+        record = self.committed(split, index)
+        path = self._store.shard_files(self.manifest, split, index)["hashes"]
+        return self._store.decode_hashes(self.manifest, split, index, self._read(record, path))
 
     def check_files(self, record: ShardRecord) -> None:
         """Raise `DatasetError` if a file of the shard does not match its record."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from latentprep.errors import DatasetError
 from latentprep.format.fields import Fields, dump_json, parse_json, read_json
+from latentprep.format.hashes import CONTENT_HASH
 from latentprep.format.quantizer import MOST_BITS, Quantizer, Statistics
 from latentprep.format.thumbnails import ColourMap
 from latentprep.storage.places import Place
@@ -63,6 +64,7 @@ class Plan:
     flip: per-channel signs, if ``sign * mirrored latents`` are exactly the mirrored image's latents, else None.
     shard_rows, chunk_rows: samples per shard (the last may have fewer), and per separately compressed chunk of it.
     splits: rows of each split, including invalid ones.
+    content_hash: how source files are hashed, `CONTENT_HASH`; None in older datasets, whose rows have no hashes.
     store: how shards are stored; see `latentprep.format.stores`.
     """
 
@@ -79,6 +81,7 @@ class Plan:
     splits: dict[str, int]
     store: str = "zarr"
     rate: float | None = None
+    content_hash: str | None = None
     written_by: str = ""
 
     def views(self, split: str) -> int:
@@ -167,6 +170,7 @@ class Manifest(Plan):
                 "chunk_rows": self.chunk_rows,
                 "compression": self.compression,
                 "splits": self.splits,
+                **({} if self.content_hash is None else {"content_hash": self.content_hash}),
                 **({} if self.thumbnail is None else {"thumbnail": self.thumbnail.to_json()}),
             }
         )
@@ -238,6 +242,7 @@ class Manifest(Plan):
             splits={_split_name(name, top): splits.whole(name, 0, _MAX_ROWS) for name in splits.document},
             store=top.text("store", STORES),
             rate=top.number("rate", 0, MOST_BITS) if "rate" in top.document else None,
+            content_hash=top.text("content_hash", (CONTENT_HASH,)) if "content_hash" in top.document else None,
             written_by=top.text("written_by"),
             statistics=statistics,
             thumbnail=thumbnail,

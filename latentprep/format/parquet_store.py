@@ -7,6 +7,7 @@ Layout: `data/{split}-{index:05d}-of-{shards:05d}.parquet`, as the Hugging Face 
                the `datasets` library, which reads all of this by itself
     valid      bool: label is not −1
     thumbnail  struct of bytes (a WebP file) and path (null): an Image of `datasets`; only if the manifest says how
+    hash       16 bytes of the hash of the source file; only if the manifest has a content hash
 
 pyarrow writes and reads the columns. It allocates what headers declare, so they are checked here first.
 """
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from latentprep.errors import DatasetError, SystemFault, opt
+from latentprep.format.hashes import HASH_BYTES
 from latentprep.format.manifest import INVALID_LABEL, Manifest, Plan
 from latentprep.format.thrift import read_struct
 from latentprep.format.thumbnails import thumbnails
@@ -50,9 +52,10 @@ def check_installed() -> None:
 
 
 def shard_files(plan: Plan, split: str, index: int) -> dict[str, str]:
-    """Array name -> path of the file that holds it for shard `index`: one file holds all three."""
+    """Array name -> path of the file that holds it for shard `index`: one file holds all."""
     path = f"data/{split}-{index:05d}-of-{plan.shard_count(split):05d}.parquet"
-    return dict.fromkeys(("codes", "labels", "keys"), path)
+    names = ("codes", "labels", "keys") if plan.content_hash is None else ("codes", "labels", "keys", "hashes")
+    return dict.fromkeys(names, path)
 
 
 def described(manifest: Manifest) -> str:
@@ -74,15 +77,26 @@ def features(manifest: Manifest) -> dict[str, dict[str, Any]]:
         "codes": {"shape": shape, "dtype": "uint8", "_type": f"Array{len(shape)}D"},
         "valid": {"dtype": "bool", "_type": "Value"},
     }
-    return columns if manifest.thumbnail is None else columns | {"thumbnail": {"_type": "Image"}}
+    if manifest.thumbnail is not None:
+        columns["thumbnail"] = {"_type": "Image"}
+    if manifest.content_hash is not None:
+        columns["hash"] = {"dtype": "binary", "_type": "Value"}
+    return columns
 
 
 def encode_shard_files(
-    manifest: Manifest, split: str, index: int, codes: np.ndarray, labels: np.ndarray, keys: list[str]
+    manifest: Manifest,
+    split: str,
+    index: int,
+    codes: np.ndarray,
+    labels: np.ndarray,
+    keys: list[str],
+    hashes: np.ndarray | None = None,
 ) -> dict[str, bytes]:
     """One shard's arrays -> path: bytes of its file. Inverse of `decode_shard_files`.
 
-    codes: u8 [n,V,C,h,w]; labels: i32 [n]; keys: n strings; n at most ``manifest.shard_rows``.
+    codes: u8 [n,V,C,h,w]; labels: i32 [n]; keys: n strings; hashes: u8 [n,16], if the manifest has a content hash; n at
+    most ``manifest.shard_rows``.
     Raises `DatasetError` for more codes than a file can hold, `SystemFault` without pyarrow.
     """
     check_installed()
@@ -107,6 +121,8 @@ def encode_shard_files(
         pictures = thumbnails(manifest.quantizer, manifest.thumbnail, codes[:, 0])
         cells = [{"bytes": data} if there else None for data, there in zip(pictures, valid, strict=True)]
         arrays["thumbnail"] = pa.array(cells, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    if hashes is not None:
+        arrays["hash"] = pa.array([row.tobytes() for row in hashes], pa.binary())
     extension = {  # so that `datasets` gives the column its shape; pyarrow alone reads lists
         "ARROW:extension:name": _EXTENSION.format(columns["codes"]["_type"]),
         "ARROW:extension:metadata": json.dumps([shape, "uint8"]),
@@ -137,30 +153,34 @@ def decode_shard_files(
     """path: bytes of one shard's file -> codes u8 [n,V,C,h,w], labels i32 [n], keys. Inverse of
     `encode_shard_files`. Raises `DatasetError` for bytes that do not decode, `SystemFault` without pyarrow."""
     data = files[shard_files(manifest, split, index)["codes"]]
-    return _decode(manifest, split, index, data, ("key", "label", "codes", "valid"))
+    found = _decode(manifest, split, index, data, ("key", "label", "codes", "valid"))
+    return found["codes"], found["label"], found["key"]
 
 
 def decode_labels(manifest: Manifest, split: str, index: int, data: bytes) -> np.ndarray:
     """The bytes of one shard's file -> i32 [n]. Raises as `decode_shard_files` does."""
-    return _decode(manifest, split, index, data, ("label",))[1]
+    return _decode(manifest, split, index, data, ("label",))["label"]
 
 
 def decode_keys(manifest: Manifest, split: str, index: int, data: bytes) -> list[str]:
     """The bytes of one shard's file -> n keys. Raises as `decode_shard_files` does."""
-    return _decode(manifest, split, index, data, ("key",))[2]
+    return _decode(manifest, split, index, data, ("key",))["key"]
 
 
-def _decode(
-    manifest: Manifest, split: str, index: int, data: bytes, wanted: tuple[str, ...]
-) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """The wanted columns of a file, as arrays; the others are empty."""
+def decode_hashes(manifest: Manifest, split: str, index: int, data: bytes) -> np.ndarray:
+    """The bytes of one shard's file -> u8 [n,16]. Raises as `decode_shard_files` does."""
+    return _decode(manifest, split, index, data, ("hash",))["hash"]
+
+
+def _decode(manifest: Manifest, split: str, index: int, data: bytes, wanted: tuple[str, ...]) -> dict[str, Any]:
+    """The wanted columns of a file: codes u8 [n,V,C,h,w], label i32 [n], key as n strings, hash u8 [n,16]."""
     check_installed()
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     rows, row = manifest.rows_in_shard(split, index), manifest.row_shape(split)
     shape = row if len(features(manifest)["codes"]["shape"]) == len(row) else row[1:]
-    codes, labels, keys = np.empty((0, *row), np.uint8), np.empty(0, np.int32), list[str]()
+    found: dict[str, Any] = {}
     try:
         _check_sizes(memoryview(data), wanted, rows, shape)
         limits = {"thrift_string_size_limit": len(data), "thrift_container_size_limit": _MAX_THINGS}
@@ -169,23 +189,28 @@ def _decode(
             table = file.read(list(wanted), use_threads=False)  # whoever reads shards has threads already
         columns = {name: _whole(table.column(name)) for name in wanted}
         if "label" in wanted:
-            found = columns["label"].to_numpy()
-            labels = found.astype(np.int32)
-            if not np.array_equal(labels, found):
+            labels = columns["label"].to_numpy()
+            found["label"] = labels.astype(np.int32)
+            if not np.array_equal(labels, found["label"]):
                 raise ValueError("a label is no 32-bit integer")
         if "key" in wanted:
-            keys = columns["key"].to_pylist()
+            found["key"] = columns["key"].to_pylist()
+        if "hash" in wanted:
+            hashes = columns["hash"].to_pylist()
+            if any(len(one) != HASH_BYTES for one in hashes):
+                raise ValueError(f"a hash is not {HASH_BYTES} bytes long")
+            found["hash"] = np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, HASH_BYTES)
         if "codes" in wanted:
-            codes = _flat(columns["codes"], shape).reshape(rows, *row)
+            found["codes"] = _flat(columns["codes"], shape).reshape(rows, *row)
         if "valid" in wanted and not np.array_equal(
-            columns["valid"].to_numpy(zero_copy_only=False), labels != INVALID_LABEL
+            columns["valid"].to_numpy(zero_copy_only=False), found["label"] != INVALID_LABEL
         ):
             raise ValueError("its columns valid and label do not fit together")
     except Exception as error:  # pyarrow, and the types that other libraries register with it, raise many kinds
         path = shard_files(manifest, split, index)["codes"]
         what = " ".join(f"{type(error).__name__}: {error}".split())
         raise DatasetError(f"{path} cannot be decoded ({what:.200})", "encode it again") from error
-    return codes, labels, keys
+    return found
 
 
 def _leaf(depth: int) -> str:
@@ -231,7 +256,7 @@ def _check_types(schema: pyarrow.Schema, wanted: tuple[str, ...], depth: int) ->
     codes = pa.uint8()
     for _ in range(depth):
         codes = pa.list_(codes)
-    types = {"key": pa.string(), "label": pa.int64(), "codes": codes, "valid": pa.bool_()}
+    types = {"key": pa.string(), "label": pa.int64(), "codes": codes, "valid": pa.bool_(), "hash": pa.binary()}
     for name in wanted:
         found = schema.field(name).type
         if getattr(found, "storage_type", found) != types[name]:
@@ -256,6 +281,7 @@ def _check_sizes(data: memoryview, wanted: tuple[str, ...], rows: int, shape: tu
         path, values, width, entries = {  # in the schema; values; their most bytes; most entries of a dictionary
             "codes": (_leaf(len(shape)), rows * math.prod(shape), 8, 1 << _FEW_BITS),
             "key": (name, rows, _MAX_KEY_BYTES, 0),
+            "hash": (name, rows, 4 + HASH_BYTES, 0),
         }.get(name, (name, rows, 8, 0))
         if path not in chunks:
             raise ValueError(f"no column {path}")

@@ -21,25 +21,36 @@ class Store(Protocol):
         """path -> bytes of the files that a dataset has beside its shards."""
 
     def shard_files(self, plan: Plan, split: str, index: int) -> dict[str, str]:
-        """``codes``, ``labels`` and ``keys`` -> path of the file that holds them for shard `index`."""
+        """``codes``, ``labels``, ``keys`` and, if the plan has a content hash, ``hashes`` -> path of the file that
+        holds them for shard `index`."""
 
     def encode_shard_files(
-        self, manifest: Manifest, split: str, index: int, codes: np.ndarray, labels: np.ndarray, keys: list[str]
+        self,
+        manifest: Manifest,
+        split: str,
+        index: int,
+        codes: np.ndarray,
+        labels: np.ndarray,
+        keys: list[str],
+        hashes: np.ndarray | None = None,
     ) -> dict[str, bytes]:
-        """codes u8 [n,V,C,h,w], labels i32 [n], n keys -> path -> bytes of the shard's files. The same input gives the
-        same bytes."""
+        """codes u8 [n,V,C,h,w], labels i32 [n], n keys, hashes u8 [n,16] if the manifest has a content hash -> path ->
+        bytes of the shard's files. The same input gives the same bytes."""
 
     def decode_shard_files(
         self, manifest: Manifest, split: str, index: int, files: dict[str, bytes]
     ) -> tuple[np.ndarray, np.ndarray, list[str]]:
-        """Inverse of `encode_shard_files`. If a file that holds only keys is left out, there are no keys.
-        Raises `DatasetError` for bytes that do not decode."""
+        """Inverse of `encode_shard_files`, but for the hashes. If a file that holds only keys is left out, there are
+        no keys. Raises `DatasetError` for bytes that do not decode."""
 
     def decode_labels(self, manifest: Manifest, split: str, index: int, data: bytes) -> np.ndarray:
         """The bytes of the file that holds a shard's labels -> i32 [n]."""
 
     def decode_keys(self, manifest: Manifest, split: str, index: int, data: bytes) -> list[str]:
         """The bytes of the file that holds a shard's keys -> n keys."""
+
+    def decode_hashes(self, manifest: Manifest, split: str, index: int, data: bytes) -> np.ndarray:
+        """The bytes of the file that holds a shard's hashes -> u8 [n,16]."""
 
 
 _STORES: dict[str, Store] = {"zarr": zarr_store, "wds": wds_store, "parquet": parquet_store}

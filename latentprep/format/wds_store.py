@@ -6,6 +6,8 @@ Layout: `{split}-{index:06d}.tar`, uncompressed, with members in the order of th
     KEY.cls                  the label, in decimal digits
     KEY                      a row that could not be read: empty and without an extension, so that WebDataset's
                              readers skip it
+If the manifest has a content hash, the hashes lie beside it in `{split}-{index:06d}.hashes`, 16 bytes for each row:
+readers of the tars take no other members than these.
 
 KEY is the sample's key. Only letters, digits, `_`, `-` and `/` (not a leading one) stay; the rest is percent-encoded,
 because WebDataset cuts names at the first dot, and no name may lead out of a folder. Every header field except name and
@@ -23,6 +25,7 @@ from urllib.parse import unquote
 import numpy as np
 
 from latentprep.errors import DatasetError, opt
+from latentprep.format.hashes import HASH_BYTES
 from latentprep.format.manifest import INVALID_LABEL, Manifest, Plan
 from latentprep.format.packing import pack, packed_bytes, unpack
 
@@ -35,8 +38,9 @@ _LABEL = re.compile(rb"[0-9]{1,9}")
 
 
 def shard_files(plan: Plan, split: str, index: int) -> dict[str, str]:
-    """Array name -> path of the file that holds it for shard `index`: one tar holds all three."""
-    return dict.fromkeys(("codes", "labels", "keys"), f"{split}-{index:06d}.tar")
+    """Array name -> path of the file that holds it for shard `index`: one tar holds all but the hashes."""
+    paths = dict.fromkeys(("codes", "labels", "keys"), f"{split}-{index:06d}.tar")
+    return paths if plan.content_hash is None else paths | {"hashes": f"{split}-{index:06d}.hashes"}
 
 
 def described(manifest: Manifest) -> str:
@@ -49,14 +53,22 @@ def metadata_files(manifest: Manifest) -> dict[str, bytes]:
 
 
 def encode_shard_files(
-    manifest: Manifest, split: str, index: int, codes: np.ndarray, labels: np.ndarray, keys: list[str]
+    manifest: Manifest,
+    split: str,
+    index: int,
+    codes: np.ndarray,
+    labels: np.ndarray,
+    keys: list[str],
+    hashes: np.ndarray | None = None,
 ) -> dict[str, bytes]:
-    """One shard's arrays -> path: bytes of its tar. Inverse of `decode_shard_files`.
+    """One shard's arrays -> path: bytes of its tar, and of its hashes. Inverse of `decode_shard_files`.
 
-    codes: u8 [n,V,C,h,w], 0 in rows of label -1; labels: i32 [n]; keys: n strings; n at most ``manifest.shard_rows``.
+    codes: u8 [n,V,C,h,w], 0 in rows of label -1; labels: i32 [n]; keys: n strings; hashes: u8 [n,16], if the manifest
+    has a content hash; n at most ``manifest.shard_rows``.
     Raises `DatasetError` for an empty or repeated key: the samples of a tar are distinguished by their names.
     """
-    path, suffixes = shard_files(manifest, split, index)["codes"], _suffixes(manifest, split)
+    paths, suffixes = shard_files(manifest, split, index), _suffixes(manifest, split)
+    path = paths["codes"]
     packed = pack(codes.reshape(*codes.shape[:2], int(np.prod(manifest.latent))), manifest.quantizer.bits)
     parts, seen = [], {""}
     for key, views, label in zip(keys, packed, labels.tolist(), strict=True):
@@ -72,7 +84,8 @@ def encode_shard_files(
             continue
         contents = (*(view.tobytes() for view in views), b"%d" % label)
         parts += [_member(f"{name}.{suffix}", data) for suffix, data in zip(suffixes, contents, strict=True)]
-    return {path: b"".join((*parts, _END))}
+    files = {path: b"".join((*parts, _END))}
+    return files if hashes is None else files | {paths["hashes"]: hashes.tobytes()}
 
 
 def decode_shard_files(
@@ -99,6 +112,15 @@ def decode_labels(manifest: Manifest, split: str, index: int, data: bytes) -> np
 def decode_keys(manifest: Manifest, split: str, index: int, data: bytes) -> list[str]:
     """The bytes of one shard's tar -> n keys."""
     return _decode(manifest, split, index, data)[1]
+
+
+def decode_hashes(manifest: Manifest, split: str, index: int, data: bytes) -> np.ndarray:
+    """The bytes of one shard's hashes -> u8 [n,16]. Raises `DatasetError` for another number of bytes."""
+    size = HASH_BYTES * manifest.rows_in_shard(split, index)
+    if len(data) != size:
+        path = shard_files(manifest, split, index)["hashes"]
+        raise DatasetError(f"{path} cannot be decoded (it has {len(data)} bytes, not {size})", "encode it again")
+    return np.frombuffer(data, np.uint8).reshape(-1, HASH_BYTES)
 
 
 def quote_key(key: str) -> str:

@@ -8,6 +8,7 @@ Layout (Zarr v3): group / ; group /{split} ; arrays
     /{split}/codes   u8     (N, V, C, h, w), sharding codec, one file per shard
     /{split}/labels  i32    (N,), one chunk per shard
     /{split}/keys    string (N,), one chunk per shard
+    /{split}/hashes  u8     (N, 16), one chunk per shard; only if the manifest has a content hash
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from zarr.codecs import BloscCodec, TransposeCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
 from latentprep.errors import DatasetError
+from latentprep.format.hashes import HASH_BYTES
 from latentprep.format.manifest import Manifest, Plan
 
 CHUNK_BYTES = 1 << 20  # codes in a separately compressed chunk, about
@@ -48,22 +50,32 @@ def chunk_rows(shard_rows: int, row_bytes: int) -> int:
 
 def shard_files(plan: Plan, split: str, index: int) -> dict[str, str]:
     """Array name -> path of its file for shard `index`, relative to the dataset's root."""
-    return {
+    paths = {
         "codes": f"{split}/codes/c/{index}/0/0/0/0",
         "labels": f"{split}/labels/c/{index}",
         "keys": f"{split}/keys/c/{index}",
     }
+    return paths if plan.content_hash is None else paths | {"hashes": f"{split}/hashes/c/{index}/0"}
 
 
 def encode_shard_files(
-    manifest: Manifest, split: str, index: int, codes: np.ndarray, labels: np.ndarray, keys: list[str]
+    manifest: Manifest,
+    split: str,
+    index: int,
+    codes: np.ndarray,
+    labels: np.ndarray,
+    keys: list[str],
+    hashes: np.ndarray | None = None,
 ) -> dict[str, bytes]:
     """One shard's arrays -> path: bytes of its files. Inverse of `decode_shard_files`.
 
-    codes: u8 [n,V,C,h,w]; labels: i32 [n]; keys: n strings; n at most ``manifest.shard_rows``.
+    codes: u8 [n,V,C,h,w]; labels: i32 [n]; keys: n strings; hashes: u8 [n,16], if the manifest has a content hash; n at
+    most ``manifest.shard_rows``.
     """
     paths = shard_files(manifest, split, index)
     arrays = {"labels": labels, "keys": np.array(keys, dtype=np.dtypes.StringDType())}
+    if hashes is not None:
+        arrays["hashes"] = hashes
     files = {paths["codes"]: encode_codes(manifest, codes)}
     return files | {paths[name]: _chunk_bytes(manifest, split, name, array) for name, array in arrays.items()}
 
@@ -170,6 +182,18 @@ def decode_keys(manifest: Manifest, split: str, index: int, data: bytes) -> list
     return keys
 
 
+def decode_hashes(manifest: Manifest, split: str, index: int, data: bytes) -> np.ndarray:
+    """The bytes of one shard's hashes file -> u8 [n,16]. Raises `DatasetError` for bytes that do not decode."""
+    size = HASH_BYTES * manifest.shard_rows
+    try:
+        if _declared_bytes(data) != size:
+            raise ValueError(f"it declares {_declared_bytes(data)} bytes, not {size}")
+        values = np.frombuffer(numcodecs.Zstd().decode(data), np.uint8).reshape(-1, HASH_BYTES)
+    except (ValueError, RuntimeError, MemoryError) as error:
+        raise _undecodable(shard_files(manifest, split, index)["hashes"], error) from error
+    return values[: manifest.rows_in_shard(split, index)]
+
+
 def _chain(manifest: Manifest) -> tuple[numcodecs.abc.Codec, list[int]]:
     """The manifest's compression as a compressor, and the order of axes in which it gets a chunk.
 
@@ -218,7 +242,7 @@ def metadata_files(manifest: Manifest) -> dict[str, bytes]:
     zarr.create_group(store=store, zarr_format=3)
     for split, rows in manifest.splits.items():
         zarr.create_group(store=store, path=split, zarr_format=3, attributes={"classes": list(manifest.classes)})
-        for name in ("codes", "labels", "keys"):
+        for name in shard_files(manifest, split, 0):
             try:
                 _create(manifest, store, f"{split}/{name}", split, name, rows)
             except (TypeError, ValueError) as error:
@@ -281,21 +305,24 @@ def _create(manifest: Manifest, store: Any, path: str, split: str, name: str, ro
                 **_codecs(manifest.compression),
                 **_WRITE_EVERY_CHUNK,
             )
+        kind, fill, tail = {"labels": ("i4", 0, ()), "keys": ("string", "", ()), "hashes": ("u1", 0, (HASH_BYTES,))}[
+            name
+        ]
         return zarr.create_array(
             store,
             name=path or None,
-            shape=(rows,),
-            dtype="i4" if name == "labels" else "string",
-            chunks=(manifest.shard_rows,),
-            fill_value=0 if name == "labels" else "",
-            dimension_names=("sample",),
+            shape=(rows, *tail),
+            dtype=kind,
+            chunks=(manifest.shard_rows, *tail),
+            fill_value=fill,
+            dimension_names=("sample", "byte")[: 1 + len(tail)],
             compressors=_codecs(_LABEL_CODECS)["compressors"],
             **_WRITE_EVERY_CHUNK,
         )
 
 
 def _chunk_bytes(manifest: Manifest, split: str, name: str, values: np.ndarray) -> bytes:
-    """The bytes that Zarr stores for one chunk (labels or keys) with these values."""
+    """The bytes that Zarr stores for one chunk (labels, keys or hashes) with these values."""
     files: dict[str, Any] = {}
     array = _create(manifest, MemoryStore(files), "", split, name, len(values))
     array[:] = values

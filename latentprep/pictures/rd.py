@@ -25,6 +25,7 @@ from latentprep.device import NOT_ON_DEVICE, Fitting, pick_device
 from latentprep.encoding.calibration import CALIBRATION, calibration_rows, fit_to_rate
 from latentprep.encoding.encode import default_size, joint_by_default
 from latentprep.errors import SourceError, UsageError, check_number, check_whole, opt, system_fault
+from latentprep.format.hashes import CONTENT_HASH, HASH_BYTES
 from latentprep.format.manifest import Manifest, Plan, ShardId, train_split
 from latentprep.format.quantizer import MOST_BITS, check_bits
 from latentprep.format.shard import Codes, encoded_shard
@@ -255,7 +256,8 @@ def _coded(
     plan = Plan(
         codec=codec.config(), bits=MOST_BITS, joint=False, transform={"size": size, "views": 1, "seed": seed},
         source={"spec": source.spec, "sha256": source.fingerprint()}, classes=source.classes, latent=latent, flip=None,
-        shard_rows=len(rows), chunk_rows=len(rows), splits={split: len(rows)}, written_by=f"latentprep {__version__}",
+        shard_rows=len(rows), chunk_rows=len(rows), splits={split: len(rows)}, content_hash=CONTENT_HASH,
+        written_by=f"latentprep {__version__}",
     )  # fmt: skip
     for setting, met in (*((b, False) for b in bits), *((rate, True) for rate in rates)):
         if met:
@@ -271,13 +273,14 @@ def _coded(
             asked = replace(plan, bits=int(setting), joint=bool(quantizer.filter))
         codes = quantize(latents, quantizer)
         manifest = asked.manifest(quantizer, code_statistics(codes, quantizer), chain)
-        cost = _stored_bytes(manifest, split, Codes(codes.numpy()[:, None], labels, keys))
+        hashes = np.random.default_rng(0).integers(0, 256, (len(codes), HASH_BYTES), np.uint8)
+        cost = _stored_bytes(manifest, split, Codes(codes.numpy()[:, None], labels, keys, hashes))
         batches = (decode(dequantize(part, quantizer)).cpu() for part in codes.split(_BATCH))
         yield setting, met, cost / len(codes), batches
 
 
 def _stored_bytes(manifest: Manifest, split: str, codes: Codes) -> int:
-    """Of a dataset of just these samples in one shard: codes, labels, keys, record, metadata and manifest."""
+    """Of a dataset of just these samples in one shard: codes, labels, keys, hashes, record, metadata and manifest."""
     saturated = (0,) * manifest.latent[0]
     shard = encoded_shard(manifest, ShardId(split, 0), codes, source_bytes=0, saturated=saturated)
     rest = [shard.record.to_bytes(), manifest.to_bytes(), *metadata_files(manifest).values()]

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from latentprep.audit.duplicates import Duplicates
 from latentprep.audit.info import DatasetInfo, info
 from latentprep.errors import system_fault
 from latentprep.format.dataset import LatentDataset, open_dataset
@@ -28,19 +29,23 @@ from latentprep.text import plural, size
 SAMPLES = 10
 _SHARDS = 64  # shards that histograms are counted from, at most
 _CHANNELS = 16  # histograms shown, at most
-_ERRORS = 50  # listed, at most
+_ERRORS = _DUPLICATES = 50  # listed, at most
 _TILE = 112  # pixels
 
 
 @dataclass(frozen=True)
 class ReportResult:
-    """The page, its size in bytes, and for each channel: entropy in bits per value, share of saturated values."""
+    """The page, its size in bytes, and for each channel: entropy in bits per value, share of saturated values.
+
+    duplicates: all images that occur more than once; None if the dataset has no content hashes.
+    """
 
     out: str
     bytes: int
     bits_per_value: float
     entropy: tuple[float, ...]
     saturation: tuple[float, ...]
+    duplicates: Duplicates | None
 
     def to_json(self) -> dict:
         return asdict(self)
@@ -74,6 +79,7 @@ def report(
         page.section("What was encoded", page.facts(_facts(facts)), _classes(facts)),
         page.section("What the codes keep", *_samples(opened, picked, columns)),
         page.section("Latents", *_latents(opened, facts, counts, entropies, shards)),
+        page.section("Duplicates", *_duplicates(facts)),
         page.section("Errors", *_errors(opened)),
     ]
     name = opened.root.resolve().name
@@ -85,7 +91,7 @@ def report(
         write_atomic(path_of(out), document)
     except OSError as error:
         raise system_fault(error) from error
-    return ReportResult(str(out), len(document), facts.bits_per_value, entropies, facts.saturation)
+    return ReportResult(str(out), len(document), facts.bits_per_value, entropies, facts.saturation, facts.duplicates)
 
 
 def channel_counts(dataset: LatentDataset) -> tuple[np.ndarray, tuple[int, int]]:
@@ -220,6 +226,20 @@ def _histogram(counts: np.ndarray, lo: float, high: float, channel: int, alt: st
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
     return page.chart(picture, alt, caption)
+
+
+def _duplicates(found: DatasetInfo) -> list[str]:
+    duplicates = found.duplicates
+    if duplicates is None:
+        return [page.paragraph("Unknown: the dataset has no content hashes, because an earlier version made it.")]
+    text = page.paragraph(
+        f"Images that occur more than once, by the content hashes of their files: {duplicates.text()}."
+    )
+    count = len(duplicates.images)
+    if not count:
+        return [text]
+    shown = f", the first {_DUPLICATES} of {count}" if count > _DUPLICATES else ""
+    return [text, page.table(f"Duplicates{shown}", ["rows", "keys"], duplicates.lines(_DUPLICATES))]
 
 
 def _errors(dataset: LatentDataset) -> list[str]:

@@ -26,7 +26,7 @@ from latentprep.codecs import codec_from_config
 from latentprep.errors import CodecError, DatasetError, LatentError, SourceError
 from latentprep.format import Manifest, ShardRecord, open_dataset
 from latentprep.format.commit import create_dataset
-from latentprep.format.zarr_store import decode_codes, decode_keys, decode_labels
+from latentprep.format.zarr_store import decode_codes, decode_hashes, decode_keys, decode_labels
 from latentprep.sources import finding
 from latentprep.sources.images import BadImage, decode
 from latentprep.sources.source import open_source
@@ -208,7 +208,7 @@ def test_compressions_that_we_never_wrote_are_refused(tmp_path: Path, compressio
 def test_compressed_bombs_are_refused_before_they_grow(little_memory: None) -> None:
     manifest = make_manifest()
     bomb = zstd_frame(1 << 40)
-    for parse in (decode_labels, decode_keys):
+    for parse in (decode_labels, decode_keys, decode_hashes):
         with pytest.raises(DatasetError, match=r"declares 1099511627776 bytes"):
             parse(manifest, "train", 0, bomb)
     index = struct.pack("<4Q", 0, len(bomb), 0, len(bomb)) + bytes(4)
@@ -260,8 +260,8 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Target]:
 
 @pytest.mark.parametrize(
     "name",
-    ["manifest", "record", "codes", "labels", "keys", "image", "tar", "tar in gzip", "gzip", "parquet", "table",
-     "checkpoint", "config", "latents", "dataset", "parquet shard"],
+    ["manifest", "record", "codes", "labels", "keys", "hashes", "image", "tar", "tar in gzip", "gzip", "parquet",
+     "table", "checkpoint", "config", "latents", "dataset", "parquet shard"],
 )  # fmt: skip
 def test_mutations_are_our_errors_or_nothing(targets: dict[str, Target], name: str) -> None:
     """A hundred or two of each here; `benchmarks/fuzz.py` does a million."""
@@ -284,4 +284,4 @@ def test_mutations_are_our_errors_or_nothing(targets: dict[str, Target], name: s
 
 def test_every_target_is_fuzzed(targets: dict[str, Target]) -> None:
     assert all(issubclass(kind, (LatentError, BadImage)) for target in targets.values() for kind in target.allowed)
-    assert len(targets) == 17
+    assert len(targets) == 18

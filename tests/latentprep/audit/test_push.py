@@ -194,7 +194,7 @@ def test_datasets_loads_a_pushed_parquet_store_by_its_card(tmp_path: Path, views
     sizes = {split: sum(path.stat().st_size for path in root.glob(f"data/{split}-*")) for split in ours.splits}
     assert {split: found.num_bytes for split, found in info.splits.items()} == sizes
     assert info.features == loaded["val"].features
-    assert list(info.features) == ["key", "label", "codes", "valid", "thumbnail"]
+    assert list(info.features) == ["key", "label", "codes", "valid", "thumbnail", "hash"]
     assert info.features["label"].names == list(ours.classes) == sorted(names)
     shape = (3, 8, 8) if views == 1 else (None, 3, 8, 8)
     assert info.features["codes"].shape == shape and info.features["codes"].dtype == "uint8"

@@ -7,21 +7,23 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import latentprep
 from inprocess import command
-from latentprep.audit.verify import VerifyResult
+from latentprep.audit.verify import SourceImages, VerifyResult
 from latentprep.errors import DatasetError, SourceError, UsageError
 from latentprep.format import LatentDataset, ShardRecord, open_dataset
 from latentprep.format.commit import commit_shard, write_errors
+from latentprep.format.hashes import CONTENT_HASH
 from latentprep.format.shard import encoded_shard
 from latentprep.format.zarr_store import encode_shard_files, metadata_files, shard_files
 from latentprep.progress import silent
 from latentprep.sources.source import Source, open_source
-from pictures import make_folder
+from pictures import jpeg, make_folder, picture
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 
@@ -57,7 +59,7 @@ def shards(found: VerifyResult) -> list[tuple[str | None, int | None]]:
 
 
 def paths(split: str, index: int) -> dict[str, str]:
-    return shard_files(None, split, index)  # Zarr's follow from these two alone
+    return shard_files(SimpleNamespace(content_hash=CONTENT_HASH), split, index)  # Zarr's follow from these alone
 
 
 def everything(root: Path) -> dict[str, bytes]:
@@ -243,7 +245,7 @@ def test_verification_can_be_switched_off(data: Path) -> None:
     path = data / paths("train", 1)["labels"]
     other = open_dataset(data)
     files = encode_shard_files(
-        other.manifest, "train", 1, *[v[::-1] for v in vars(other.read_shard("train", 1)).values()]
+        other.manifest, "train", 1, *[v[::-1] for v in vars(other.read_shard("train", 1)).values() if v is not None]
     )
     path.write_bytes(files[paths("train", 1)["labels"]])
     with pytest.raises(DatasetError, match=r"shard train 1: .* was altered"):
@@ -307,3 +309,32 @@ def test_an_errors_file_follows_from_the_records(data: Path) -> None:
     write_errors(data, [record for split in reversed(dataset.splits) for record in dataset.records(split)])
     assert (data / "errors.jsonl").read_bytes() == before
     assert latentprep.verify(data, progress=silent).ok
+
+
+def test_every_changed_image_is_found_without_a_codec(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = make_folder(tmp_path / "images")
+    for name in ("train/class_1/002.jpg", "val/class_0/001.jpg"):  # which could not be read then either
+        (images / name).write_bytes(b"junk")
+    assert latentprep.verify(data, source=images, samples=0).hashed == SourceImages(16)
+    keys = ["train/class_0/000.jpg", "train/class_0/003.jpg", "val/class_1/002.jpg"]
+    for seed, name in enumerate(keys):
+        (images / name).write_bytes(jpeg(picture(5000 + seed)))
+    (images / "train/class_1/000.jpg").write_bytes(b"damaged since")
+    with monkeypatch.context() as patch:
+        patch.setattr("latentprep.codecs.codec_from_config", None)
+        found = latentprep.verify(data, source=images, samples=0)
+    assert found.hashed is not None
+    assert (found.hashed.images, found.hashed.changed) == (15, tuple(keys))
+    assert [text.partition(":")[0] for text in found.hashed.unreadable] == ["train/class_1/000.jpg"]
+    assert shards(found) == [("train", 0), ("val", 1)]
+    assert "holds 2 images changed since, the first is train/class_0/000.jpg" in found.problems[0].what
+    shown = run("verify", data, "--source", images, "--samples", 0)
+    assert "15 images of the source, 3 changed" in " ".join(shown.stdout.split()) and shown.returncode == 6
+    assert latentprep.verify(data, source=images, samples=0, repair=True).ok
+    again = latentprep.verify(data, source=images, samples=0)
+    assert again.ok and again.hashed is not None and not again.hashed.changed
+    options = {"codec": "dct", "size": 32, "shard_rows": 4, "max_error_fraction": 0.5}
+    assert latentprep.encode(images, out=data, **options).encoded == 0  # it takes no image for replaced
+    assert latentprep.verify(GOLDEN / "v1", deep=True).hashed is None

@@ -272,7 +272,7 @@ def test_datasets_reads_it_with_no_code_of_ours(root: Path, tmp_path: Path, name
     for loaded in (by_files, by_folder):
         assert list(loaded) == ["train", "val"]
         for split, found in loaded.items():
-            assert list(found.features) == ["key", "label", "codes", "valid"]
+            assert list(found.features) == ["key", "label", "codes", "valid", "hash"]
             assert found.features["label"] == datasets.ClassLabel(names=["class_0", "class_1"])
             assert type(found.features["codes"]).__name__ == kind
             shards = [ours.read_shard(split, i) for i in range(ours.manifest.shard_count(split))]
