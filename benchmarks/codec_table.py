@@ -20,7 +20,7 @@ from common import Runs, chosen, kept_codes, machine, mean_spread, write_json
 from latentprep.audit.info import info
 from latentprep.cli.console import progress_bar, tune_process
 from latentprep.codecs import make_codec
-from latentprep.pictures.plots import COLOURS, INK, draw
+from latentprep.pictures.plots import COLOURS, INK, draw, log_below
 from latentprep.sources.source import open_source
 
 
@@ -116,7 +116,7 @@ class Table:
                 axes.plot(x, y, "o", color=colour, fillstyle="full" if row.bits == 4 else "none")
                 label = " ".join([row.codec, *(str(value) for _, value in row.options), f"{row.size}"])
                 axes.annotate(label, (x, y), color=INK, fontsize=6, xytext=(4, 2), textcoords="offset points")
-            axes.set_xscale("log")
+            log_below(axes)
             axes.margins(0.2, 0.1)
             axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
             axes.set_xlabel("bytes an image; filled: 4 bits, open: 2 bits", color=INK)

@@ -92,7 +92,8 @@ class Runs:
         return self.folder / f"{name}-s{seed}.json"
 
     def keep(self, name: str, seed: int, result: dict) -> None:
-        write_json(self.path(name, seed), result)
+        """Without the paths that a result of `fit` has: the folder may end as a record."""
+        write_json(self.path(name, seed), {key: value for key, value in result.items() if key not in ("run", "curve")})
 
     def of(self, name: str) -> dict[str, dict]:
         """By seed."""

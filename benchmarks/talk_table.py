@@ -17,7 +17,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from latentprep.codecs import Codec, make_codec
 from latentprep.device import pick_device
 from latentprep.errors import UsageError
 from latentprep.format import Quantizer
-from latentprep.pictures.plots import BLUE, GREY, INK, draw
+from latentprep.pictures.plots import BLUE, GREY, INK, draw, log_below
 from latentprep.progress import silent
 from latentprep.sources.images import load_views
 from latentprep.sources.source import Source, open_source
@@ -282,26 +282,30 @@ class Table:
         for row in rows:
             if top1 := [run["top1"] for run in row["runs"].values() if "breaks" not in run]:
                 points.append((row, statistics.mean(top1)))
-        with draw(self.out / "talk_table.png", 2) as (left, right):
-            for axes, label in ((left, "seconds an epoch"), (right, "bytes an image")):
+        axes_of: dict[str, Callable[[dict], float | None]] = {"bytes an image": lambda row: row["bytes_per_image"]}
+        if any(row["clocked_seconds_per_epoch"] for row, _ in points):
+            axes_of["seconds an epoch"] = lambda row: (row["clocked_seconds_per_epoch"] or {}).get("median")
+        with draw(self.out / "talk_table.png", len(axes_of)) as panels:
+            for axes, (label, value) in zip(panels, axes_of.items(), strict=True):
                 for row, top1 in points:
-                    clocked = row["clocked_seconds_per_epoch"] or {}
-                    x = row["bytes_per_image"] if axes is right else clocked.get("median")
-                    if x is None:
+                    if (x := value(row)) is None:
                         continue
                     axes.plot(x, top1, "o", color=BLUE if row["arch"] == "latentnet" else GREY)
                     axes.annotate(
                         f"{row['input']} {row['recipe']}", (x, top1), color=INK, fontsize=7,
                         xytext=(4, 3), textcoords="offset points",
                     )  # fmt: skip
-                axes.set_xscale("log")
+                log_below(axes)
                 axes.margins(0.25, 0.1)
                 axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
                 axes.set_xlabel(label, color=INK)
             for bytes_per_image, best, _ in TALK:
-                right.plot(bytes_per_image, best, "o", color=GREY, fillstyle="none")
-            left.set_title(f"best val top-1 of {self.asked.epochs} epochs", loc="left", color=INK)
-            right.set_title("blue: latentnet; grey: MobileNetV2; open: the talk's", loc="left", color=INK, fontsize=8)
+                panels[0].plot(bytes_per_image, best, "o", color=GREY, fillstyle="none")
+            panels[0].set_title(f"best val top-1 of {self.asked.epochs} epochs", loc="left", color=INK)
+            panels[0].annotate(
+                "blue: latentnet; grey: MobileNetV2; open: the talk's", (0.02, 0.02), color=INK, fontsize=6,
+                xycoords="axes fraction",
+            )  # fmt: skip
 
 
 def clocked(work: list[tuple[RunConfig, Split | JpegSplit]], device: torch.device, rounds: int) -> list[list[float]]:

@@ -26,6 +26,16 @@ def draw(path: Path, panels: int) -> Iterator[Sequence[Axes]]:
     write_atomic(path, picture(path.suffix[1:]))
 
 
+def log_below(axes: Axes) -> None:
+    """A logarithmic axis below, marked at 1, 2 and 5."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
 @contextlib.contextmanager
 def drawn(panels: int, width: float = 4.5, height: float = 3.6) -> Iterator[tuple[Sequence[Axes], _Picture]]:
     """The same, with a function that afterwards returns the bytes of a file. width, height: of a panel, in inches."""

@@ -31,7 +31,7 @@ from latentprep.format.quantizer import MOST_BITS, check_bits
 from latentprep.format.shard import Codes, encoded_shard
 from latentprep.format.zarr_store import choose_compression, metadata_files
 from latentprep.pictures.metrics import mean, psnr, ssim
-from latentprep.pictures.plots import COLOURS, GREY, INK, draw
+from latentprep.pictures.plots import COLOURS, GREY, INK, draw, log_below
 from latentprep.pictures.samples import shown_split
 from latentprep.pictures.sheet import Column, draw_sheet, png
 from latentprep.progress import Progress, ProgressFactory, silent
@@ -208,7 +208,6 @@ def side_by_side(
 
 def draw_rd(points: list[Point], codecs: list[tuple[str, float]], path: Path) -> None:
     """Quality against bits per pixel: a coloured line per codec, a grey one per format, as a PNG or SVG."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     names = list(dict.fromkeys(point.name for point in points))
     ours = {name for name, _ in codecs}
@@ -224,10 +223,7 @@ def draw_rd(points: list[Point], codecs: list[tuple[str, float]], path: Path) ->
             for name in names:
                 line = sorted((p for p in points if p.name == name), key=lambda p: p.bpp)
                 axes.plot([p.bpp for p in line], [getattr(p, what) for p in line], label=name, **looks[name])
-            axes.set_xscale("log")
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axes.xaxis.set_minor_formatter(NullFormatter())
+            log_below(axes)
             axes.set_title(title, loc="left", color=INK)
             axes.set_xlabel("bits per pixel on disk", color=INK)
         right.legend(frameon=False, labelcolor=INK, loc="lower right")
