@@ -221,6 +221,7 @@ def test_a_reader_that_goes_away_is_no_error(made: Path) -> None:
 def test_signals_that_are_ignored_stay_so_and_the_first_is_orderly() -> None:
     before = signal.getsignal(signal.SIGTERM)
     old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     try:
         with orderly_signals() as ended:
             os.kill(os.getpid(), signal.SIGHUP)
@@ -235,7 +236,7 @@ def test_signals_that_are_ignored_stay_so_and_the_first_is_orderly() -> None:
     finally:
         signal.signal(signal.SIGHUP, old)
         signal.signal(signal.SIGTERM, before)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, interrupt)
 
 
 def stopped(command: list[str], number: signal.Signals, begun: Path) -> tuple[int, str]:
