@@ -117,16 +117,16 @@ def site(images: Path) -> Iterator[tuple[Path, str]]:
         yield folder, f"{web.url}/codes"
 
 
-@pytest.fixture(params=["str", "Path", "opened", "URL"])
+@pytest.fixture(params=["path", "opened", "URL"])
 def dataset(request: pytest.FixtureRequest, site: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("LATENTPREP_CACHE", str(site[0].parent / "cache"))
     folder, url = site
-    return {"str": str(folder), "Path": folder, "opened": latentprep.open(folder), "URL": url}[request.param]
+    return {"path": folder, "opened": latentprep.open(folder), "URL": url}[request.param]
 
 
-@pytest.fixture(params=["str", "Path", "opened"])
-def source(request: pytest.FixtureRequest, images: Path) -> str | Path | Source:
-    return {"str": str(images), "Path": images, "opened": latentprep.open_source(images)}[request.param]
+@pytest.fixture(params=["path", "opened"])
+def source(request: pytest.FixtureRequest, images: Path) -> str | Source:
+    return {"path": str(images), "opened": latentprep.open_source(images)}[request.param]
 
 
 def test_functions_take_a_dataset_as_path_url_or_opened(dataset: Any, images: Path, tmp_path: Path) -> None:
@@ -194,7 +194,7 @@ def test_functions_take_a_source_as_path_or_opened(
     assert decoder.factor == 8
     assert latentprep.linear_preview(tmp_path / "codes", out=tmp_path / "l.png", limit=2, source=source).samples == 2
     latentprep.report(folder, out=tmp_path / "r.html", samples=2, source=source)
-    rd = latentprep.rd(source, bits=[4], qualities=[50], images=4, size=64, out=tmp_path / "rd")
+    rd = latentprep.rd(source, bits=[4], rates=[], qualities=[50], images=4, size=64, out=tmp_path / "rd")
     assert rd.images == 4
 
 

@@ -21,7 +21,7 @@ PAGES = ["README.md", *(f"docs/{name}.md" for name in ("encode", "train", "look"
 SMALLER = {  # what makes a command take a moment; of an option given twice the last counts
     r"latentprep encode shapes": "--limit 60",
     r"latentprep verify .* --source": "--limit 60 --samples 4",
-    r"latentprep rd": "--images 4 --bits 2,4 --qualities 20,80",
+    r"latentprep rd": "--images 4 --bits 2,4 --rates 1 --qualities 20,80",
     r"latentprep linear-decoder fit": "--samples 40",
     r"latenttrain (fit|sweep)": "--epochs 1",
 }

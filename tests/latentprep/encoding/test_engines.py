@@ -128,6 +128,7 @@ class Program:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "latentprep.cli", *map(str, words)],
             text=True, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
         )  # fmt: skip
         until(lambda: list(out.glob("records/*.json")) or self.process.poll() is not None)
 

@@ -69,7 +69,7 @@ def test_rd_counts_what_encode_writes(images: Path, tmp_path: Path) -> None:
     out = tmp_path / "codes"
     latentprep.encode(good, codec="dct", bits=3, size=32, splits=["val"], shard_rows=8, out=out)
     on_disk = sum(path.stat().st_size for path in out.rglob("*") if path.is_file() and path.name != SOURCE_FILES)
-    result = rd(str(good), codecs=["dct"], bits=[3], qualities=[50], images=100, size=32, out=tmp_path / "rd")
+    result = rd(str(good), codecs=["dct"], bits=[3], rates=[], qualities=[50], images=100, size=32, out=tmp_path / "rd")
     assert result.points[0].bytes * result.images == pytest.approx(on_disk, rel=0.1)
 
 
