@@ -19,6 +19,7 @@ import latentprep
 import latentprep.cli.commands
 import latenttrain
 import latenttrain.cli
+from inprocess import command
 from latentprep.cli.options import numbers, whole_numbers
 from latentprep.errors import UsageError
 from latentprep.sources.source import Source
@@ -196,6 +197,30 @@ def test_functions_take_a_source_as_path_or_opened(
     latentprep.report(folder, out=tmp_path / "r.html", samples=2, source=source)
     rd = latentprep.rd(source, bits=[4], rates=[], qualities=[50], images=4, size=64, out=tmp_path / "rd")
     assert rd.images == 4
+
+
+def test_what_shows_the_images_reads_labels_from_a_table_too(images: Path, tmp_path: Path) -> None:
+    flat, lines = tmp_path / "flat", ["photo,kind,split"]
+    flat.mkdir()
+    for path in sorted(images.rglob("*.jpg")):
+        split, name = path.parts[-3:-1]
+        (flat / f"{split}-{name}-{path.name}").hardlink_to(path)
+        lines.append(f"{split}-{name}-{path.name},{name},{split}")
+    (tmp_path / "labels.csv").write_text("\n".join(lines))
+    own = {"labels": tmp_path / "labels.csv", "image_column": "photo", "label_column": "kind"}
+    folder = tmp_path / "codes"
+    latentprep.encode(flat, codec="dct", size=64, out=folder, **own)
+    assert latentprep.decode(folder, out=tmp_path / "decoded", limit=2, source=flat, **own).all.psnr > 20
+    assert "original" in latentprep.preview(folder, out=tmp_path / "p.png", limit=2, source=flat, **own).columns
+    latentprep.report(folder, out=tmp_path / "r.html", samples=2, source=flat, **own)
+    latentprep.fit_linear_decoder(folder, flat, samples=8, **own)
+    latentprep.linear_preview(folder, out=tmp_path / "l.png", limit=2, source=flat, **own)
+    assert latentprep.rd(flat, bits=[4], qualities=[50], images=4, size=64, out=tmp_path / "rd", **own).images == 4
+    words = [word for name, value in own.items() for word in (f"--{name.replace('_', '-')}", value)]
+    sheet = command("latentprep", "preview", folder, "--source", flat, *words, "--limit", 2, "--json", cwd=tmp_path)
+    assert "original" in json.loads(sheet.stdout)["columns"]
+    refused = command("latentprep", "preview", folder, "--source", flat, cwd=tmp_path)
+    assert (refused.returncode, "or a table of labels as --labels" in refused.stderr) == (4, True)
 
 
 def test_a_sources_options_without_a_source_to_open_are_refused(images: Path, site: tuple[Path, str]) -> None:

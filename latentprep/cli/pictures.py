@@ -15,8 +15,11 @@ from latentprep.cli.options import (
     Dataset,
     DecoderOption,
     Device,
+    ImageColumn,
     Index,
     Json,
+    LabelColumn,
+    Labels,
     Limit,
     OwnSource,
     Show,
@@ -51,6 +54,9 @@ def decode(
     format: Annotated[str, typer.Option(help="png or jpeg.")] = "png",
     source: OwnSource = None,
     data: Data = None,
+    labels: Labels = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
     decoder: DecoderOption = "codec",
     weights: Weights = None,
     device: Device = "auto",
@@ -69,9 +75,10 @@ def decode(
     """
     from latentprep.pictures.decode import decode as run
 
+    opened = _source(source, data, labels, image_column, label_column)
     result = run(
         dataset, out=out, split=split, index=indices(index), classes=classes, limit=limit, format=format,
-        decoder=decoder, source=_source(source, data), weights=weights, device=device, overwrite=overwrite,
+        decoder=decoder, source=opened, weights=weights, device=device, overwrite=overwrite,
         progress=console.progress_bar,
     )  # fmt: skip
     if as_json:
@@ -99,6 +106,9 @@ def preview(
     ] = None,
     source: OwnSource = None,
     data: Data = None,
+    labels: Labels = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
     decoder: DecoderOption = "codec",
     weights: Weights = None,
     device: Device = "auto",
@@ -117,9 +127,10 @@ def preview(
     """
     from latentprep.pictures.preview import preview as run
 
+    opened = _source(source, data, labels, image_column, label_column)
     result = run(
         dataset, out=out, split=split, index=indices(index), classes=classes, limit=limit,
-        bits=None if bits is None else whole_numbers("--bits", bits), source=_source(source, data), decoder=decoder,
+        bits=None if bits is None else whole_numbers("--bits", bits), source=opened, decoder=decoder,
         weights=weights, device=device, progress=console.progress_bar,
     )  # fmt: skip
     _show_sheet(result.out, result.samples, result.split, result.columns, show, as_json)
@@ -127,7 +138,7 @@ def preview(
 
 @app.command()
 def rd(
-    source: Annotated[str, typer.Argument(help="Folder, tars or a named dataset, as for encode.", show_default=False)],
+    source: Annotated[str, typer.Argument(help="Folder, tars, Parquet files or a named dataset.", show_default=False)],
     codecs: Annotated[
         str, typer.Option(help="Codecs, comma-separated, with options as in taesd:weights=DIR or dct:luma=20,chroma=5.")
     ] = "dct",
@@ -139,6 +150,9 @@ def rd(
     images: Annotated[int, typer.Option(help="Images of val, or of the first split, drawn with the seed.")] = 200,
     size: Annotated[int | None, typer.Option(help="Pixels per side. Default: suits source and codec.")] = None,
     data: Data = None,
+    labels: Labels = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
     seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
     device: Device = "auto",
     out: Annotated[Path, typer.Option(help="Folder to write to: rd.json, rd.png, rd.svg, side-by-side.png.")] = Path(
@@ -158,7 +172,7 @@ def rd(
     """
     from latentprep.pictures.rd import rd as run
 
-    opened = _source(source, data)
+    opened = _source(source, data, labels, image_column, label_column)
     assert opened is not None
     result = run(
         opened, codecs=codecs, bits=whole_numbers("--bits", bits), rates=numbers("--rates", rates),
@@ -187,6 +201,9 @@ def report(
     samples: Annotated[int, typer.Option(help="Samples to show, spread over the classes.")] = 10,
     source: OwnSource = None,
     data: Data = None,
+    labels: Labels = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
     decoder: DecoderOption = "codec",
     weights: Weights = None,
     device: Device = "auto",
@@ -202,8 +219,9 @@ def report(
     """
     from latentprep.pictures.report import report as write
 
+    opened = _source(source, data, labels, image_column, label_column)
     result = write(
-        dataset, out=out, samples=samples, decoder=decoder, source=_source(source, data),
+        dataset, out=out, samples=samples, decoder=decoder, source=opened,
         weights=weights, device=device, progress=console.progress_bar,
     )  # fmt: skip
     if as_json:
@@ -225,6 +243,9 @@ def linear_fit(
     dataset: Dataset,
     source: Annotated[str, typer.Option(help="The source the dataset was made from.", show_default=False)],
     data: Data = None,
+    labels: Labels = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
     samples: Annotated[int, typer.Option(help="Samples to fit to, and as many to evaluate on.")] = 1000,
     as_json: Json = False,
 ) -> None:
@@ -239,7 +260,7 @@ def linear_fit(
     """
     from latentprep.pictures.linear_decoder import fit_linear_decoder
 
-    opened = _source(source, data)
+    opened = _source(source, data, labels, image_column, label_column)
     assert opened is not None
     result = fit_linear_decoder(dataset, opened, samples=samples, progress=console.progress_bar)
     if as_json:
@@ -270,6 +291,9 @@ def linear_show(
     limit: Limit = 20,
     source: OwnSource = None,
     data: Data = None,
+    labels: Labels = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
     weights: Weights = None,
     device: Device = "auto",
     show: Show = True,
@@ -283,8 +307,9 @@ def linear_show(
     """
     from latentprep.pictures.preview import linear_preview
 
+    opened = _source(source, data, labels, image_column, label_column)
     result = linear_preview(
-        dataset, out=out, split=split, index=indices(index), classes=classes, limit=limit, source=_source(source, data),
+        dataset, out=out, split=split, index=indices(index), classes=classes, limit=limit, source=opened,
         weights=weights, device=device,
     )  # fmt: skip
     _show_sheet(result.out, result.samples, result.split, result.columns, show, as_json)
@@ -299,9 +324,11 @@ def _show_sheet(out: str, samples: int, split: str, columns: tuple[str, ...], sh
     console.print_facts(f"wrote {out}", {"samples": f"{samples} of {split}", "columns": ", ".join(columns)})
 
 
-def _source(spec: str | None, data: Path | None) -> Source | None:
+def _source(
+    spec: str | None, data: Path | None, labels: Path | None, image_column: str | None, label_column: str | None
+) -> Source | None:
     """The source that was named; its splits and limits do not matter, for samples are found by their keys."""
-    return open_shown(spec, data=data)
+    return open_shown(spec, data=data, labels=labels, image_column=image_column, label_column=label_column)
 
 
 def _number(value: float | None, digits: int) -> str:

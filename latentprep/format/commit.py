@@ -6,6 +6,7 @@ import contextlib
 import json
 from pathlib import PurePosixPath
 
+from latentprep.errors import DatasetError
 from latentprep.format.manifest import (
     ERRORS,
     LINEAR_DECODER,
@@ -25,9 +26,17 @@ from latentprep.storage.places import Place, RemotePath
 def create_dataset(root: Place, manifest: Manifest) -> None:
     """Write the manifest, which makes `root` a latent dataset, then the store's metadata files.
 
-    Runs again at every resume: files that are already right are left alone.
+    Runs again at every resume: files that are already right are left alone. Raises `DatasetError` if there is another
+    manifest: a later version may have written fields that this one does not know, and would lose.
     """
-    files = {MANIFEST: manifest.to_bytes(), **store_of(manifest).metadata_files(manifest)}
+    data = manifest.to_bytes()
+    if (root / MANIFEST).is_file() and (root / MANIFEST).read_bytes() != data:
+        raise DatasetError(
+            f"{root / MANIFEST} has fields of a later version ({manifest.written_by} wrote it): this one can read the "
+            "dataset, but not add to it",
+            "upgrade with pip install --upgrade latentprep",
+        )
+    files = {MANIFEST: data, **store_of(manifest).metadata_files(manifest)}
     for path, data in files.items():
         if not (root / path).is_file() or (root / path).read_bytes() != data:
             write_atomic(root / path, data)

@@ -159,9 +159,9 @@ class LatentDataset:
         return self._store.decode_hashes(self.manifest, split, index, self._read(record, path))
 
     def check_files(self, record: ShardRecord) -> None:
-        """Raise `DatasetError` if a file of the shard does not match its record."""
+        """Raise `DatasetError` if a file of the shard does not match its record, which may list other files, too."""
         paths = set(self._store.shard_files(self.manifest, record.split, record.index).values())
-        if set(record.files) != paths:
+        if not paths <= set(record.files):
             raise DatasetError(
                 f"{self.root / record.path} does not list the files of shard {record.split} {record.index}"
             )

@@ -66,6 +66,9 @@ def decode(
     decoder: str = "codec",
     source: str | Path | Source | None = None,
     data: str | Path | None = None,
+    labels: str | Path | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
     weights: str | None = None,
     device: str = "auto",
     overwrite: bool = False,
@@ -93,7 +96,9 @@ def decode(
     picked = pick(opened, split, index=index, classes=classes, limit=limit)
     if not len(picked):
         raise UsageError(f"no valid sample of {picked.split} in {opened.root} matches", "choose other classes or rows")
-    given = open_own_source(source, data=data)
+    given = open_own_source(
+        source, data=data, labels=labels, image_column=image_column, label_column=label_column
+    )  # fmt: skip
     originals = None if given is None else Originals(opened, given)
     lines: list[dict] = []
     try:

@@ -37,6 +37,9 @@ def fit_linear_decoder(
     source: str | Path | Source,
     *,
     data: str | Path | None = None,
+    labels: str | Path | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
     samples: int = SAMPLES,
     progress: ProgressFactory = silent,
 ) -> LinearDecoder:
@@ -47,7 +50,8 @@ def fit_linear_decoder(
     Raises `SourceError` if the source is not the dataset's, `UsageError` if its latents are no grid over the image.
     """
     opened = open_dataset(dataset)
-    factor, images = grid_factor(opened), Originals(opened, open_source(source, data=data))
+    given = open_source(source, data=data, labels=labels, image_column=image_column, label_column=label_column)
+    factor, images = grid_factor(opened), Originals(opened, given)
     learned = pick(opened, train_split(opened.splits), limit=samples)
     judged = pick(opened, shown_split(opened.splits), limit=samples)
     if not len(learned) or not len(judged):

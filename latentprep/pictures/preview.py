@@ -54,6 +54,9 @@ def preview(
     decoder: str = "codec",
     source: str | Path | Source | None = None,
     data: str | Path | None = None,
+    labels: str | Path | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
     weights: str | None = None,
     device: str = "auto",
     progress: ProgressFactory = silent,
@@ -67,7 +70,9 @@ def preview(
     opened = open_dataset(dataset)
     picked = _picked(opened, split, index, classes, limit)
     maker = open_decoder(opened, decoder, weights, device)
-    given = open_own_source(source, data=data)
+    given = open_own_source(
+        source, data=data, labels=labels, image_column=image_column, label_column=label_column
+    )  # fmt: skip
     columns = sample_columns(opened, picked, maker, bits=bits, source=given, progress=progress)
     return _drawn(opened, picked, columns, out)
 
@@ -82,6 +87,9 @@ def linear_preview(
     limit: int = LIMIT,
     source: str | Path | Source | None = None,
     data: str | Path | None = None,
+    labels: str | Path | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
     weights: str | None = None,
     device: str = "auto",
 ) -> PreviewResult:
@@ -94,7 +102,10 @@ def linear_preview(
     opened = open_dataset(dataset)
     linear = load_linear_decoder(opened)
     picked = _picked(opened, split, index, classes, limit)
-    originals = load_originals(opened, open_own_source(source, data=data), picked)
+    given = open_own_source(
+        source, data=data, labels=labels, image_column=image_column, label_column=label_column
+    )  # fmt: skip
+    originals = load_originals(opened, given, picked)
     if originals is None:
         raise SourceError("the images are needed for the pseudo-inverse", f"say where they are with {opt('source')}")
     codec = open_decoder(opened, "codec", weights, device)

@@ -97,6 +97,9 @@ def rd(
     images: int = 200,
     size: int | None = None,
     data: str | Path | None = None,
+    labels: str | Path | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
     seed: int = 0,
     device: str = "auto",
     out: str | Path = "rd",
@@ -111,7 +114,9 @@ def rd(
     on disk, to be met as by ``encode --rate``, a curve of its own. OUT gets rd.json,
     rd.png, rd.svg and side-by-side.png.
     """
-    opened = open_source(source, data=data, seed=seed)
+    opened = open_source(
+        source, data=data, labels=labels, image_column=image_column, label_column=label_column, seed=seed
+    )  # fmt: skip
     for b in bits:
         check_bits(b)
     for rate in rates:

@@ -59,6 +59,9 @@ def report(
     decoder: str = "codec",
     source: str | Path | Source | None = None,
     data: str | Path | None = None,
+    labels: str | Path | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
     weights: str | None = None,
     device: str = "auto",
     progress: ProgressFactory = silent,
@@ -73,7 +76,9 @@ def report(
     picked = pick(opened, limit=samples)
     counts, shards = channel_counts(opened)
     entropies = tuple(map(entropy, counts))
-    given = open_own_source(source, data=data)
+    given = open_own_source(
+        source, data=data, labels=labels, image_column=image_column, label_column=label_column
+    )  # fmt: skip
     columns = sample_columns(opened, picked, maker, source=given, progress=progress) if len(picked) else []
     sections = [
         page.section("What was encoded", page.facts(_facts(facts)), _classes(facts)),

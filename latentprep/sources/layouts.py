@@ -209,7 +209,10 @@ def _place(at: Any) -> Any:
 
 
 def _in_no_class(spec: str, entry: Entry, listing: Listing) -> SourceError:
-    return SourceError(f"{entry.path} in {spec} is in no class folder{_tables(listing)}", LAYOUTS)
+    return SourceError(
+        f"{entry.path} in {spec} is in no class folder{_tables(listing)}",
+        f"{LAYOUTS}; or a table of labels as {opt('labels')}",
+    )
 
 
 def _tables(listing: Listing) -> str:

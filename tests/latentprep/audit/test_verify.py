@@ -6,6 +6,7 @@ import random
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ import latentprep
 from inprocess import command
 from latentprep.audit.verify import SourceImages, VerifyResult
 from latentprep.errors import DatasetError, SourceError, UsageError
-from latentprep.format import LatentDataset, ShardRecord, open_dataset
+from latentprep.format import FileRecord, LatentDataset, ShardRecord, open_dataset
 from latentprep.format.commit import commit_shard, write_errors
 from latentprep.format.hashes import CONTENT_HASH
 from latentprep.format.shard import encoded_shard
@@ -338,3 +339,24 @@ def test_every_changed_image_is_found_without_a_codec(
     options = {"codec": "dct", "size": 32, "shard_rows": 4, "max_error_fraction": 0.5}
     assert latentprep.encode(images, out=data, **options).encoded == 0  # it takes no image for replaced
     assert latentprep.verify(GOLDEN / "v1", deep=True).hashed is None
+
+
+def test_what_a_later_version_adds_is_passed_over_and_not_lost(data: Path, made: tuple[Path, Path]) -> None:
+    """Further fields and files, as content hashes were: readers ignore them, and nothing writes over them."""
+    text = (data / "manifest.json").read_bytes().replace(b'"version": 1,', b'"version": 1,\n "later": 1,')
+    (data / "manifest.json").write_bytes(text)
+    record: ShardRecord | None = None
+    for path in (data / "records").iterdir():
+        record = ShardRecord.from_bytes(path.read_bytes(), "r")
+        later = {**record.files, "later": FileRecord(1, "ab" * 32)}
+        path.write_bytes(replace(record, manifest=hashlib.sha256(text).hexdigest(), files=later).to_bytes())
+    assert latentprep.verify(data, deep=True).ok
+    assert record is not None
+    (data / record.path).unlink()
+    before = everything(data)
+    options = {"codec": "dct", "size": 32, "shard_rows": 4, "max_error_fraction": 0.5}
+    with pytest.raises(DatasetError, match="has fields of a later version"):
+        latentprep.encode(made[0], out=data, **options)
+    with pytest.raises(DatasetError, match="has fields of a later version"):
+        latentprep.verify(data, source=made[0], repair=True)
+    assert everything(data) == before
