@@ -186,7 +186,7 @@ def train_codec(
     out: Annotated[Path, typer.Option(help="Folder to write: codec.json, codec.safetensors, report/.")],
     channels: Annotated[int, typer.Option(help="Latent channels.")] = 12,
     factor: Annotated[int, typer.Option(help="Pixels per side of a latent cell: 4, 8 or 16.")] = 8,
-    bits: Annotated[float, typer.Option(help="Bits per latent value, after entropy coding.")] = 0.8,
+    bits: Annotated[float, typer.Option(help="Bits per latent value, after entropy coding.")] = 1.0,
     minutes: Annotated[float | None, typer.Option(help="How long to train, about. Default: 10.")] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps, in place of --minutes.")] = None,
     size: Annotated[int, typer.Option(help="Pixels per side of the images to be encoded.")] = 224,
@@ -205,7 +205,7 @@ def train_codec(
 
       latentprep train-codec photos/ --out my-codec
 
-      latentprep encode photos/ --codec learned:weights=my-codec --rate 0.8
+      latentprep encode photos/ --codec learned:weights=my-codec --rate 1
     """
     from latentprep.learning.train import train_codec as run
 

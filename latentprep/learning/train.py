@@ -45,6 +45,7 @@ _BATCH = 16  # crops
 _FIRST = 8  # batches that give the transform that training starts from
 _CLOCKED = 5  # steps that tell how many fit in the minutes, after two that warm up
 _SAVED = 30.0  # seconds between two states
+_SCALES = (0.5, 1.0, 2.0)  # of the bits asked for, in the report
 _LEARNED, _BASE = "learned", "dct"
 
 
@@ -75,7 +76,7 @@ def train_codec(
     out: str | Path,
     channels: int = 12,
     factor: int = 8,
-    bits: float = 0.8,
+    bits: float = 1.0,
     minutes: float | None = None,
     steps: int | None = None,
     size: int = 224,
@@ -241,7 +242,7 @@ def _report(
     """Draw the report; returns bytes per image and PSNR at the bits asked for, and ``dct``'s PSNR at those bytes."""
     values = asked["channels"] * (asked["size"] // asked["factor"]) ** 2
     base = 16 * (asked["size"] // 8) ** 2
-    own = [asked["bits"] * scale for scale in (0.5, 1, 2)]
+    own = [asked["bits"] * scale for scale in _SCALES]
     rates = sorted({round(min(8.0, one), 4) for rate in own for one in (rate, rate * values / base)})
     found = rd(
         source, codecs=[_BASE, f"{_LEARNED}:weights={root}"], bits=[4], rates=rates, qualities=[10, 30, 60],
