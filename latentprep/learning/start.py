@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from latentprep.codecs.learned import Architecture, MirrorConv, Networks
+from latentprep.codecs.learned import Architecture, MirrorConv, Networks, grids
 
 ENCODER, ENCODER_BLOCKS = (32, 96, 128), (1, 1, 1)  # the networks' widths and blocks, from the finest grid on
 DECODER, DECODER_BLOCKS = (48, 128, 160), (2, 2, 1)
@@ -31,10 +31,7 @@ def started(
     vectors, odd = _eigenvectors(blocks, channels, factor)
     latents = blocks @ vectors.T
     step = _step(latents, bits)
-    grids = int(math.log2(factor)) - 1
-    of = Architecture(
-        factor, channels, odd, step, ENCODER[:grids], ENCODER_BLOCKS[:grids], DECODER[:grids], DECODER_BLOCKS[:grids]
-    )  # fmt: skip
+    of = architecture(factor, channels, odd, step)
     networks = Networks(of)
     _draw(networks, seed)
     # The kernels of the linear layers reach half a cell beyond it on each side, with zeros there at first.
@@ -48,6 +45,12 @@ def started(
     linear[0].bias.data.copy_(-torch.einsum("ckhw,k->c", kernels, shift))
     linear[1].bias.data.copy_(shift)
     return networks, of, torch.from_numpy(_scales(latents / step)).float()
+
+
+def architecture(factor: int, channels: int, odd: int, step: float) -> Architecture:
+    """With networks of the usual sizes."""
+    sizes = (values[: grids(factor)] for values in (ENCODER, ENCODER_BLOCKS, DECODER, DECODER_BLOCKS))
+    return Architecture(factor, channels, odd, step, *sizes)
 
 
 def _blocks(images: np.ndarray, factor: int) -> tuple[np.ndarray, np.ndarray]:

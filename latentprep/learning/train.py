@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from torch import nn
 from latentprep import __version__
 from latentprep.codecs.base import MAX_SIZE, check_multiple
 from latentprep.codecs.learned import CONFIG, FACTORS, MAX_CHANNELS, WEIGHTS, Architecture, Networks, read_config, save
-from latentprep.device import enough_memory, full_float32, one_thread_each, pick_device
+from latentprep.device import enough_memory, full_float32, on_device, one_thread_each, pick_device
 from latentprep.errors import (
     CodecError,
     Interrupted,
@@ -174,27 +176,11 @@ def _trained(root: Path, source: Source, asked: dict, device: torch.device, prog
     images = load_images(source, split, asked["size"], progress)
     crops = Crops(images, crop_side(asked["size"], asked["factor"]), _BATCH)
     state = root / STATE
-    with full_float32(), one_thread_each(device) as pool:
+    with _reproducible(device), one_thread_each(device) as pool:
         if state.is_file():
-            tensors, notes = load_state(state)
-            _check_same(root, notes.get("asked"), asked)
-            try:
-                of = Architecture.from_json(notes["architecture"])
-                places, log_scales = (nn.Parameter(torch.zeros(of.channels, device=device)) for _ in range(2))
-                trainer = Trainer(of, Networks(of), places, log_scales, crops, asked["bits"], asked["seed"], device)
-                trainer.restore(tensors, notes)
-                steps = int(notes["steps"])
-            except (UsageError, KeyError, ValueError, TypeError, RuntimeError) as error:
-                raise CodecError(f"{state} is damaged: {error}".splitlines()[0], "delete it to start over") from error
+            trainer, steps = _resumed(state, crops, asked, device)
         else:
-            first = np.concatenate([crops.draw(asked["seed"], (1 << 40) + k)[0] for k in range(_FIRST)])
-            networks, of, scales = started(
-                first, asked["channels"], asked["factor"], asked["bits"], asked["seed"]
-            )  # fmt: skip
-            trainer = Trainer(
-                of, networks, nn.Parameter(torch.zeros(of.channels, device=device)),
-                nn.Parameter(scales.log().to(device)), crops, asked["bits"], asked["seed"], device,
-            )  # fmt: skip
+            trainer = _begun(crops, asked, device)
             steps = asked["steps"] or _steps_in(trainer, 60 * (asked["minutes"] or MINUTES), pool)
         saved = time.monotonic()
         try:
@@ -202,7 +188,7 @@ def _trained(root: Path, source: Source, asked: dict, device: torch.device, prog
                 while trainer.step < steps:
                     squared, spent = trainer.advance(steps, pool)
                     bar.advance(1, psnr=f"{10 * math.log10(255**2 / max(squared, 1e-9)):.1f} dB", bits=f"{spent:.2f}")
-                    if time.monotonic() - saved > _SAVED or trainer.step == steps:
+                    if time.monotonic() - saved > _SAVED:
                         trainer.save(state, asked, steps)
                         saved = time.monotonic()
         except KeyboardInterrupt as error:
@@ -223,6 +209,40 @@ def _trained(root: Path, source: Source, asked: dict, device: torch.device, prog
         write_atomic(root / name, data)
     state.unlink(missing_ok=True)
     return facts
+
+
+def _begun(crops: Crops, asked: dict, device: torch.device) -> Trainer:
+    first = np.concatenate([crops.draw(asked["seed"], (1 << 40) + k)[0] for k in range(_FIRST)])
+    networks, of, scales = started(first, asked["channels"], asked["factor"], asked["bits"], asked["seed"])
+    places, log_scales = nn.Parameter(torch.zeros_like(scales)), nn.Parameter(scales.log())
+    return Trainer(of, networks, places, log_scales, crops, asked["bits"], asked["seed"], device)
+
+
+def _resumed(state: Path, crops: Crops, asked: dict, device: torch.device) -> tuple[Trainer, int]:
+    """The run as it was saved, and how many steps it has in all."""
+    tensors, notes = load_state(state)
+    _check_same(state.parent, notes.get("asked"), asked)
+    try:
+        of = Architecture.from_json(notes["architecture"])
+        places, log_scales = (nn.Parameter(torch.zeros(of.channels)) for _ in range(2))
+        trainer = Trainer(of, Networks(of), places, log_scales, crops, asked["bits"], asked["seed"], device)
+        trainer.restore(tensors, notes)
+        return trainer, int(notes["steps"])
+    except (UsageError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise CodecError(f"{state} is damaged: {error}".splitlines()[0], "delete it to start over") from error
+
+
+@contextlib.contextmanager
+def _reproducible(device: torch.device) -> Iterator[None]:
+    """The same state gives the same step, bit for bit, on the same machine."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic
+    with full_float32(), on_device(device):
+        try:
+            cudnn.deterministic = True
+            yield
+        finally:
+            cudnn.deterministic = before
 
 
 def _steps_in(trainer: Trainer, seconds: float, pool: Any) -> int:

@@ -49,6 +49,8 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.networks.to(self.device)
+        for parameter in (self.places, self.log_scales):
+            parameter.data = parameter.data.to(self.device)
         self.even = torch.tensor([sign > 0 for sign in self.of.signs], device=self.device)
         self.bfloat16 = has_fast_bfloat16(self.device)
         self.means, self.squares = ([torch.zeros_like(p) for p in self.parameters().values()] for _ in range(2))

@@ -17,7 +17,7 @@ import latentprep
 from latentprep.codecs import codec_from_config, flip_signs, make_codec, open_codec
 from latentprep.codecs.learned import CONFIG, WEIGHTS, Architecture, LearnedCodec, MirrorConv, Networks, plain, save
 from latentprep.errors import CodecError, LatentError, UsageError
-from latentprep.learning.start import started
+from latentprep.learning.start import architecture, started
 from pictures import picture
 
 GIGA = 1e9
@@ -82,7 +82,7 @@ def test_plain_layers_compute_the_same() -> None:
 
 @pytest.mark.parametrize("factor", [4, 8, 16])
 def test_encoder_and_decoder_are_small(factor: int) -> None:
-    made, of, _ = started(pictures(), 32, factor, 1.0, 0)
+    of = architecture(factor, 32, 10, 1.0)
     with torch.device("meta"):
         made = Networks(of)
         pixels = torch.empty(1, 3, 224, 224)
@@ -91,7 +91,7 @@ def test_encoder_and_decoder_are_small(factor: int) -> None:
             network(given)
         assert counter.get_total_flops() <= most * GIGA
     if factor == 8:  # what could be in the package
-        assert sum(map(len, save(started(pictures(), 32, factor, 1.0, 0)[0], of, {}).values())) < 2 << 20
+        assert sum(map(len, save(Networks(of), of, {}).values())) < 2 << 20
 
 
 def test_training_starts_from_the_best_linear_codec() -> None:
