@@ -31,7 +31,7 @@ FORMAT, VERSION = "latentprep learned codec", 1
 FACTORS = (4, 8, 16)
 MAX_CHANNELS = 64
 _STEM = 4  # the networks work on grids of a quarter of the pixels and coarser, where computing is cheap
-_MIDDLE = 127.5  # grey level that is zero inside
+MIDDLE = 128  # the grey level that is zero inside
 _MOST_CONFIG = 1 << 20  # bytes
 _WAY_OUT = "give the folder that latentprep train-codec wrote"
 
@@ -238,9 +238,8 @@ class LearnedCodec:
             )
         self.weights, self.device = weights, torch.device(device)
         self.architecture, networks, self._sha256 = load(path_of(weights))
-        networks = networks.eval().requires_grad_(False)
-        self._encoder = _Graph(plain(networks.encoder), self.architecture.step).to(self.device)
-        self._decoder = plain(networks.decoder).to(self.device)
+        self._encoder = _of_levels(networks.encoder, self.architecture.step).to(self.device)
+        self._decoder = plain(networks.decoder).eval().requires_grad_(False).to(self.device)
 
     def config(self) -> dict:
         return {"name": self.name, "weights": self.weights, "weights_sha256": self._sha256}
@@ -252,20 +251,21 @@ class LearnedCodec:
     @full_float32()
     def encode(self, images: Tensor) -> Tensor:
         """u8 [B,3,H,W] -> f32 [B,C,H/f,W/f]."""
-        images = images.to(self.device).contiguous(memory_format=torch.channels_last)
-        return self._encoder(images).contiguous()
+        # Less 128 in bytes, which are a quarter of the floats.
+        levels = images.to(self.device).bitwise_xor(MIDDLE).view(torch.int8)
+        return self._encoder(levels.contiguous(memory_format=torch.channels_last).float()).contiguous()
 
     def graph(self) -> nn.Module:
         """What `encode` does, as a module that can be exported."""
         _, networks, _ = load(path_of(self.weights))
-        return _Graph(plain(networks.encoder), self.architecture.step).eval().requires_grad_(False)
+        return nn.Sequential(_Centred(), _of_levels(networks.encoder, self.architecture.step))
 
     @torch.inference_mode()
     @full_float32()
     def decode(self, latents: Tensor) -> Tensor:
         """f32 [B,C,h,w] -> u8 [B,3,fh,fw]."""
         latents = latents.to(self.device).contiguous(memory_format=torch.channels_last)
-        return to_pixels(self._decoder(latents) * self.architecture.step + _MIDDLE).contiguous()
+        return to_pixels(self._decoder(latents) * self.architecture.step + MIDDLE).contiguous()
 
     def flip(self, latents: Tensor) -> Tensor:
         """f32 [B,C,h,w] -> f32 [B,C,h,w]: columns in reverse order, odd channels negated."""
@@ -274,19 +274,23 @@ class LearnedCodec:
         )
 
 
-class _Graph(nn.Module):
-    def __init__(self, encoder: nn.Module, step: float) -> None:
-        super().__init__()
-        self.encoder, self.step = encoder, step
-
+class _Centred(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
-        """u8 [B,3,H,W] -> f32 [B,C,H/f,W/f]."""
-        return self.encoder(centred(pixels, self.step))
+        """u8 -> f32, less 128"""
+        return pixels.float() - MIDDLE
+
+
+def _of_levels(encoder: Encoder, step: float) -> nn.Module:
+    """The encoder as plain layers, for pixels in grey levels about zero in place of steps."""
+    plain(encoder)
+    for layer in (encoder.linear, encoder.network[0]):
+        layer.weight.data.div_(step)  # type: ignore[union-attr, operator]
+    return encoder.eval().requires_grad_(False)
 
 
 def centred(pixels: Tensor, step: float) -> Tensor:
     """u8 [B,3,H,W] -> f32, about zero, in steps."""
-    return (pixels.float() - _MIDDLE) / step
+    return (pixels.float() - MIDDLE) / step
 
 
 def save(networks: Networks, of: Architecture, facts: dict) -> dict[str, bytes]:

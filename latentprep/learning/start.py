@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from latentprep.codecs.learned import Architecture, MirrorConv, Networks, grids
+from latentprep.codecs.learned import MIDDLE, Architecture, MirrorConv, Networks, grids
 
 ENCODER, ENCODER_BLOCKS = (32, 96, 128), (1, 1, 1)  # the networks' widths and blocks, from the finest grid on
 DECODER, DECODER_BLOCKS = (48, 128, 160), (2, 2, 1)
-MIDDLE = 127.5
 
 
 def started(

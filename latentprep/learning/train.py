@@ -38,7 +38,7 @@ from latentprep.pictures.samples import shown_split
 from latentprep.progress import ProgressFactory, silent
 from latentprep.sources.source import Source, open_source
 from latentprep.storage.atomic import locked, write_atomic
-from latentprep.storage.places import path_of
+from latentprep.storage.places import local
 
 MINUTES = 10.0
 STATE, REPORT = "training.safetensors", "report"
@@ -105,7 +105,7 @@ def train_codec(
     _check(channels, factor, bits, minutes, steps, size, seed)
     opened = open_source(source, data=data, seed=seed, out=out)
     opened = opened if limit is None else opened.take(limit)
-    root, chosen = path_of(out), pick_device(device)
+    root, chosen = local(out, opt("out")), pick_device(device)
     asked = {
         "source": {"spec": opened.spec, "sha256": opened.fingerprint()}, "channels": channels, "factor": factor,
         "bits": bits, "minutes": minutes if steps is None else None, "steps": steps, "size": size, "seed": seed,
@@ -191,10 +191,10 @@ def _trained(root: Path, source: Source, asked: dict, device: torch.device, prog
                     if time.monotonic() - saved > _SAVED:
                         trainer.save(state, asked, steps)
                         saved = time.monotonic()
-        except KeyboardInterrupt as error:
-            trainer.save(state, asked, steps)
+        except KeyboardInterrupt as error:  # perhaps in the middle of a step, so what was saved before counts
             raise Interrupted(
-                f"interrupted after {trainer.step} of {steps} steps", "run the same command again to continue"
+                f"interrupted after {trainer.step} of {steps} steps",
+                "run the same command again to go on from the last state, of at most half a minute before",
             ) from error
     facts = {
         "written_by": f"latentprep {__version__}",

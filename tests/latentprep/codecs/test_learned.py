@@ -99,12 +99,12 @@ def test_training_starts_from_the_best_linear_codec() -> None:
     images = torch.from_numpy(pictures(8))
     made, of, scales = started(images.numpy(), 12, 8, 4.0, 0)
     assert scales.shape == (12,)
-    pixels = (images.float() - 127.5) / of.step
+    pixels = (images.float() - 128) / of.step
     error = float((made.decoder(made.encoder(pixels)) - pixels).detach().square().mean()) * of.step**2
     dct = make_codec("dct", luma=6, chroma=3)
     assert error < float((dct.decode(dct.encode(images)).float() - images.float()).square().mean())
     exact, of, _ = started(images.numpy(), 48, 4, 4.0, 0)
-    pixels = (images.float() - 127.5) / of.step
+    pixels = (images.float() - 128) / of.step
     assert torch.allclose(exact.decoder(exact.encoder(pixels)), pixels, atol=1e-3)
 
 
