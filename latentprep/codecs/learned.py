@@ -284,7 +284,7 @@ def _of_levels(encoder: Encoder, step: float) -> nn.Module:
     """The encoder as plain layers, for pixels in grey levels about zero in place of steps."""
     plain(encoder)
     for layer in (encoder.linear, encoder.network[0]):
-        layer.weight.data.div_(step)  # type: ignore[union-attr, operator]
+        layer.weight.data.div_(step)  # type: ignore[operator]
     return encoder.eval().requires_grad_(False)
 
 
