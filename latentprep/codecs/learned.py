@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from latentprep.codecs.base import check_multiple, to_pixels
 from latentprep.device import full_float32
-from latentprep.errors import CodecError, LatentError, UsageError, check_number, check_whole, opt
+from latentprep.errors import CodecError
 from latentprep.storage.places import path_of
 
 CONFIG, WEIGHTS = "codec.json", "codec.safetensors"
@@ -56,22 +56,23 @@ class Architecture:
     decoder_blocks: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        """Raises `UsageError` for numbers out of range."""
-        if self.factor not in FACTORS or isinstance(self.factor, bool):
-            raise UsageError(f"{opt('factor')} must be 4, 8 or 16, got {self.factor!r:.60}")
-        check_whole("channels", self.channels, 1, MAX_CHANNELS)
-        check_whole("odd", self.odd, 0, self.channels)
-        check_number("step", self.step, 0, 1e6, above=True)
-        for name, low, high in (("encoder", 2, 512), ("decoder", 2, 512)):
-            widths, blocks = getattr(self, name), getattr(self, f"{name}_blocks")
-            for values in (widths, blocks):
-                if not isinstance(values, tuple) or len(values) != grids(self.factor):
-                    raise UsageError(f"{name} must list {grids(self.factor)} numbers, got {values!r:.60}")
-            for width, count in zip(widths, blocks, strict=True):
-                check_whole(name, width, low, high)
-                check_whole(f"{name}_blocks", count, 0, 16)
-                if width % 2:
-                    raise UsageError(f"{name} must list even numbers, got {width}")
+        """Raises `CodecError` for numbers out of range."""
+        if not _whole(self.factor, 4, 16) or self.factor not in FACTORS:
+            raise CodecError(f"the factor must be 4, 8 or 16, got {self.factor!r:.60}")
+        if not _whole(self.channels, 1, MAX_CHANNELS) or not _whole(self.odd, 0, self.channels):
+            raise CodecError(
+                f"there must be 1 to {MAX_CHANNELS} channels, got {self.channels!r:.60}, {self.odd!r:.60} odd"
+            )
+        if isinstance(self.step, bool) or not isinstance(self.step, int | float) or not 0 < self.step <= 1e6:
+            raise CodecError(f"the step must be a number above 0, got {self.step!r:.60}")
+        for widths, blocks in ((self.encoder, self.encoder_blocks), (self.decoder, self.decoder_blocks)):
+            for values, low, high in ((widths, 2, 512), (blocks, 0, 16)):
+                enough = isinstance(values, tuple) and len(values) == grids(self.factor)
+                if not enough or not all(_whole(value, low, high) for value in values):
+                    count = grids(self.factor)
+                    raise CodecError(f"networks must list {count} numbers from {low} to {high}, got {values!r:.60}")
+            if any(width % 2 for width in widths):
+                raise CodecError(f"networks must have even numbers of channels, got {widths!r:.60}")
 
     @property
     def signs(self) -> tuple[int, ...]:
@@ -83,12 +84,16 @@ class Architecture:
 
     @classmethod
     def from_json(cls, document: Any) -> Architecture:
-        """Raises `UsageError` for anything that `to_json` does not write."""
+        """Raises `CodecError` for anything that `to_json` does not write."""
         names = [field.name for field in fields(cls)]
         if not isinstance(document, dict) or sorted(document) != sorted(names):
-            raise UsageError(f"the architecture must have exactly {', '.join(names)}")
+            raise CodecError(f"the architecture must have exactly {', '.join(names)}")
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in document.items()}
         return cls(**values)
+
+
+def _whole(value: object, low: int, high: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
 def grids(factor: int) -> int:
@@ -349,21 +354,13 @@ def read_config(folder: Path) -> dict:
             raise ValueError("too large")
         document = json.loads(path.read_bytes())
         if not isinstance(document, dict) or document.get("format") != FORMAT:
-            raise ValueError(f"no {FORMAT}")
-        version = document.get("version")
-        if isinstance(version, int) and version > VERSION:
-            raise CodecError(
-                f"{path} has version {version}, this version knows 1 to {VERSION}",
-                "upgrade with pip install --upgrade latentprep",
-            )
-        if version != VERSION or isinstance(version, bool):
-            raise ValueError(f"version {version!r:.60}")
+            raise ValueError(f"it is no {FORMAT}")
+        if not _whole(document.get("version"), 1, VERSION):
+            raise ValueError(f"its version is {document.get('version')!r:.60}, this latentprep knows 1 to {VERSION}")
         Architecture.from_json(document.get("architecture"))
         return document
     except OSError as error:
         raise CodecError(f"no learned codec in {folder}: {error.strerror or error}", _WAY_OUT) from error
-    except CodecError:
-        raise
-    except (LatentError, ValueError, RecursionError, OverflowError, TypeError) as error:
-        reason = error.message if isinstance(error, LatentError) else str(error).splitlines()[0]
+    except (CodecError, ValueError, RecursionError) as error:
+        reason = error.message if isinstance(error, CodecError) else str(error).splitlines()[0]
         raise CodecError(f"{path} is damaged: {reason}", _WAY_OUT) from error

@@ -108,7 +108,7 @@ def train_codec(
     root, chosen = local(out, opt("out")), pick_device(device)
     asked = {
         "source": {"spec": opened.spec, "sha256": opened.fingerprint()}, "channels": channels, "factor": factor,
-        "bits": bits, "minutes": minutes if steps is None else None, "steps": steps, "size": size, "seed": seed,
+        "bits": bits, "minutes": (minutes or MINUTES) if steps is None else None, "steps": steps, "size": size, "seed": seed,
     }  # fmt: skip
     began = time.monotonic()
     try:
@@ -166,7 +166,8 @@ def _check_same(root: Path, there: Any, asked: dict) -> None:
                 else f"with {f'no {opt(name)}' if have is None else opt(name, have)}"
             )
             raise CodecError(
-                f"{root} holds a codec {what}", f"choose another {opt('out')}, or use {opt('overwrite', True)}"
+                f"{root} holds a codec {what}",
+                f"choose another folder as {opt('out')}, or use {opt('overwrite', True)}",
             )
 
 
@@ -181,7 +182,7 @@ def _trained(root: Path, source: Source, asked: dict, device: torch.device, prog
             trainer, steps = _resumed(state, crops, asked, device)
         else:
             trainer = _begun(crops, asked, device)
-            steps = asked["steps"] or _steps_in(trainer, 60 * (asked["minutes"] or MINUTES), pool)
+            steps = asked["steps"] or _steps_in(trainer, 60 * asked["minutes"], pool)
         saved = time.monotonic()
         try:
             with progress("training", steps, "steps", trainer.step) as bar:
@@ -228,7 +229,7 @@ def _resumed(state: Path, crops: Crops, asked: dict, device: torch.device) -> tu
         trainer = Trainer(of, Networks(of), places, log_scales, crops, asked["bits"], asked["seed"], device)
         trainer.restore(tensors, notes)
         return trainer, int(notes["steps"])
-    except (UsageError, KeyError, ValueError, TypeError, RuntimeError) as error:
+    except (CodecError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise CodecError(f"{state} is damaged: {error}".splitlines()[0], "delete it to start over") from error
 
 
