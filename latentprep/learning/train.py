@@ -108,7 +108,8 @@ def train_codec(
     root, chosen = local(out, opt("out")), pick_device(device)
     asked = {
         "source": {"spec": opened.spec, "sha256": opened.fingerprint()}, "channels": channels, "factor": factor,
-        "bits": bits, "minutes": (minutes or MINUTES) if steps is None else None, "steps": steps, "size": size, "seed": seed,
+        "bits": bits, "minutes": (minutes or MINUTES) if steps is None else None, "steps": steps, "size": size,
+        "seed": seed,
     }  # fmt: skip
     began = time.monotonic()
     try:
