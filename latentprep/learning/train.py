@@ -189,6 +189,11 @@ def _trained(root: Path, source: Source, asked: dict, device: torch.device, prog
             with progress("training", steps, "steps", trainer.step) as bar:
                 while trainer.step < steps:
                     squared, spent = trainer.advance(steps, pool)
+                    if not math.isfinite(squared):
+                        raise CodecError(
+                            f"training diverged at step {trainer.step}",
+                            f"use another {opt('seed')} and {opt('overwrite', True)}",
+                        )
                     bar.advance(1, psnr=f"{10 * math.log10(255**2 / max(squared, 1e-9)):.1f} dB", bits=f"{spent:.2f}")
                     if time.monotonic() - saved > _SAVED:
                         trainer.save(state, asked, steps)

@@ -116,6 +116,13 @@ def test_a_complete_codec_is_kept_and_another_refused(images: Path, tmp_path: Pa
     assert document["origin"].endswith("for 4 steps")
 
 
+def test_training_that_diverges_ends_in_a_line(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer.Trainer, "advance", lambda *_: (math.nan, 1.0))
+    with pytest.raises(CodecError, match="training diverged"):
+        latentprep.train_codec(images, out=tmp_path / "run", **SMALL)
+    assert not (tmp_path / "run" / CONFIG).exists()
+
+
 def test_minutes_become_a_number_of_steps_once(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = {**SMALL, "steps": None, "minutes": 1e-4}
     monkeypatch.setattr(train, "_steps_in", lambda *_: 3)
