@@ -226,24 +226,10 @@ def test_the_command_writes_a_codec_and_its_report(
         monkeypatch.setattr(start, name, value)
     monkeypatch.setattr(train, "_SCALES", (1.0,))
     out = tmp_path / "my-codec"
-    words = [
-        "train-codec",
-        images,
-        "--out",
-        out,
-        "--steps",
-        2,
-        "--size",
-        64,
-        "--channels",
-        4,
-        "--factor",
-        4,
-        "--device",
-        "cpu",
-    ]
+    # As many latent values as dct's, so that the report needs one rate.
+    words = f"train-codec {images} --out {out} --steps 2 --size 64 --channels 16 --bits 2 --device cpu".split()
     made = json.loads(command("latentprep", *words, "--json").stdout)
-    assert (made["steps"], made["images"], made["channels"]) == (2, 12, 4)
+    assert (made["steps"], made["images"], made["channels"]) == (2, 12, 16)
     assert made["psnr"] > 10
     for name in ("rd.png", "side-by-side.png", "rd.json"):
         assert (out / "report" / name).is_file()
