@@ -33,7 +33,7 @@ from latentprep.codecs import Codec, codec_names, make_codec
 from latentprep.codecs.autoencoder import AutoencoderCodec
 from latentprep.codecs.base import codec_class
 from latentprep.codecs.listing import weights_at_hand
-from latentprep.device import on_device, pick_device
+from latentprep.device import on_device, one_thread_each, pick_device
 from latentprep.encoding.encode import encode
 from latentprep.encoding.pipeline import Stages
 from latentprep.progress import silent
@@ -43,7 +43,6 @@ from latentprep.sources.source import Row, Source
 from latenttrain.augment import Augment
 from latenttrain.config import RunConfig, versions
 from latenttrain.data import Split
-from latenttrain.microbatch import one_thread_each
 from latenttrain.nets import NetConfig, count_flops
 from latenttrain.recipe import make_recipe
 from latenttrain.runtime import reproducible, synchronize

@@ -26,6 +26,7 @@ __all__ = [
     "report",
     "requantize",
     "subset",
+    "train_codec",
     "verify",
     "webdataset",
     "write_latents",
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from latentprep.derived.selection import merge, subset
     from latentprep.encoding.encode import encode
     from latentprep.format import open_dataset as open
+    from latentprep.learning.train import train_codec
     from latentprep.pictures.decode import decode
     from latentprep.pictures.linear_decoder import fit_linear_decoder
     from latentprep.pictures.preview import linear_preview, preview
@@ -66,6 +68,7 @@ _HOMES = {
     "report": ".pictures.report",
     "requantize": ".derived.requantize",
     "subset": ".derived.selection",
+    "train_codec": ".learning.train",
     "verify": ".audit.verify",
     "webdataset": ".torch",
     "write_latents": ".audit.latents",

@@ -7,6 +7,7 @@ import logging
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -259,3 +260,19 @@ def free_cached() -> None:
         torch.cuda.empty_cache()
     elif torch.backends.mps.is_available():
         torch.mps.empty_cache()
+
+
+@contextlib.contextmanager
+def one_thread_each(device: torch.device) -> Iterator[ThreadPoolExecutor | None]:
+    """On a CPU, as many threads as torch has, each computing by itself: what they do is not shared out further, so
+    that it does not depend on how many there are. The caller computes with one thread, too. None on other devices."""
+    if device.type != "cpu":
+        yield None
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads, "micro-batch", torch.set_num_threads, (1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)

@@ -13,14 +13,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentprep.device import NOT_ON_DEVICE, Fitting, enough_memory, full_float32, on_device, pick_device, to_host
+from latentprep.device import (
+    NOT_ON_DEVICE,
+    Fitting,
+    enough_memory,
+    full_float32,
+    on_device,
+    one_thread_each,
+    pick_device,
+    to_host,
+)
 from latentprep.errors import UsageError, check_whole, opt
 from latentprep.format import LatentDataset, open_dataset
 from latentprep.storage.places import path_of, several
 from latenttrain.checkpoint import load_net
 from latenttrain.config import check_dataset
 from latenttrain.data import Samples
-from latenttrain.microbatch import one_thread_each
 from latenttrain.nets import Net
 from latenttrain.networks import name_network
 from latenttrain.ranks import ALONE, Ranks

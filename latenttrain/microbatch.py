@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import copy
 import queue
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -185,19 +184,3 @@ def _norms(net: Net) -> list[BatchNorm]:
 
 def _statistics(net: Net) -> list[Tensor]:
     return [tensor for norm in _norms(net) for tensor in (norm.running_mean, norm.running_var)]
-
-
-@contextmanager
-def one_thread_each(device: torch.device) -> Iterator[ThreadPoolExecutor | None]:
-    """On a CPU, as many threads as torch has, each computing by itself: what they do is not shared out further, so
-    that it does not depend on how many there are. The caller computes with one thread, too. None on other devices."""
-    if device.type != "cpu":
-        yield None
-        return
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(threads, "micro-batch", torch.set_num_threads, (1,)) as pool:
-            yield pool
-    finally:
-        torch.set_num_threads(threads)

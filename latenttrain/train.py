@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from latentprep.device import enough_memory, parse_devices, to_host
+from latentprep.device import enough_memory, one_thread_each, parse_devices, to_host
 from latentprep.errors import CheckpointError, UsageError, opt
 from latentprep.format import LatentDataset, open_dataset
 from latentprep.progress import Progress, ProgressFactory, silent
@@ -47,7 +47,7 @@ from latenttrain.data import (
 from latenttrain.evaluation import read_scores, split_counts
 from latenttrain.labels import check_labels, labels_file, read_labels
 from latenttrain.launch import launch, reopening
-from latenttrain.microbatch import Learner, micro_batches, one_thread_each
+from latenttrain.microbatch import Learner, micro_batches
 from latenttrain.nets import ARCHITECTURES, Net, NetConfig, build_net, count_flops, count_parameters
 from latenttrain.networks import name_network
 from latenttrain.optimizers import make_optimizer

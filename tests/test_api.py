@@ -39,6 +39,7 @@ FUNCTIONS = {
     "latentprep latents": latentprep.write_latents,
     "latentprep linear-decoder fit": latentprep.fit_linear_decoder,
     "latentprep linear-decoder show": latentprep.linear_preview,
+    "latentprep train-codec": latentprep.train_codec,
     "latenttrain eval": latenttrain.evaluate,
     "latenttrain scale": latenttrain.scale_table,
 }

@@ -9,6 +9,7 @@ from typing import Any
 
 from latentprep.codecs.autoencoder import AutoencoderCodec, find_weights
 from latentprep.codecs.base import MAX_SIZE, check_multiple, codec_class, codec_names, codec_options, make_codec
+from latentprep.codecs.learned import LearnedCodec
 from latentprep.errors import LatentError, check_whole
 from latentprep.format.quantizer import check_bits
 
@@ -29,7 +30,7 @@ class CodecRow:
 
     options: what may follow the name, with defaults; None is one that depends on the machine.
     latent: (C, h, w), or None where the codec cannot be built or cannot take that size.
-    weights: ``none needed``, ``yes`` (on this machine), ``no`` (would be downloaded), or what is missing.
+    weights: ``none needed``, ``yes`` (on this machine), ``no`` (would be downloaded), or what is missing or makes them.
     """
 
     name: str
@@ -73,8 +74,10 @@ def _row(name: str, size: int, bits: int) -> CodecRow:
 
 
 def weights_at_hand(name: str) -> str:
-    """``none needed``, ``yes``, ``no``, or ``needs pip install …``, without loading or downloading anything."""
+    """``none needed``, ``yes``, ``no``, or what makes them, without loading or downloading anything."""
     kind = codec_class(name)
+    if issubclass(kind, LearnedCodec):
+        return "made by train-codec"
     if not issubclass(kind, AutoencoderCodec):
         return "none needed"
     if importlib.util.find_spec("diffusers") is None:

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 import latenttrain
+from latentprep.device import one_thread_each
 from latenttrain import train
 from latenttrain.augment import Augment, draw, partners
 from latenttrain.config import RunConfig, versions
 from latenttrain.data import Split
-from latenttrain.microbatch import Learner, Node, PairwiseSum, micro_batches, nodes_of, one_thread_each
+from latenttrain.microbatch import Learner, Node, PairwiseSum, micro_batches, nodes_of
 from latenttrain.nets import ARCHITECTURES, DROPOUT, BatchNorm, NetConfig, build_net
 from latenttrain.ranks import ALONE, Ranks
 from latenttrain.recipe import make_recipe
