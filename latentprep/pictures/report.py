@@ -133,6 +133,9 @@ def picture_tile(picture: np.ndarray, alt: str, caption: str) -> str:
 
 def _facts(found: DatasetInfo) -> dict[str, str]:
     channels, height, width = found.latent
+    sample, raw, of = "image", "pixels", f"{found.size}×{found.size} px"
+    if found.seconds_each is not None:
+        sample, raw, of = "sound", "samples at 16 bits", f"{found.seconds_each:g} s"
     options = ", ".join(
         f"{key} {value}" for key, value in found.codec.items() if key not in ("name", "weights", "weights_sha256")
     )
@@ -141,14 +144,14 @@ def _facts(found: DatasetInfo) -> dict[str, str]:
     return {
         "source": found.source,
         "codec": found.codec["name"] + (f" ({options}{weights})" if options else ""),
-        "latents": f"{height}×{width}×{channels} of {found.size}×{found.size} px, {plural(found.bits, 'bit')} per code"
+        "latents": f"{height}×{width}×{channels} of {of}, {plural(found.bits, 'bit')} per code"
         + (", chosen jointly" if found.joint else "")
         + (f", {found.views} views" if found.views > 1 else ""),
         "samples": f"{rows}; {found.classes} classes",
-        "codes": f"{size(found.code_bytes)}: {found.bytes_per_image:,.0f} bytes per image ({found.store}, "
+        "codes": f"{size(found.code_bytes)}: {found.bytes_per_image:,.0f} bytes per {sample} ({found.store}, "
         f"{found.compression})",
-        "compression": f"{found.smaller_than_source:.1f}× smaller than the image files, "
-        f"{found.smaller_than_pixels:.0f}× smaller than their pixels",
+        "compression": f"{found.smaller_than_source:.1f}× smaller than the {sample} files, "
+        f"{found.smaller_than_pixels:.0f}× smaller than their {raw}",
     }
 
 
