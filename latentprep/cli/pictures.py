@@ -48,7 +48,9 @@ def decode(
     index: Index = None,
     classes: Classes = None,
     limit: Annotated[int | None, typer.Option(help="At most this many samples, spread over the classes.")] = None,
-    format: Annotated[str, typer.Option(help="png or jpeg.")] = "png",
+    format: Annotated[
+        str | None, typer.Option(help="png or jpeg, of sounds flac or wav. Default: png, flac.", show_default=False)
+    ] = None,
     source: OwnSource = None,
     data: Data = None,
     decoder: DecoderOption = "codec",
@@ -57,7 +59,7 @@ def decode(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files of the same name in --out.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Decode codes back to image files and, with --source, measure how close they are to the originals.
+    """Decode codes back to files and, with --source, measure how close images are to the originals.
 
     latentprep encode can read the folder as a source.
 

@@ -158,6 +158,21 @@ def test_preview_draws_spectrograms_and_writes_sounds(sounds: Path, shards: Path
     assert latentprep.report(shards, samples=2, source=sounds, out=tmp_path / "report.html").bytes > 1000
 
 
+def test_decoded_sounds_are_a_source_again(sounds: Path, shards: Path, tmp_path: Path) -> None:
+    made = latentprep.decode(shards, split="train", source=sounds, out=tmp_path / "decoded")
+    assert (made.all.images, made.all.psnr) == (12, None)
+    again = latentprep.encode(
+        tmp_path / "decoded", seconds=0.4, quantizer=shards, val_fraction=0, out=tmp_path / "again"
+    )
+    assert again.rows == {"train": 12}
+    codes = [latentprep.open(path).read_shard("train", 0).codes for path in (shards, tmp_path / "again")]
+    there = np.abs(codes[0].astype(int)[0] - codes[1].astype(int)[6])  # rows are by class
+    assert np.median(there) <= 1
+    assert latentprep.decode(shards, limit=1, format="wav", out=tmp_path / "wav").all.images == 1
+    with pytest.raises(UsageError, match="flac or wav"):
+        latentprep.decode(shards, format="png", out=tmp_path / "png")
+
+
 def test_a_network_learns_and_predicts_sounds(sounds: Path, shards: Path, tmp_path: Path) -> None:
     result = latenttrain.fit(shards, out=tmp_path / "run", epochs=12, batch_size=4, width=0.25)
     assert result.top1 == 1.0
