@@ -21,7 +21,16 @@ RESAMPLE = "soxr-hq"
 SHIFT = 0.1  # of the length, at most, by which further views are moved in time, to either side
 GAIN = 6.0  # decibels, at most, by which they are louder or softer
 
+_PART = 1 << 18  # samples that are decoded at a time
+_ENDLESS = 1 << 48  # samples; libsndfile gives more for a FLAC file that does not say how many it has
 _UNKNOWN_SIZES = (0, 0xFFFFFFFF)  # in the header of a WAV file that was written to a pipe
+
+
+class _Bytes(io.BytesIO):
+    """Bytes in which a damaged file cannot seek before the first: cffi would print the traceback."""
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return super().seek(max(0, offset + (0, self.tell(), len(self.getbuffer()))[whence]))
 
 
 class BadSound(BadSample):
@@ -62,6 +71,8 @@ def decode(data: bytes, rate: int) -> np.ndarray:
 def duration(data: bytes) -> float:
     """Seconds of an encoded sound, by its header. Raises `BadSound`."""
     with _opened(data) as file:
+        if file.frames >= _ENDLESS:
+            raise BadSound("its header does not say how long it is")
         return file.frames / file.samplerate
 
 
@@ -81,21 +92,27 @@ def sound_file(wave: np.ndarray, rate: int, format: str = "flac") -> bytes:
 
 def _decoded(data: bytes) -> tuple[np.ndarray, int]:
     """f32 [n], the mean of the channels, and samples per second."""
+    parts, count = [], 0
     with _opened(data) as file:
-        if file.frames * file.channels > MAX_VALUES:
-            raise BadSound(f"{file.frames} samples in {file.channels} channels are more than the limit of {MAX_VALUES}")
-        try:
-            wave = file.read(dtype="float32", always_2d=True)
+        try:  # in parts, since a header may claim any number of samples
+            while len(part := file.read(_PART, dtype="float32", always_2d=True)):
+                parts.append(part[:, 0] if file.channels == 1 else part.mean(1, dtype=np.float32))
+                count += len(part)
+                if count * file.channels > MAX_VALUES:
+                    raise BadSound(f"more than the limit of {MAX_VALUES} samples in all channels")
+        except BadSound:
+            raise
         except Exception as error:
             raise BadSound(f"damaged {file.format}: {_reason(error)}") from error
-        if len(wave) < file.frames:
-            raise BadSound(f"damaged {file.format}: cut short after {len(wave)} of {file.frames} samples")
+        if count < file.frames < _ENDLESS:
+            raise BadSound(f"damaged {file.format}: cut short after {count} of {file.frames} samples")
         rate = file.samplerate
-    if not len(wave):
+    if not count:
         raise BadSound("no samples in it")
+    wave = np.concatenate(parts)
     if not np.isfinite(wave).all():
         raise BadSound("NaN or infinite samples in it")
-    return np.ascontiguousarray(wave[:, 0]) if wave.shape[1] == 1 else wave.mean(1, dtype=np.float32), rate
+    return wave, rate
 
 
 def _opened(data: bytes) -> Any:
@@ -105,7 +122,7 @@ def _opened(data: bytes) -> Any:
     if data[:4] == b"RIFF" and size not in _UNKNOWN_SIZES and size + 8 > len(data) + 1:  # libsndfile reads what is left
         raise BadSound(f"damaged WAV: cut short after {len(data)} of {size + 8} bytes")
     try:
-        return soundfile.SoundFile(io.BytesIO(data))
+        return soundfile.SoundFile(_Bytes(data))
     except Exception as error:
         what = other_kind(data, "sound")
         raise BadSound(f"damaged sound: {_reason(error)}" if what.endswith("but sound") else what) from error

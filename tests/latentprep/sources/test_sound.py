@@ -183,3 +183,23 @@ def test_a_medium_follows_from_the_transform() -> None:
     assert canonical_view(jpeg(picture(1)), {"size": 16}).shape == (3, 16, 16)
     view = canonical_view(sound_bytes(sound(300)), {"media": "sound", "size": 640, "rate": RATE, "seed": 0})
     assert view.shape == (640,) and view.dtype == np.float32
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_damaged_bytes_end_in_a_sound_or_in_one_error(format: str) -> None:
+    good, random = sound_bytes(sound(300, seconds=0.1), format=format), np.random.default_rng(1)
+    for _ in range(60):
+        data = bytearray(good[: random.integers(1, len(good) + 1)])
+        for place in random.integers(0, min(len(data), random.choice([64, len(good)])), 4):
+            data[place] = random.integers(256)
+        try:
+            assert decode(bytes(data), RATE).ndim == 1
+        except BadSample as error:
+            assert str(error) and "\n" not in str(error)
+
+
+def test_a_flac_that_claims_a_hundred_hours_takes_no_memory_for_them() -> None:
+    data = bytearray(sound_bytes(sound(300), format="FLAC"))
+    data[22:26] = b"\xff\xff\xff\xff"  # of STREAMINFO's 36 bits
+    with pytest.raises(BadSample, match="cut short|damaged"):
+        decode(bytes(data), RATE)
