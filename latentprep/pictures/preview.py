@@ -21,7 +21,6 @@ from latentprep.pictures.samples import Decoder, Picked, decode_all, load_origin
 from latentprep.pictures.sheet import Column, channel_pictures, colour_pictures, draw_sheet, png
 from latentprep.pictures.spectrogram import pixels
 from latentprep.progress import ProgressFactory, silent
-from latentprep.sources.sound import sound_file
 from latentprep.sources.source import Source, open_own_source
 from latentprep.storage.atomic import write_atomic
 from latentprep.storage.places import path_of
@@ -132,15 +131,15 @@ def sample_columns(
         if check_bits(b) > stored:
             raise UsageError(f"{dataset.root} has only {stored} bits per code", f"use {opt('bits')} 1 to {stored}")
     shown = sorted(set(bits or [stored, *(b for b in FEWER if b < stored)]), reverse=True)
-    originals = load_originals(dataset, source, picked)
-    columns = [] if originals is None else [_column("original", originals)]
+    originals, rate = load_originals(dataset, source, picked), dataset.manifest.transform.get("rate", 0)
+    columns = [] if originals is None else [_column("original", originals, rate)]
     with progress("decoding", len(shown), "columns", 0) as bar:
         for b in shown:
             quantizer = dataset.quantizer if b == stored else requantized_manifest(dataset, b).quantizer
             codes = picked.codes
             if b != stored:
                 codes = recoder(dataset.quantizer, quantizer)(codes[:, None])[0][:, 0]
-            columns.append(_column(plural(b, "bit"), decode_all(decoder, codes, quantizer)))
+            columns.append(_column(plural(b, "bit"), decode_all(decoder, codes, quantizer), rate))
             bar.advance(1)
     if isinstance(decoder, LinearDecoder):
         latents = torch.from_numpy(dataset.quantizer.dequantize(picked.codes))
@@ -152,9 +151,9 @@ def sample_columns(
     return columns
 
 
-def _column(title: str, samples: Tensor) -> Column:
+def _column(title: str, samples: Tensor, rate: int) -> Column:
     """Images, u8 [n,3,H,W], or sounds, f32 [n,T], as a column."""
-    return Column(title, pixels(samples), sounds=samples.numpy() if samples.ndim == 2 else None)
+    return Column(title, pixels(samples), sounds=samples.numpy() if samples.ndim == 2 else None, rate=rate)
 
 
 def unit_latents(codes: np.ndarray) -> np.ndarray:
@@ -183,18 +182,17 @@ def _drawn(dataset: LatentDataset, picked: Picked, columns: list[Column], out: s
     title = f"{dataset.root.resolve().name} {picked.split}: {codec}, {plural(dataset.quantizer.bits, 'bit')} stored"
     try:
         write_atomic(path, png(draw_sheet(columns, names, title)))
-        folder = _write_sounds(dataset, picked, columns, path.with_name(f"{path.stem}-sounds"))
+        folder = _write_sounds(picked, columns, path.with_name(f"{path.stem}-sounds"))
     except OSError as error:
         raise system_fault(error) from error
     titles = tuple(column.title for column in columns)
     return PreviewResult(str(path), picked.split, len(picked), titles, None if folder is None else str(folder))
 
 
-def _write_sounds(dataset: LatentDataset, picked: Picked, columns: list[Column], folder: Path) -> Path | None:
+def _write_sounds(picked: Picked, columns: list[Column], folder: Path) -> Path | None:
     """Write the columns' sounds, a FLAC file each; returns the folder, or None if there are none."""
     heard = [column for column in columns if column.sounds is not None]
     for column in heard:
-        for row, wave in zip(picked.rows, column.sounds, strict=True):  # type: ignore[arg-type]
-            name = f"{row:06d}-{column.title.replace(' ', '-')}.flac"
-            write_atomic(folder / name, sound_file(wave, dataset.manifest.transform["rate"]))
+        for at, row in enumerate(picked.rows):
+            write_atomic(folder / f"{row:06d}-{column.title.replace(' ', '-')}.flac", column.flac(at))
     return folder if heard else None

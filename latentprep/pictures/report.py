@@ -118,17 +118,18 @@ def entropy(counts: np.ndarray) -> float:
 def picture_tiles(names: Sequence[str], columns: Sequence[Column], at: int, what: str) -> list[str]:
     """One sample's pictures, each under its column's name."""
     return [
-        picture_tile(column.pictures[at], f"{what}: {name}", name) for name, column in zip(names, columns, strict=True)
+        picture_tile(column.pictures[at], f"{what}: {name}", name, column.flac(at))
+        for name, column in zip(names, columns, strict=True)
     ]
 
 
-def picture_tile(picture: np.ndarray, alt: str, caption: str) -> str:
-    """A picture u8 [h,w,3] on a page: a large one as a thumbnail, a small one in exact pixels."""
+def picture_tile(picture: np.ndarray, alt: str, caption: str, flac: bytes = b"") -> str:
+    """A picture u8 [h,w,3] on a page: a large one as a thumbnail, a small one in exact pixels. flac: its sound."""
     image = Image.fromarray(np.ascontiguousarray(picture))
     exact = max(picture.shape[:2]) < _TILE
     if not exact:
         image.thumbnail((_TILE, _TILE), Image.Resampling.LANCZOS)
-    return page.tile(image, alt, caption, exact)
+    return page.tile(image, alt, caption, exact, flac)
 
 
 def _facts(found: DatasetInfo) -> dict[str, str]:
@@ -174,8 +175,13 @@ def _samples(dataset: LatentDataset, picked: Picked, columns: Sequence[Column]) 
         every.append(page.card(name, picture_tiles([column.title for column in columns], columns, at, name)))
     return [
         page.paragraph(
-            "Images at fewer bits are derived from the stored codes. Channels are in false colours, from dark (low) to "
-            "bright (high); the last image shows the first three as red, green and blue."
+            f"{'Sounds' if columns[0].sounds is not None else 'Images'} at fewer bits are derived from the stored codes. "
+            "Channels are in false colours, from dark (low) to bright (high)"
+            + (
+                "."
+                if columns[-1].title == "channels"
+                else "; the last image shows the first three as red, green and blue."
+            )
         ),
         page.cards(every),
     ]

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from latentprep.sources.sound import sound_file
 from latentprep.text import shown
 
 TILE, WIDTH = 112, 1660  # pixels: an image's side, and the sheet's maximal width
@@ -21,12 +22,17 @@ INK, MUTED = "#24292f", "#59636e"
 @dataclass(frozen=True)
 class Column:
     """Images under one title, u8 [n,H,W,3], one per sample. smooth: interpolate them if they are enlarged. sounds:
-    f32 [n,T], if they are pictures of sounds."""
+    f32 [n,T] at `rate` samples per second, if they are pictures of sounds."""
 
     title: str
     pictures: np.ndarray
     smooth: bool = False
     sounds: np.ndarray | None = None
+    rate: int = 0
+
+    def flac(self, at: int) -> bytes:
+        """A sample's sound as a FLAC file; nothing for pictures of images."""
+        return b"" if self.sounds is None else sound_file(self.sounds[at], self.rate)
 
 
 def draw_sheet(

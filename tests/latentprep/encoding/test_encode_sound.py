@@ -13,6 +13,7 @@ import latentprep
 import latenttrain
 from inprocess import command
 from latentprep.errors import SourceError, UsageError
+from pages import Strict
 from pictures import make_folder
 from sounds import RATE, make_sounds, sound, sound_bytes
 
@@ -155,7 +156,9 @@ def test_preview_draws_spectrograms_and_writes_sounds(sounds: Path, shards: Path
     assert names == ["000001-4-bits.flac", "000001-original.flac", "000004-4-bits.flac", "000004-original.flac"]
     heard, rate = soundfile.read(tmp_path / "sheet-sounds" / "000004-original.flac")
     assert (len(heard), rate) == (6400, RATE)
-    assert latentprep.report(shards, samples=2, source=sounds, out=tmp_path / "report.html").bytes > 1000
+    latentprep.report(shards, samples=2, source=sounds, out=tmp_path / "report.html")
+    page = Strict((tmp_path / "report.html").read_text())
+    assert sum(link.startswith("data:audio/flac;base64,") for link in page.links) == 2 * 4  # original, 4, 2, 1 bits
 
 
 def test_decoded_sounds_are_a_source_again(sounds: Path, shards: Path, tmp_path: Path) -> None:
