@@ -173,15 +173,12 @@ def _samples(dataset: LatentDataset, picked: Picked, columns: Sequence[Column]) 
     for at in np.argsort(picked.labels, kind="stable"):
         name = f"{dataset.classes[picked.labels[at]]}, row {picked.rows[at]} of {picked.split}"
         every.append(page.card(name, picture_tiles([column.title for column in columns], columns, at, name)))
+    what = "Images" if columns[0].sounds is None else "Sounds"
+    last = "" if columns[-1].title == "channels" else "; the last picture has the first three as red, green, blue"
     return [
         page.paragraph(
-            f"{'Sounds' if columns[0].sounds is not None else 'Images'} at fewer bits are derived from the stored codes. "
-            "Channels are in false colours, from dark (low) to bright (high)"
-            + (
-                "."
-                if columns[-1].title == "channels"
-                else "; the last image shows the first three as red, green and blue."
-            )
+            f"{what} at fewer bits are derived from the stored codes. Channels are in false colours, from dark (low) to "
+            f"bright (high){last}."
         ),
         page.cards(every),
     ]
