@@ -177,8 +177,8 @@ def _samples(dataset: LatentDataset, picked: Picked, columns: Sequence[Column]) 
     last = "" if columns[-1].title == "channels" else "; the last picture has the first three as red, green, blue"
     return [
         page.paragraph(
-            f"{what} at fewer bits are derived from the stored codes. Channels are in false colours, from dark (low) to "
-            f"bright (high){last}."
+            f"{what} at fewer bits are derived from the stored codes. Channels are in false colours, from dark (low) "
+            f"to bright (high){last}."
         ),
         page.cards(every),
     ]
