@@ -21,6 +21,7 @@ from PIL import Image
 from common import assets, record, spread
 from latentprep.cli import console
 from latentprep.codecs import make_codec
+from latentprep.codecs.transform import transform_for
 from latentprep.encoding.calibration import calibrate
 from latentprep.encoding.driver import commit_shards, start
 from latentprep.encoding.encode import make_plan
@@ -51,8 +52,9 @@ def main() -> None:
     size = 224 if data else 128
     pixels = np.concatenate([load_views(source.read("train", i).data, size) for i in range(options.images)])
     stages = Stages(source, codec, options.batch_size, None, MAX_PIXELS)
-    batches = torch.from_numpy(pixels).permute(0, 3, 1, 2).split(stages.batch_samples(1, size))
-    asked = make_plan(source, ["train"], codec, 4, False, size, codec.latent_shape(size, size), 1, 0, 1024, "zarr")
+    batches = torch.from_numpy(pixels).permute(0, 3, 1, 2).split(stages.batch_samples(1, size, size))
+    transform = transform_for(source, codec, size=size)
+    asked = make_plan(source, ["train"], codec, 4, False, transform, codec.latent_shape(size, size), 1024, "zarr")
 
     manifest = calibrate(stages, asked, silent, 32)
     bare, decoding, pillow, whole = [], [], [], []
@@ -81,7 +83,7 @@ def main() -> None:
             "images": options.images,
             "enlarged": options.enlarge,
             "size": size,
-            "batch_size": stages.batch_samples(1, size),
+            "batch_size": stages.batch_samples(1, size, size),
             "bare_codec_images_per_s": spread(bare),
             "reading_and_decoding_images_per_s": spread(decoding),
             "reading_and_decoding_by_pillow_images_per_s": spread(pillow),

@@ -123,7 +123,7 @@ def bench_codec(make: Callable[[], Codec], device: torch.device, size: int, boun
         jpegs.append(file.getvalue())
     rows = [Row(f"train/{i % 2}/{i:06d}.jpg", i % 2, i) for i in range(images)]
     source = Source("random", ("0", "1"), {"train": rows}, lambda at: jpegs[at % len(jpegs)])
-    batch = min(images, Stages(source, codec, None, None, MAX_PIXELS).batch_samples(1, size))
+    batch = min(images, Stages(source, codec, None, None, MAX_PIXELS).batch_samples(1, size, size))
     resident = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=device)
     with FlopCounterMode(display=False) as counter:
         codec.encode(resident[:1])

@@ -200,7 +200,8 @@ def rectangle(planes: Tensor, centre: Tensor, side: Tensor) -> Tensor:
     inside = []
     for size, middle in zip(planes.shape[2:], centre, strict=True):
         cells = (torch.arange(size, device=planes.device) + 0.5) / size
-        inside.append((cells - middle[:, None]).abs() < side[:, None] / 2)
+        span = (cells - middle[:, None]).abs() < side[:, None] / 2
+        inside.append(span if size > 1 else torch.ones_like(span))  # a stretch of time, where the grid is a line
     return inside[0][:, :, None] & inside[1][:, None]
 
 

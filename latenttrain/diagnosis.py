@@ -136,13 +136,14 @@ def mistakes(found: Diagnosis, dataset: LatentDataset, decoder: Decoder) -> list
     from latentprep.pictures import page
     from latentprep.pictures.report import picture_tile
     from latentprep.pictures.samples import decode_all, pick
+    from latentprep.pictures.spectrogram import pixels
 
     parts = []
     for title, chosen in (("Most confused", found.most_confused()), ("Most wrong", found.most_wrong())):
         if not chosen:
             continue
         picked = pick(dataset, found.split, index=[mistake.row for mistake in chosen])
-        pictures = decode_all(decoder, picked.codes, dataset.quantizer).permute(0, 2, 3, 1).numpy()
+        pictures = pixels(decode_all(decoder, picked.codes, dataset.quantizer))
         place = {row: at for at, row in enumerate(picked.rows.tolist())}
         tiles = []
         for mistake in chosen:

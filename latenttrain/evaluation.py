@@ -167,7 +167,7 @@ def predict(
     arch: str | None = None,
     device: str = "auto",
 ) -> list[Prediction]:
-    """Classify image files with a run's network, through the codec and quantizer that it was trained with.
+    """Classify image or sound files with a run's network, through the codec and quantizer that it was trained with.
 
     run: its folder, or an ``.onnx`` file that `export` wrote, which onnxruntime runs on the CPU.
     top: classes to list for each image. weights: the folder of the codec's weights, if it has moved. An image that
@@ -217,7 +217,7 @@ def predict(
 def _classifier(
     run: str | Path, weights: str | Path | None, checkpoint: str, device: torch.device
 ) -> tuple[Callable[[Tensor], Tensor], dict[str, Any], Sequence[str]]:
-    """A run's pixels u8 [B,3,S,S] -> probabilities f32 [B,classes], its transform, and its classes."""
+    """A run's u8 [B,3,S,S], or sounds f32 [B,T] -> probabilities f32 [B,classes], its transform, and its classes."""
     from latentprep.codecs import codec_from_config
     from latentprep.quantizing.scalar import quantize
 
@@ -234,18 +234,19 @@ def _classifier(
 
 
 def _read(path: str | Path, transform: dict[str, Any]) -> Tensor | str:
-    """The canonical view of an image file as the dataset's were made, u8 [3,S,S]; or the reason why there is none."""
-    from latentprep.sources.images import BadImage, canonical_view
+    """The canonical view of a file, made as the dataset's were, for its codec; or the reason why there is none."""
+    from latentprep.sources.kinds import BadSample
+    from latentprep.sources.media import canonical_view
 
     if "://" in str(path):
         return "a URL; download it, and give the path"
     try:
-        return torch.from_numpy(canonical_view(path_of(path).read_bytes(), transform)).permute(2, 0, 1)
+        return torch.from_numpy(canonical_view(path_of(path).read_bytes(), transform))
     except UsageError as error:
         return str(error)
     except IsADirectoryError:
         return "a folder; give the image files in it"
-    except BadImage as error:
-        return f"not an image that can be read ({error})"
+    except BadSample as error:
+        return f"cannot be read ({error})" if transform.get("media") else f"not an image that can be read ({error})"
     except OSError as error:
         return (error.strerror or str(error)).lower()

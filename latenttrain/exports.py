@@ -285,7 +285,7 @@ class OnnxModel:
         self.input = notes.text("input", ("codes", "pixels"))
         self.classes = notes.list("classes", str)
         transform = notes.object("transform")
-        self.transform, size = transform.document, transform.whole("size", 1, 1 << 14)
+        self.transform, size = transform.document, transform.whole("size", 1, 1 << 32)
         self.quantizer = _quantizer(notes.object("quantizer"))
         notes.object("codec").text("name")
         given, gives = self.session.get_inputs(), self.session.get_outputs()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,10 +40,11 @@ class NetConfig:
             ("latent", int), ("lo", float), ("step", float), ("filter", float), ("mean", float), ("std", float)
         ):  # fmt: skip
             object.__setattr__(self, name, tuple(kind(value) for value in getattr(self, name)))
-        if len(self.latent) != 3 or self.latent[0] < 1 or min(self.latent[1:]) < 8:
+        grid = self.latent[-1:] if on_a_line(self.latent) else self.latent[1:]
+        if len(self.latent) != 3 or self.latent[0] < 1 or min(grid) < 8:
             raise UsageError(
-                f"a latent must be channels x height x width with 8 x 8 cells or more, got {self.latent}",
-                f"encode at a larger {opt('size')}",
+                f"a latent must be channels x height x width with 8 x 8 cells or more, or 1 x 8, got {self.latent}",
+                f"encode at a larger {opt('size')}, or sound for more {opt('seconds')}",
             )
         if self.classes < 2:
             raise UsageError(f"a network needs 2 classes or more, got {self.classes}", "add a second class")
@@ -86,6 +88,24 @@ class NetConfig:
             raise UsageError(f"not a network's settings: {error}", f"give {', '.join(known)}") from error
 
 
+def on_a_line(latent: Sequence[int]) -> bool:
+    """Whether a grid, (C, h, w), is one cell high, as those of sound are: then it only runs along time."""
+    return len(latent) == 3 and latent[1] == 1
+
+
+def lay_along_time(body: nn.Module) -> None:
+    """Make square convolutions and poolings those of a line: 3 x 3 weights become 1 x 9, as many in a row."""
+    for module in body.modules():
+        if isinstance(module, nn.Conv2d):
+            outputs, inputs, *sides = module.weight.shape
+            taps = math.prod(sides)
+            module.weight = nn.Parameter(module.weight.detach().reshape(outputs, inputs, 1, taps))
+            module.kernel_size, module.stride = (1, taps), (1, module.stride[1])
+            module.padding = (0, taps // 2)
+        elif isinstance(module, nn.AvgPool2d):
+            module.kernel_size = module.stride = (1, module.kernel_size)  # type: ignore[assignment]
+
+
 class Net(nn.Module):
     """Codes to logits: a stem that makes planes of the codes, and a body that classifies the planes."""
 
@@ -101,6 +121,8 @@ class Net(nn.Module):
         self.body: nn.Module
         if config.arch in ARCHITECTURES:
             self.body = ARCHITECTURES[config.arch](planes, config)
+            if on_a_line(config.latent):
+                lay_along_time(self.body)
         else:
             self.body = find_network(config.arch, ARCHITECTURES)(planes, config)
             adopt(self.body, config.arch, (planes, *config.latent[1:]), config.classes, BatchNorm)
@@ -334,7 +356,9 @@ def mobilenetv2(planes: int, config: NetConfig) -> nn.Sequential:
     A grid one cell wide is not strided any more: there is nothing left to leave out, and oneDNN (torch 2.13, bfloat16)
     returns uninitialized memory for the weight gradient of such a convolution. float [B,P,h,w] -> [B,classes]
     """
-    side = -(-min(config.latent[1:]) // 2)  # after the first convolution
+    side = -(
+        -(config.latent[2] if on_a_line(config.latent) else min(config.latent[1:])) // 2
+    )  # after the first convolution
     channels = round_width(32, config.width)
     layers: list[nn.Module] = [convolution(planes, channels, 3, stride=2), nn.ReLU6()]
     for expansion, base, blocks, stride in MOBILENETV2:

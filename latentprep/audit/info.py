@@ -13,6 +13,7 @@ from latentprep.encoding.parts import part_of
 from latentprep.format.dataset import LatentDataset, open_dataset
 from latentprep.format.manifest import INVALID_LABEL, ShardRecord, train_split
 from latentprep.format.stores import code_bytes, store_of
+from latentprep.sources.media import medium_of
 
 POOR = 0.3  # bits per code: a channel with less adds next to nothing
 
@@ -48,7 +49,8 @@ class DatasetInfo:
     source_bytes: size of the image files that were read. saturation: for each channel, the share of latents outside
     the quantizer's range. poor: channels that carry next to nothing, judged by the first committed shard of train.
     devices: that made the shards, and how many; empty if all are CPUs.
-    duplicates: images that occur more than once; None if the dataset has no content hashes.
+    duplicates: images that occur more than once; None if the dataset has no content hashes. seconds_each: the length of
+    a sound, whose samples count 2 bytes as its pixels; None for images.
     """
 
     path: str
@@ -77,6 +79,7 @@ class DatasetInfo:
     poor: tuple[PoorChannel, ...]
     devices: dict[str, int]
     duplicates: Duplicates | None
+    seconds_each: float | None = None
 
     def to_json(self) -> dict:
         return asdict(self)
@@ -104,7 +107,8 @@ def info(dataset: str | Path | LatentDataset) -> DatasetInfo:
     saturated = (
         np.sum([record.saturated for record in everything], axis=0) if everything else np.zeros(manifest.latent[0])
     )
-    pixel_bytes = valid * 3 * manifest.transform["size"] ** 2
+    medium = medium_of(manifest.transform)
+    pixel_bytes = valid * medium.raw_bytes
     return DatasetInfo(
         path=str(dataset.root),
         codec=manifest.codec,
@@ -132,6 +136,7 @@ def info(dataset: str | Path | LatentDataset) -> DatasetInfo:
         poor=_poor_channels(dataset, records),
         devices={} if set(devices) <= {"cpu"} else dict(sorted(devices.items())),
         duplicates=find_duplicates(dataset),
+        seconds_each=medium.seconds,
     )
 
 

@@ -24,6 +24,8 @@ from latentprep.format.hashes import content_hash, known
 from latentprep.format.manifest import ERRORS, INVALID_LABEL, MANIFEST, ShardId, ShardRecord
 from latentprep.format.stores import store_of
 from latentprep.progress import ProgressFactory, silent
+from latentprep.sources.kinds import BadSample
+from latentprep.sources.media import Medium, medium_of
 from latentprep.sources.source import Source, open_own_source
 from latentprep.storage.places import Place
 from latentprep.text import plural
@@ -254,7 +256,10 @@ class _Check:
             return error.message, [], SourceImages()
         problem, images = self._rows_problem(record, codes, labels, keys, hashes), SourceImages()
         if not problem and hashes is not None and self.source is not None:
-            images = _compare_images(self.source, record, index * self.dataset.manifest.shard_rows, keys, hashes)
+            medium = medium_of(self.dataset.manifest.transform)
+            images = _compare_images(
+                self.source, medium, record, index * self.dataset.manifest.shard_rows, keys, hashes
+            )
             if images.changed:
                 problem = (
                     f"holds {plural(len(images.changed), 'image')} changed since, the first is {images.changed[0]}"
@@ -306,20 +311,18 @@ class _Check:
 
 
 def _compare_images(
-    source: Source, record: ShardRecord, start: int, keys: list[str], hashes: np.ndarray
+    source: Source, medium: Medium, record: ShardRecord, start: int, keys: list[str], hashes: np.ndarray
 ) -> SourceImages:
     """Compare the source's images with one shard's content hashes, where these are known. start: its first row."""
-    from latentprep.sources.images import BadImage, load_views
-
     images, changed, unreadable = 0, [], []
     for place in np.flatnonzero(known(hashes)).tolist():
         try:
             data = source.read(record.split, start + place).data
             if content_hash(data) != hashes[place].tobytes():
-                load_views(data, size=8)
+                medium.check(data)
                 changed.append(keys[place])
             images += 1
-        except (BadImage, SourceError, OSError) as error:
+        except (BadSample, SourceError, OSError) as error:
             unreadable.append(f"{keys[place]}: {getattr(error, 'strerror', None) or error}")
     return SourceImages(images, tuple(changed), tuple(unreadable))
 

@@ -54,6 +54,7 @@ def encode(
     rate: Annotated[float | None, typer.Option(help="Bits per code on disk, in place of --bits.")] = None,
     bytes: Annotated[int | None, typer.Option(help="Bytes per image, in place of --bits.")] = None,
     size: Annotated[int | None, typer.Option(help="Pixels per side. Default: suits source and codec.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Length of sounds. Default: suits the source.")] = None,
     joint: Joint = None,
     views: Annotated[int, typer.Option(help="Views per train sample; others are crops.")] = 1,
     store: Annotated[str, typer.Option(help="zarr, wds (WebDataset tars) or parquet.")] = "zarr",
@@ -65,7 +66,7 @@ def encode(
     as_json: Json = False,
     codec: Annotated[
         str | None,
-        typer.Option(rich_help_panel="Codec", help="See latentprep codecs. Default: suits the images."),
+        typer.Option(rich_help_panel="Codec", help="See latentprep codecs. Default: suits the source."),
     ] = None,
     weights: Annotated[
         str | None, typer.Option(rich_help_panel="Codec", help="Folder or hub id of the autoencoder's weights.")
@@ -113,7 +114,7 @@ def encode(
         str | None, typer.Option(rich_help_panel="Machine", help="The Ray cluster's: auto or HOST:PORT.")
     ] = None,
 ) -> None:
-    """Encode a source of labelled images into a latent dataset.
+    """Encode a source of labelled images or sounds into a latent dataset.
 
     Run it again to resume. Exit code 3: done, but some samples could not be read (errors.jsonl).
 
@@ -128,7 +129,8 @@ def encode(
         val_fraction=val_fraction, seed=seed, out=out,
     )  # fmt: skip
     result = run(
-        opened, codec=codec, weights=weights, bits=bits, rate=rate, bytes=bytes, size=size, out=out, store=store,
+        opened, codec=codec, weights=weights, bits=bits, rate=rate, bytes=bytes, size=size, seconds=seconds,
+        out=out, store=store,
         quantizer=quantizer, reuse=reuse, joint=joint, views=views, splits=words(splits), limit=limit,
         workers=workers, device=device, devices=devices, workers_per_device=workers_per_device, engine=engine,
         address=address, seed=seed, shard_rows=shard_rows, shard_of=shard_of, max_pixels=max_pixels,
@@ -148,7 +150,7 @@ def codecs(
     bits: Annotated[int, typer.Option(help="Bits per code to show bytes for.")] = 4,
     as_json: Json = False,
 ) -> None:
-    """List the codecs: options with defaults, latent shape, bytes of codes per image, and whether weights are here.
+    """List the codecs: options with defaults, latent shape, bytes of codes, and whether weights are here.
 
     Options go into the codec's name: dct:luma=20,chroma=5.
 
@@ -168,7 +170,7 @@ def codecs(
         options = ",".join(name if default is None else f"{name}={default}" for name, default in row.options.items())
         latents = shape(row.latent) if row.latent else "-"
         table.append([row.name, options or "-", latents, str(row.code_bytes or "-"), row.weights, row.about])
-    console.print_table(f"at {size}×{size} px and {bits} bits, before compression", columns, table)
+    console.print_table(f"at {size}×{size} px, or 1 second, and {bits} bits, before compression", columns, table)
 
 
 app.add_typer(cli_datasets.app)

@@ -263,6 +263,9 @@ def info(
     if as_json:
         console.print_json(found.to_json())
         return
+    sample, of = "image", f"{found.size}×{found.size} px"
+    if found.seconds_each is not None:
+        sample, of = "sound", f"{found.seconds_each:g} s"
     made_by = ", ".join(f"{device} ({text.plural(n, 'shard')})" for device, n in found.devices.items())
     unnamed = ("name", "model", "weights_sha256")  # no options, but facts about the weights
     options = ",".join(f"{key}={value}" for key, value in found.codec.items() if key not in unnamed)
@@ -271,14 +274,14 @@ def info(
         {
             "source": found.source + (f", part {found.part}" if found.part != "0/1" else ""),
             "codec": found.codec["name"] + (f":{options}" if options else ""),
-            "latents": f"{shape(found.latent)} of {found.size}×{found.size} px at {text.plural(found.bits, 'bit')}"
+            "latents": f"{shape(found.latent)} of {of} at {text.plural(found.bits, 'bit')}"
             + (", chosen jointly" if found.joint else "")
             + (f", {found.views} views" if found.views > 1 else "")
             + (", exact mirror" if found.mirror else ""),
-            "codes": f"{text.size(found.code_bytes)}, {found.bytes_per_image:.0f} bytes per image, "
+            "codes": f"{text.size(found.code_bytes)}, {found.bytes_per_image:.0f} bytes per {sample}, "
             f"{found.bits_per_value:.2f} bits per value ({found.store}, {found.compression})",
-            "smaller": f"{found.smaller_than_source:.1f}× than the image files, "
-            f"{found.smaller_than_pixels:.0f}× than their pixels",
+            "smaller": f"{found.smaller_than_source:.1f}× than the {sample} files, "
+            f"{found.smaller_than_pixels:.0f}× than their {'pixels' if sample == 'image' else 'samples at 16 bits'}",
             "saturated": " ".join(f"{share:.2%}" for share in found.saturation[:16])
             + (" …" if len(found.saturation) > 16 else "")
             + " of values, per channel",

@@ -51,7 +51,9 @@ def decode(
     index: Index = None,
     classes: Classes = None,
     limit: Annotated[int | None, typer.Option(help="At most this many samples, spread over the classes.")] = None,
-    format: Annotated[str, typer.Option(help="png or jpeg.")] = "png",
+    format: Annotated[
+        str | None, typer.Option(help="png or jpeg, of sounds flac or wav. Default: png, flac.", show_default=False)
+    ] = None,
     source: OwnSource = None,
     data: Data = None,
     labels: Labels = None,
@@ -63,7 +65,7 @@ def decode(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files of the same name in --out.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Decode codes back to image files and, with --source, measure how close they are to the originals.
+    """Decode codes back to files and, with --source, measure how close images are to the originals.
 
     latentprep encode can read the folder as a source.
 
@@ -207,6 +209,9 @@ def train_codec(
     limit: Annotated[int | None, typer.Option(help="At most this many samples per split.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights, crops and noise.")] = 0,
     data: Data = None,
+    labels: Labels = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
     device: Device = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the codec in --out and start over.")] = False,
     as_json: Json = False,
@@ -223,7 +228,7 @@ def train_codec(
     """
     from latentprep.learning.train import train_codec as run
 
-    opened = _source(source, data)
+    opened = _source(source, data, labels, image_column, label_column)
     assert opened is not None
     result = run(
         opened, out=out, channels=channels, factor=factor, bits=bits, minutes=minutes, steps=steps, size=size,

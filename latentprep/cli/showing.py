@@ -8,6 +8,7 @@ from latentprep import text
 from latentprep.cli import console
 
 if TYPE_CHECKING:
+    from latentprep.audit.info import DatasetInfo
     from latentprep.audit.verify import VerifyResult
     from latentprep.encoding.encode import EncodeResult
     from latentprep.sources.source import Source
@@ -39,22 +40,22 @@ def show_result(result: EncodeResult, as_json: bool) -> None:
     if as_json:
         console.print_json(result.to_json())
         return
-    samples = sum(result.rows.values())
+    samples, sample = sum(result.rows.values()), "image" if result.seconds_each is None else "sound"
     verb = "would write" if result.dry_run else "wrote" if result.encoded else "already complete:"
     most = "at most " if result.dry_run else ""
     rows = ", ".join(f"{name} {count}" for name, count in result.rows.items())
     facts = {
         "rows": f"{rows} in {text.plural(result.shards, 'shard')}, {len(result.classes)} classes",
         "codec": f"{result.codec['name']}, {text.plural(result.bits, 'bit')}{' (joint)' if result.joint else ''}, "
-        f"{result.size} px -> {shape(result.latent)}" + (f", {result.views} views" if result.views > 1 else ""),
-        "codes": f"{most}{text.size(result.code_bytes)}, {result.code_bytes / max(1, samples):.0f} bytes per image",
+        f"{side(result)} -> {shape(result.latent)}" + (f", {result.views} views" if result.views > 1 else ""),
+        "codes": f"{most}{text.size(result.code_bytes)}, {result.code_bytes / max(1, samples):.0f} bytes per {sample}",
     }
     if result.encoded:
         rate = result.encoded / max(1e-9, result.seconds)
         by = "" if result.engine == "local" else f", {result.engine}: {text.plural(result.workers, 'worker')}"
-        facts["time"] = f"{text.duration(result.seconds)}, {rate:.0f} images/s{by}"
+        facts["time"] = f"{text.duration(result.seconds)}, {rate:.0f} {sample}s/s{by}"
     if result.reused:
-        facts["reused"] = f"{result.reused} of {text.plural(result.encoded, 'image')}; the codec encoded the others"
+        facts["reused"] = f"{result.reused} of {text.plural(result.encoded, sample)}; the codec encoded the others"
     if result.part != "0/1":
         facts["part"] = f"{result.part} of the source; latentprep merge puts all parts together"
     elif not result.dry_run and {"train", "val"} <= set(result.rows):
@@ -95,6 +96,11 @@ def show_verified(found: VerifyResult) -> None:
         if len(found.problems) > _MOST_SHOWN:
             rows.append(["…", f"and {len(found.problems) - _MOST_SHOWN} more; --json has them all"])
         console.print_table("", ["shard", "what is wrong"], rows)
+
+
+def side(found: EncodeResult | DatasetInfo) -> str:
+    """``224 px`` or ``0.7 s``."""
+    return f"{found.size} px" if found.seconds_each is None else f"{found.seconds_each:g} s"
 
 
 def shape(latent: tuple[int, int, int]) -> str:

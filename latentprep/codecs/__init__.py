@@ -1,4 +1,4 @@
-"""Codecs: lossy transforms of images to latents and back, behind one protocol."""
+"""Codecs: lossy transforms of images or sounds to latents and back, behind one protocol."""
 
 from latentprep.codecs.base import (
     Codec,
@@ -8,6 +8,7 @@ from latentprep.codecs.base import (
     codec_spec,
     flip_signs,
     make_codec,
+    media_of,
     open_codec,
     parse_codec,
     split_codecs,
@@ -21,6 +22,7 @@ __all__ = [
     "codec_spec",
     "flip_signs",
     "make_codec",
+    "media_of",
     "open_codec",
     "parse_codec",
     "split_codecs",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from latentprep.errors import CodecError, UsageError, nearest, opt
+from latentprep.sources.kinds import IMAGES
 
 GROUP = "latentprep.codecs"
 MAX_SIZE = 1 << 14  # pixels per side that images may be made to have
@@ -30,6 +31,11 @@ class Codec(Protocol):
 
     ``encode`` is a pure function of image and configuration: which images share a batch changes nothing but
     rounding.
+
+    A codec is for images, or for sound: then ``media = "sound"``, it says ``rate``, the samples per second that it
+    takes, and ``hop``, how many of them make one cell of its latents. What is said of images below then holds for
+    sounds, f32 [B,T], full scale at 1, whose latents are f32 [B,C,1,T/hop]; `latent_shape` gets (1, T), and `flip` has
+    nothing to give.
 
     A codec that computes little for each pixel may set ``light = True``: on a CPU it then gets one thread and leaves
     the other cores to decoding, since to share every small operation among busy cores costs more than it gains.
@@ -59,6 +65,11 @@ class Codec(Protocol):
     def flip(self, latents: Tensor) -> Tensor | None:
         """f32 [B,C,h,w] -> the latents of the horizontally mirrored images, exactly; None where there is none."""
         ...
+
+
+def media_of(codec: Any) -> str:
+    """What a codec, or a class of codecs, is for: ``images`` or ``sound``."""
+    return str(getattr(codec, "media", IMAGES))
 
 
 def codec_names() -> list[str]:
@@ -259,6 +270,11 @@ def check_multiple(name: str, factor: int, height: int, width: int) -> tuple[int
 def to_pixels(images: Tensor) -> Tensor:
     """f32 [B,3,H,W] in 0…255 -> u8 [B,3,H,W], rounded and clamped."""
     return images.round().clamp(0, 255).to(torch.uint8)
+
+
+def to_wave(sounds: Tensor) -> Tensor:
+    """f32 [B,T] -> the same, clamped to full scale, -1…1."""
+    return sounds.clamp(-1, 1)
 
 
 def _ours(point: EntryPoint) -> bool:

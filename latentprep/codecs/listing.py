@@ -8,10 +8,19 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from latentprep.codecs.autoencoder import AutoencoderCodec, find_weights
-from latentprep.codecs.base import MAX_SIZE, check_multiple, codec_class, codec_names, codec_options, make_codec
+from latentprep.codecs.base import (
+    MAX_SIZE,
+    check_multiple,
+    codec_class,
+    codec_names,
+    codec_options,
+    make_codec,
+    media_of,
+)
 from latentprep.codecs.learned import LearnedCodec
 from latentprep.errors import LatentError, check_whole
 from latentprep.format.quantizer import check_bits
+from latentprep.sources.kinds import SOUND
 
 # Latent channels and factor of our autoencoders, so that listing them loads nothing (their model cards say so).
 _LATENTS = {
@@ -26,7 +35,7 @@ _LATENTS = {
 
 @dataclass(frozen=True)
 class CodecRow:
-    """One codec: its latent shape and bytes of codes for a square image, and where its weights are.
+    """One codec: its latents and bytes of codes for a square image, or a second of sound, and where its weights are.
 
     options: what may follow the name, with defaults; None is one that depends on the machine.
     latent: (C, h, w), or None where the codec cannot be built or cannot take that size.
@@ -66,7 +75,9 @@ def _row(name: str, size: int, bits: int) -> CodecRow:
             channels, factor = _LATENTS[name]
             latent = (channels, *check_multiple(name, factor, size, size))
         else:
-            latent = make_codec(name).latent_shape(size, size)
+            codec: Any = make_codec(name)
+            second = (1, codec.rate // codec.hop * codec.hop) if media_of(codec) == SOUND else None
+            latent = codec.latent_shape(*(second or (size, size)))
     except LatentError:
         return CodecRow(name, about, options, None, None, weights_at_hand(name))
     code_bytes = latent[0] * latent[1] * latent[2] * bits // 8

@@ -21,6 +21,7 @@ from latentprep.format.zarr_store import choose_compression
 from latentprep.progress import ProgressFactory
 from latentprep.quantizing.rate import fit_rate
 from latentprep.quantizing.scalar import code_statistics, fit_quantizer, quantize
+from latentprep.sources.media import medium_of
 
 CALIBRATION = 256  # images, spread evenly over the train split
 RATE_CALIBRATION = 1024  # where bytes are to be met: those of images differ more than their ranges …
@@ -47,7 +48,7 @@ def calibrate(stages: Stages, asked: Plan, progress: ProgressFactory, count: int
     rows = calibration_rows(asked.splits[split], count, asked.transform["seed"])
     first = replace(asked, transform={**asked.transform, "views": 1})
     latents, reasons = [], []
-    per_batch = stages.batch_samples(1, asked.transform["size"])
+    per_batch = stages.batch_samples(1, *medium_of(asked.transform).extent)
     specs = [(ShardId(split, 0), rows[i : i + per_batch]) for i in range(0, len(rows), per_batch)]
     with ThreadPoolExecutor(stages.threads()) as pool, progress("calibrating", len(rows), "images", 0) as bar:
         for batch in decoded(stages, first, specs, pool):

@@ -32,18 +32,17 @@ from latentprep.format.manifest import (
     MAX_SHARD_CODES,
     MAX_SHARDS,
     SRGB,
-    STORED,
     Manifest,
     Plan,
     ShardId,
     ShardRecord,
-    train_split,
 )
 from latentprep.format.quantizer import MOST_BITS, check_bits
 from latentprep.format.shard import EncodedShard
 from latentprep.format.stores import check_store, code_bytes
 from latentprep.format.zarr_store import chunk_rows
 from latentprep.progress import ProgressFactory, silent
+from latentprep.sources.media import medium_of
 from latentprep.sources.source import Source, open_source
 from latentprep.storage.places import Place, place, several
 
@@ -55,12 +54,7 @@ if TYPE_CHECKING:
     from latentprep.encoding.pipeline import Stages
 
 SHARD_ROWS = 1024
-# Networks learn best on grids of about 28 cells a side, and still well on 16: docs/results.md
-ENOUGH_CELLS, GOOD_CELLS = 16, 28  # images that leave fewer than the first are enlarged to the second
-SMALL_SIDE = 48  # pixels; images up to it are kept as pixels: enlarged, their codes would take more bytes
 MAX_JOINT_CHANNELS = 32  # the filter has 9 weights for each pair of channels, and the search takes as many steps
-RESOLUTION_BASE = 1.15  # gamma of compound scaling
-MAX_DEFAULT_SIZE = 224  # pixels; larger sources are shrunk to it unless a size is given
 
 
 @dataclass(frozen=True)
@@ -75,7 +69,7 @@ class EncodeResult:
     note: what the user should know of the source; empty as a rule.
     left_out: what there is in the source besides its rows, and how many: see `sources.Source`.
     engine: that made the shards: "local", "processes" or "ray". workers: how many processes.
-    part: of the source, such as "3/8"; "0/1": all of it.
+    part: of the source, such as "3/8"; "0/1": all of it. seconds_each: the length of a sound; None for images.
     """
 
     out: str
@@ -101,6 +95,7 @@ class EncodeResult:
     engine: str = "local"
     workers: int = 1
     part: str = "0/1"
+    seconds_each: float | None = None
 
     def to_json(self) -> dict:
         return asdict(self)
@@ -115,6 +110,7 @@ def encode(
     rate: float | None = None,
     bytes: int | None = None,
     size: int | None = None,
+    seconds: float | None = None,
     phi: float = 0.0,
     out: str | Path = "shards",
     store: str = "zarr",
@@ -150,17 +146,18 @@ def encode(
 ) -> EncodeResult:
     """Encode `source` with `codec`, quantize, store in `out`, a folder or URL. Run again, it resumes.
 
-    source: a folder, archive, tars, Parquet files or named dataset, or an open one. data, labels, image_column,
-    label_column, val_fraction: see `latentprep.sources.source.open_source`.
-    codec: a name, with options as in ``dct:luma=20,chroma=5``, or a `Codec`. Default: ``resample`` for images of up to
-    48 pixels a side, else ``taesd`` if its weights are at hand, else ``dct``. weights: folder or hub id of an
-    autoencoder's weights, short for the codec's option.
+    source: a folder, archive, tars, Parquet files or named dataset, of images or sounds, or an open one. data, labels,
+    image_column, label_column, val_fraction: see `latentprep.sources.source.open_source`.
+    codec: a name, with options as in ``dct:luma=20,chroma=5``, or a `Codec`. Default: ``mdct`` for sound, ``resample``
+    for images of up to 48 pixels a side, else ``taesd`` if its weights are at hand, else ``dct``. weights: folder or
+    hub id of an autoencoder's weights, short for the codec's option.
     progress: ``latentprep.cli.console.progress_bar`` shows what goes on.
     bits: 1 to 8 per code, by default 4, fitted to the values of each channel. In place of it, what is to be met on
     disk: rate, in bits per code, or bytes, of a view's codes. One step, in terms of decoded pixels, then serves all
     channels, so that bits go where they count (`latentprep.quantizing.rate`): fewer bytes for the same picture.
-    size: pixels per side; default suits source and codec. phi: makes it 1.15**phi times as large, the resolution of
-    compound scaling (https://arxiv.org/abs/1905.11946), to the nearest that the codec takes.
+    size: pixels per side; default suits source and codec. seconds: of each sound, which is padded with silence or cut
+    to its middle; by default as long as 95% of the sounds, at most 10. phi: makes `size` 1.15**phi times as large, the
+    resolution of compound scaling (https://arxiv.org/abs/1905.11946), to the nearest that the codec takes.
     store: ``zarr``, ``wds`` for WebDataset tars, or ``parquet``, which the `datasets` library reads.
     quantizer: a dataset whose quantizer is taken instead of a fitted one, so that the two can be merged. joint: choose
     the codes of a sample together, for 1 to 3 dB more (see `latentprep.quantizing.joint`); such codes have no exact
@@ -170,7 +167,7 @@ def encode(
     drawn by seed and key, so they are taken only where both are the same.) The result has the files of an encode with
     that ``quantizer``; only the records' counts of saturated latents are shares of the old ones.
     colour: "srgb" converts embedded colour profiles, "stored" uses an image's numbers as they are.
-    views: of a train sample, see `images.load_views`; other splits have view 0 alone.
+    views: of a train sample, see `images.load_views` and `sound.load_views`; other splits have view 0 alone.
     shard_of: ``"3/8"``, ``(3, 8)``: encode the fourth of eight parts of the source alone, to a folder of its own.
     `merge` makes of all eight what one encode would have made. ``"slurm"`` takes both numbers from a Slurm array job.
     limit: at most that many samples a split, spread over it. batch_size: images the codec takes at once.
@@ -186,7 +183,7 @@ def encode(
     >>> made.rows, made.latent
     ({'train': 60, 'val': 60}, (16, 16, 16))
     """
-    from latentprep.codecs.base import MAX_SIZE
+    from latentprep.codecs.transform import default_codec, transform_for
     from latentprep.encoding.calibration import calibrate
     from latentprep.encoding.crew import crew_of
     from latentprep.encoding.pipeline import Stages, loads
@@ -198,7 +195,6 @@ def encode(
     check_whole("shard_rows", shard_rows, 1, 1 << 24)
     check_whole("batch_size", batch_size, 1, 1 << 16, optional=True)
     check_whole("workers", workers, 1, 1024, optional=True)
-    check_whole("size", size, 1, MAX_SIZE, optional=True)
     check_whole("max_pixels", max_pixels, 1, 1 << 40, optional=True)
     check_whole("seed", seed, 0, (1 << 63) - 1)
     check_number("max_error_fraction", max_error_fraction, 0, 1)
@@ -215,11 +211,14 @@ def encode(
     if limit is not None:
         source = source.take(limit)
     names = _split_names(source, splits)
-    coder = _open_codec(codec or default_codec(weights, size or usual_side(source)), crew.device, weights, seed)
+    coder = _open_codec(codec or default_codec(source, weights, size), crew.device, weights, seed)
     if crew.name != "local":
         check_portable(coder)
-    image_size = scaled_size(size or default_size(source, coder), phi, coder)
-    latent = coder.latent_shape(image_size, image_size)
+    transform = transform_for(
+        source, coder, size=size, seconds=seconds, phi=phi, max_pixels=max_pixels, views=views, splits=names,
+        seed=seed, colour=colour,
+    )  # fmt: skip
+    latent = coder.latent_shape(*medium_of(transform).extent)
     if quantizer is not None and reuse is not None:
         raise UsageError(
             f"{opt('reuse')} takes the quantizer of that dataset, so {opt('quantizer')} has no effect", "leave it out"
@@ -233,9 +232,7 @@ def encode(
     if bytes is not None:
         rate = 8 * bytes / int(np.prod(latent))
     bits = (4 if rate is None else MOST_BITS) if bits is None else bits
-    whole = make_plan(
-        source, names, coder, bits, joint, image_size, latent, views, seed, shard_rows, store, colour, rate
-    )  # fmt: skip
+    whole = make_plan(source, names, coder, bits, joint, transform, latent, shard_rows, store, rate)
     if taken is not None:
         whole = with_quantizer_of(taken, whole, "quantizer" if reuse is None else "reuse")
     reused_codes = None if taken is None or reuse is None else Reuse(taken, whole)
@@ -266,7 +263,9 @@ def encode(
         records = {
             shard: record
             for shard, record in dataset.whole_records().items()
-            if not any(loads(stages, shard.split, entry["row"]) for entry in record.invalid)  # may be fixed by now
+            if not any(
+                loads(stages, manifest, shard.split, entry["row"]) for entry in record.invalid
+            )  # may be fixed by now
         }
         note = check_unchanged(dataset, source, source_stats(source, names), records)
         if profile:
@@ -276,57 +275,6 @@ def encode(
     facts = {"seconds": time.monotonic() - began, "profile": found, "note": note, "left_out": source.left_out}
     facts |= {"engine": crew.name, "workers": crew.workers, "reused": reused}
     return encode_result(root, manifest, list(records.values()), encoded=encoded, **facts)
-
-
-def usual_side(source: Source) -> int | None:
-    """The median of the shorter sides of some of the source's images, in pixels; None if none can be read."""
-    from latentprep.sources.images import BadImage, decode
-
-    sides = []
-    for split in source.splits:
-        count = source.size(split)
-        for i in sorted({k * count // 8 for k in range(8)}) if count else ():
-            try:
-                sides.append(min(decode(source.read(split, i).data, colour=STORED).shape[:2]))
-            except (BadImage, SourceError, OSError):
-                continue  # reported when its row comes up
-    return int(np.median(sides)) if sides else None
-
-
-def default_codec(weights: str | None, side: int | None) -> str:
-    """The codec for images of this side."""
-    from latentprep.codecs.listing import weights_at_hand
-
-    if weights is None and side is not None and side <= SMALL_SIDE:
-        return "resample:factor=1"
-    return "taesd" if weights or weights_at_hand("taesd") == "yes" else "dct"
-
-
-def default_size(source: Source, codec: Codec) -> int:
-    """The usual shorter side of the source's images, at most `MAX_DEFAULT_SIZE`, as a size that the codec takes and
-    that leaves a grid which networks learn from."""
-    target = min(MAX_DEFAULT_SIZE, usual_side(source) or MAX_DEFAULT_SIZE)
-    sizes = [(size, ENOUGH_CELLS) for size in range(target, 0, -1)]
-    for size, cells in (*sizes, *((size, GOOD_CELLS) for size in range(target + 1, 1025))):
-        try:
-            if min(codec.latent_shape(size, size)[1:]) >= cells:
-                return size
-        except UsageError:
-            continue
-    raise UsageError(f"codec '{codec.name}' takes no size up to 1024", f"set {opt('size')}")
-
-
-def scaled_size(size: int, phi: float, codec: Codec) -> int:
-    """``size * 1.15**phi`` to the nearest that the codec takes; `size` itself at phi 0."""
-    check_number("phi", phi, -10, 10, f"use {opt('phi', 1)} for 1.15 times the resolution")
-    target = size * RESOLUTION_BASE**phi
-    for candidate in sorted(range(1, 2 * round(target) + 2), key=lambda side: abs(side - target)) if phi else ():
-        try:
-            codec.latent_shape(candidate, candidate)
-            return candidate
-        except UsageError:
-            continue
-    return size
 
 
 def _run(
@@ -402,24 +350,18 @@ def make_plan(
     codec: Codec,
     bits: int,
     joint: bool | None,
-    size: int,
+    transform: dict[str, Any],
     latent: tuple[int, int, int],
-    views: int,
-    seed: int,
     shard_rows: int,
     store: str,
-    colour: str = SRGB,
     rate: float | None = None,
 ) -> Plan:
-    """What `encode` was asked for. names: of the splits. joint: None is `joint_by_default`."""
+    """What `encode` was asked for. names: of the splits. joint: None is `joint_by_default`. transform: see
+    `transform.transform_for`."""
     from latentprep.codecs import flip_signs
-    from latentprep.sources.images import CROP_AREA, CROP_RATIO, RESIZE
 
-    transform: dict[str, Any] = {"size": size, "views": views, "seed": seed, "resize": RESIZE, "colour": colour}
-    if views > 1:  # of the split that is learned from; the others are only looked at, in view 0
-        learned = train_split(names)
-        transform["views"] = {name: views if name == learned else 1 for name in names}
-        transform |= {"crop_area": list(CROP_AREA), "crop_ratio": list(CROP_RATIO)}
+    views = transform["views"]
+    most = max(views.values()) if isinstance(views, dict) else views
     channels, height, width = latent
     flip = flip_signs(codec, latent)
     if joint is None:
@@ -434,7 +376,7 @@ def make_plan(
         latent=latent,
         flip=None if joint else flip,
         shard_rows=shard_rows,
-        chunk_rows=chunk_rows(shard_rows, views * channels * height * width),
+        chunk_rows=chunk_rows(shard_rows, most * channels * height * width),
         splits={name: source.size(name) for name in names},
         store=store,
         rate=rate,
@@ -498,5 +440,6 @@ def encode_result(root: Place, plan: Plan, records: list[ShardRecord], **facts: 
         invalid=sum(invalid.values()),
         splits_invalid=invalid,
         part=str(part_of(plan)),
+        seconds_each=medium_of(plan.transform).seconds,
         **facts,
     )

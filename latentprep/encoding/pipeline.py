@@ -1,6 +1,8 @@
 """The three stages of an encode, overlapped: threads decode, the caller's thread runs the codec, a thread compresses.
 
-    decoded batches u8 [b,V,S,S,3] -> codec f32 [bV,C,h,w] -> codes u8 [b,V,C,h,w] -> bytes of shards
+    decoded batches [b,V,…] -> codec f32 [bV,C,h,w] -> codes u8 [b,V,C,h,w] -> bytes of shards
+
+A view is an image, u8 [S,S,3], or a sound, f32 [T]: `latentprep.sources.media`.
 
 A batch never spans two shards, so a resumed run makes the same bytes as an uninterrupted one.
 """
@@ -32,7 +34,9 @@ from latentprep.format.quantizer import Quantizer
 from latentprep.format.shard import Codes, EncodedShard, encoded_shard, joined_devices
 from latentprep.progress import Progress, Silent
 from latentprep.quantizing.scalar import quantize_counting
-from latentprep.sources.images import MAX_PIXELS, BadImage, colour_of, load_views
+from latentprep.sources.images import MAX_PIXELS
+from latentprep.sources.kinds import BadSample
+from latentprep.sources.media import Medium, medium_of
 from latentprep.sources.source import Source
 
 _AHEAD = 3  # decoded batches that wait for the codec
@@ -68,13 +72,13 @@ class Stages:
         """The codec's `encode`, in batches that fit in memory."""
         return Fitting(self.codec.encode, f"encode at a smaller {opt('size')}, use a smaller codec, or {NOT_ON_DEVICE}")
 
-    def batch_samples(self, views: int, size: int) -> int:
-        """How many samples of size×size pixels, with all their views, make about one batch for the codec."""
+    def batch_samples(self, views: int, height: int, width: int) -> int:
+        """How many samples of height×width pixels, with all their views, make about one batch for the codec."""
         if self.device.type == "cuda":
             images, pixels = _CUDA_IMAGES, _CUDA_PIXELS
         else:
             images, pixels = (_LIGHT_IMAGES if getattr(self.codec, "light", False) else _IMAGES), _PIXELS
-        return max(1, (self.batch_size or min(images, pixels // size**2)) // views)
+        return max(1, (self.batch_size or min(images, pixels // (height * width))) // views)
 
     @contextmanager
     def cores_left_to_decoding(self) -> Iterator[None]:
@@ -100,11 +104,12 @@ def cores() -> int:
 class _Batch:
     """Consecutive samples of one shard. rows: those for the codec, in order; reused: where the codes of the others are.
 
-    images: u8 [b,V,S,S,3], of `rows`, all 0 for samples in `invalid`; hashes: of all others' files.
+    images: [b,V,…], of `rows`, as `medium` decodes them, all 0 for samples in `invalid`; hashes: of all others' files.
     """
 
     shard: ShardId
     rows: list[int]
+    medium: Medium
     images: np.ndarray
     invalid: dict[int, str] = field(default_factory=dict)  # row -> reason
     reused: dict[int, Found] = field(default_factory=dict)
@@ -146,7 +151,7 @@ class _Coded:
 def encoded_rows(stages: Stages, manifest: Manifest, split: str, rows: int) -> Iterator[tuple[list[int], Tensor]]:
     """Every row of a split, in order, in batches: rows, and latents of view 0, f32 [b,C,h,w] on the host, 0 for
     unreadable samples."""
-    step = stages.batch_samples(1, manifest.transform["size"])
+    step = stages.batch_samples(1, *medium_of(manifest.transform).extent)
     specs = [(ShardId(split, 0), list(range(i, min(i + step, rows)))) for i in range(0, rows, step)]
     with ThreadPoolExecutor(stages.threads()) as pool:
         for batch in decoded(stages, manifest, specs, pool):
@@ -159,18 +164,18 @@ def code_rows(
     stages: Stages, manifest: Manifest, split: str, rows: list[int]
 ) -> Iterator[tuple[list[int], np.ndarray, dict[int, str]]]:
     """The given rows of a split, in batches: rows, codes u8 [b,V,C,h,w], and why some could not be read."""
-    step = stages.batch_samples(manifest.views(split), manifest.transform["size"])
+    step = stages.batch_samples(manifest.views(split), *medium_of(manifest.transform).extent)
     specs = [(ShardId(split, 0), rows[i : i + step]) for i in range(0, len(rows), step)]
     with ThreadPoolExecutor(stages.threads()) as pool:
         for batch in decoded(stages, manifest, specs, pool):
             yield batch.rows, _code(stages, manifest.quantizer, batch).wait().codes.numpy(), batch.invalid
 
 
-def loads(stages: Stages, split: str, row: int) -> bool:
+def loads(stages: Stages, manifest: Plan, split: str, row: int) -> bool:
     """Whether a sample can be read and decoded now."""
     try:
-        load_views(stages.source.read(split, row).data, size=8, max_pixels=stages.max_pixels)
-    except (BadImage, SourceError, OSError):
+        medium_of(manifest.transform, stages.max_pixels).check(stages.source.read(split, row).data)
+    except (BadSample, SourceError, OSError):
         return False
     return True
 
@@ -238,7 +243,7 @@ def _coded(stages: Stages, manifest: Manifest, jobs: list[ShardId], pool: Thread
     """Run decoded batches through codec and quantizer. One stays in flight, so that a GPU never waits for the host."""
     specs = []
     for shard in jobs:
-        step = stages.batch_samples(manifest.views(shard.split), manifest.transform["size"])
+        step = stages.batch_samples(manifest.views(shard.split), *medium_of(manifest.transform).extent)
         start = shard.index * manifest.shard_rows
         stop = start + manifest.rows_in_shard(shard.split, shard.index)
         specs += [(shard, list(range(i, min(i + step, stop)))) for i in range(start, stop, step)]
@@ -283,14 +288,14 @@ def latents_of(stages: Stages, batch: _Batch) -> Tensor:
     """f32 [bV,C,h,w] on the codec's device."""
     with on_device(stages.device):
         images = sent(torch.from_numpy(batch.images), stages.device)
-        return stages.encode(images.flatten(0, 1).permute(0, 3, 1, 2))
+        return stages.encode(batch.medium.for_codec(images.flatten(0, 1)))
 
 
 def decoded(
     stages: Stages, manifest: Plan, specs: list[tuple[ShardId, list[int]]], pool: ThreadPoolExecutor
 ) -> Iterator[_Batch]:
-    """Batches of decoded images in the order of `specs`. `_AHEAD` of them are prepared while one is used."""
-    size, seed, colour = manifest.transform["size"], manifest.transform["seed"], colour_of(manifest.transform)
+    """Batches of decoded samples in the order of `specs`. `_AHEAD` of them are prepared while one is used."""
+    medium = medium_of(manifest.transform, stages.max_pixels)
 
     def load(batch: _Batch, place: int) -> _Loaded | str:
         """Read one sample, and decode it into the batch unless its codes are there already; or why that cannot be."""
@@ -300,9 +305,9 @@ def decoded(
             content = content_hash(sample.data)
             found = None if stages.reuse is None else stages.reuse.find(split, sample.key, content)
             if found is None:
-                load_views(sample.data, size, len(out), seed, sample.key, stages.max_pixels, out, colour)
+                medium.load(sample.data, len(out), sample.key, out)
             return _Loaded(len(sample.data), content, found)
-        except (BadImage, SourceError, OSError) as error:
+        except (BadSample, SourceError, OSError) as error:
             batch.images[place] = 0  # part of it may have been written
             return str(getattr(error, "strerror", None) or error)
 
@@ -312,7 +317,8 @@ def decoded(
 
     def begin(spec: tuple[ShardId, list[int]]) -> tuple[_Batch, list[Future]]:
         shard, rows = spec
-        batch = _Batch(shard, rows, np.zeros((len(rows), manifest.views(shard.split), size, size, 3), np.uint8))
+        shape = (len(rows), manifest.views(shard.split), *medium.shape)
+        batch = _Batch(shard, rows, medium, np.zeros(shape, medium.dtype))
         some = min(_IMAGES_PER_TASK, -(-len(rows) // stages.threads()))
         places = [range(i, min(i + some, len(rows))) for i in range(0, len(rows), some)]
         return batch, [pool.submit(load_some, batch, some) for some in places]

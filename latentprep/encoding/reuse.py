@@ -89,4 +89,6 @@ def _name(content: bytes, key: str) -> bytes:
 
 def _drawn(transform: dict) -> dict:
     """The settings that further views are drawn by."""
-    return {name: value for name, value in transform.items() if name == "seed" or name.startswith("crop")}
+    return {
+        name: value for name, value in transform.items() if name in ("seed", "shift", "gain") or name.startswith("crop")
+    }

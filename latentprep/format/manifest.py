@@ -32,6 +32,7 @@ INVALID_LABEL = -1  # the label of a row whose sample could not be read
 
 _MAX_ROWS = 1 << 40
 _MAX_SIDE = 1 << 16
+_MAX_SOUND = 1 << 32  # samples of a waveform: an hour at any usual rate
 MAX_SHARDS = 1_000_000  # in a dataset: its records are looked up one by one
 MAX_SHARD_CODES = 1 << 34  # a shard is read into memory whole
 
@@ -56,7 +57,8 @@ class Plan:
     fitted to, None if it was fitted to `bits`.
     joint: whether the codes of a sample are chosen together, see `latentprep.quantizing.joint`.
     transform: how a sample becomes pixels: ``size`` (pixels), ``views``, ``seed``, ``resize``,
-    ``colour`` (`SRGB`: embedded profiles are converted; `STORED`, or absent: they are ignored).
+    ``colour`` (`SRGB`: embedded profiles are converted; `STORED`, or absent: they are ignored). With ``media``
+    ``sound``, how it becomes a waveform: ``size`` (samples), ``rate`` (per second), ``views``, ``seed``, ``resample``.
     source: ``spec`` as the user gave it; ``sha256`` of its splits, keys, labels and classes, all of them; ``part``:
     ``index`` and ``of``, where the dataset has only that part of it.
     classes: names; a label is an index into them.
@@ -211,7 +213,11 @@ class Manifest(Plan):
             if len(thumbnail.matrix) != 3 * latent[0]:
                 raise top.error(f"has a thumbnail's map for {len(thumbnail.matrix)} / 3 channels, not {latent[0]}")
         transform = top.object("transform")
-        transform.whole("size", 1, _MAX_SIDE)
+        sound = "media" in transform.document and transform.text("media", ("images", "sound")) == "sound"
+        transform.whole("size", 1, _MAX_SOUND if sound else _MAX_SIDE)
+        if sound:
+            transform.whole("rate", 1, 1 << 20)
+            transform.whole("seed", 0, (1 << 63) - 1)
         if "colour" in transform.document:
             transform.text("colour", COLOURS)
         source = top.object("source")

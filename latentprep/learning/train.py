@@ -36,6 +36,7 @@ from latentprep.learning.trainer import Trainer, load_state
 from latentprep.pictures.rd import Point, rd
 from latentprep.pictures.samples import shown_split
 from latentprep.progress import ProgressFactory, silent
+from latentprep.sources.kinds import SOUND
 from latentprep.sources.source import Source, open_source
 from latentprep.storage.atomic import locked, write_atomic
 from latentprep.storage.places import local
@@ -83,6 +84,9 @@ def train_codec(
     steps: int | None = None,
     size: int = 224,
     data: str | Path | None = None,
+    labels: str | Path | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
     limit: int | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -103,7 +107,11 @@ def train_codec(
     Raises `UsageError`, `SourceError`, `CodecError` if OUT holds another codec, `SystemFault` or `Interrupted`.
     """
     _check(channels, factor, bits, minutes, steps, size, seed)
-    opened = open_source(source, data=data, seed=seed, out=out)
+    opened = open_source(
+        source, data=data, labels=labels, image_column=image_column, label_column=label_column, seed=seed, out=out
+    )  # fmt: skip
+    if opened.media == SOUND:
+        raise UsageError(f"train-codec learns images, and {opened.spec} holds sound", "give a source of images")
     opened = opened if limit is None else opened.take(limit)
     root, chosen = local(out, opt("out")), pick_device(device)
     asked = {

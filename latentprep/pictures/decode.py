@@ -1,4 +1,4 @@
-"""`decode`: turn a dataset's codes back into image files, and measure how close they are to the originals."""
+"""`decode`: turn a dataset's codes back into files, and measure how close images are to the originals."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ from latentprep.format.dataset import LatentDataset, open_dataset
 from latentprep.pictures.metrics import mean, psnr, ssim
 from latentprep.pictures.samples import Decoder, Originals, decoded, pick
 from latentprep.progress import ProgressFactory, silent
+from latentprep.sources.kinds import IMAGES, SOUND
+from latentprep.sources.sound import sound_file
 from latentprep.sources.source import Source, open_own_source
 from latentprep.storage.atomic import write_atomic
 from latentprep.storage.places import path_of
 
 LISTING = "decoded.jsonl"
-FORMATS = ("png", "jpeg")
+FORMATS = {IMAGES: ("png", "jpeg"), SOUND: ("flac", "wav")}  # the first is the default
 DECODERS = ("codec", "linear")
 _JPEG_QUALITY = 95
 
@@ -42,7 +44,8 @@ class ClassQuality:
 
 @dataclass(frozen=True)
 class DecodeResult:
-    """What `decode` wrote. all, per_class: how close the images are to the originals, if a source was given."""
+    """What `decode` wrote. all, per_class: how close the images are to the originals, if a source was given; unknown of
+    sounds."""
 
     out: str
     split: str
@@ -62,7 +65,7 @@ def decode(
     index: Sequence[int] | None = None,
     classes: Sequence[str] | None = None,
     limit: int | None = None,
-    format: str = "png",
+    format: str | None = None,
     decoder: str = "codec",
     source: str | Path | Source | None = None,
     data: str | Path | None = None,
@@ -74,18 +77,22 @@ def decode(
     overwrite: bool = False,
     progress: ProgressFactory = silent,
 ) -> DecodeResult:
-    """Decode samples of a dataset to ``OUT/SPLIT/CLASS/ROW.png``, a folder that `encode` accepts as a source.
+    """Decode samples of a dataset to ``OUT/SPLIT/CLASS/ROW.png`` or ``.flac``: a folder that `encode` takes as source.
 
-    split, index, classes, limit: which samples; see `samples.pick`. decoder: ``codec``, or ``linear`` for the fitted
-    linear decoder. ``decoded.jsonl`` lists each file's row, key, class and, with a `source`, PSNR and SSIM.
+    split, index, classes, limit: which samples; see `samples.pick`. format: ``png`` or ``jpeg``, of sounds ``flac`` or
+    ``wav``; the first of the two by default. decoder: ``codec``, or ``linear`` for the fitted
+    linear decoder. ``decoded.jsonl`` lists each file's row, key, class and, of images with a `source`, PSNR and SSIM.
     Raises `UsageError` for samples that do not exist or a folder that is not empty (`overwrite` replaces files of the
     same name), `SourceError`, `DatasetError`, `CodecError`.
 
     >>> latentprep.decode("shards", out="decoded", limit=10).all.images
     10
     """
-    check_word("format", format, FORMATS)
     opened = open_dataset(dataset)
+    transform = opened.manifest.transform
+    allowed = FORMATS[transform.get("media", IMAGES)]
+    format = format or allowed[0]
+    check_word("format", format, allowed)
     root = path_of(out)
     if root.exists() and not root.is_dir():
         raise UsageError(f"{root} is a file", f"choose another folder as {opt('out')}")
@@ -106,11 +113,12 @@ def decode(
         with progress("decoding", len(picked), "images", 0) as bar:
             for places, pictures in decoded(maker, picked.codes, opened.quantizer):
                 part = picked.at(places)
-                quality = {} if originals is None else measured(pictures, originals.load(part))
+                known = None if originals is None else originals.load(part)
+                quality = {} if known is None or known.ndim == 2 else measured(pictures, known)
                 for at, picture in enumerate(pictures):
                     name = opened.classes[part.labels[at]]
                     path = f"{picked.split}/{safe_name(name)}/{part.rows[at]:06d}.{format}"
-                    write_atomic(root / path, image_file(picture, format))
+                    write_atomic(root / path, sample_file(picture, format, transform.get("rate", 0)))
                     entry = {"file": path, "split": picked.split, "row": int(part.rows[at]), "key": part.keys[at]}
                     lines.append({**entry, "class": name, **{k: finite(v[at]) for k, v in quality.items()}})
                 bar.advance(len(part))
@@ -138,6 +146,11 @@ def open_decoder(dataset: LatentDataset, name: str, weights: str | None = None, 
 def measured(pictures: Tensor, originals: Tensor) -> dict[str, list[float]]:
     """u8 [n,3,H,W] twice -> ``psnr`` and ``ssim`` of each."""
     return {"psnr": psnr(pictures, originals).tolist(), "ssim": ssim(pictures, originals).tolist()}
+
+
+def sample_file(sample: Tensor, format: str, rate: int) -> bytes:
+    """An image, u8 [3,H,W], or a sound, f32 [T] at this rate -> the bytes of a file."""
+    return image_file(sample, format) if sample.ndim == 3 else sound_file(sample.numpy(), rate, format)
 
 
 def image_file(picture: Tensor, format: str = "png") -> bytes:

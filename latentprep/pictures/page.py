@@ -164,15 +164,20 @@ def cards(every: Sequence[str]) -> str:
     return '<div class="cards">' + "".join(every) + "</div>"
 
 
-def tile(picture: Image, alt: str, caption: str = "", exact: bool = False) -> str:
-    """A small picture, inside the page. exact: a PNG whose pixels stay visible; otherwise a JPEG."""
+def tile(picture: Image, alt: str, caption: str = "", exact: bool = False, flac: bytes = b"") -> str:
+    """A small picture, inside the page. exact: a PNG whose pixels stay visible; otherwise a JPEG. flac: the sound that
+    it is a picture of, which gets a player."""
     buffer = io.BytesIO()
     picture.save(buffer, **({"format": "PNG"} if exact else {"format": "JPEG", "quality": 88}))
     data = base64.b64encode(buffer.getvalue()).decode()
     kind, exactly = ("png", ' class="exact"') if exact else ("jpeg", "")
+    player = ""
+    if flac:
+        source = f"data:audio/flac;base64,{base64.b64encode(flac).decode()}"
+        player = f'<audio controls preload="none" style="width:{picture.width}px;display:block" src="{source}"></audio>'
     return (
         f'<figure><img{exactly} src="data:image/{kind};base64,{data}" alt="{escape(alt)}" width="{picture.width}" '
-        f'height="{picture.height}">{_caption(caption)}</figure>'
+        f'height="{picture.height}">{player}{_caption(caption)}</figure>'
     )
 
 

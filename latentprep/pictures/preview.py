@@ -19,6 +19,7 @@ from latentprep.format.quantizer import check_bits
 from latentprep.pictures.decode import open_decoder
 from latentprep.pictures.samples import Decoder, Picked, decode_all, load_originals, pick
 from latentprep.pictures.sheet import Column, channel_pictures, colour_pictures, draw_sheet, png
+from latentprep.pictures.spectrogram import pixels
 from latentprep.progress import ProgressFactory, silent
 from latentprep.sources.source import Source, open_own_source
 from latentprep.storage.atomic import write_atomic
@@ -31,12 +32,13 @@ FEWER = (4, 2, 1)  # bits to show beside the stored ones, if fewer
 
 @dataclass(frozen=True)
 class PreviewResult:
-    """A contact sheet: its file, how many samples of which split, and its columns."""
+    """A contact sheet: its file, how many samples of which split, its columns, and the folder of sounds, if any."""
 
     out: str
     split: str
     samples: int
     columns: tuple[str, ...]
+    sounds: str | None = None
 
     def to_json(self) -> dict:
         return asdict(self)
@@ -65,7 +67,8 @@ def preview(
 
     For each sample: the original, if `source` is given or the dataset's own source is on this machine; decoded at the
     stored bits and at fewer (`bits`; by default 4, 2 and 1); its latent channels in false colours; three of them as
-    red, green and blue. decoder: ``codec``, or ``linear``, which needs no neural network.
+    red, green and blue. decoder: ``codec``, or ``linear``, which needs no neural network. Sounds are drawn as
+    spectrograms, and written to a folder beside `out`, such as ``preview-sounds/000007-4-bits.flac``.
     """
     opened = open_dataset(dataset)
     picked = _picked(opened, split, index, classes, limit)
@@ -139,34 +142,35 @@ def sample_columns(
         if check_bits(b) > stored:
             raise UsageError(f"{dataset.root} has only {stored} bits per code", f"use {opt('bits')} 1 to {stored}")
     shown = sorted(set(bits or [stored, *(b for b in FEWER if b < stored)]), reverse=True)
-    originals = load_originals(dataset, source, picked)
-    columns = [] if originals is None else [Column("original", pixels(originals))]
+    originals, rate = load_originals(dataset, source, picked), dataset.manifest.transform.get("rate", 0)
+    columns = [] if originals is None else [_column("original", originals, rate)]
     with progress("decoding", len(shown), "columns", 0) as bar:
         for b in shown:
             quantizer = dataset.quantizer if b == stored else requantized_manifest(dataset, b).quantizer
             codes = picked.codes
             if b != stored:
                 codes = recoder(dataset.quantizer, quantizer)(codes[:, None])[0][:, 0]
-            columns.append(Column(plural(b, "bit"), pixels(decode_all(decoder, codes, quantizer))))
+            columns.append(_column(plural(b, "bit"), decode_all(decoder, codes, quantizer), rate))
             bar.advance(1)
     if isinstance(decoder, LinearDecoder):
         latents = torch.from_numpy(dataset.quantizer.dequantize(picked.codes))
         columns.append(Column("C×3 matrix", pixels(decoder.decode_small(latents))))
     unit = unit_latents(picked.codes)
     columns.append(Column("channels", channel_pictures(unit)))
-    columns.append(Column("as RGB", colour_pictures(unit)))
+    if unit.shape[2] > 1:
+        columns.append(Column("as RGB", colour_pictures(unit)))
     return columns
+
+
+def _column(title: str, samples: Tensor, rate: int) -> Column:
+    """Images, u8 [n,3,H,W], or sounds, f32 [n,T], as a column."""
+    return Column(title, pixels(samples), sounds=samples.numpy() if samples.ndim == 2 else None, rate=rate)
 
 
 def unit_latents(codes: np.ndarray) -> np.ndarray:
     """u8 [n,C,h,w] -> f32 [n,C,h,w] in 0…1: each channel from the 1st to the 99th percentile of these samples."""
     low, high = (np.percentile(codes, share, (0, 2, 3), keepdims=True)[0] for share in (1, 99))
     return ((codes - low) / np.maximum(high - low, 1)).clip(0, 1).astype(np.float32)
-
-
-def pixels(pictures: Tensor) -> np.ndarray:
-    """u8 [n,3,H,W] -> u8 [n,H,W,3]."""
-    return pictures.permute(0, 2, 3, 1).numpy()
 
 
 def _picked(
@@ -189,6 +193,17 @@ def _drawn(dataset: LatentDataset, picked: Picked, columns: list[Column], out: s
     title = f"{dataset.root.resolve().name} {picked.split}: {codec}, {plural(dataset.quantizer.bits, 'bit')} stored"
     try:
         write_atomic(path, png(draw_sheet(columns, names, title)))
+        folder = _write_sounds(picked, columns, path.with_name(f"{path.stem}-sounds"))
     except OSError as error:
         raise system_fault(error) from error
-    return PreviewResult(str(path), picked.split, len(picked), tuple(column.title for column in columns))
+    titles = tuple(column.title for column in columns)
+    return PreviewResult(str(path), picked.split, len(picked), titles, None if folder is None else str(folder))
+
+
+def _write_sounds(picked: Picked, columns: list[Column], folder: Path) -> Path | None:
+    """Write the columns' sounds, a FLAC file each; returns the folder, or None if there are none."""
+    heard = [column for column in columns if column.sounds is not None]
+    for column in heard:
+        for at, row in enumerate(picked.rows):
+            write_atomic(folder / f"{row:06d}-{column.title.replace(' ', '-')}.flac", column.flac(at))
+    return folder if heard else None

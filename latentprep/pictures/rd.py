@@ -21,9 +21,10 @@ from torch import Tensor
 from latentprep import __version__
 from latentprep.codecs import Codec, codec_spec, flip_signs, open_codec, parse_codec, split_codecs
 from latentprep.codecs.base import MAX_SIZE
+from latentprep.codecs.transform import default_size
 from latentprep.device import NOT_ON_DEVICE, Fitting, pick_device
 from latentprep.encoding.calibration import CALIBRATION, calibration_rows, fit_to_rate
-from latentprep.encoding.encode import default_size, joint_by_default
+from latentprep.encoding.encode import joint_by_default
 from latentprep.errors import SourceError, UsageError, check_number, check_whole, opt, system_fault
 from latentprep.format.hashes import CONTENT_HASH, HASH_BYTES
 from latentprep.format.manifest import Manifest, Plan, ShardId, train_split
@@ -37,6 +38,7 @@ from latentprep.pictures.sheet import Column, draw_sheet, png
 from latentprep.progress import Progress, ProgressFactory, silent
 from latentprep.quantizing.scalar import code_statistics, dequantize, fit_quantizer, quantize
 from latentprep.sources.images import BadImage, load_views
+from latentprep.sources.kinds import SOUND
 from latentprep.sources.source import Source, open_source
 from latentprep.storage.atomic import write_atomic
 from latentprep.storage.places import path_of, several
@@ -117,6 +119,8 @@ def rd(
     opened = open_source(
         source, data=data, labels=labels, image_column=image_column, label_column=label_column, seed=seed
     )  # fmt: skip
+    if opened.media == SOUND:
+        raise UsageError(f"rd compares codecs of images, and {opened.spec} holds sound", "give a source of images")
     for b in bits:
         check_bits(b)
     for rate in rates:

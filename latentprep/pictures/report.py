@@ -123,21 +123,25 @@ def entropy(counts: np.ndarray) -> float:
 def picture_tiles(names: Sequence[str], columns: Sequence[Column], at: int, what: str) -> list[str]:
     """One sample's pictures, each under its column's name."""
     return [
-        picture_tile(column.pictures[at], f"{what}: {name}", name) for name, column in zip(names, columns, strict=True)
+        picture_tile(column.pictures[at], f"{what}: {name}", name, column.flac(at))
+        for name, column in zip(names, columns, strict=True)
     ]
 
 
-def picture_tile(picture: np.ndarray, alt: str, caption: str) -> str:
-    """A picture u8 [h,w,3] on a page: a large one as a thumbnail, a small one in exact pixels."""
+def picture_tile(picture: np.ndarray, alt: str, caption: str, flac: bytes = b"") -> str:
+    """A picture u8 [h,w,3] on a page: a large one as a thumbnail, a small one in exact pixels. flac: its sound."""
     image = Image.fromarray(np.ascontiguousarray(picture))
     exact = max(picture.shape[:2]) < _TILE
     if not exact:
         image.thumbnail((_TILE, _TILE), Image.Resampling.LANCZOS)
-    return page.tile(image, alt, caption, exact)
+    return page.tile(image, alt, caption, exact, flac)
 
 
 def _facts(found: DatasetInfo) -> dict[str, str]:
     channels, height, width = found.latent
+    sample, raw, of = "image", "pixels", f"{found.size}×{found.size} px"
+    if found.seconds_each is not None:
+        sample, raw, of = "sound", "samples at 16 bits", f"{found.seconds_each:g} s"
     options = ", ".join(
         f"{key} {value}" for key, value in found.codec.items() if key not in ("name", "weights", "weights_sha256")
     )
@@ -146,14 +150,14 @@ def _facts(found: DatasetInfo) -> dict[str, str]:
     return {
         "source": found.source,
         "codec": found.codec["name"] + (f" ({options}{weights})" if options else ""),
-        "latents": f"{height}×{width}×{channels} of {found.size}×{found.size} px, {plural(found.bits, 'bit')} per code"
+        "latents": f"{height}×{width}×{channels} of {of}, {plural(found.bits, 'bit')} per code"
         + (", chosen jointly" if found.joint else "")
         + (f", {found.views} views" if found.views > 1 else ""),
         "samples": f"{rows}; {found.classes} classes",
-        "codes": f"{size(found.code_bytes)}: {found.bytes_per_image:,.0f} bytes per image ({found.store}, "
+        "codes": f"{size(found.code_bytes)}: {found.bytes_per_image:,.0f} bytes per {sample} ({found.store}, "
         f"{found.compression})",
-        "compression": f"{found.smaller_than_source:.1f}× smaller than the image files, "
-        f"{found.smaller_than_pixels:.0f}× smaller than their pixels",
+        "compression": f"{found.smaller_than_source:.1f}× smaller than the {sample} files, "
+        f"{found.smaller_than_pixels:.0f}× smaller than their {raw}",
     }
 
 
@@ -174,10 +178,12 @@ def _samples(dataset: LatentDataset, picked: Picked, columns: Sequence[Column]) 
     for at in np.argsort(picked.labels, kind="stable"):
         name = f"{dataset.classes[picked.labels[at]]}, row {picked.rows[at]} of {picked.split}"
         every.append(page.card(name, picture_tiles([column.title for column in columns], columns, at, name)))
+    what = "Images" if columns[0].sounds is None else "Sounds"
+    last = "" if columns[-1].title == "channels" else "; the last picture has the first three as red, green, blue"
     return [
         page.paragraph(
-            "Images at fewer bits are derived from the stored codes. Channels are in false colours, from dark (low) to "
-            "bright (high); the last image shows the first three as red, green and blue."
+            f"{what} at fewer bits are derived from the stored codes. Channels are in false colours, from dark (low) "
+            f"to bright (high){last}."
         ),
         page.cards(every),
     ]

@@ -1,4 +1,4 @@
-"""Samples of a latent dataset as images: pick them, decode their codes, and load their originals."""
+"""Samples of a latent dataset as images, or sounds: pick them, decode their codes, and load their originals."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from latentprep.format.dataset import LatentDataset
 from latentprep.format.manifest import INVALID_LABEL
 from latentprep.format.quantizer import Quantizer
 from latentprep.quantizing.scalar import dequantize
-from latentprep.sources.images import BadImage, canonical_view
+from latentprep.sources.kinds import BadSample
+from latentprep.sources.media import medium_of
 from latentprep.sources.source import Source, open_source
 from latentprep.storage.places import several
 
@@ -53,7 +54,7 @@ class Decoder(Protocol):
     """Turns latents into images: a codec, or a `LinearDecoder`."""
 
     def decode(self, latents: Tensor) -> Tensor:
-        """f32 [B,C,h,w] -> u8 [B,3,H,W]."""
+        """f32 [B,C,h,w] -> u8 [B,3,H,W], or sounds f32 [B,T]."""
         ...
 
 
@@ -109,7 +110,7 @@ def pick(
 
 
 def decoded(decoder: Decoder, codes: np.ndarray, quantizer: Quantizer) -> Iterator[tuple[slice, Tensor]]:
-    """u8 [n,C,h,w] -> batches of places and pictures on the host, u8 [b,3,H,W]."""
+    """u8 [n,C,h,w] -> batches of places and what was decoded, on the host: u8 [b,3,H,W], or sounds f32 [b,T]."""
     decode = Fitting(decoder.decode, NOT_ON_DEVICE)
     device = torch.device(getattr(decoder, "device", "cpu"))
     batch_size = max(1, min(_BATCH, _CELLS // math.prod(codes.shape[2:])))
@@ -122,13 +123,13 @@ def decoded(decoder: Decoder, codes: np.ndarray, quantizer: Quantizer) -> Iterat
 
 
 def decode_all(decoder: Decoder, codes: np.ndarray, quantizer: Quantizer) -> Tensor:
-    """u8 [n,C,h,w] -> u8 [n,3,H,W] on the host."""
+    """u8 [n,C,h,w] -> u8 [n,3,H,W] on the host, or sounds f32 [n,T]."""
     pictures = [batch for _, batch in decoded(decoder, codes, quantizer)]
     return torch.cat(pictures) if pictures else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
 
 
 class Originals:
-    """The images that a dataset was made from, found in a source by their keys.
+    """The images or sounds that a dataset was made from, found in a source by their keys.
 
     A sample is looked up in its own split first, then in the others. So the parameters that split and limited the
     source need not be given again. Raises `SourceError` if the source does not have it, or has it in another class.
@@ -140,22 +141,22 @@ class Originals:
         self._labels = {split: source.labels(split) for split in source.splits}
 
     def load(self, picked: Picked) -> Tensor:
-        """The canonical views of the picked samples, u8 [n,3,S,S]."""
-        size = self.transform["size"]
-        images = np.empty((len(picked), size, size, 3), np.uint8)
+        """The canonical views of the picked samples, u8 [n,3,S,S] or f32 [n,T]."""
+        medium = medium_of(self.transform)
+        images = np.empty((len(picked), *medium.shape), medium.dtype)
 
         def place(at: int) -> None:
             split, row = self._find(picked.split, picked.keys[at], self.classes[picked.labels[at]])
             sample = self.source.read(split, row)
             try:
-                images[at] = canonical_view(sample.data, self.transform)
-            except BadImage as error:
+                images[at] = medium.load(sample.data)[0]
+            except BadSample as error:
                 raise SourceError(f"{sample.key}: {error}", "it has changed since it was encoded") from error
 
         with ThreadPoolExecutor(_READERS) as pool:
             for _ in pool.map(place, range(len(picked))):
                 pass
-        return torch.from_numpy(images).permute(0, 3, 1, 2)
+        return medium.for_codec(torch.from_numpy(images))
 
     def _find(self, split: str, key: str, name: str) -> tuple[str, int]:
         for other in sorted(self.source.splits, key=lambda other: other != split):

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from latentprep.sources.sound import sound_file
 from latentprep.text import shown
 
 TILE, WIDTH = 112, 1660  # pixels: an image's side, and the sheet's maximal width
@@ -20,11 +21,18 @@ INK, MUTED = "#24292f", "#59636e"
 
 @dataclass(frozen=True)
 class Column:
-    """Images under one title, u8 [n,H,W,3], one per sample. smooth: interpolate them if they are enlarged."""
+    """Images under one title, u8 [n,H,W,3], one per sample. smooth: interpolate them if they are enlarged. sounds:
+    f32 [n,T] at `rate` samples per second, if they are pictures of sounds."""
 
     title: str
     pictures: np.ndarray
     smooth: bool = False
+    sounds: np.ndarray | None = None
+    rate: int = 0
+
+    def flac(self, at: int) -> bytes:
+        """A sample's sound as a FLAC file; nothing for pictures of images."""
+        return b"" if self.sounds is None else sound_file(self.sounds[at], self.rate)
 
 
 def draw_sheet(
@@ -64,11 +72,12 @@ def png(sheet: Image.Image) -> bytes:
 
 def channel_pictures(unit: np.ndarray) -> np.ndarray:
     """Latents in 0…1, f32 [n,C,h,w] -> u8 [n,H,W,3]: every channel in false colours, from dark (low) to bright (high),
-    side by side in reading order."""
+    side by side in reading order; grids one cell high are rows of one picture, the first channel at the bottom."""
     from matplotlib import colormaps
 
     n, channels, height, width = unit.shape
-    across = math.ceil(math.sqrt(channels))
+    across = 1 if height == 1 else math.ceil(math.sqrt(channels))
+    unit = unit[:, ::-1] if height == 1 else unit
     down = -(-channels // across)
     grid = np.full((n, down * across, height, width), np.nan, np.float32)
     grid[:, :channels] = unit

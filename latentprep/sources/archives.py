@@ -14,8 +14,8 @@ from typing import Any, BinaryIO
 
 from latentprep.errors import SourceError, opt
 from latentprep.progress import BYTES, ProgressFactory, silent
-from latentprep.sources.kinds import has_image_name
-from latentprep.sources.listing import HIDDEN, LABEL_TABLES, TABLES, Entry, Listing, is_hidden, text_path
+from latentprep.sources.kinds import medium_of_name
+from latentprep.sources.listing import LABEL_TABLES, TABLES, Entry, Listing, hidden, is_hidden, text_path
 from latentprep.sources.offsets import AGAIN, GzipFile, PlainFile, archive_kind, begins_tar
 
 _HEADER_BYTES = 1 << 20  # of one member, including long names
@@ -81,7 +81,7 @@ class _Lister:
                     headers.left = _HEADER_BYTES
                     if self.count % 256 == 0:
                         self.tick()
-                    if member.issym() and not has_image_name(member.name):
+                    if member.issym() and not medium_of_name(member.name):
                         links[_inner_path(self.path, member.name)] = member.linkname
                     else:
                         self._add(listing, member, nested)
@@ -99,11 +99,12 @@ class _Lister:
         if not name:
             return
         if is_hidden(name):
-            listing.leave_out(HIDDEN, int(member.isreg() and has_image_name(name)))
+            if medium := medium_of_name(name):
+                listing.leave_out(hidden(medium), int(member.isreg()))
         elif member.isdir():
             listing.folders.add(name)
         elif member.islnk() or member.issym() or member.issparse():
-            if has_image_name(name):
+            if medium_of_name(name):
                 how = "a sparse file" if member.issparse() else f"a link to {member.linkname}"
                 way_out = "pack the archive again with: tar --dereference --hard-dereference"
                 raise SourceError(f"{self.path}: {name} is {how}, not an image", way_out)
@@ -161,7 +162,7 @@ def _follow(archive: Path, listing: Listing, links: dict[str, str]) -> None:
             listing.leave_out("links to what is not in the archive", int(to not in listing.folders))
         else:
             for entry in inside[to]:
-                added.append(Entry(name + entry.path.removeprefix(to), entry.at))
+                added.append(entry._replace(path=name + entry.path.removeprefix(to)))
                 _add_folders(listing, added[-1].path)
             if len(added) > _MAX_LINKED:
                 raise SourceError(

@@ -12,9 +12,9 @@ from typing import Any
 from latentprep.errors import SourceError, nearest
 from latentprep.progress import ProgressFactory, silent
 from latentprep.sources.archives import list_archive
-from latentprep.sources.kinds import has_image_name, has_parquet_name
+from latentprep.sources.kinds import has_parquet_name, medium_of_name
 from latentprep.sources.layouts import LAYOUTS, Columns, Tree, by_folders
-from latentprep.sources.listing import ARCHIVES, BESIDE, Listing, list_folder, read_file
+from latentprep.sources.listing import ARCHIVES, BESIDE, NOUNS, Listing, list_folder, read_file, settle
 from latentprep.sources.offsets import archive_kind, read_member
 from latentprep.sources.parquet import by_parquet
 from latentprep.sources.parquet_files import Files, local_files, remote_files
@@ -57,6 +57,7 @@ def _parquet(spec: str, files: Files, columns: Columns) -> tuple[Tree, Load]:
 def _find(spec: str, path: Path, out: Path | None, progress: ProgressFactory, columns: Columns) -> tuple[Tree, Load]:
     if path.is_dir():
         listing = list_folder(path, out)
+        media = settle([listing])
         if what := listing.ours.get(""):
             raise SourceError(f"{spec} is {what}, not images", "give the images that it was made of")
         if listing.parquet and not listing.images and not listing.archives:
@@ -67,7 +68,7 @@ def _find(spec: str, path: Path, out: Path | None, progress: ProgressFactory, co
             return tree, load
         if not listing.archives or any("/" in image.path for image in listing.images):
             listing.leave_out(BESIDE, len(listing.archives))
-            return _labelled(spec, listing, columns), read_file
+            return replace(_labelled(spec, listing, columns), media=media), read_file
         tars = [listing.archives[name] for name in sorted(listing.archives)]
         left_out = listing.left_out
         listing.leave_out("images beside tars", len(listing.images))
@@ -80,6 +81,7 @@ def _find(spec: str, path: Path, out: Path | None, progress: ProgressFactory, co
                 other = tars[parquet.index(False)]
                 raise SourceError(f"{spec} names Parquet files and others, such as {other}", "name the ones alone")
     listings = {str(tar): list_archive(tar, progress) for tar in tars}
+    media = settle(listings.values())
     only = next(iter(listings.values()))
     if len(listings) == 1 and not only.labels and not only.archives:
         tree = _labelled(spec, only, columns)
@@ -87,7 +89,7 @@ def _find(spec: str, path: Path, out: Path | None, progress: ProgressFactory, co
         columns.check_unused(f"{spec}, whose labels are in tars")
         tree = by_tars(spec, listings)
     tree.left_out.update(left_out or {})
-    return tree, read_member
+    return replace(tree, media=media), read_member
 
 
 def _labelled(spec: str, listing: Listing, columns: Columns) -> Tree:
@@ -103,8 +105,8 @@ def _labelled(spec: str, listing: Listing, columns: Columns) -> Tree:
 def _named(spec: str, path: Path) -> list[Path]:
     """The archives that a path or a brace pattern names."""
     if path.is_file():
-        if has_image_name(spec):
-            raise SourceError(f"{spec} is a single image", LAYOUTS)
+        if medium := medium_of_name(spec):
+            raise SourceError(f"{spec} is a single {NOUNS[medium].removesuffix('s')}", LAYOUTS)
         return [path]
     if path.exists():
         raise SourceError(f"{spec} is neither a file nor a folder", LAYOUTS)

@@ -21,7 +21,7 @@ from PIL import Image
 
 from latentprep.format.manifest import SRGB, STORED
 from latentprep.sources.colour import lab_to_srgb, to_srgb
-from latentprep.sources.kinds import Kind, kind_of, other_kind
+from latentprep.sources.kinds import BadSample, Kind, kind_of, other_kind
 from latentprep.sources.metadata import jpeg_info, orientation, split_png
 
 MAX_PIXELS = 1 << 27  # 134 megapixels: 400 MB decoded
@@ -44,8 +44,8 @@ _huge = threading.Lock()  # held while Pillow's limit is off
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 
 
-class BadImage(Exception):
-    """Bytes that cannot be decoded to an image. The text is the reason, for `errors.jsonl`."""
+class BadImage(BadSample):
+    """Bytes that cannot be decoded to an image."""
 
 
 class _Refused(Exception):

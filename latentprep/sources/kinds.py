@@ -1,7 +1,7 @@
-"""The kinds of image that sources look for and `images` decodes, in one list.
+"""The kinds of file that sources look for: of image, which `images` decodes, and of sound, which `sound` decodes.
 
 A `Kind` is recognized by file endings and by first bytes; `other_kind` says what other bytes are. Nothing here opens
-an image.
+a file.
 """
 
 from __future__ import annotations
@@ -10,6 +10,11 @@ import re
 from dataclasses import dataclass
 
 HEAD_BYTES = 32  # how much `kind_of` and `is_image` need
+IMAGES, SOUND = MEDIA = ("images", "sound")
+
+
+class BadSample(Exception):
+    """Bytes that cannot be decoded. The text is the reason, for `errors.jsonl`."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,8 @@ KINDS = (
 )  # fmt: skip
 
 IMAGE_EXTENSIONS = frozenset(ending for kind in KINDS for ending in kind.endings)
+SOUND_EXTENSIONS = frozenset((".wav", ".wave", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc"))
+_SOUND = re.compile(rb"RIFF....WAVE|fLaC|OggS|ID3[\x02-\x04]|FORM....AIF[FC]", re.DOTALL)
 
 # Image files of kinds that cannot be read: a source leaves them out, and says so.
 UNSUPPORTED_EXTENSIONS = frozenset(
@@ -82,6 +89,7 @@ UNSUPPORTED_EXTENSIONS = frozenset(
         *(".raf", ".pef", ".srw", ".x3f", ".3fr", ".iiq", ".erf", ".kdc", ".dcr", ".mrw", ".mos", ".rwl"),
     )
 )
+UNREAD_SOUND_EXTENSIONS = frozenset((".m4a", ".aac", ".wma", ".amr", ".ac3", ".ape", ".wv", ".sph", ".mid", ".midi"))
 
 
 def kind_of(head: bytes) -> Kind | None:
@@ -103,9 +111,26 @@ def has_image_name(path: str) -> bool:
     return _ending(path) in IMAGE_EXTENSIONS
 
 
+def is_sound(head: bytes) -> bool:
+    """Whether a file that begins with ``head`` (`HEAD_BYTES` of it) is surely sound; an MP3 only if it has a tag."""
+    return _SOUND.match(head) is not None
+
+
+def medium_of_name(path: str) -> str | None:
+    """`IMAGES` or `SOUND`, by the name's ending; None for the name of another kind of file."""
+    ending = _ending(path)
+    return IMAGES if ending in IMAGE_EXTENSIONS else SOUND if ending in SOUND_EXTENSIONS else None
+
+
+def unread_medium_of_name(path: str) -> str | None:
+    """The same of kinds that cannot be read, such as ``.svg``, ``.cr2`` and ``.m4a``."""
+    ending = _ending(path)
+    return IMAGES if ending in UNSUPPORTED_EXTENSIONS else SOUND if ending in UNREAD_SOUND_EXTENSIONS else None
+
+
 def has_unsupported_name(path: str) -> bool:
     """Whether the name is that of an image of a kind that cannot be read, such as ``.svg`` or ``.cr2``."""
-    return _ending(path) in UNSUPPORTED_EXTENSIONS
+    return unread_medium_of_name(path) == IMAGES
 
 
 def has_parquet_name(path: str) -> bool:
@@ -139,21 +164,22 @@ _OTHERS = tuple(
         (rb"DDS |qoif|P7\n", "an image of a kind that cannot be read; save it as PNG"),
         (rb".{4}ftyp|\x1aE\xdf\xa3|RIFF....AVI", "a video"),
         (rb"RIFF....WAVE|ID3|OggS|fLaC", "sound"),
+        (rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF....WEBP", "an image"),
         (rb"\s*[\[{]\s*[\[{\"\d\]}]", "JSON"),
     )
 )  # fmt: skip
 
 
-def other_kind(data: bytes) -> str:
-    """Why bytes that are none of the `KINDS` cannot be read: what they are, and what to do about it."""
+def other_kind(data: bytes, wanted: str = "an image") -> str:
+    """Why bytes that are not what is wanted cannot be read: what they are, and what to do about it."""
     head = data[:1024]
     for start, what in _OTHERS:
         if start.match(data if what == "nothing but zeros" else head):
-            return f"not an image but {what}"
+            return f"not {wanted} but {what}"
     try:
         text = head.decode("utf-8-sig" if len(data) <= len(head) else "latin-1")
     except UnicodeDecodeError:
         text = "\0"
     if all(c.isprintable() or c.isspace() for c in text):
-        return f"not an image but text, {' '.join(text.split())[:40]!r}"
-    return f"not a known kind of image: it begins with the bytes {data[:8].hex(' ')}"
+        return f"not {wanted} but text, {' '.join(text.split())[:40]!r}"
+    return f"not a known kind of {wanted.removeprefix('an ')}: it begins with the bytes {data[:8].hex(' ')}"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from latentprep.errors import SourceError, UsageError, opt
+from latentprep.sources.kinds import IMAGES
 from latentprep.sources.listing import ANNOTATIONS, LABEL_TABLES, TABLES, Entry, Listing, left_out_line
 from latentprep.sources.splits import named_after_splits, split_of_folder
 
@@ -38,7 +39,7 @@ class Tree:
 
     notes: what else a user should know about how the source is read. classes: all of them in order, where the source
     says so. in_order: whether rows stay in this order, and are not sorted by key. identity: what changes when the files
-    do, if that is known.
+    do, if that is known. media: what the samples are.
     """
 
     found: dict[str, list[Found]]
@@ -48,6 +49,7 @@ class Tree:
     classes: tuple[str, ...] | None = None
     in_order: bool = False
     identity: str = ""
+    media: str = IMAGES
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What a folder or an archive holds, as a `Listing`: the same for both, so every layout can be read from either.
 
-No image is decoded. If a file has no image's name, its first bytes are checked. Everything left out is counted: hidden
-files, kinds of image that cannot be read, links in a circle, and the folders that we write ourselves.
+No file is decoded. If a file has no image's or sound's name, its first bytes are checked. Everything left out is
+counted: hidden files, kinds that cannot be read, links in a circle, and the folders that we write ourselves.
 """
 
 from __future__ import annotations
@@ -9,15 +9,24 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from latentprep.errors import SourceError
-from latentprep.sources.kinds import has_image_name, has_parquet_name, has_unsupported_name, is_image
+from latentprep.sources.kinds import (
+    IMAGES,
+    SOUND,
+    has_parquet_name,
+    is_image,
+    is_sound,
+    medium_of_name,
+    unread_medium_of_name,
+)
 from latentprep.sources.offsets import archive_kind
 
+NOUNS = {IMAGES: "images", SOUND: "sounds"}
 HIDDEN = "images in hidden files or folders"
 BESIDE = "archives beside image files"
 NOT_NAMED = "images not named in "  # a table of labels
@@ -44,21 +53,22 @@ _UNREAD_ARCHIVES = (".zip", ".7z", ".rar", ".bz2", ".xz", ".zst", ".part", ".par
 
 
 class Entry(NamedTuple):
-    """One image: its '/'-separated path inside the folder or archive, and where its bytes are."""
+    """One image or sound: its '/'-separated path inside the folder or archive, and where its bytes are."""
 
     path: str
     at: Any
+    medium: str = IMAGES
 
 
 @dataclass
 class Listing:
     """What a folder or an archive holds, by '/'-separated path inside it.
 
-    labels: texts of ``.cls`` files. annotations: texts of `ANNOTATIONS` files. archives: tars, each as its `Path` or,
-    inside a tar, as a `Listing` of its own. parquet: Parquet files outside of tars. metadata:
-    texts of `METADATA` files. ours: folders that we wrote ("": all
-    of it), and what they are. others: the number of other files, by ending. left_out: what is not read, and how many.
-    linked: whether links to folders were followed.
+    images: and sounds; `settle` leaves one of the two. labels: texts of ``.cls`` files. annotations: texts of
+    `ANNOTATIONS` files. archives: tars, each as its `Path` or, inside a tar, as a `Listing` of its own. parquet:
+    Parquet files outside of tars. metadata: texts of `METADATA` files. ours: folders that we wrote ("": all of it),
+    and what they are. others: the number of other files, by ending. left_out: what is not read, and how many. linked:
+    whether links to folders were followed.
     """
 
     images: list[Entry] = field(default_factory=list)
@@ -78,17 +88,17 @@ class Listing:
 
         ``read(n)`` returns at most its first n bytes, and is called at most once.
         """
-        if has_image_name(name):
-            self.images.append(Entry(name, at))
+        if (medium := medium_of_name(name)) is not None:
+            self.images.append(Entry(name, at, medium))
             return b""
         ending = PurePosixPath(name).suffix.lower()
-        if has_unsupported_name(name):
-            self.leave_out(f"images of a kind that cannot be read ({ending})")
+        if (medium := unread_medium_of_name(name)) is not None:
+            self.leave_out(f"{NOUNS[medium]} of a kind that cannot be read ({ending})")
             return b""
         folder, _, base = name.rpartition("/")
         head = read(LABEL_BYTES if ending == ".cls" else _HEADS.get(base, 512))
-        if is_image(head):
-            self.images.append(Entry(name, at))
+        if is_image(head) or is_sound(head):
+            self.images.append(Entry(name, at, IMAGES if is_image(head) else SOUND))
         elif ending == ".cls":
             self.labels[name] = head
         elif base in METADATA:
@@ -148,6 +158,33 @@ def left_out_line(left_out: Mapping[str, int]) -> str:
     return "; ".join(parts)
 
 
+def hidden(medium: str) -> str:
+    """What left-out files of a medium in hidden places are called."""
+    return HIDDEN.replace(NOUNS[IMAGES], NOUNS[medium])
+
+
+def settle(listings: Iterable[Listing]) -> str:
+    """Whether these listings are of images or of sounds: what they hold more of. The others are left out, and counted.
+
+    Returns `IMAGES` or `SOUND`.
+    """
+    every = list(_and_inner(listings))
+    counts = Counter(entry.medium for listing in every for entry in listing.images)
+    medium = SOUND if counts[SOUND] > counts[IMAGES] else IMAGES
+    for listing in every if len(counts) > 1 else ():
+        kept = [entry for entry in listing.images if entry.medium == medium]
+        other = IMAGES if medium == SOUND else SOUND
+        listing.leave_out(f"{NOUNS[other]} beside {NOUNS[medium]}", len(listing.images) - len(kept))
+        listing.images = kept
+    return medium
+
+
+def _and_inner(listings: Iterable[Listing]) -> Iterator[Listing]:
+    for listing in listings:
+        yield listing
+        yield from _and_inner(inner for inner in listing.archives.values() if isinstance(inner, Listing))
+
+
 def is_hidden(path: str) -> bool:
     """Whether a part of the path begins with a dot, or is a shadow folder of macOS, Synology or Windows."""
     return any(part.startswith(".") or part in _SHADOWS for part in path.split("/"))
@@ -179,7 +216,8 @@ def list_folder(root: Path, out: Path | None = None) -> Listing:
                 for item in items:
                     name = inside + text_path(item.name)
                     if is_hidden(item.name):
-                        listing.leave_out(HIDDEN, _images_named(item))
+                        for hidden_medium, count in _named(item).items():
+                            listing.leave_out(hidden(hidden_medium), count)
                     elif _is_folder(item):
                         link = item.is_symlink()
                         real = str(Path(item.path).resolve()) if link else f"{above[-1]}/{item.name}"
@@ -195,8 +233,8 @@ def list_folder(root: Path, out: Path | None = None) -> Listing:
                         listing.folders.add(name)
                         todo.append((item.path, f"{name}/", (*above, real), links + link))
                     elif fault := _fault(item):
-                        if has_image_name(name) and fault == _BROKEN:
-                            listing.images.append(Entry(name, item.path))  # keeps its row, to be reported when read
+                        if (medium := medium_of_name(name)) and fault == _BROKEN:
+                            listing.images.append(Entry(name, item.path, medium))  # its row is reported when read
                         else:
                             listing.leave_out(fault)
                     else:
@@ -244,8 +282,8 @@ def _head(path: str, size: int) -> bytes:
         return b""
 
 
-def _images_named(item: os.DirEntry[str]) -> int:
-    """How many files with an image's name a hidden file or folder stands for."""
-    if not item.is_dir(follow_symlinks=False):
-        return int(has_image_name(item.name))
-    return sum(has_image_name(name) for _, _, names in os.walk(item.path) for name in names)
+def _named(item: os.DirEntry[str]) -> Counter[str]:
+    """How many files with an image's name, and a sound's, a hidden file or folder stands for, by medium."""
+    folder = item.is_dir(follow_symlinks=False)
+    names = [name for _, _, some in os.walk(item.path) for name in some] if folder else [item.name]
+    return Counter(medium for name in names if (medium := medium_of_name(name)))

@@ -1,4 +1,4 @@
-"""Where labelled images come from: a folder, tar or Parquet files or a named dataset, all behind one class, `Source`.
+"""Where labelled images or sounds come from: a folder, tar or Parquet files or a named dataset, all behind `Source`.
 
 A source is an index, made without decoding any image: for each split, rows of (key, label, place), sorted by key. A key
 is the image's path below the folder with the splits (``train/n01440764/x.JPEG``), or below the folder with the classes
@@ -6,7 +6,8 @@ is the image's path below the folder with the splits (``train/n01440764/x.JPEG``
 not count, so a folder, its tar and its .tgz have the same rows and fingerprint.
 
 An image is a file with an image's name (.jpg, .png, …), or any other file that begins like an image. A damaged file
-with an image's name keeps its row, so that encoding reports it. `left_out` counts every image that is in no row.
+with an image's name keeps its row, so that encoding reports it. `left_out` counts every image that is in no row. All
+this holds for sounds (.wav, .flac, .ogg, .mp3, …), too. Of a mixture, the medium with more files is the source's.
 
 Classes are the folders below ``train``, or the distinct texts of WebDataset's ``.cls`` members, sorted; by number if
 all are numbers. A class without images in ``train`` is an error; without images in ``val`` or ``test``, it is not.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,8 +30,9 @@ from latentprep.errors import SourceError, UsageError, check_number, check_whole
 from latentprep.format.manifest import INVALID_LABEL
 from latentprep.progress import ProgressFactory, silent
 from latentprep.sources.finding import Load, find
+from latentprep.sources.kinds import IMAGES
 from latentprep.sources.layouts import LAYOUTS, Columns, Found, Tree
-from latentprep.sources.listing import HIDDEN, NOT_NAMED, left_out_line
+from latentprep.sources.listing import HIDDEN, NOT_NAMED, NOUNS, left_out_line
 from latentprep.storage.places import path_of
 
 _STATTERS = 8  # threads that ask for files' sizes and times: on a network, each answer takes a while
@@ -39,7 +42,7 @@ VAL_FRACTION = 0.1  # of each class, taken from train if a source has no val spl
 
 @dataclass(frozen=True)
 class Sample:
-    """One image of a source: its key, the bytes of its file, and its class as an index."""
+    """One image or sound of a source: its key, the bytes of its file, and its class as an index."""
 
     key: str
     data: bytes
@@ -53,11 +56,12 @@ class Row(NamedTuple):
 
 
 class Source:
-    """An index of labelled images and a way to read one. Can be pickled, and read from many threads at once.
+    """An index of labelled images or sounds and a way to read one. Can be pickled, and read from many threads at once.
 
     left_out: what is in no row, and how many: "images in docs/ (not a known split)", "links in a circle". The rows and
     the entries that begin with "images" add up to all image files; `take` does not change it.
     notes: what else a user should know about how the source is read.
+    media: what its samples are, ``images`` or ``sound``.
     identity: for Parquet files, a SHA-256 (hex) of their sizes and footers; it is part of the fingerprint.
     """
 
@@ -70,6 +74,7 @@ class Source:
         left_out: Mapping[str, int] | None = None,
         notes: tuple[str, ...] = (),
         identity: str = "",
+        media: str = IMAGES,
     ) -> None:
         self.spec = spec
         self.classes = classes
@@ -79,6 +84,7 @@ class Source:
         self.left_out = dict(left_out or {})
         self.notes = notes
         self.identity = identity
+        self.media = media
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{split} {self.size(split)}" for split in self.splits)
@@ -133,12 +139,12 @@ class Source:
         """
         check_whole("limit", limit, 1, hint=f"leave {opt('limit')} out for all samples")
         rows = {split: _spread(rows, limit) for split, rows in self._rows.items()}
-        return Source(self.spec, self.classes, rows, self._load, self.left_out, self.notes, self.identity)
+        return Source(self.spec, self.classes, rows, self._load, self.left_out, self.notes, self.identity, self.media)
 
     def only(self, rows: Mapping[str, range]) -> Source:
         """The source with these splits, and these rows of each, alone."""
         some = {split: self._split(split)[run.start : run.stop] for split, run in rows.items()}
-        return Source(self.spec, self.classes, some, self._load, self.left_out, self.notes, self.identity)
+        return Source(self.spec, self.classes, some, self._load, self.left_out, self.notes, self.identity, self.media)
 
 
 def _stat(at: Any) -> tuple[int, int] | None:
@@ -285,9 +291,9 @@ def _build(spec: str, tree: Tree, load: Load, val_fraction: float | None, seed: 
     for split in [base, *found] if tree.classes is None else ():
         for name in sorted(tree.folders.get(split, set()) | {row.name for row in found[split]} - {""}):
             if split == base and not counts[name]:
-                way_out = "add images to it or remove the folder"
+                way_out = f"add {NOUNS[tree.media]} to it or remove the folder"
                 where = f" in {split}" if len(found) > 1 else ""
-                raise SourceError(f"class {name} of {spec} has no images{where}", way_out)
+                raise SourceError(f"class {name} of {spec} has no {NOUNS[tree.media]}{where}", way_out)
             if not counts[name] and any(row.name == name for row in found[split]):
                 way_out = f"add the class to {base}, or remove it from {split}"
                 raise SourceError(f"class {name} of {spec} is in {split} but not in {base}", way_out)
@@ -314,7 +320,14 @@ def _build(spec: str, tree: Tree, load: Load, val_fraction: float | None, seed: 
     index = {name: label for label, name in enumerate(classes)} | {"": INVALID_LABEL}
     order = sorted((split for split in found if found[split]), key=["train", "val", "test"].index)
     numbered = {split: [Row(row.key, index[row.name], row.at) for row in found[split]] for split in order}
-    return Source(spec, tuple(classes), numbered, load, tree.left_out, notes, tree.identity)
+    left_out = {_named(what, tree.media): count for what, count in tree.left_out.items()}
+    return Source(spec, tuple(classes), numbered, load, left_out, notes, tree.identity, tree.media)
+
+
+def _named(what: str, media: str) -> str:
+    """What was left out, as layouts call it, with the right noun for a source of sounds."""
+    others = f"{NOUNS[IMAGES]} beside {NOUNS[media]}"
+    return what if what == others else re.sub(f"^{NOUNS[IMAGES]} ", f"{NOUNS[media]} ", what)
 
 
 def _check_left_out(spec: str, tree: Tree) -> None:
@@ -324,7 +337,9 @@ def _check_left_out(spec: str, tree: Tree) -> None:
     total = sum(lost.values()) + sum(map(len, tree.found.values()))
     if sum(lost.values()) > total / 2:
         way_out = f"{LAYOUTS}; or give the folder with the class folders directly"
-        raise SourceError(f"{spec}: most of its {total} images would be left out: {left_out_line(lost)}", way_out)
+        raise SourceError(
+            f"{spec}: most of its {total} {NOUNS[tree.media]} would be left out: {left_out_line(lost)}", way_out
+        )
 
 
 def _split_off_val(found: dict[str, list[Found]], fraction: float, seed: int) -> dict[str, list[Found]]:

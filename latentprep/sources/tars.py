@@ -67,7 +67,7 @@ def _joined(spec: str, tars: dict[str, Listing]) -> Listing:
             tops = {entry.path.split("/")[0] for entry in listing.images}
             split = splits[path]
             prefix = f"{split}/" if split and not any(split_of_folder(top) for top in tops) else ""
-        whole.images += [Entry(prefix + image.path, image.at) for image in listing.images]
+        whole.images += [image._replace(path=prefix + image.path) for image in listing.images]
         whole.folders |= {prefix + folder for folder in listing.folders}
         above = prefix.rstrip("/")
         while above:

@@ -202,8 +202,8 @@ def test_batches_are_of_so_many_pixels(device: str, light: bool, size: int, samp
 
     codec = Named()
     codec.device, codec.light, codec.encode = device, light, None  # type: ignore[attr-defined]
-    assert Stages(None, codec, None, 1, 1).batch_samples(1, size) == samples  # type: ignore[arg-type]
-    assert Stages(None, codec, 7, 1, 1).batch_samples(1, size) == 7  # type: ignore[arg-type]
+    assert Stages(None, codec, None, 1, 1).batch_samples(1, size, size) == samples  # type: ignore[arg-type]
+    assert Stages(None, codec, 7, 1, 1).batch_samples(1, size, size) == 7  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("newer", [False, True], ids=["older flags", "newer flags"])

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from latentprep.errors import UsageError
-from latenttrain.augment import Augment, augment_codes, augment_planes, draw, symmetric_beta
+from latenttrain.augment import Augment, augment_codes, augment_planes, draw, moved, rectangle, symmetric_beta
 from latenttrain.data import one_hot
 from latenttrain.nets import NetConfig, build_net
 from latenttrain.stems import STEMS
@@ -196,3 +196,13 @@ def test_bad_settings_are_named(fields, words):
 def test_signs_must_fit_the_channels():
     with pytest.raises(UsageError, match="3 entries for 2 channels"):
         run(dataclasses.replace(NONE, mirror=True, mirror_signs=(1, -1, 1)))
+
+
+def test_on_a_line_a_stretch_of_time_is_erased_and_moved() -> None:
+    planes = torch.ones(64, 3, 1, 40)
+    inside = rectangle(planes, torch.rand(2, 64), torch.full((64,), 0.4))
+    assert inside.shape == (64, 1, 40)
+    assert (inside.sum((1, 2)) >= 8).all() and (inside.sum((1, 2)) <= 17).all()
+    codes = torch.arange(40).repeat(2, 1)[:, None, None]
+    there = moved(codes, torch.tensor([[3, -2], [3, 0]]), torch.ones(2, 2))
+    assert there[0, 0, 0, 3:].tolist() == list(range(37)) and torch.equal(there[1], codes[1])

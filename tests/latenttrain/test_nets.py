@@ -145,3 +145,28 @@ def test_bad_settings_are_named(changes, words):
 def test_foreign_json_is_refused(fields):
     with pytest.raises(UsageError):
         NetConfig.from_json(fields)
+
+
+@pytest.mark.parametrize("arch", sorted(ARCHITECTURES))
+def test_on_a_line_a_network_has_the_same_weights_along_time(arch: str) -> None:
+    square, line = (
+        build_net(NetConfig((4, *grid), 3, 4, (0.0,) * 4, (1.0,) * 4, arch=arch)) for grid in ((16, 16), (1, 50))
+    )
+    assert count_parameters(line) == count_parameters(square)
+    kernels = {module.kernel_size for module in line.body.modules() if isinstance(module, torch.nn.Conv2d)}
+    assert kernels == {(1, 1), (1, 9)}
+    codes = torch.randint(0, 16, (2, 4, 1, 50), dtype=torch.uint8)
+    line.eval()
+    before = line(codes)
+    assert before.shape == (2, 3)
+    changed = codes.clone()
+    changed[0, :, :, 40:] = 0
+    after = line(changed)
+    assert not torch.equal(before[0], after[0]) and torch.allclose(before[1], after[1])
+
+
+def test_a_line_needs_eight_cells() -> None:
+    with pytest.raises(UsageError, match="or 1 x 8"):
+        NetConfig((4, 1, 7), 3, 4, (0.0,) * 4, (1.0,) * 4)
+    with pytest.raises(UsageError):
+        NetConfig((4, 2, 50), 3, 4, (0.0,) * 4, (1.0,) * 4)

@@ -125,7 +125,7 @@ def test_encode_has_few_options() -> None:
     from latentprep.cli.commands import app
 
     command = typer.main.get_command(app).commands["encode"]  # type: ignore[attr-defined]
-    assert len([p for p in command.params if p.param_type_name == "option" and p.name != "help"]) <= 33
+    assert len([p for p in command.params if p.param_type_name == "option" and p.name != "help"]) <= 34
 
 
 @pytest.mark.parametrize("program", ["latentprep", "latenttrain"])

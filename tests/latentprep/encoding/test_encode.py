@@ -21,8 +21,7 @@ from PIL import Image
 
 import latentprep
 import profiles
-from latentprep.codecs import make_codec
-from latentprep.encoding import encode as encoder
+from latentprep.codecs import make_codec, transform
 from latentprep.encoding.encode import EncodeResult
 from latentprep.encoding.pipeline import Stages, code_rows, encode_shard
 from latentprep.errors import CodecError, DatasetError, Interrupted, SourceError, SystemFault, UsageError
@@ -468,7 +467,7 @@ def test_phi_scales_the_resolution(images: Path, tmp_path: Path, phi: float, siz
     """1.15**phi times 32 pixels, to the nearest that a codec of factor 8 takes."""
     planned = latentprep.encode(images, codec="resample:factor=8", size=32, phi=phi, out=tmp_path / "out", dry_run=True)
     assert planned.size == size
-    assert scaling.RESOLUTION_BASE == encoder.RESOLUTION_BASE
+    assert scaling.RESOLUTION_BASE == transform.RESOLUTION_BASE
 
 
 def test_a_profile_says_where_the_time_went(images: Path, tmp_path: Path) -> None:
