@@ -29,7 +29,7 @@ def main() -> None:
         sys.exit("LATENTPREP_ASSETS does not name the folder of real images and weights")
     tune_process()
     start, before = time.monotonic(), os.times()
-    codecs = ["dct", f"taesd3:weights={folder / 'taesd3'}", f"taesd:weights={folder / 'taesd'}"]
+    codecs = ["learned", "dct", f"taesd3:weights={folder / 'taesd3'}", f"taesd:weights={folder / 'taesd'}"]
     source = str(folder / "imagenette2-224.tar")
     latentprep.rd(source, codecs=codecs, images=given.images, out=given.out, progress=progress_bar)
     after = os.times()

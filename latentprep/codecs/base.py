@@ -231,8 +231,9 @@ def codec_from_config(config: dict, *, device: str | torch.device = "cpu", weigh
     codec = make_codec(config["name"], device=device, **options)
     want, have = config.get("weights_sha256"), codec.config().get("weights_sha256")
     if want != have:
+        where = f"at {options['weights']}" if options.get("weights") else "in this latentprep"
         raise CodecError(
-            f"the weights at {options.get('weights')} are not the ones this dataset was made with "
+            f"the weights {where} are not the ones this dataset was made with "
             f"(SHA-256 {str(have)[:12]}…, recorded {str(want)[:12]}…)",
             f"set {opt('weights')} to the folder of the right ones",
         )

@@ -27,6 +27,7 @@ from latentprep.errors import CodecError
 from latentprep.storage.places import path_of
 
 CONFIG, WEIGHTS = "codec.json", "codec.safetensors"
+IN_PACKAGE = Path(__file__).parent / "weights"  # trained on Imagenette's train split
 FORMAT, VERSION = "latentprep learned codec", 1
 FACTORS = (4, 8, 16)
 MAX_CHANNELS = 64
@@ -227,27 +228,25 @@ def plain(module: nn.Module) -> nn.Module:
 
 
 class LearnedCodec:
-    """A small codec trained on images of one's own, by latentprep train-codec; with an exact mirror.
+    """A small codec trained together with its quantizer, on photographs or images of one's own; with an exact mirror.
 
-    weights: the folder that it wrote, with codec.json and codec.safetensors. Latents are in steps of the quantizer that
-    they were trained with. It always computes in float32.
+    weights: the folder that latentprep train-codec wrote, with codec.json and codec.safetensors; by default the one in
+    this package, trained on photographs. Latents are in steps of the quantizer that they were trained with. It always
+    computes in float32.
     """
 
     name = "learned"
 
     def __init__(self, *, weights: str | None = None, device: torch.device | str = "cpu") -> None:
-        if weights is None:
-            raise CodecError(
-                f"codec '{self.name}' needs the folder of its weights",
-                f"use {self.name}:weights=FOLDER with a FOLDER that latentprep train-codec wrote",
-            )
         self.weights, self.device = weights, torch.device(device)
-        self.architecture, networks, self._sha256 = load(path_of(weights))
+        self._folder = IN_PACKAGE if weights is None else path_of(weights)
+        self.architecture, networks, self._sha256 = load(self._folder)
         self._encoder = _of_levels(networks.encoder, self.architecture.step).to(self.device)
         self._decoder = plain(networks.decoder).eval().requires_grad_(False).to(self.device)
 
     def config(self) -> dict:
-        return {"name": self.name, "weights": self.weights, "weights_sha256": self._sha256}
+        given = {} if self.weights is None else {"weights": self.weights}
+        return {"name": self.name, **given, "weights_sha256": self._sha256}
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         return (self.architecture.channels, *check_multiple(self.name, self.architecture.factor, height, width))
@@ -262,7 +261,7 @@ class LearnedCodec:
 
     def graph(self) -> nn.Module:
         """What `encode` does, as a module that can be exported."""
-        _, networks, _ = load(path_of(self.weights))
+        _, networks, _ = load(self._folder)
         return nn.Sequential(_Centred(), _of_levels(networks.encoder, self.architecture.step))
 
     @torch.inference_mode()

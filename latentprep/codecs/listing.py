@@ -88,7 +88,7 @@ def weights_at_hand(name: str) -> str:
     """``none needed``, ``yes``, ``no``, or what makes them, without loading or downloading anything."""
     kind = codec_class(name)
     if issubclass(kind, LearnedCodec):
-        return "made by train-codec"
+        return "yes"
     if not issubclass(kind, AutoencoderCodec):
         return "none needed"
     if importlib.util.find_spec("diffusers") is None:

@@ -82,7 +82,7 @@ def default_codec(source: Source, weights: str | None = None, size: int | None =
     side = size or usual_side(source)
     if weights is None and side is not None and side <= SMALL_SIDE:
         return "resample:factor=1"
-    return "taesd" if weights or weights_at_hand("taesd") == "yes" else "dct"
+    return "taesd" if weights or weights_at_hand("taesd") == "yes" else "learned"
 
 
 def sound_size(source: Source, codec: Any, seconds: float | None, seed: int) -> int:

@@ -157,7 +157,7 @@ def test_listing_loads_no_weights() -> None:
     assert rows["sd-vae"].code_bytes == 1568
     assert rows["taesd3"].latent == (16, 28, 28)
     assert rows["dct"].weights == "none needed"
-    assert (rows["learned"].latent, rows["learned"].weights) == (None, "made by train-codec")
+    assert (rows["learned"].latent, rows["learned"].weights) == ((12, 28, 28), "yes")
     assert "diffusers" not in sys.modules or rows["taesd"].weights in ("yes", "no")
 
 

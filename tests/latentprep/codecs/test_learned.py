@@ -15,9 +15,23 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import latentprep
 from latentprep.codecs import codec_from_config, flip_signs, make_codec, open_codec
-from latentprep.codecs.learned import CONFIG, WEIGHTS, Architecture, LearnedCodec, MirrorConv, Networks, plain, save
+from latentprep.codecs.learned import (
+    CONFIG,
+    IN_PACKAGE,
+    WEIGHTS,
+    Architecture,
+    LearnedCodec,
+    MirrorConv,
+    Networks,
+    load,
+    plain,
+    read_config,
+    save,
+)
 from latentprep.errors import CodecError, LatentError, UsageError
 from latentprep.learning.start import architecture, started
+from latentprep.pictures.metrics import psnr
+from latentprep.sources.shapes import render
 from pictures import picture
 
 GIGA = 1e9
@@ -126,9 +140,24 @@ def test_a_codec_is_its_files(weights: Path, tmp_path: Path) -> None:
         codec.latent_shape(64, 60)
 
 
-def test_without_weights_the_way_out_is_said() -> None:
-    with pytest.raises(CodecError, match="needs the folder of its weights.*train-codec"):
-        make_codec("learned")
+def test_the_weights_of_the_package_serve_by_default(tmp_path: Path) -> None:
+    codec = make_codec("learned")
+    assert codec.config() == {"name": "learned", "weights_sha256": load(IN_PACKAGE)[2]}
+    assert sum(path.stat().st_size for path in IN_PACKAGE.iterdir()) < 2 << 20
+    config = read_config(IN_PACKAGE)
+    assert "imagenette, split train" in config["origin"] and config["licence"].startswith("Apache-2.0")
+    rng = np.random.default_rng(0)
+    drawn = np.stack([render(name, rng) for name in ("star", "ring", "cross", "arrow")])
+    images = torch.from_numpy(drawn).permute(0, 3, 1, 2)  # nothing like the photographs that it was trained on
+    means = make_codec("resample", factor=8)
+    ours = psnr(codec.decode(codec.encode(images).round()), images).mean()
+    assert ours > psnr(means.decode(means.encode(images)), images).mean() + 2
+    other = written(tmp_path, *networks())
+    with pytest.raises(CodecError, match="the weights in this latentprep are not the ones this dataset was made with"):
+        codec_from_config(make_codec("learned", weights=str(other)).config() | {"weights": None})
+
+
+def test_without_weights_in_a_folder_the_way_out_is_said() -> None:
     with pytest.raises(CodecError, match="no learned codec in"):
         make_codec("learned", weights="/nowhere")
 
