@@ -31,7 +31,8 @@ class AutoencoderCodec:
     else ``float32``; never float16, in which SDXL's VAE overflows to NaN.
     revision: 2 scales pixels in float32 and then rounds them to `dtype`; 1 scales them in it, half a grey level less
     exact in bfloat16. Datasets whose codec names none have 1; in float32 the two are one, and none is recorded.
-    Latents are ``(z - shift_factor) * scaling_factor`` by the model's own configuration.
+    Latents are ``(z - shift_factor) * scaling_factor`` by the model's own configuration, or, where that has them,
+    ``(z - latents_mean) * scaling_factor / latents_std`` by channel. A video autoencoder sees an image as one frame.
     """
 
     name = ""
@@ -61,10 +62,12 @@ class AutoencoderCodec:
         self.dtype_name = dtype or ("bfloat16" if has_fast_bfloat16(self.device) else "float32")
         folder = find_weights(self.weights, self.name)
         model = _load(folder, self.name)
-        self._scale = float(model.config.get("scaling_factor") or 1.0)
-        self._shift = float(model.config.get("shift_factor") or 0.0)
-        self._sha256 = _weights_sha256(folder, self._scale, self._shift)
-        self._model = model.to(self.device, _DTYPES[self.dtype_name]).to(memory_format=torch.channels_last)
+        scale, shift = _factors(model.config)
+        self._sha256 = _weights_sha256(folder, scale, shift)
+        self._scale, self._shift = (torch.tensor(of, device=self.device).reshape(-1, 1, 1) for of in (scale, shift))
+        self._model = model.to(self.device, _DTYPES[self.dtype_name])
+        if not _is_video(model):
+            model.to(memory_format=torch.channels_last)
         self._shape = self._probe()
 
     def config(self) -> dict:
@@ -86,15 +89,12 @@ class AutoencoderCodec:
         dtype = _DTYPES[self.dtype_name]
         pixels = images.to(self.device).to(torch.float32 if self.revision > 1 else dtype)
         pixels = (pixels / 127.5 - 1).to(dtype).contiguous(memory_format=torch.channels_last)
-        output = self._model.encode(pixels)
-        if hasattr(output, "latent_dist"):
-            z = output.latent_dist.mean.float()
-            if self.posterior == "sample":
-                z = z + output.latent_dist.std.float() * self._noise(images, z.shape[1:])
-        elif self.posterior == "sample":
-            raise UsageError(f"{self.weights} has no posterior to sample from", "use posterior=mean")
-        else:
-            z = (output.latents if hasattr(output, "latents") else output.latent).float()
+        z, posterior = _encode(self._model, pixels)
+        z = z.float()
+        if self.posterior == "sample":
+            if posterior is None:
+                raise UsageError(f"{self.weights} has no posterior to sample from", "use posterior=mean")
+            z = z + posterior.float() * self._noise(images, z.shape[1:])
         return ((z - self._shift) * self._scale).contiguous()
 
     def graph(self) -> nn.Module:
@@ -104,15 +104,19 @@ class AutoencoderCodec:
         """
         if self.posterior == "sample":
             raise UsageError("a codec that draws from a posterior cannot be exported", "encode with posterior=mean")
-        return _Graph(copy.deepcopy(self._model).float().cpu(), self._scale, self._shift)
+        return _Graph(copy.deepcopy(self._model).float().cpu(), self._scale.cpu(), self._shift.cpu())
 
     @torch.inference_mode()
     @full_float32()
     def decode(self, latents: Tensor) -> Tensor:
         """f32 [B,C,h,w] -> u8 [B,3,fh,fw]."""
         z = latents.to(self.device) / self._scale + self._shift
-        z = z.to(_DTYPES[self.dtype_name]).contiguous(memory_format=torch.channels_last)
-        return to_pixels((self._model.decode(z).sample.float() + 1) * 127.5).contiguous()
+        z = z.to(_DTYPES[self.dtype_name])
+        if _is_video(self._model):
+            pixels = self._model.decode(z[:, :, None]).sample[:, :, 0]
+        else:
+            pixels = self._model.decode(z.contiguous(memory_format=torch.channels_last)).sample
+        return to_pixels((pixels.float() + 1) * 127.5).contiguous()
 
     def flip(self, latents: Tensor) -> None:
         """None: an autoencoder's mirrored latents are not the mirrored image's latents."""
@@ -129,27 +133,49 @@ class AutoencoderCodec:
 
     def _probe(self) -> tuple[int, int]:
         """(channels, factor), measured: no model configuration states both."""
-        latents = self.encode(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
-        if latents.ndim != 4 or latents.shape[-1] != latents.shape[-2] or 64 % latents.shape[-1]:
+        (channels, *cells), (_, *more) = (
+            tuple(self.encode(torch.zeros(1, 3, side, side, dtype=torch.uint8)).shape)[1:] for side in (64, 128)
+        )
+        if len(cells) != 2 or cells[0] != cells[1] or 64 % cells[0] or more != [2 * cells[0]] * 2:
             raise CodecError(
-                f"{self.weights} is not an image autoencoder: 64×64 pixels give latents {tuple(latents.shape)}"
+                f"{self.weights} is not an autoencoder whose latents grow with the image: 64×64 pixels give "
+                f"{'×'.join(map(str, cells))} cells, 128×128 give {'×'.join(map(str, more))}"
             )
-        return latents.shape[1], 64 // latents.shape[-1]
+        return channels, 64 // cells[0]
 
 
 class _Graph(nn.Module):
-    def __init__(self, model: nn.Module, scale: float, shift: float) -> None:
+    def __init__(self, model: nn.Module, scale: Tensor, shift: Tensor) -> None:
         super().__init__()
         self.model, self.scale, self.shift = model, scale, shift
 
     def forward(self, pixels: Tensor) -> Tensor:
         """u8 [B,3,H,W] -> f32 [B,C,H/f,W/f]."""
-        output = self.model.encode(pixels.float() / 127.5 - 1)  # type: ignore[operator]
-        if hasattr(output, "latent_dist"):
-            z = output.latent_dist.mean
-        else:
-            z = output.latents if hasattr(output, "latents") else output.latent
-        return (z - self.shift) * self.scale
+        return (_encode(self.model, pixels.float() / 127.5 - 1)[0] - self.shift) * self.scale
+
+
+def _encode(model: Any, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+    """[B,3,H,W] in -1…1 -> latents [B,C,h,w] before any factor, and their posterior's deviation if there is one."""
+    video = _is_video(model)
+    output = model.encode(pixels[:, :, None] if video else pixels)
+    if hasattr(output, "latent_dist"):
+        found = output.latent_dist.mean, output.latent_dist.std
+    else:
+        found = (output.latents if hasattr(output, "latents") else output.latent), None
+    return tuple(of[:, :, 0] if video and of is not None else of for of in found)
+
+
+def _is_video(model: nn.Module) -> bool:
+    """Whether it takes [B,3,T,H,W]."""
+    return any(isinstance(module, nn.Conv3d) for module in model.modules())
+
+
+def _factors(config: Any) -> tuple[float | list[float], float | list[float]]:
+    """(scale, shift) of latents, one number or one a channel."""
+    scale, mean, std = float(config.get("scaling_factor") or 1.0), config.get("latents_mean"), config.get("latents_std")
+    if mean is None or std is None:
+        return scale, float(config.get("shift_factor") or 0.0)
+    return [scale / float(of) for of in std], [float(of) for of in mean]
 
 
 class SdVae(AutoencoderCodec):
@@ -219,7 +245,7 @@ def missing_extra(name: str) -> SystemFault:
     return SystemFault(f"codec '{name}' needs the diffusers package", "pip install 'latentprep[vae]'")
 
 
-def _weights_sha256(folder: Path, scale: float, shift: float) -> str:
+def _weights_sha256(folder: Path, scale: float | list[float], shift: float | list[float]) -> str:
     """SHA-256 over what latents depend on: the weights file, and the factors applied to its output."""
     digest = hashlib.sha256(json.dumps([scale, shift]).encode())
     for file in (folder / name for name in _WEIGHT_FILES):

@@ -137,7 +137,7 @@ def codec_spec(name: str, options: dict[str, Any]) -> str:
 def split_codecs(specs: str) -> list[str]:
     """``dct:luma=20,chroma=5,taesd`` -> ``["dct:luma=20,chroma=5", "taesd"]``: several codecs' names with a comma
     between them. What follows a comma is an option of the codec before it if it has the form ``option=value``."""
-    return [spec.strip(" ") for spec in re.split(r",(?!\w+=)", specs)]
+    return [spec.lstrip(" ") for spec in re.split(r",(?!\w+=)", specs)]
 
 
 def open_codec(

@@ -5,6 +5,7 @@ import json
 import sys
 import tarfile
 from pathlib import Path
+from types import MappingProxyType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -199,6 +200,72 @@ def test_autoencoder_kl_applies_its_factors(small_vae: Path) -> None:
     assert (codec.decode(latents).float() - expected_pixels).abs().max() <= 1
     assert codec.flip(latents) is None
     assert flip_signs(codec, (4, 8, 12)) is None
+
+
+SMALL_3D = {
+    "base_dim": 8, "z_dim": 4, "dim_mult": [1, 1, 1], "num_res_blocks": 1, "temperal_downsample": [False, False],
+    "latents_mean": [0.5, -1, 0, 2], "latents_std": [1, 2, 0.5, 4],
+}  # fmt: skip
+FAMILIES: dict[str, tuple[dict, int, int]] = {  # arguments of a small one, channels and factor of its latents
+    "AutoencoderDC": ({
+        "latent_channels": 8, "attention_head_dim": 4, "encoder_block_out_channels": (8, 16, 16),
+        "decoder_block_out_channels": (8, 16, 16), "encoder_layers_per_block": (1, 1, 1),
+        "decoder_layers_per_block": (1, 1, 1), "encoder_qkv_multiscales": ((), (), (5,)),
+        "decoder_qkv_multiscales": ((), (), (5,)), "encoder_block_types": ("ResBlock", "ResBlock", "EfficientViTBlock"),
+        "decoder_block_types": ("ResBlock", "ResBlock", "EfficientViTBlock"), "scaling_factor": 0.4,
+    }, 8, 4),
+    "AutoencoderKLFlux2": ({
+        "block_out_channels": (8, 8), "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2, "norm_num_groups": 4, "latent_channels": 6, "layers_per_block": 1,
+    }, 6, 2),
+    "AutoencoderKLHunyuanImage": ({
+        "in_channels": 3, "out_channels": 3, "latent_channels": 8, "block_out_channels": (32, 32, 32),
+        "layers_per_block": 1, "spatial_compression_ratio": 4, "sample_size": 64, "scaling_factor": 0.75,
+    }, 8, 4),
+    "AutoencoderKLQwenImage": (SMALL_3D, 4, 4),
+    "AutoencoderKLWan": (SMALL_3D, 4, 4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_newer_families_of_diffusers_serve(family: str, tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    given, channels, factor = FAMILIES[family]
+    torch.manual_seed(0)
+    model = getattr(diffusers, family)(**given).eval()
+    model.save_pretrained(tmp_path)
+    codec = make_codec("sd-vae", weights=str(tmp_path), dtype="float32")
+    assert codec.latent_shape(32, 48) == (channels, 32 // factor, 48 // factor)
+    images = batch()
+    latents = codec.encode(images)
+    assert latents.shape[1:] == codec.latent_shape(*images.shape[2:])
+    frames = images[:, :, None] if given is SMALL_3D else images
+    with torch.no_grad():
+        output = model.encode(frames / 127.5 - 1)
+        raw = output.latent_dist.mean if hasattr(output, "latent_dist") else output.latent
+        decoded = model.decode(raw).sample
+    if given is SMALL_3D:
+        mean, std = (torch.tensor(SMALL_3D[key])[:, None, None, None] for key in ("latents_mean", "latents_std"))
+        expected, decoded = ((raw - mean) / std)[:, :, 0], decoded[:, :, 0]
+    else:
+        expected = raw * given.get("scaling_factor", 1)
+    assert torch.allclose(latents, expected, atol=1e-4)
+    assert torch.allclose(codec.graph()(images), expected, atol=1e-4)
+    assert (codec.decode(latents).float() - ((decoded + 1) * 127.5).clamp(0, 255)).abs().max() <= 1
+
+
+def test_an_autoencoder_of_one_size_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As diffusers' AutoencoderRAE, which resizes every image to the size of its encoder, a vision transformer."""
+
+    class OneSize(torch.nn.Module):
+        config = MappingProxyType[str, object]({})
+
+        def encode(self, pixels: torch.Tensor) -> SimpleNamespace:
+            return SimpleNamespace(latent=torch.nn.functional.adaptive_avg_pool2d(pixels, 2))
+
+    monkeypatch.setattr("latentprep.codecs.autoencoder._load", lambda folder, name: OneSize())
+    with pytest.raises(CodecError, match="latents grow with the image: 64×64 pixels give 2×2 cells, 128×128 give 2×2"):
+        make_codec("sd-vae", weights=str(tmp_path))
 
 
 def test_posterior_samples_depend_on_seed_and_image_only(small_vae: Path) -> None:
