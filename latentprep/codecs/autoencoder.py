@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -214,10 +215,12 @@ class Taef1(AutoencoderCodec):
     name, default_weights = "taef1", "madebyollin/taef1"
 
 
-def find_weights(weights: str, name: str, *, download: bool = True) -> Path:
+def find_weights(
+    weights: str, name: str, *, files: Sequence[str] = ("config.json", *_WEIGHT_FILES), download: bool = True
+) -> Path:
     """The local folder of a model: `weights` itself, the ``vae`` in a pipeline's folder, or a snapshot of the hub's.
 
-    The snapshot is in the hub's cache, or downloaded if allowed.
+    files: what a snapshot has of them. It is in the hub's cache, or downloaded if allowed.
 
     Raises `CodecError` if it is neither, `SystemFault` if the packages that read it are not installed.
     """
@@ -234,9 +237,8 @@ def find_weights(weights: str, name: str, *, download: bool = True) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise missing_extra(name) from error
-    patterns = ["config.json", *_WEIGHT_FILES]
     try:
-        return Path(snapshot_download(weights, allow_patterns=patterns, local_files_only=not download))
+        return Path(snapshot_download(weights, allow_patterns=list(files), local_files_only=not download))
     except Exception as error:  # the hub client raises its own, requests', httpx's and OS errors
         raise CodecError(f"cannot get the weights {weights}: {_first_line(error)}", way_out) from error
 

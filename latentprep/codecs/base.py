@@ -159,7 +159,7 @@ def open_codec(
             raise UsageError(
                 f"{opt('weights')} is given, and the codec '{codec}' names weights too", "give one of them"
             )
-        options["weights"] = weights
+        options["weights"] = str(weights)
     if seed is not None and "seed" in codec_options(name):
         options.setdefault("seed", seed)
     return make_codec(name, device=device, **options)
@@ -225,7 +225,7 @@ def codec_from_config(config: dict, *, device: str | torch.device = "cpu", weigh
     """
     options = {key: value for key, value in config.items() if key not in ("name", "model", "weights_sha256")}
     if weights is not None:
-        options["weights"] = weights
+        options["weights"] = str(weights)
     if "revision" in inspect.signature(codec_class(config["name"])).parameters:
         options.setdefault("revision", 1)  # what a dataset's codes mean does not change with our version
     codec = make_codec(config["name"], device=device, **options)
