@@ -38,6 +38,7 @@ class AutoencoderCodec:
 
     name = ""
     default_weights = ""
+    files = ("config.json", *_WEIGHT_FILES)
 
     def __init__(
         self,
@@ -61,7 +62,7 @@ class AutoencoderCodec:
         self.weights = weights or self.default_weights
         self.posterior, self.seed = posterior, seed
         self.dtype_name = dtype or ("bfloat16" if has_fast_bfloat16(self.device) else "float32")
-        folder = find_weights(self.weights, self.name)
+        folder = find_weights(self.weights, self.name, self.files)
         model = _load(folder, self.name)
         scale, shift = _factors(model.config)
         self._sha256 = _weights_sha256(folder, scale, shift)
@@ -216,7 +217,7 @@ class Taef1(AutoencoderCodec):
 
 
 def find_weights(
-    weights: str, name: str, *, files: Sequence[str] = ("config.json", *_WEIGHT_FILES), download: bool = True
+    weights: str, name: str, files: Sequence[str] = AutoencoderCodec.files, *, download: bool = True
 ) -> Path:
     """The local folder of a model: `weights` itself, the ``vae`` in a pipeline's folder, or a snapshot of the hub's.
 

@@ -18,6 +18,7 @@ from latentprep.codecs.base import (
     media_of,
 )
 from latentprep.codecs.learned import LearnedCodec
+from latentprep.codecs.walloc import WallocCodec
 from latentprep.errors import LatentError, check_whole
 from latentprep.format.quantizer import check_bits
 from latentprep.sources.kinds import SOUND
@@ -30,6 +31,7 @@ _LATENTS = {
     "taesdxl": (4, 8),
     "taesd3": (16, 8),
     "taef1": (16, 8),
+    "walloc": (12, 8),
 }
 
 
@@ -89,12 +91,12 @@ def weights_at_hand(name: str) -> str:
     kind = codec_class(name)
     if issubclass(kind, LearnedCodec):
         return "yes"
-    if not issubclass(kind, AutoencoderCodec):
+    if not issubclass(kind, AutoencoderCodec | WallocCodec):
         return "none needed"
     if importlib.util.find_spec("diffusers") is None:
         return "needs pip install 'latentprep[vae]'"
     try:
-        find_weights(kind.default_weights, name, download=False)
+        find_weights(kind.default_weights, name, kind.files, download=False)
     except LatentError:
         return "no"
     return "yes"

@@ -100,6 +100,7 @@ class WallocCodec:
     """
 
     name, default_weights = "walloc", "danjacobellis/walloc"
+    files = ("RGB_16x.json", "RGB_16x.safetensors", "RGB_16x.pth")  # of the default checkpoint
 
     def __init__(
         self, *, weights: str | None = None, checkpoint: str = "RGB_16x", device: torch.device | str = "cpu"
@@ -107,10 +108,10 @@ class WallocCodec:
         if not re.fullmatch(r"[\w.-]+", checkpoint):
             raise UsageError(f"walloc:checkpoint must be the name of a model, got {checkpoint!r:.60}", "use RGB_16x")
         self.weights, self.checkpoint, self.device = weights or self.default_weights, checkpoint, torch.device(device)
-        stems = [f"{checkpoint}.{kind}" for kind in ("json", "safetensors", "pth")]
-        folder = find_weights(self.weights, self.name, files=stems)
-        self.architecture = Architecture.read(folder / stems[0])
-        networks, self._sha256 = _load(self.architecture, folder / stems[1], folder / stems[2])
+        files = [name.replace("RGB_16x", checkpoint) for name in self.files]
+        folder = find_weights(self.weights, self.name, files)
+        self.architecture = Architecture.read(folder / files[0])
+        networks, self._sha256 = _load(self.architecture, folder / files[1], folder / files[2])
         self._encoder = _Encoder(self.architecture, networks.encoder).to(self.device)
         self._decoder = networks.decoder.to(self.device)
 

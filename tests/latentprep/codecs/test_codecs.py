@@ -158,6 +158,7 @@ def test_listing_loads_no_weights() -> None:
     assert rows["sd-vae"].code_bytes == 1568
     assert rows["taesd3"].latent == (16, 28, 28)
     assert rows["dct"].weights == "none needed"
+    assert (rows["walloc"].latent, rows["walloc"].weights) == ((12, 28, 28), rows["taesd3"].weights)
     assert (rows["learned"].latent, rows["learned"].weights) == ((12, 28, 28), "yes")
     assert "diffusers" not in sys.modules or rows["taesd"].weights in ("yes", "no")
 
