@@ -220,13 +220,18 @@ def draw_rd(points: list[Point], codecs: list[tuple[str, float]], path: Path) ->
 
     names = list(dict.fromkeys(point.name for point in points))
     ours = {name for name, _ in codecs}
-    dashes, colours = iter(("-", "--", ":")), iter(COLOURS * len(names))
+    dashes = iter(("-", "--", ":"))
+    coded = list(dict.fromkeys(name.removesuffix(f" {BY_RATE}") for name in names if name in ours))
+    colours = dict(zip(coded, COLOURS * len(coded), strict=False))
     looks: dict[str, dict[str, Any]] = {
-        name: {"color": next(colours), "marker": "o", "markersize": 4}
+        name: {
+            "color": colours[name.removesuffix(f" {BY_RATE}")], "marker": "o", "markersize": 4,
+            **({"linestyle": "--", "markerfacecolor": "white"} if name.endswith(f" {BY_RATE}") else {}),
+        }
         if name in ours
         else {"color": GREY, "linestyle": next(dashes)}
         for name in names
-    }
+    }  # fmt: skip
     with draw(path, 2) as (left, right):
         for axes, what, title in ((left, "psnr", "PSNR (dB)"), (right, "ssim", "SSIM")):
             for name in names:
@@ -235,7 +240,7 @@ def draw_rd(points: list[Point], codecs: list[tuple[str, float]], path: Path) ->
             log_below(axes)
             axes.set_title(title, loc="left", color=INK)
             axes.set_xlabel("bits per pixel on disk", color=INK)
-        right.legend(frameon=False, labelcolor=INK, loc="lower right")
+        right.legend(frameon=False, labelcolor=INK, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def _coded(
