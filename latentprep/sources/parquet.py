@@ -332,7 +332,10 @@ def _class_of(label: Any, columns: _Columns, file: str, row: int) -> str:
     if columns.classes is None:
         return str(label).lower() if isinstance(label, bool) else str(label)
     if not 0 <= label < len(columns.classes):
-        raise SourceError(f"row {row} of {file} has label {label}, but there are {len(columns.classes)} classes")
+        raise SourceError(
+            f"row {row} of {file} has label {label}, but there are {len(columns.classes)} classes",
+            f"name the labels' column with {opt('label_column')}, or write the file again",
+        )
     return columns.classes[label]
 
 

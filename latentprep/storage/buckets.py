@@ -341,10 +341,11 @@ def _tried(what: str, call: Callable[[], T], passing: tuple[type[Exception], ...
             raise
         except passing as error:
             last = error
-    raise SystemFault(
-        f"cannot {what}: {str(last).partition(chr(10) + chr(10) + 'Debug source:')[0]}",
-        "check the address, the network and the credentials, then run the same command again",
-    ) from last
+    text = str(last).partition(chr(10) + chr(10) + "Debug source:")[0]
+    hint = "check the address, the network and the credentials, then run the same command again"
+    if "Range request not supported" in text:
+        hint = "name a file, on a server that answers range requests; or download it"
+    raise SystemFault(f"cannot {what}: {text}", hint) from last
 
 
 @lru_cache

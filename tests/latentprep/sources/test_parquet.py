@@ -587,7 +587,10 @@ def test_absurd_schemas(tmp_path: Path) -> None:
         (b"[]", "must be a JSON object"),
         (b'{"info": {"features": {"label": {"_type": "ClassLabel", "names": [1, 2]}}}}', "no list of class names"),
         (b'{"info": {"features": {"label": {"_type": "ClassLabel", "names": ["a", "a"]}}}}', "have one name"),
-        (b'{"info": {"features": {"label": {"_type": "ClassLabel", "names": ["a"]}}}}', "label 1, but there are 1"),
+        (
+            b'{"info": {"features": {"label": {"_type": "ClassLabel", "names": ["a"]}}}}',
+            "label 1, but there are 1 classes; name the labels' column",
+        ),
         (b'{"info": {"features": {"other": {"_type": "ClassLabel", "names": ["a"]}}}}', "no single column other"),
         (b'{"info": {"features": {"label": {"_type": "Image"}}}}', "holds int64, not images"),
     ],
