@@ -46,7 +46,7 @@ def main() -> None:
         measured["epoch of fit"] = [fit, ["seconds_per_epoch"]]
         results = {}
         for name, (arguments, (figure,)) in measured.items():
-            module = "latenttrain.cli" if name == "epoch of fit" else "latentprep.cli"
+            module = "latenttrain" if name == "epoch of fit" else "latentprep"
             ratios = []
             for repeat in range(options.repeats):
                 order = sorted(trees, reverse=bool(repeat % 2))

@@ -304,7 +304,7 @@ class Chaos:
         """SIGKILL the command, and run it again until it ends: its workers are gone, no committed shard is."""
         out, ended, left = self.scratch / "driver", 0, []
         words = [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()]
-        command = [sys.executable, "-m", "latentprep.cli", "encode", str(self.source), *words]
+        command = [sys.executable, "-m", "latentprep", "encode", str(self.source), *words]
         before: set = set()
         while len(left) < times:
             driver = subprocess.Popen(

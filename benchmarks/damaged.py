@@ -94,7 +94,7 @@ def pillows(data: bytes) -> bool:
 
 def encode(source: Path, out: Path) -> tuple[int, list[float]]:
     """`latentprep encode` as a program: its exit code, and its resident memory in MiB, ten times a second."""
-    command = [sys.executable, "-m", "latentprep.cli", "encode", str(source), "--codec", "dct", "--size", str(SIZE)]
+    command = [sys.executable, "-m", "latentprep", "encode", str(source), "--codec", "dct", "--size", str(SIZE)]
     command += ["--out", str(out), "--shard-rows", "256", "--max-error-fraction", "0.2"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     memory: list[float] = []

@@ -71,10 +71,11 @@ def show_verified(found: VerifyResult) -> None:
     if found.invalid:
         facts["invalid"] = f"{found.invalid} samples could not be read when they were encoded"
     if found.compared is not None:
-        facts["compared"] = (
-            f"{text.plural(found.compared.images, 'image')} encoded again: {found.compared.differing:.3%} of the "
-            f"codes differ, by at most {found.compared.farthest:.3%} of the range per image"
-        )
+        if found.compared.images:
+            facts["compared"] = (
+                f"{text.plural(found.compared.images, 'image')} encoded again: {found.compared.differing:.3%} of the "
+                f"codes differ, by at most {found.compared.farthest:.3%} of the range per image"
+            )
         if found.compared.unreadable and found.hashed is None:
             facts["unreadable"] = f"{len(found.compared.unreadable)} now, the first {found.compared.unreadable[0]}"
     if found.hashed is not None:

@@ -96,7 +96,7 @@ def test_read_only_out(images: Path, tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_stdout_that_is_full_or_closed_shows_no_traceback(images: Path, tmp_path: Path) -> None:
     latentprep("encode", images, "--codec", "dct", "--size", 32, "--out", tmp_path / "out")
-    shown = f"{sys.executable} -m latentprep.cli info {tmp_path / 'out'}"
+    shown = f"{sys.executable} -m latentprep info {tmp_path / 'out'}"
     done = subprocess.run(f"{shown} | true", shell=True, capture_output=True, text=True)
     assert "Traceback" not in done.stderr
 

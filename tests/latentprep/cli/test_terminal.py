@@ -212,7 +212,7 @@ def test_a_reader_that_goes_away_is_no_error(made: Path) -> None:
     for arguments in (["info", made], ["info", made, "--json"], ["encode", "--help"]):
         reader, writer = os.pipe()
         os.close(reader)
-        line = [sys.executable, "-m", "latentprep.cli", *map(str, arguments)]
+        line = [sys.executable, "-m", "latentprep", *map(str, arguments)]
         done = subprocess.run(line, stdout=writer, stderr=subprocess.PIPE, timeout=120)
         os.close(writer)
         assert (done.returncode, done.stderr) == (141, b"")
@@ -301,7 +301,7 @@ def test_signals_end_an_encode_in_order(number: signal.Signals, whole: Path, tmp
     arguments = ["encode", "shapes", "--limit", "100", "--codec", "dct", "--size", "64", "--shard-rows", "8"]
     arguments += ["--out", str(out)]
     if number == signal.SIGTERM:
-        code, err = stopped([sys.executable, "-m", "latentprep.cli", *arguments], number, out / "records")
+        code, err = stopped([sys.executable, "-m", "latentprep", *arguments], number, out / "records")
     else:
         code, err = stopped_here(arguments, number, out / "records")
     assert code == 128 + number

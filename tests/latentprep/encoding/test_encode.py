@@ -368,7 +368,7 @@ def test_a_deleted_shard_is_made_again(images: Path, tmp_path: Path) -> None:
 def test_killed_again_and_again_and_resumed_is_the_same(tmp_path: Path) -> None:
     """SIGKILL just after a commit; `benchmarks/chaos.py` does it at random moments, on real images."""
     source = make_folder(tmp_path / "images", train=60, val=10)
-    command = [sys.executable, "-m", "latentprep.cli", "encode", str(source), "--codec", "dct", "--shard-rows", "4"]
+    command = [sys.executable, "-m", "latentprep", "encode", str(source), "--codec", "dct", "--shard-rows", "4"]
     encode(source, tmp_path / "whole", size=None)
     kills = 0
     for delay in (0.0, 0.005):

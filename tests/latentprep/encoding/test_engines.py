@@ -126,7 +126,7 @@ class Program:
     def __init__(self, source: Path, out: Path, *options: str) -> None:
         words = ["encode", source, "--codec", "slow", "--size", "64", "--shard-rows", "4", "--out", out, *options]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "latentprep.cli", *map(str, words)],
+            [sys.executable, "-m", "latentprep", *map(str, words)],
             text=True, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
         )  # fmt: skip

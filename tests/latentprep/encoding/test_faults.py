@@ -200,7 +200,7 @@ def test_a_worker_that_dies_ends_the_run_and_loses_nothing(
 
 def test_of_two_encodes_at_once_the_second_is_refused_and_a_dead_one_holds_nothing(tmp_path: Path) -> None:
     source = make_folder(tmp_path / "images", train=150, val=10)
-    command = [sys.executable, "-m", "latentprep.cli", "encode", str(source), "--codec", "dct", "--shard-rows", "4"]
+    command = [sys.executable, "-m", "latentprep", "encode", str(source), "--codec", "dct", "--shard-rows", "4"]
     process = subprocess.Popen([*command, "--out", str(tmp_path / "out")], stdout=-3, stderr=-3)
     try:
         while process.poll() is None and not (tmp_path / "out" / "records").exists():

@@ -1,3 +1,0 @@
-from latentprep.cli import main
-
-main()
