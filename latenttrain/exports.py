@@ -162,17 +162,20 @@ class _Quantized(nn.Module):
 
     lo: Tensor
     step: Tensor
+    tops: Tensor
 
     def __init__(self, encoder: nn.Module, quantizer: Quantizer) -> None:
         super().__init__()
-        self.encoder, self.levels = encoder, quantizer.levels
+        self.encoder = encoder
         for name in ("lo", "step"):
             self.register_buffer(name, torch.tensor(getattr(quantizer, name))[:, None, None])
+        tops = torch.tensor(quantizer.channel_levels, dtype=torch.float32) - 1
+        self.register_buffer("tops", tops[:, None, None])
 
     def forward(self, pixels: Tensor) -> Tensor:
         """u8 [B,3,S,S] -> u8 [B,C,h,w]"""
         cells = (self.encoder(pixels) - self.lo) / self.step
-        return cells.clamp(0, self.levels - 1).floor().to(torch.uint8)
+        return cells.clamp(min=0).minimum(self.tops).floor().to(torch.uint8)
 
 
 def _encoder(config: RunConfig, weights: str | Path | None) -> tuple[Codec, nn.Module]:
@@ -205,7 +208,8 @@ def _some_codes(config: RunConfig) -> tuple[Tensor, bool]:
         pass  # it has moved, or is damaged: nothing of it is needed
     generator = torch.Generator().manual_seed(0)
     shape = (_CHECKED, *config.net.latent)
-    return torch.randint(0, config.quantizer.levels, shape, generator=generator, dtype=torch.uint8), False
+    levels = torch.tensor(config.quantizer.channel_levels)[:, None, None]
+    return (torch.rand(shape, generator=generator) * levels).to(torch.uint8), False
 
 
 def _pictures(size: int) -> Tensor:
@@ -319,7 +323,8 @@ class OnnxModel:
 
 def _quantizer(fields: Fields) -> Quantizer:
     weights = fields.numbers("filter") if "filter" in fields.document else ()
-    return Quantizer(fields.whole("bits", 1, 8), fields.numbers("lo"), fields.numbers("step"), weights)
+    each = tuple(fields.list("channel_bits", int)) if "channel_bits" in fields.document else ()
+    return Quantizer(fields.whole("bits", 1, 8), fields.numbers("lo"), fields.numbers("step"), weights, each)
 
 
 def _line(error: Exception) -> str:

@@ -28,6 +28,10 @@ Joint = Annotated[
         help="Choose codes jointly. Default: at 1 bit, autoencoders.",
     ),
 ]
+EqualBits = Annotated[
+    bool | None,
+    typer.Option("--equal-bits/--no-equal-bits", help="Same bits in all channels. Default: by worth."),
+]
 Weights = Annotated[
     str | None, typer.Option(help="Folder of the autoencoder's weights, if it has moved since the encode.")
 ]

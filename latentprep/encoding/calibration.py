@@ -19,6 +19,7 @@ from latentprep.format.quantizer import Quantizer
 from latentprep.format.stores import store_of
 from latentprep.format.zarr_store import choose_compression
 from latentprep.progress import ProgressFactory
+from latentprep.quantizing.allocation import fit_allocated
 from latentprep.quantizing.rate import fit_rate
 from latentprep.quantizing.scalar import code_statistics, fit_quantizer, quantize
 from latentprep.sources.media import medium_of
@@ -69,12 +70,19 @@ def calibrate(stages: Stages, asked: Plan, progress: ProgressFactory, count: int
         if (doubt := doubtful(everything)) is not None:
             bar.note(f"warning: {doubt}; the ranges may not fit other images")
     if asked.rate is None:
-        quantizer = fit_quantizer(everything, asked.bits, asked.joint)
+        quantizer = fit_to_bits(everything, asked)
         compression = choose_compression(quantize(everything, quantizer).numpy()[:, None])
     else:
         quantizer, compression = fit_to_rate(stages.codec, everything, asked, asked.rate)
     codes = quantize(everything, quantizer)
     return asked.manifest(quantizer, code_statistics(codes, quantizer), compression)
+
+
+def fit_to_bits(latents: Tensor, asked: Plan) -> Quantizer:
+    """The quantizer of the bits that a plan has, fitted to the latents, f32 [B,C,h,w]."""
+    if asked.mean_bits is not None:
+        return fit_allocated(latents, asked.mean_bits)
+    return fit_quantizer(latents, asked.bits, asked.joint)
 
 
 def fit_to_rate(codec: Codec, latents: Tensor, asked: Plan, rate: float) -> tuple[Quantizer, list[dict]]:

@@ -14,6 +14,7 @@ from latentprep.format.commit import commit_shard, create_dataset, remove_datase
 from latentprep.format.dataset import LatentDataset, open_dataset
 from latentprep.format.fields import differences
 from latentprep.format.manifest import MANIFEST, STORED, Manifest, Plan, ShardRecord
+from latentprep.format.quantizer import whole_as_int
 from latentprep.format.shard import EncodedShard
 from latentprep.sources.source import Source
 from latentprep.storage.atomic import locked, make_folder
@@ -106,6 +107,7 @@ def _check_same(root: Place, stored: Manifest, asked: Plan, source: Source | Non
         hints = {
             "source.sha256": f"its files or labels changed, or {opt('limit')}, {share} or {opt('seed')} did; ",
             "joint": f"use {opt('joint', bool(stored_value))}; ",
+            "equal_bits": f"use {opt('equal_bits', bool(stored_value))}; ",
             "codec.dtype": f"give the codec the option dtype={stored_value}; ",
             "codec.revision": f"an earlier version started it: verify with {opt('repair', True)} completes it; ",
             "transform.colour": f"from Python, colour={stored_value!r} resumes it; ",
@@ -147,7 +149,8 @@ def _meaning(plan: Plan) -> dict:
     """The settings that decide what an image's codes mean."""
     return {
         "codec": {key: value for key, value in plan.codec.items() if key != "weights"},
-        "bits": plan.bits,
+        "bits": plan.bits if plan.mean_bits is None else whole_as_int(plan.mean_bits),
+        "equal_bits": plan.mean_bits is None,
         "rate": plan.rate,
         "joint": plan.joint,
         "transform": {key: plan.transform.get(key) for key in ("size", "resize", "colour")},
