@@ -53,8 +53,8 @@ class AffineStem(nn.Module):
         self.register_buffer("shift", None, persistent=False)
 
     def set_filter(self, weights: tuple[float, ...], step: tuple[float, ...]) -> None:
-        """The quantizer's filter, [C,C,3,3] in a row, and its steps, where all channels have the same bits. It works about
-        the middle of the range, which is also what lies outside of the grid, so that the mean is taken off after it."""
+        """The quantizer's filter, [C,C,3,3] in a row, and its steps; channels then have equal bits. It works about the
+        middle of the range, which is also what lies outside of the grid, so that the mean is taken off after it."""
         steps = torch.tensor(step)
         kernel = torch.tensor(weights).view(self.planes, self.planes, 3, 3)
         kernel = kernel * steps.view(1, -1, 1, 1) / steps.view(-1, 1, 1, 1)

@@ -21,7 +21,7 @@ from latentprep.format.zarr_store import choose_compression
 from latentprep.progress import ProgressFactory
 from latentprep.quantizing.allocation import fit_allocated
 from latentprep.quantizing.rate import fit_rate
-from latentprep.quantizing.scalar import code_statistics, fit_quantizer, quantize
+from latentprep.quantizing.scalar import channel_values, code_statistics, fit_quantizer, quantize
 from latentprep.sources.media import medium_of
 
 CALIBRATION = 256  # images, spread evenly over the train split
@@ -69,6 +69,11 @@ def calibrate(stages: Stages, asked: Plan, progress: ProgressFactory, count: int
         everything = torch.cat(latents)
         if (doubt := doubtful(everything)) is not None:
             bar.note(f"warning: {doubt}; the ranges may not fit other images")
+        if asked.mean_bits is not None and (same := channel_values(everything)[1].count(True)):
+            bar.note(
+                f"warning: {same} of {len(everything[0])} channels are constant on these images and get no bits; equal "
+                "bits leave them room, if other images differ there, as coloured ones do from grey ones"
+            )
     if asked.rate is None:
         quantizer = fit_to_bits(everything, asked)
         compression = choose_compression(quantize(everything, quantizer).numpy()[:, None])

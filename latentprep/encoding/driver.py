@@ -150,9 +150,9 @@ def _meaning(plan: Plan) -> dict:
     return {
         "codec": {key: value for key, value in plan.codec.items() if key != "weights"},
         "bits": plan.bits if plan.mean_bits is None else whole_as_int(plan.mean_bits),
-        "equal_bits": plan.mean_bits is None,
         "rate": plan.rate,
         "joint": plan.joint,
+        "equal_bits": plan.mean_bits is None,
         "transform": {key: plan.transform.get(key) for key in ("size", "resize", "colour")},
     }
 

@@ -59,13 +59,13 @@ def _whole(cells: Tensor, quantizer: Quantizer) -> Tensor:
 
 
 def _clamp(cells: Tensor, quantizer: Quantizer, less: int = 0) -> Tensor:
-    """Positions in cells, f32 [B,C,h,w], overwritten: from 0 to the channel's number of levels, less so much.
+    """Positions in cells, f32 [...,C,h,w], overwritten: from 0 to the channel's number of levels, less so much.
 
     Channel by channel where levels differ: CPUs take five times as long for bounds that are tensors.
     """
     if quantizer.equal_bits:
         return cells.clamp_(0, quantizer.levels - less)
-    for plane, levels in zip(cells.unbind(1), quantizer.channel_levels, strict=True):
+    for plane, levels in zip(cells.unbind(-3), quantizer.channel_levels, strict=True):
         plane.clamp_(0, levels - less)
     return cells
 
@@ -196,7 +196,8 @@ def _widest(values: np.ndarray, sums: np.ndarray, levels: int, lo: float, step: 
     ends[:, -1] = len(values)
     ends[:, 1:-1] = np.searchsorted(values, middles[:, 1:] - steps / 2)
     error = ((np.diff(ends) * middles - 2 * np.diff(sums[ends])) * middles).sum(1) + np.square(values).sum()
-    chosen = int(np.flatnonzero(error <= (1 + _SLACK) * error[0])[-1])
+    most = (1 + _SLACK) * max(error[0], 0.0)  # rounding may make an error of nothing negative
+    chosen = int(np.flatnonzero(error <= most)[-1])
     return lo + levels / 2 * (step - steps[chosen, 0]), steps[chosen, 0]
 
 
