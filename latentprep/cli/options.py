@@ -30,7 +30,7 @@ Joint = Annotated[
 ]
 EqualBits = Annotated[
     bool | None,
-    typer.Option("--equal-bits/--no-equal-bits", help="Same bits in all channels. Default: by worth."),
+    typer.Option("--equal-bits", help="The same bits for every channel."),
 ]
 Weights = Annotated[
     str | None, typer.Option(help="Folder of the autoencoder's weights, if it has moved since the encode.")
