@@ -14,7 +14,6 @@ from latentprep.format.commit import commit_shard, create_dataset, remove_datase
 from latentprep.format.dataset import LatentDataset, open_dataset
 from latentprep.format.fields import differences
 from latentprep.format.manifest import MANIFEST, STORED, Manifest, Plan, ShardRecord
-from latentprep.format.quantizer import whole_as_int
 from latentprep.format.shard import EncodedShard
 from latentprep.sources.source import Source
 from latentprep.storage.atomic import locked, make_folder
@@ -149,7 +148,7 @@ def _meaning(plan: Plan) -> dict:
     """The settings that decide what an image's codes mean."""
     return {
         "codec": {key: value for key, value in plan.codec.items() if key != "weights"},
-        "bits": plan.bits if plan.mean_bits is None else whole_as_int(plan.mean_bits),
+        "bits": plan.asked_bits,
         "rate": plan.rate,
         "joint": plan.joint,
         "equal_bits": plan.mean_bits is None,

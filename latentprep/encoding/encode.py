@@ -245,7 +245,7 @@ def encode(
 
     if dry_run:
         values = sum(n * int(np.prod(asked.row_shape(split))) for split, n in asked.splits.items())
-        most = round(values * (asked.rate or asked.mean_bits or asked.bits) / 8)
+        most = round(values * (asked.rate or asked.asked_bits) / 8)
         return encode_result(root, asked, [], code_bytes=most, dry_run=True, left_out=source.left_out)
 
     if sum(map(asked.shard_count, names)) > MAX_SHARDS:
@@ -447,7 +447,7 @@ def encode_result(root: Place, plan: Plan, records: list[ShardRecord], **facts: 
     return EncodeResult(
         out=str(root),
         codec=plan.codec,
-        bits=plan.quantizer.mean_bits if isinstance(plan, Manifest) else plan.mean_bits or plan.bits,
+        bits=plan.quantizer.mean_bits if isinstance(plan, Manifest) else plan.asked_bits,
         joint=plan.joint,
         size=plan.transform["size"],
         views=plan.most_views,

@@ -15,7 +15,7 @@ from typing import Any
 from latentprep.errors import DatasetError
 from latentprep.format.fields import Fields, dump_json, parse_json, read_json
 from latentprep.format.hashes import CONTENT_HASH
-from latentprep.format.quantizer import MOST_BITS, Quantizer, Statistics
+from latentprep.format.quantizer import MOST_BITS, Quantizer, Statistics, whole_as_int
 from latentprep.format.thumbnails import ColourMap
 from latentprep.storage.places import Place
 
@@ -92,6 +92,11 @@ class Plan:
     def equal_bits(self) -> bool:
         """Whether every channel was to have `bits`, neither more nor fewer."""
         return self.rate is None and self.mean_bits is None
+
+    @property
+    def asked_bits(self) -> float:
+        """Bits per value, on average, that were asked for; with `rate`, the most."""
+        return self.bits if self.mean_bits is None else whole_as_int(self.mean_bits)
 
     def views(self, split: str) -> int:
         """Views of each sample of a split."""
