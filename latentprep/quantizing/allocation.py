@@ -16,12 +16,11 @@ from latentprep.errors import UsageError, opt
 from latentprep.format.quantizer import MOST_BITS, Quantizer, check_mean_bits
 from latentprep.quantizing.scalar import channel_values, fit_channel, fit_quantizer
 
-EXPONENT = 0.0
 _VALUES = 1 << 14  # of each channel that distortions are measured on, at most
 _STARTS, _STEPS = 12, 20  # of rough fits
 
 
-def fit_allocated(latents: Tensor, bits: float, exponent: float = EXPONENT) -> Quantizer:
+def fit_allocated(latents: Tensor, bits: float, exponent: float = 0.0) -> Quantizer:
     """The quantizer of `bits` bits on average, 0.25 to 8, each channel fitted as by `fit_quantizer`: f32 [B,C,h,w].
 
     Raises `UsageError` if that is less than one bit for all channels together, `CodecError` if a value is not finite.
@@ -29,7 +28,7 @@ def fit_allocated(latents: Tensor, bits: float, exponent: float = EXPONENT) -> Q
     return fit_quantizer(latents, allocate(latents, bits, exponent))
 
 
-def allocate(latents: Tensor, bits: float, exponent: float = EXPONENT) -> list[int]:
+def allocate(latents: Tensor, bits: float, exponent: float = 0.0) -> list[int]:
     """Bits of each channel of the latents, f32 [B,C,h,w], together at most `bits` times their number.
 
     They make the sum of the channels' squared errors least, each divided by the power `exponent` of the channel's
