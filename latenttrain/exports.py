@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from latentprep.device import full_float32
 from latentprep.errors import CheckpointError, LatentError, SystemFault, UsageError, opt, system_fault
 from latentprep.format import Quantizer, open_dataset
-from latentprep.format.fields import Fields, parse_json
+from latentprep.format.fields import parse_json
+from latentprep.format.quantizer import read_quantizer
 from latentprep.storage.atomic import write_atomic
 from latentprep.storage.places import path_of
 from latenttrain import __version__
@@ -290,7 +291,7 @@ class OnnxModel:
         self.classes = notes.list("classes", str)
         transform = notes.object("transform")
         self.transform, size = transform.document, transform.whole("size", 1, 1 << 32)
-        self.quantizer = _quantizer(notes.object("quantizer"))
+        self.quantizer = read_quantizer(notes.object("quantizer"))
         notes.object("codec").text("name")
         given, gives = self.session.get_inputs(), self.session.get_outputs()
         self.name = given[0].name if given else ""
@@ -319,12 +320,6 @@ class OnnxModel:
         except Exception as error:  # onnxruntime's kinds are private
             raise CheckpointError(f"{self.path} does not run: {_line(error)}", "export it again") from error
         return torch.from_numpy(np.asarray(found))
-
-
-def _quantizer(fields: Fields) -> Quantizer:
-    weights = fields.numbers("filter") if "filter" in fields.document else ()
-    each = tuple(fields.list("channel_bits", int)) if "channel_bits" in fields.document else ()
-    return Quantizer(fields.whole("bits", 1, 8), fields.numbers("lo"), fields.numbers("step"), weights, each)
 
 
 def _line(error: Exception) -> str:

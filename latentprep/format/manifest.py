@@ -15,7 +15,7 @@ from typing import Any
 from latentprep.errors import DatasetError
 from latentprep.format.fields import Fields, dump_json, parse_json, read_json
 from latentprep.format.hashes import CONTENT_HASH
-from latentprep.format.quantizer import MOST_BITS, Quantizer, Statistics, whole_as_int
+from latentprep.format.quantizer import MOST_BITS, Quantizer, Statistics, read_quantizer, whole_as_int
 from latentprep.format.thumbnails import ColourMap
 from latentprep.storage.places import Place
 
@@ -204,11 +204,7 @@ class Manifest(Plan):
                 f"{where} has format version {version}; this latentprep reads up to {VERSION}",
                 "upgrade with pip install --upgrade latentprep",
             )
-        numbers = top.object("quantizer")
-        weights = numbers.numbers("filter") if "filter" in numbers.document else ()
-        each = tuple(numbers.list("channel_bits", int)) if "channel_bits" in numbers.document else ()
-        bits = numbers.whole("bits", 1, 8)
-        quantizer = Quantizer(bits, numbers.numbers("lo"), numbers.numbers("step"), weights, each)
+        quantizer = read_quantizer(top.object("quantizer"))
         latent = tuple(top.list("latent", int))
         if len(latent) != 3 or not all(1 <= n <= _MAX_SIDE for n in latent) or latent[0] != len(quantizer.lo):
             raise top.error(f"has latent = {latent}; it must be the quantizer's number of channels, height, width")

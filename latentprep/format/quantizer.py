@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from latentprep.errors import DatasetError, UsageError, check_number, check_whole, opt
+from latentprep.format.fields import Fields
 
 MOST_BITS = 8  # of a code
 LEAST_MEAN = 0.25  # bits per value on average
@@ -144,3 +145,10 @@ class Quantizer:
         plain = {"bits": self.bits, "lo": list(self.lo), "step": list(self.step)}
         plain |= {"filter": list(self.filter)} if self.filter else {}
         return plain if self.equal_bits else plain | {"channel_bits": list(self.channel_bits)}
+
+
+def read_quantizer(fields: Fields) -> Quantizer:
+    """A quantizer from its JSON, checked. Raises `DatasetError` naming the first thing that is wrong."""
+    weights = fields.numbers("filter") if "filter" in fields.document else ()
+    each = tuple(fields.list("channel_bits", int)) if "channel_bits" in fields.document else ()
+    return Quantizer(fields.whole("bits", 1, 8), fields.numbers("lo"), fields.numbers("step"), weights, each)
