@@ -54,7 +54,7 @@ def main() -> None:
     stages = Stages(source, codec, options.batch_size, None, MAX_PIXELS)
     batches = torch.from_numpy(pixels).permute(0, 3, 1, 2).split(stages.batch_samples(1, size, size))
     transform = transform_for(source, codec, size=size)
-    asked = make_plan(source, ["train"], codec, 4, False, transform, codec.latent_shape(size, size), 1024, "zarr")
+    asked = make_plan(source, ["train"], codec, 4, True, False, transform, codec.latent_shape(size, size), 1024, "zarr")
 
     manifest = calibrate(stages, asked, silent, 32)
     bare, decoding, pillow, whole = [], [], [], []

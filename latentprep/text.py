@@ -21,9 +21,10 @@ def _escaped(match: re.Match[str]) -> str:
     return match[0].encode("unicode_escape").decode()
 
 
-def plural(count: int, noun: str) -> str:
-    """`1 shard`, `2 shards`."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+def plural(count: float, noun: str) -> str:
+    """`1 shard`, `2 shards`, `1.5 bits`."""
+    number = f"{count}" if isinstance(count, int) else f"{count:.3g}"
+    return f"{number} {noun}" if count == 1 else f"{number} {noun}s"
 
 
 def duration(seconds: float) -> str:

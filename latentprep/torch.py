@@ -25,7 +25,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from latentprep.errors import DatasetError, SystemFault, UsageError, check_whole, opt
 from latentprep.format import INVALID_LABEL, LatentDataset, Quantizer, open_dataset
-from latentprep.format.packing import packed_bytes, unpack
+from latentprep.format.packing import unpack_views, view_bytes
 from latentprep.storage.places import RemotePath
 
 _SHARDS = 100  # that webdataset shuffles at a time
@@ -215,8 +215,7 @@ def webdataset(
         raise UsageError("a pipe does not say of which dataset its tar is", f"name it as {opt('dataset')}")
     opened = open_dataset(found[0].rpartition("/")[0] or "." if dataset is None else dataset)
     manifest = opened.manifest
-    quantizer = manifest.quantizer if latents else None
-    decoder = _Decoder(manifest.quantizer.bits, manifest.latent, len(manifest.classes), views, quantizer)
+    decoder = _Decoder(manifest.quantizer, manifest.latent, len(manifest.classes), views, latents)
     usual = {"shardshuffle": _SHARDS if shuffle and not options.get("resampled") else False}
     usual |= {"nodesplitter": package.split_by_node}
     pipeline = package.WebDataset(found, **{**usual, **options}).shuffle(shuffle)
@@ -227,28 +226,27 @@ def webdataset(
 class _Decoder:
     """Makes of a sample of webdataset what `webdataset` gives."""
 
-    bits: int
+    quantizer: Quantizer
     latent: tuple[int, int, int]
     classes: int
     views: bool
-    quantizer: Quantizer | None
+    latents: bool
 
     def __call__(self, sample: dict[str, Any]) -> tuple[Tensor, int]:
-        values = int(np.prod(self.latent))
         names = ["codes"]
         while self.views and f"{len(names)}.codes" in sample:
             names.append(f"{len(names)}.codes")
         packed, label = [sample.get(name, b"") for name in names], sample.get("cls", b"")
-        size = packed_bytes(values, self.bits)
+        size = view_bytes(self.latent, self.quantizer)
         if any(len(view) != size for view in packed) or not _LABEL.fullmatch(label) or int(label) >= self.classes:
             raise DatasetError(
                 f"{sample.get('__url__')}: sample {sample.get('__key__')!r:.100} has no codes of {size} bytes, or no "
                 f"label below {self.classes}",
                 f"name the dataset that it is of as {opt('dataset')}",
             )
-        codes = unpack(np.frombuffer(b"".join(packed), np.uint8).reshape(len(packed), size), self.bits, values)
-        codes = codes.reshape(len(packed), *self.latent)
-        return _tensor(codes if self.views else codes[0], self.quantizer), int(label)
+        codes = np.frombuffer(b"".join(packed), np.uint8).reshape(len(packed), size)
+        codes = unpack_views(codes, self.quantizer, self.latent)
+        return _tensor(codes if self.views else codes[0], self.quantizer if self.latents else None), int(label)
 
 
 def _tensor(codes: np.ndarray, quantizer: Quantizer | None) -> Tensor:

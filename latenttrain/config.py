@@ -53,7 +53,8 @@ class RunConfig:
     @property
     def quantizer(self) -> Quantizer:
         fields = self.dataset["quantizer"]
-        return Quantizer(fields["bits"], *(tuple(fields.get(name, ())) for name in ("lo", "step", "filter")))
+        names = ("lo", "step", "filter", "channel_bits")
+        return Quantizer(fields["bits"], *(tuple(fields.get(name, ())) for name in names))
 
     def to_json(self) -> dict:
         return {
@@ -85,7 +86,7 @@ class RunConfig:
             document["versions"],
             document.get("init"),
         )
-        if len(config.classes) != config.net.classes or config.quantizer.bits != config.net.bits:
+        if len(config.classes) != config.net.classes or config.quantizer.channel_bits != config.net.channel_bits:
             raise ValueError("the network and the dataset do not fit together")
         return config
 
@@ -130,6 +131,7 @@ def plan_net(
         filter=quantizer.filter if latents is None else (),
         mean=mean,
         std=std,
+        channel_bits=quantizer.channel_bits,
         **settings,
     )
     return net if init is None else _reading_alike(net, init)
@@ -144,7 +146,7 @@ def _reading_alike(net: NetConfig, init: NetConfig) -> NetConfig:
             f"the run to start from reads codes by the stem {init.stem!r}, and here the same codes are other latents",
             f"encode with {opt('quantizer', 'DIR')}, the dataset of that run, or start from one with the affine stem",
         )
-    stem = AffineStem(init.latent[0], init.bits, init.mean, init.std)
+    stem = AffineStem(init.latent[0], init.channel_bits, init.mean, init.std)
     old = zip(init.lo, init.step, stem.centre.flatten().tolist(), stem.scale.flatten().tolist(), strict=True)
     latents = [(lo + (centre + 0.5) * step, step / scale) for lo, step, centre, scale in old]  # mean and deviation
     new = list(zip(latents, net.lo, net.step, strict=True))
@@ -237,9 +239,12 @@ def check_init(config: RunConfig, dataset: LatentDataset, run: Path) -> None:
     of those that the run was trained with. Classes may differ, and so may the quantizer's ranges."""
     here = {
         "codec": meaning(describe_dataset(dataset))["codec"], "latent": list(dataset.manifest.latent),
-        "bits": dataset.quantizer.bits,
+        "bits": dataset.quantizer.mean_bits,
     }  # fmt: skip
-    there = {"codec": meaning(config.dataset)["codec"], "latent": list(config.net.latent), "bits": config.net.bits}
+    there = {
+        "codec": meaning(config.dataset)["codec"], "latent": list(config.net.latent),
+        "bits": config.quantizer.mean_bits,
+    }  # fmt: skip
     for name, one, other in differences(there, here):
         raise CheckpointError(
             f"{dataset.root} cannot start from {run}: its {name} is {short(other)}, but the run was trained with "

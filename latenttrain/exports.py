@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from latentprep.device import full_float32
 from latentprep.errors import CheckpointError, LatentError, SystemFault, UsageError, opt, system_fault
 from latentprep.format import Quantizer, open_dataset
-from latentprep.format.fields import Fields, parse_json
+from latentprep.format.fields import parse_json
+from latentprep.format.quantizer import read_quantizer
 from latentprep.storage.atomic import write_atomic
 from latentprep.storage.places import path_of
 from latenttrain import __version__
@@ -162,17 +163,20 @@ class _Quantized(nn.Module):
 
     lo: Tensor
     step: Tensor
+    tops: Tensor
 
     def __init__(self, encoder: nn.Module, quantizer: Quantizer) -> None:
         super().__init__()
-        self.encoder, self.levels = encoder, quantizer.levels
+        self.encoder = encoder
         for name in ("lo", "step"):
             self.register_buffer(name, torch.tensor(getattr(quantizer, name))[:, None, None])
+        tops = torch.tensor(quantizer.channel_levels, dtype=torch.float32) - 1
+        self.register_buffer("tops", tops[:, None, None])
 
     def forward(self, pixels: Tensor) -> Tensor:
         """u8 [B,3,S,S] -> u8 [B,C,h,w]"""
         cells = (self.encoder(pixels) - self.lo) / self.step
-        return cells.clamp(0, self.levels - 1).floor().to(torch.uint8)
+        return cells.clamp(min=0).minimum(self.tops).floor().to(torch.uint8)
 
 
 def _encoder(config: RunConfig, weights: str | Path | None) -> tuple[Codec, nn.Module]:
@@ -205,7 +209,8 @@ def _some_codes(config: RunConfig) -> tuple[Tensor, bool]:
         pass  # it has moved, or is damaged: nothing of it is needed
     generator = torch.Generator().manual_seed(0)
     shape = (_CHECKED, *config.net.latent)
-    return torch.randint(0, config.quantizer.levels, shape, generator=generator, dtype=torch.uint8), False
+    levels = torch.tensor(config.quantizer.channel_levels)[:, None, None]
+    return (torch.rand(shape, generator=generator) * levels).to(torch.uint8), False
 
 
 def _pictures(size: int) -> Tensor:
@@ -286,7 +291,7 @@ class OnnxModel:
         self.classes = notes.list("classes", str)
         transform = notes.object("transform")
         self.transform, size = transform.document, transform.whole("size", 1, 1 << 32)
-        self.quantizer = _quantizer(notes.object("quantizer"))
+        self.quantizer = read_quantizer(notes.object("quantizer"))
         notes.object("codec").text("name")
         given, gives = self.session.get_inputs(), self.session.get_outputs()
         self.name = given[0].name if given else ""
@@ -315,11 +320,6 @@ class OnnxModel:
         except Exception as error:  # onnxruntime's kinds are private
             raise CheckpointError(f"{self.path} does not run: {_line(error)}", "export it again") from error
         return torch.from_numpy(np.asarray(found))
-
-
-def _quantizer(fields: Fields) -> Quantizer:
-    weights = fields.numbers("filter") if "filter" in fields.document else ()
-    return Quantizer(fields.whole("bits", 1, 8), fields.numbers("lo"), fields.numbers("step"), weights)
 
 
 def _line(error: Exception) -> str:

@@ -34,10 +34,12 @@ class NetConfig:
     filter: tuple[float, ...] = ()  # the quantizer's, [C,C,3,3] in a row, if its codes were chosen jointly
     mean: tuple[float, ...] = ()  # of each channel's codes, as the stem takes it; without it, the rule of `AffineStem`
     std: tuple[float, ...] = ()
+    channel_bits: tuple[int, ...] = ()  # empty: `bits` in each
 
     def __post_init__(self) -> None:
         for name, kind in (
-            ("latent", int), ("lo", float), ("step", float), ("filter", float), ("mean", float), ("std", float)
+            ("latent", int), ("lo", float), ("step", float), ("filter", float), ("mean", float), ("std", float),
+            ("channel_bits", int),
         ):  # fmt: skip
             object.__setattr__(self, name, tuple(kind(value) for value in getattr(self, name)))
         grid = self.latent[-1:] if on_a_line(self.latent) else self.latent[1:]
@@ -49,6 +51,15 @@ class NetConfig:
         if self.classes < 2:
             raise UsageError(f"a network needs 2 classes or more, got {self.classes}", "add a second class")
         check_whole("bits", self.bits, 1, 8, f"encode with {opt('bits')} 1 to 8")
+        if not self.channel_bits:
+            object.__setattr__(self, "channel_bits", (self.bits,) * self.latent[0])
+        each = self.channel_bits
+        if len(each) != self.latent[0] or min(each) < 0 or max(each) != self.bits:
+            raise UsageError(
+                f"channel_bits must be {self.latent[0]} numbers from 0 to {self.bits}, the largest {self.bits}, got "
+                f"{each}",
+                "take it from the dataset's manifest",
+            )
         for name in ("lo", "step", *(("mean", "std") if self.mean or self.std else ())):
             values = getattr(self, name)
             if len(values) != self.latent[0] or not all(map(math.isfinite, values)):
@@ -74,7 +85,10 @@ class NetConfig:
             check_number(name, getattr(self, name), 0.05, 20, f"{opt(name, 1)} is the default")
 
     def to_json(self) -> dict:
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items()}
+        fields = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items()}
+        if min(self.channel_bits) == self.bits:  # as earlier versions write it, and read it
+            del fields["channel_bits"]
+        return fields
 
     @classmethod
     def from_json(cls, fields: dict) -> NetConfig:
@@ -113,7 +127,7 @@ class Net(nn.Module):
         super().__init__()
         self.config = config
         self.parts: tuple[int, ...] = ()
-        self.stem = STEMS[config.stem](config.latent[0], config.bits, config.mean, config.std)
+        self.stem = STEMS[config.stem](config.latent[0], config.channel_bits, config.mean, config.std)
         if isinstance(self.stem, AffineStem) and config.filter:
             self.stem.set_filter(config.filter, config.step)
         self.frozen: str | None = None

@@ -1,18 +1,43 @@
 """Codes of few bits side by side in bytes: eight codes of b bits in b bytes, and a resident split held that way.
 
-The bits lie as in `latentprep.format.packing`, which also says how many bytes they take.
+The bits lie as in `latentprep.format.packing`, which also says how many bytes they take, and how they lie where
+channels have different bits.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from latentprep.format import Quantizer
+from latentprep.format.packing import bit_planes
 from latenttrain.data import Split
+
+
+def pack_views(codes: Tensor, quantizer: Quantizer) -> Tensor:
+    """u8 [...,C,h,w] -> u8 [...,p], p as `latentprep.format.packing.view_bytes` says. Inverse of `unpack_views`."""
+    if quantizer.equal_bits:
+        return pack(codes.flatten(-3), quantizer.bits)
+    planes = [codes[..., channels, :, :] >> bit & 1 for bit, channels in bit_planes(quantizer.channel_bits)]
+    return pack(torch.cat(planes, -3).flatten(-3), 1)
+
+
+def unpack_views(packed: Tensor, quantizer: Quantizer, latent: Sequence[int]) -> Tensor:
+    """u8 [...,p] -> u8 [...,C,h,w]. Inverse of `pack_views`."""
+    if quantizer.equal_bits:
+        return unpack(packed, quantizer.bits, math.prod(latent)).unflatten(-1, tuple(latent))
+    count = sum(quantizer.channel_bits)
+    together = unpack(packed, 1, count * math.prod(latent[1:])).unflatten(-1, (count, *latent[1:]))
+    codes, start = packed.new_zeros((*packed.shape[:-1], *latent)), 0
+    for bit, channels in bit_planes(quantizer.channel_bits):
+        codes[..., channels, :, :] |= together[..., start : start + len(channels), :, :] << bit
+        start += len(channels)
+    return codes
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -50,11 +75,11 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
 class PackedSplit(Split):
     """A `Split` whose codes are packed, u8 [n,V,p], and unpacked batch by batch. Its batches are the same.
 
-    bits: per code; latent: (C, h, w) of one view.
+    quantizer: says how many bits codes have; latent: (C, h, w) of one view.
     """
 
-    bits: int
+    quantizer: Quantizer
     latent: tuple[int, int, int]
 
     def unpacked(self, codes: Tensor) -> Tensor:
-        return unpack(codes, self.bits, math.prod(self.latent)).unflatten(-1, self.latent)
+        return unpack_views(codes, self.quantizer, self.latent)

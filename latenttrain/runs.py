@@ -32,14 +32,14 @@ _MARKS = ("-", "--", ":", "-.")
 class RunSummary:
     """A run's settings and results. top1: of the best epoch; last_top1, last_top5: of the last; fractions of val.
 
-    bits: per code, 32 for float latents. planned: epochs asked for. seconds_per_epoch: median. metrics: one entry per
-    epoch, as in ``metrics.jsonl``.
+    bits: per code, on average, 32 for float latents. planned: epochs asked for. seconds_per_epoch: median. metrics: one
+    entry per epoch, as in ``metrics.jsonl``.
     """
 
     run: str
     name: str
     codec: str
-    bits: int
+    bits: float
     arch: str
     stem: str
     width: float
@@ -79,7 +79,7 @@ def read_run(run: str | Path) -> RunSummary:
         run=str(root),
         name=root.resolve().name,
         codec=config.dataset["codec"]["name"],
-        bits=FLOAT if config.dataset.get("latents") else config.quantizer.bits,
+        bits=FLOAT if config.dataset.get("latents") else config.quantizer.mean_bits,
         arch=config.net.arch,
         stem=config.net.stem,
         width=config.net.width,
@@ -167,7 +167,7 @@ def runs_table(runs: Sequence[RunSummary]) -> tuple[list[str], list[list[str]]]:
         [
             f"{number} {run.name}",
             run.codec,
-            "float" if run.bits == FLOAT else str(run.bits),
+            "float" if run.bits == FLOAT else f"{run.bits:.3g}",
             f"{run.arch} w{run.width:g} d{run.depth:g} {run.stem}",
             str(run.seed),
             f"{run.epochs}" if run.epochs == run.planned else f"{run.epochs} of {run.planned}",
@@ -224,13 +224,13 @@ def _against_bits(runs: Sequence[RunSummary]) -> str:
         for number, run in enumerate(runs):
             axes.plot(places.index(run.bits), run.last_top1, "o", color=COLOURS[number % len(COLOURS)],
                       label=f"run {number + 1}")  # fmt: skip
-        axes.set_xticks(range(len(places)), ["float" if bits == FLOAT else str(bits) for bits in places])
+        axes.set_xticks(range(len(places)), ["float" if bits == FLOAT else f"{bits:.3g}" for bits in places])
         axes.margins(x=0.1)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set_xlabel("bits per code", color=INK)
         axes.set_title("last val top-1 against bits", loc="left", color=INK)
         _legend(axes, len(runs))
-    values = "; ".join(f"run {n}: {run.bits} bits, {run.last_top1:.1%}" for n, run in enumerate(runs, 1))
+    values = "; ".join(f"run {n}: {run.bits:.3g} bits, {run.last_top1:.1%}" for n, run in enumerate(runs, 1))
     return page.chart(picture, f"Last val top-1 against bits: {values}")
 
 

@@ -3,9 +3,11 @@
 A stem turns codes ``u8 [B,C,h,w]`` into planes ``f32 [B,P,h,w]`` of about unit scale, on which the network's first
 convolution works. ``affine`` and ``embedding`` scale by each channel's own mean and deviation, where the dataset has
 them; the planes of ``bitplane`` and ``ordinal`` are -1 and 1, or between the two, whatever the distribution. All stems
-carry the same information. Codes may also be fractional, ``f32 [B,C,h,w]`` from
--0.5 to ``levels - 0.5``: that is how augmentation adds noise within a quantizer step. ``affine`` and ``ordinal``
-keep the fraction; ``embedding`` and ``bitplane`` round to the nearest code, where such noise vanishes.
+carry the same information. Channels may differ in bits; one without bits has a constant plane, or none.
+
+Codes may also be fractional, ``f32 [B,C,h,w]`` from -0.5 to ``levels - 0.5``: that is how augmentation adds noise
+within a quantizer step. ``affine`` and ``ordinal`` keep the fraction; ``embedding`` and ``bitplane`` round to the
+nearest code, where such noise vanishes.
 """
 
 from __future__ import annotations
@@ -34,21 +36,25 @@ class AffineStem(nn.Module):
     kernel: Tensor | None
     shift: Tensor | None
 
-    def __init__(self, channels: int, bits: int, mean: Sequence[float] = (), std: Sequence[float] = ()) -> None:
+    def __init__(
+        self, channels: int, bits: int | Sequence[int], mean: Sequence[float] = (), std: Sequence[float] = ()
+    ) -> None:
         super().__init__()
         self.planes = channels
-        self.middle = (2**bits - 1) / 2
-        usual = 2 * (1.25 + 0.34 * bits) / 2**bits
-        scales = [1 / deviation if deviation >= LEAST_STD else usual for deviation in std or [0.0] * channels]
+        each = bits_of_each(bits, channels)
+        self.middle = (2 ** max(each) - 1) / 2
+        usual = [2 * (1.25 + 0.34 * b) / 2**b for b in each]
+        scales = [1 / s if s >= LEAST_STD else u for s, u in zip(std or [0.0] * channels, usual, strict=True)]
+        middles = [(2**b - 1) / 2 for b in each]
         # Buffers that no file holds: the configuration has what they follow from.
-        self.register_buffer("centre", torch.tensor(mean or [self.middle] * channels)[:, None, None], persistent=False)
+        self.register_buffer("centre", torch.tensor(mean or middles)[:, None, None], persistent=False)
         self.register_buffer("scale", torch.tensor(scales)[:, None, None], persistent=False)
         self.register_buffer("kernel", None, persistent=False)
         self.register_buffer("shift", None, persistent=False)
 
     def set_filter(self, weights: tuple[float, ...], step: tuple[float, ...]) -> None:
-        """The quantizer's filter, [C,C,3,3] in a row, and its steps. It works about the middle of the range, which is
-        also what lies outside of the grid, so that the mean is taken off after it."""
+        """The quantizer's filter, [C,C,3,3] in a row, and its steps; channels then have equal bits. It works about the
+        middle of the range, which is also what lies outside of the grid, so that the mean is taken off after it."""
         steps = torch.tensor(step)
         kernel = torch.tensor(weights).view(self.planes, self.planes, 3, 3)
         kernel = kernel * steps.view(1, -1, 1, 1) / steps.view(-1, 1, 1, 1)
@@ -73,60 +79,84 @@ class EmbeddingStem(nn.Module):
     """
 
     first: Tensor
+    tops: Tensor
 
-    def __init__(self, channels: int, bits: int, mean: Sequence[float] = (), std: Sequence[float] = ()) -> None:
+    def __init__(
+        self, channels: int, bits: int | Sequence[int], mean: Sequence[float] = (), std: Sequence[float] = ()
+    ) -> None:
         super().__init__()
         self.planes = 16
-        self.levels = 2**bits
-        values = AffineStem(channels, bits, mean, std)(torch.arange(self.levels)).view(channels, self.levels, 1)
+        levels = [2**b for b in bits_of_each(bits, channels)]
+        values = AffineStem(channels, bits, mean, std)(torch.arange(max(levels))).view(channels, max(levels), 1)
         directions = F.normalize(torch.randn(channels, 1, self.planes), dim=0)
-        self.vectors = nn.Parameter((values * directions).flatten(0, 1))  # [C * levels, P]
-        self.register_buffer("first", self.levels * torch.arange(channels), persistent=False)
+        vectors = values * directions
+        self.vectors = nn.Parameter(torch.cat([own[:n] for own, n in zip(vectors, levels, strict=True)]))
+        first = torch.tensor([0, *levels[:-1]]).cumsum(0)  # of each channel's vectors, [sum of levels, P] in all
+        self.register_buffer("first", first, persistent=False)
+        self.register_buffer("tops", top_codes(levels), persistent=False)
 
     def forward(self, codes: Tensor) -> Tensor:
         """u8 or f32 [B,C,h,w] -> f32 [B,16,h,w]"""
         batch, channels, height, width = codes.shape
-        rows = whole(codes, self.levels).long().permute(0, 2, 3, 1).reshape(-1, channels) + self.first
+        rows = whole(codes, self.tops).long().permute(0, 2, 3, 1).reshape(-1, channels) + self.first
         summed = F.embedding_bag(rows, self.vectors, mode="sum")
         return summed.view(batch, height, width, self.planes).permute(0, 3, 1, 2)
 
 
 class BitplaneStem(nn.Module):
-    """Each bit of each channel as a plane of -1 and 1, the highest bit first; ``P = C * bits``."""
+    """Each bit of each channel as a plane of -1 and 1, the highest bit first; ``P`` is the sum of their bits."""
 
     shifts: Tensor
+    of: Tensor
+    tops: Tensor
 
-    def __init__(self, channels: int, bits: int, mean: Sequence[float] = (), std: Sequence[float] = ()) -> None:
+    def __init__(
+        self, channels: int, bits: int | Sequence[int], mean: Sequence[float] = (), std: Sequence[float] = ()
+    ) -> None:
         super().__init__()
-        self.planes = channels * bits
-        self.levels = 2**bits
-        shifts = torch.arange(bits - 1, -1, -1, dtype=torch.uint8)
-        self.register_buffer("shifts", shifts[:, None, None], persistent=False)
+        each = bits_of_each(bits, channels)
+        self.planes = sum(each)
+        shifts = [bit for b in each for bit in reversed(range(b))]
+        of = [channel for channel, b in enumerate(each) for _ in range(b)]
+        self.register_buffer("shifts", torch.tensor(shifts, dtype=torch.uint8)[:, None, None], persistent=False)
+        self.register_buffer("of", torch.tensor(of), persistent=False)
+        self.register_buffer("tops", top_codes([2**b for b in each]), persistent=False)
 
     def forward(self, codes: Tensor) -> Tensor:
-        """u8 or f32 [B,C,h,w] -> f32 [B,C*bits,h,w]"""
-        ones = (whole(codes, self.levels)[:, :, None] >> self.shifts) & 1  # [B,C,bits,h,w]
-        return (ones.float() * 2 - 1).flatten(1, 2)
+        """u8 or f32 [B,C,h,w] -> f32 [B,P,h,w]"""
+        ones = (whole(codes, self.tops).index_select(1, self.of) >> self.shifts) & 1
+        return ones.float() * 2 - 1
 
 
 class OrdinalStem(nn.Module):
     """Thermometer code: plane ``k`` of a channel is 1 above its ``k``-th threshold and -1 below it.
 
-    A threshold between every two levels up to 4 bits, ``P = C * (levels - 1)``. Beyond that 15 wide ones,
-    ``P = C * 15``, each plane rising linearly from one threshold to the next, so that nothing is lost.
+    A threshold between every two levels up to 4 bits, ``levels - 1`` planes of a channel. Beyond that 15 wide ones,
+    each plane rising linearly from one threshold to the next, so that nothing is lost.
     """
 
-    def __init__(self, channels: int, bits: int, mean: Sequence[float] = (), std: Sequence[float] = ()) -> None:
+    thresholds: Tensor
+    spacing: Tensor
+    of: Tensor
+
+    def __init__(
+        self, channels: int, bits: int | Sequence[int], mean: Sequence[float] = (), std: Sequence[float] = ()
+    ) -> None:
         super().__init__()
-        thresholds = min(2**bits, 16) - 1
-        self.planes = channels * thresholds
-        self.spacing = (2**bits - 1) / thresholds
-        self.register_buffer("thresholds", torch.arange(float(thresholds))[:, None, None], persistent=False)
+        each = bits_of_each(bits, channels)
+        counts = [min(2**b, 16) - 1 for b in each]
+        self.planes = sum(counts)
+        thresholds = [float(k) for count in counts for k in range(count)]
+        spacing = [(2**b - 1) / count for b, count in zip(each, counts, strict=True) for _ in range(count)]
+        of = [channel for channel, count in enumerate(counts) for _ in range(count)]
+        self.register_buffer("thresholds", torch.tensor(thresholds)[:, None, None], persistent=False)
+        self.register_buffer("spacing", torch.tensor(spacing)[:, None, None], persistent=False)
+        self.register_buffer("of", torch.tensor(of), persistent=False)
 
     def forward(self, codes: Tensor) -> Tensor:
         """u8 or f32 [B,C,h,w] -> f32 [B,P,h,w]"""
-        height = codes.float()[:, :, None] / self.spacing - self.thresholds  # [B,C,thresholds,h,w]
-        return (height.clamp(0, 1) * 2 - 1).flatten(1, 2)
+        height = codes.float().index_select(1, self.of) / self.spacing - self.thresholds
+        return height.clamp(0, 1) * 2 - 1
 
 
 STEMS: dict[str, type[nn.Module]] = {
@@ -137,6 +167,16 @@ STEMS: dict[str, type[nn.Module]] = {
 }
 
 
-def whole(codes: Tensor, levels: int) -> Tensor:
-    """The nearest whole codes: u8 or f32 [B,C,h,w] -> u8 [B,C,h,w]"""
-    return codes.round().clamp(0, levels - 1).to(torch.uint8) if codes.is_floating_point() else codes
+def whole(codes: Tensor, tops: Tensor) -> Tensor:
+    """The nearest whole codes, at most `tops`, f32 [C,1,1]: u8 or f32 [B,C,h,w] -> u8 [B,C,h,w]"""
+    return codes.round().clamp(min=0).minimum(tops).to(torch.uint8) if codes.is_floating_point() else codes
+
+
+def top_codes(levels: Sequence[int]) -> Tensor:
+    """The largest code of each channel, f32 [C,1,1]"""
+    return torch.tensor(levels, dtype=torch.float32)[:, None, None] - 1
+
+
+def bits_of_each(bits: int | Sequence[int], channels: int) -> list[int]:
+    """The bits of each channel, of which `bits` may be those of all."""
+    return [bits] * channels if isinstance(bits, int) else list(bits)

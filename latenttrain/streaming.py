@@ -22,7 +22,7 @@ from torch import Tensor
 from latentprep.device import sent
 from latentprep.errors import DatasetError, UsageError, check_whole, opt
 from latentprep.format import INVALID_LABEL, LatentDataset, Manifest
-from latentprep.format.packing import packed_bytes
+from latentprep.format.packing import view_bytes
 from latenttrain.data import (
     Samples,
     Split,
@@ -37,7 +37,7 @@ from latenttrain.data import (
     view_shown,
 )
 from latenttrain.memory import free_memory
-from latenttrain.packed import PackedSplit, pack
+from latenttrain.packed import PackedSplit, pack_views
 
 BUFFER_BYTES = 256 << 20  # of codes in the buffer by default: 64 shards of 1,024 x 4 x 32 x 32
 THREADS = min(4, os.cpu_count() or 1)  # to read, verify and decompress, mostly without the interpreter lock
@@ -179,18 +179,18 @@ class StreamedSplit:
 
     def packed(self) -> PackedSplit:
         """The whole split on the device, packed shard by shard, so that it is never unpacked as a whole."""
-        manifest, bits = self.dataset.manifest, self.dataset.quantizer.bits
-        size = packed_bytes(int(np.prod(manifest.latent)), bits)
+        manifest, quantizer = self.dataset.manifest, self.dataset.quantizer
+        size = view_bytes(manifest.latent, quantizer)
         codes = torch.empty((len(self), self.views, size), dtype=torch.uint8, device=self.device)
         labels = torch.empty(len(self), dtype=torch.int64, device=self.device)
         start = 0
         with closing(self._read(range(len(self._valid)), lambda _, codes: codes[:, : self.views])) as shards:
             for shard, found in shards:
                 part = slice(start, start + len(found))
-                codes[part] = pack(torch.from_numpy(shard).flatten(2).to(self.device), bits)
+                codes[part] = pack_views(torch.from_numpy(shard).to(self.device), quantizer)
                 labels[part] = torch.from_numpy(found).to(self.device)
                 start = part.stop
-        return PackedSplit(codes, labels, bits, manifest.latent)
+        return PackedSplit(codes, labels, quantizer, manifest.latent)
 
     def _read(
         self, order: Iterable[int], pick: Callable[[int, np.ndarray], np.ndarray]
@@ -337,8 +337,7 @@ def judged_split(dataset: LatentDataset, split: str, device: torch.device) -> Sa
 def fits(dataset: LatentDataset, split: str, device: torch.device, packed: bool = False) -> bool:
     """Whether a split's codes take less than half of the free memory, at a byte each or packed."""
     views, *latent = dataset.manifest.row_shape(split)
-    count = int(np.prod(latent))
-    row = views * (packed_bytes(count, dataset.quantizer.bits) if packed else count)
+    row = views * (view_bytes(latent, dataset.quantizer) if packed else int(np.prod(latent)))
     free = free_memory(device)
     if not packed:  # on their way to the device they are in the host's memory, all at once
         free = min(free, free_memory(torch.device("cpu")))

@@ -101,12 +101,13 @@ def sweep(
     from latentprep.derived.requantize import requantize
 
     source = open_dataset(dataset)
-    most = source.quantizer.bits
-    wrong = [b for b in bits if b not in range(1, most + 1)]
+    most = source.quantizer.mean_bits
+    wrong = [b for b in bits if b not in range(1, int(most) + 1)]
     if wrong or not bits:
         raise UsageError(
-            f"{opt('bits')} must be 1 to {most}, the bits of {source.root}, got {f'{wrong[0]:g}' if wrong else 'none'}",
-            f"use {opt('bits')} 1..{most}, or encode with {opt('bits', 8)}",
+            f"{opt('bits')} must be 1 to {int(most)}, the bits of {source.root}, got "
+            f"{f'{wrong[0]:g}' if wrong else 'none'}",
+            f"use {opt('bits')} 1..{max(1, int(most))}, or encode with {opt('bits', 8)}",
         )
     for stem in stems:
         if stem not in STEMS:

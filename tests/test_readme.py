@@ -91,16 +91,19 @@ assert (codes == expected.codes).all() and (labels == expected.labels).all()
 }
 
 
-@pytest.mark.parametrize(("place", "store"), list(enumerate(CHECKS)))
+@pytest.mark.parametrize(
+    ("place", "store", "equal_bits"), [(0, "zarr", None), (1, "wds", None), (1, "wds", True), (2, "parquet", None)]
+)
 def test_the_readers_in_the_specification_read(
-    place: int, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: int, store: str, equal_bits: bool | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = (ROOT / "docs" / "format.md").read_text()
     code = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)[place]
     out = {"zarr": "shards", "wds": "shards-tars", "parquet": "shards-parquet"}[store]
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     latentprep.encode(
-        "shapes", codec="dct", limit=100, views=2, shard_rows=60, store=store, out=tmp_path / out
+        "shapes", codec="dct", equal_bits=equal_bits, limit=100, views=2, shard_rows=60, store=store,
+        out=tmp_path / out,
     )  # fmt: skip
     monkeypatch.chdir(tmp_path)
     exec(code + CHECKS[store], {})

@@ -74,7 +74,7 @@ def push(
     try:
         api = HfApi()
         api.create_repo(repository, repo_type="dataset", private=private, exist_ok=True)
-        message = f"{manifest.codec['name']} latents at {manifest.quantizer.bits} bits"
+        message = f"{manifest.codec['name']} latents at {manifest.quantizer.mean_bits:.3g} bits"
         commit = api.create_commit(repository, added, commit_message=message, repo_type="dataset")
     except hub_errors() as error:
         raise SystemFault(
@@ -93,7 +93,7 @@ def card(dataset: LatentDataset, repository: str) -> str:
     rows = sum(manifest.splits.values())
     facts = {
         "codec": manifest.codec,
-        "bits per code": manifest.quantizer.bits,
+        "bits per code": manifest.quantizer.mean_bits,
         "latents": f"{channels} channels of {height} x {width}",
         "images": f"{manifest.transform['size']} px per side",
         "views": {split: manifest.views(split) for split in manifest.splits},

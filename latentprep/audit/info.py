@@ -41,6 +41,7 @@ class PoorChannel:
 class DatasetInfo:
     """Facts about a dataset.
 
+    bits: per value, on average; channel_bits: of each channel.
     joint: whether codes were chosen together, see `latentprep.quantizing.joint`. latent: (C, h, w).
     views: of each train sample. size: pixels per side of the images that were encoded.
     part: of the source, such as "3/8", see `encode`; "0/1": all of it.
@@ -55,7 +56,7 @@ class DatasetInfo:
 
     path: str
     codec: dict
-    bits: int
+    bits: float
     joint: bool
     size: int
     views: int
@@ -80,6 +81,11 @@ class DatasetInfo:
     devices: dict[str, int]
     duplicates: Duplicates | None
     seconds_each: float | None = None
+    channel_bits: tuple[int, ...] = ()
+
+    @property
+    def equal_bits(self) -> bool:
+        return len(set(self.channel_bits)) == 1
 
     def to_json(self) -> dict:
         return asdict(self)
@@ -112,7 +118,8 @@ def info(dataset: str | Path | LatentDataset) -> DatasetInfo:
     return DatasetInfo(
         path=str(dataset.root),
         codec=manifest.codec,
-        bits=manifest.quantizer.bits,
+        bits=manifest.quantizer.mean_bits,
+        channel_bits=manifest.quantizer.channel_bits,
         joint=bool(manifest.quantizer.filter),
         size=manifest.transform["size"],
         views=manifest.most_views,
@@ -141,7 +148,8 @@ def info(dataset: str | Path | LatentDataset) -> DatasetInfo:
 
 
 def _poor_channels(dataset: LatentDataset, records: dict[str, list[ShardRecord]]) -> tuple[PoorChannel, ...]:
-    """The poor channels in the first committed shard of the training split: view 0 of its valid samples."""
+    """The poor channels in the first committed shard of the training split: view 0 of its valid samples. Channels that
+    were given no bits are not among them."""
     split = train_split(records)
     if not records[split]:
         return ()
@@ -150,7 +158,7 @@ def _poor_channels(dataset: LatentDataset, records: dict[str, list[ShardRecord]]
     if not codes.size:
         return ()
     poor = []
-    for channel in range(codes.shape[1]):
+    for channel in np.flatnonzero(dataset.quantizer.channel_bits).tolist():
         counts = np.unique(codes[:, channel], return_counts=True)[1]
         used = counts / counts.sum()
         entropy = abs(float(used @ np.log2(used)))

@@ -91,6 +91,7 @@ def compare(
     from latentprep.encoding.pipeline import code_rows
 
     manifest = dataset.manifest
+    levels = np.array(manifest.quantizer.channel_levels)[:, None, None]
     tolerance = JOINT_TOLERANCE if manifest.quantizer.filter else TOLERANCE
     drawn = _draw(dataset, shards, samples, seed)
     images = values = differing = 0
@@ -107,7 +108,7 @@ def compare(
                         unreadable.append(f"{key}: {invalid[row]}")
                         continue
                     apart = np.abs(codes.astype(np.int16) - shard.codes[row - start])
-                    distance = float(apart.mean()) / manifest.quantizer.levels
+                    distance = float((apart / levels).mean())
                     images, values = images + 1, values + apart.size
                     differing += int(np.count_nonzero(apart))
                     if distance >= farthest:

@@ -13,6 +13,7 @@ from latentprep.cli import pictures as cli_pictures
 from latentprep.cli.options import (
     Data,
     Device,
+    EqualBits,
     ImageColumn,
     Joint,
     Json,
@@ -50,7 +51,8 @@ def _top(version: Annotated[bool, typer.Option("--version", help="Show the versi
 def encode(
     source: Annotated[str, typer.Argument(help="Folder, tars, Parquet files, or shapes, imagenette, imagewoof.")],
     out: Out = "shards",
-    bits: Annotated[int | None, typer.Option(help="Bits per code, 1 to 8. Default: 4.")] = None,
+    bits: Annotated[float | None, typer.Option(help="Mean bits per value, 0.25 to 8. Default: 4.")] = None,
+    equal_bits: EqualBits = None,
     rate: Annotated[float | None, typer.Option(help="Bits per code on disk, in place of --bits.")] = None,
     bytes: Annotated[int | None, typer.Option(help="Bytes per image, in place of --bits.")] = None,
     size: Annotated[int | None, typer.Option(help="Pixels per side. Default: suits source and codec.")] = None,
@@ -129,9 +131,9 @@ def encode(
         val_fraction=val_fraction, seed=seed, out=out,
     )  # fmt: skip
     result = run(
-        opened, codec=codec, weights=weights, bits=bits, rate=rate, bytes=bytes, size=size, seconds=seconds,
-        out=out, store=store,
-        quantizer=quantizer, reuse=reuse, joint=joint, views=views, splits=words(splits), limit=limit,
+        opened, codec=codec, weights=weights, bits=bits, equal_bits=equal_bits, rate=rate, bytes=bytes, size=size,
+        seconds=seconds, out=out, store=store, quantizer=quantizer, reuse=reuse, joint=joint, views=views,
+        splits=words(splits), limit=limit,
         workers=workers, device=device, devices=devices, workers_per_device=workers_per_device, engine=engine,
         address=address, seed=seed, shard_rows=shard_rows, shard_of=shard_of, max_pixels=max_pixels,
         max_error_fraction=max_error_fraction, dry_run=dry_run, overwrite=overwrite, progress=console.progress_bar,
@@ -147,7 +149,7 @@ def encode(
 @app.command()
 def codecs(
     size: Annotated[int, typer.Option(help="Pixels per side to show latent shapes for.")] = 224,
-    bits: Annotated[int, typer.Option(help="Bits per code to show bytes for.")] = 4,
+    bits: Annotated[float, typer.Option(help="Bits per code to show bytes for.")] = 4,
     as_json: Json = False,
 ) -> None:
     """List the codecs: options with defaults, latent shape, bytes of codes, and whether weights are here.
@@ -170,7 +172,7 @@ def codecs(
         options = ",".join(name if default is None else f"{name}={default}" for name, default in row.options.items())
         latents = shape(row.latent) if row.latent else "-"
         table.append([row.name, options or "-", latents, str(row.code_bytes or "-"), row.weights, row.about])
-    console.print_table(f"at {size}×{size} px, or 1 second, and {bits} bits, before compression", columns, table)
+    console.print_table(f"at {size}×{size} px, or 1 second, and {bits:g} bits, before compression", columns, table)
 
 
 app.add_typer(cli_datasets.app)

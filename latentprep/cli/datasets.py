@@ -13,6 +13,7 @@ from latentprep.cli.options import (
     Data,
     Dataset,
     Device,
+    EqualBits,
     ImageColumn,
     Joint,
     Json,
@@ -27,7 +28,7 @@ from latentprep.cli.options import (
     Workers,
     words,
 )
-from latentprep.cli.showing import open_shown, shape, show_result, show_verified
+from latentprep.cli.showing import channels, open_shown, shape, show_result, show_verified
 from latentprep.errors import DatasetError
 
 _DUPLICATES = 20  # images shown, at most
@@ -38,8 +39,9 @@ app = typer.Typer()
 @app.command()
 def requantize(
     dataset: Annotated[str, typer.Argument(help="Folder or URL that latentprep encode wrote to, with more bits.")],
-    bits: Annotated[int, typer.Option(help="Bits per code, fewer than the dataset has.")],
+    bits: Annotated[float, typer.Option(help="Mean bits per value, fewer than the dataset has.")],
     out: Out,
+    equal_bits: EqualBits = None,
     joint: Joint = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -54,7 +56,10 @@ def requantize(
     """
     from latentprep.derived.requantize import requantize as run
 
-    result = run(dataset, bits=bits, out=out, joint=joint, overwrite=overwrite, progress=console.progress_bar)
+    result = run(
+        dataset, bits=bits, out=out, equal_bits=equal_bits, joint=joint, overwrite=overwrite,
+        progress=console.progress_bar,
+    )  # fmt: skip
     show_result(result, as_json)
 
 
@@ -278,13 +283,12 @@ def info(
             + (", chosen jointly" if found.joint else "")
             + (f", {found.views} views" if found.views > 1 else "")
             + (", exact mirror" if found.mirror else ""),
+            **({} if found.equal_bits else {"bits": channels(found.channel_bits) + ", per channel"}),
             "codes": f"{text.size(found.code_bytes)}, {found.bytes_per_image:.0f} bytes per {sample}, "
             f"{found.bits_per_value:.2f} bits per value ({found.store}, {found.compression})",
             "smaller": f"{found.smaller_than_source:.1f}× than the {sample} files, "
             f"{found.smaller_than_pixels:.0f}× than their {'pixels' if sample == 'image' else 'samples at 16 bits'}",
-            "saturated": " ".join(f"{share:.2%}" for share in found.saturation[:16])
-            + (" …" if len(found.saturation) > 16 else "")
-            + " of values, per channel",
+            "saturated": channels(f"{share:.2%}" for share in found.saturation) + " of values, per channel",
             "duplicates": "unknown: an earlier version made it, without content hashes"
             if found.duplicates is None
             else found.duplicates.text(),

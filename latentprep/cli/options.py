@@ -28,6 +28,10 @@ Joint = Annotated[
         help="Choose codes jointly. Default: at 1 bit, autoencoders.",
     ),
 ]
+EqualBits = Annotated[
+    bool | None,
+    typer.Option("--equal-bits", help="The same bits for every channel."),
+]
 Weights = Annotated[
     str | None, typer.Option(help="Folder of the autoencoder's weights, if it has moved since the encode.")
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, overload
 
 from latentprep import text
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 _MOST_SHOWN = 50  # shards, of those that verify finds wrong
 _FEW_SHOWN = 10  # changed images
+_CHANNELS = 16
 
 
 @overload
@@ -102,6 +104,12 @@ def show_verified(found: VerifyResult) -> None:
 def side(found: EncodeResult | DatasetInfo) -> str:
     """``224 px`` or ``0.7 s``."""
     return f"{found.size} px" if found.seconds_each is None else f"{found.seconds_each:g} s"
+
+
+def channels(values: Iterable[object]) -> str:
+    """A value for each channel, in a line."""
+    texts = list(map(str, values))
+    return " ".join(texts[:_CHANNELS]) + (" …" if len(texts) > _CHANNELS else "")
 
 
 def shape(latent: tuple[int, int, int]) -> str:

@@ -20,7 +20,7 @@ from latentprep.codecs.base import (
 from latentprep.codecs.learned import LearnedCodec
 from latentprep.codecs.walloc import WallocCodec
 from latentprep.errors import LatentError, check_whole
-from latentprep.format.quantizer import check_bits
+from latentprep.format.quantizer import check_mean_bits
 from latentprep.sources.kinds import SOUND
 
 # Latent channels and factor of our autoencoders, so that listing them loads nothing (their model cards say so).
@@ -55,17 +55,17 @@ class CodecRow:
         return asdict(self)
 
 
-def list_codecs(size: int = 224, bits: int = 4) -> list[CodecRow]:
+def list_codecs(size: int = 224, bits: float = 4) -> list[CodecRow]:
     """A row for every installed codec; `code_bytes` before compression, for `size`×`size` pixels at `bits` bits.
 
     Raises `UsageError` for a size or bits out of range.
     """
-    check_bits(bits)
+    check_mean_bits(bits)
     check_whole("size", size, 1, MAX_SIZE)
     return [_row(name, size, bits) for name in codec_names()]
 
 
-def _row(name: str, size: int, bits: int) -> CodecRow:
+def _row(name: str, size: int, bits: float) -> CodecRow:
     try:
         kind = codec_class(name)
     except LatentError as error:  # a plug-in that does not import must not hide the others
@@ -82,7 +82,7 @@ def _row(name: str, size: int, bits: int) -> CodecRow:
             latent = codec.latent_shape(*(second or (size, size)))
     except LatentError:
         return CodecRow(name, about, options, None, None, weights_at_hand(name))
-    code_bytes = latent[0] * latent[1] * latent[2] * bits // 8
+    code_bytes = int(latent[0] * latent[1] * latent[2] * bits // 8)
     return CodecRow(name, about, options, latent, code_bytes, weights_at_hand(name))
 
 

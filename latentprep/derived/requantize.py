@@ -16,9 +16,10 @@ from latentprep.encoding.encode import EncodeResult, check_joint, joint_by_defau
 from latentprep.errors import UsageError, opt
 from latentprep.format.dataset import Codes, LatentDataset
 from latentprep.format.manifest import INVALID_LABEL, Manifest, train_split
-from latentprep.format.quantizer import Quantizer, check_bits
+from latentprep.format.quantizer import LEAST_MEAN, Quantizer, check_mean_bits
 from latentprep.format.zarr_store import choose_compression
 from latentprep.progress import ProgressFactory, silent
+from latentprep.quantizing.allocation import fit_allocated
 from latentprep.quantizing.scalar import code_statistics, dequantize, fit_quantizer, quantize, quantize_counting
 
 Recoder = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -28,33 +29,34 @@ _SEARCHED = 64  # samples in one joint search
 def requantize(
     dataset: str | Path | LatentDataset,
     *,
-    bits: int,
+    bits: float,
     out: str | Path,
+    equal_bits: bool | None = None,
     joint: bool | None = None,
     overwrite: bool = False,
     progress: ProgressFactory = silent,
 ) -> EncodeResult:
-    """Make a dataset with `bits` bits per code in the folder `out`, from the codes of `dataset`. Run again, it resumes.
+    """Make a dataset of `bits` bits per value in the folder `out`, from the codes of `dataset`. Run again, it resumes.
 
-    The range is fitted again, on the samples that `encode` calibrates on. So the result is that of encoding at `bits`
-    directly, except for the first quantizer's error. joint: choose the codes of a sample together; the default is that
-    of `encode`.
+    bits: on average, channels get them by what they are worth, or in every channel, with `equal_bits` or `joint`. They
+    and the ranges are fitted again, on the samples that `encode` calibrates on. So the result is that of encoding at
+    `bits` directly, except for the first quantizer's error. joint: choose the codes of a sample together; the default
+    is that of `encode`.
 
     Raises `UsageError` unless the dataset has more than `bits` bits, `DatasetError` if it is damaged or incomplete.
 
     >>> latentprep.requantize("shards", bits=2, out="shards-2bit").bits
     2
     """
-    check_bits(bits)
+    bits = check_mean_bits(bits, equal_bits, joint)
     source = opened(dataset)
-    if bits >= source.quantizer.bits:
+    most = source.quantizer.mean_bits
+    if bits >= most:
         raise UsageError(
-            f"{source.root} has {source.quantizer.bits} bits per code; requantizing to {bits} would gain nothing",
-            f"use {opt('bits')} 1 to {source.quantizer.bits - 1}"
-            if source.quantizer.bits > 1
-            else "encode with more bits",
+            f"{source.root} has {most:g} bits per value; requantizing to {bits:g} would gain nothing",
+            f"use {opt('bits')} below {most:g}" if most > LEAST_MEAN else "encode with more bits",
         )
-    manifest = requantized_manifest(source, bits, joint)
+    manifest = requantized_manifest(source, bits, equal_bits, joint)
     recode = recoder(source.quantizer, manifest.quantizer)
 
     def fewer_bits(shard: Codes, saturated: tuple[int, ...]) -> tuple[Codes, tuple[int, ...]]:
@@ -68,11 +70,14 @@ def requantize(
     )  # fmt: skip
 
 
-def requantized_manifest(source: LatentDataset, bits: int, joint: bool | None = None) -> Manifest:
+def requantized_manifest(
+    source: LatentDataset, bits: float, equal_bits: bool | None = None, joint: bool | None = None
+) -> Manifest:
     """The source's manifest with a new quantizer of `bits` bits, fitted to the latents of its calibration samples."""
     manifest = source.manifest
     if joint is None:
         joint = joint_by_default(bits, manifest.latent[0], manifest.flip)
+    equal_bits = bool(equal_bits or joint)
     check_joint(joint, manifest.latent[0])
     split = train_split(manifest.splits)
     rows = calibration_rows(manifest.splits[split], CALIBRATION, manifest.transform["seed"])
@@ -82,13 +87,14 @@ def requantized_manifest(source: LatentDataset, bits: int, joint: bool | None = 
         here = [row - index * manifest.shard_rows for row in rows if row // manifest.shard_rows == index]
         drawn.append(shard.codes[[place for place in here if shard.labels[place] != INVALID_LABEL], 0])
     latents = dequantize(torch.from_numpy(np.concatenate(drawn)), manifest.quantizer)
-    quantizer = fit_quantizer(latents, bits, joint)
+    quantizer = fit_quantizer(latents, int(bits), joint) if equal_bits else fit_allocated(latents, bits)
     codes = quantize(latents, quantizer)
     compression = choose_compression(codes.numpy()[:, None])
     return replace(
         manifest,
         quantizer=quantizer,
         rate=None,
+        mean_bits=None if equal_bits else float(bits),
         statistics=code_statistics(codes, quantizer),
         flip=None if joint else manifest.flip,
         compression=compression,
@@ -128,9 +134,13 @@ def recoder(source: Quantizer, target: Quantizer) -> Recoder:
 
 
 def code_table(source: Quantizer, target: Quantizer) -> tuple[np.ndarray, np.ndarray]:
-    """For each channel and source code, the target's code, u8 [C,L], and whether its latent saturates, bool [C,L]."""
+    """For each channel and source code, the target's code, u8 [C,L], and whether its latent saturates, bool [C,L].
+
+    L is the largest number of levels in the source. Where a channel has fewer, the other entries mean nothing.
+    """
     every = torch.arange(source.levels, dtype=torch.uint8).expand(len(source.lo), 1, -1)
     latents = dequantize(every, source)
     lo, step = (torch.tensor(v)[:, None, None] for v in (target.lo, target.step))
-    outside = (latents < lo) | (latents > lo + step * target.levels)
+    levels = torch.tensor(target.channel_levels)[:, None, None]
+    outside = (latents < lo) | (latents > lo + step * levels)
     return quantize(latents, target)[:, 0].numpy(), outside[:, 0].numpy()

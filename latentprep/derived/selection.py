@@ -99,7 +99,7 @@ def merge(
             _configuration(first, part.manifest), _configuration(part.manifest, first)
         ):
             what = f"{name} is {here} in the first and {there} in the second"
-            if name.startswith("quantizer") and name != "quantizer.bits" and part_of(first).of > 1:
+            if name.startswith("quantizer") and part_of(first).of > 1:
                 what = "their quantizers differ, as they do if they were calibrated on different kinds of machines"
             again = f"encode it again with {opt('quantizer', str(parts[0].root))}"
             raise DatasetError(
@@ -177,6 +177,7 @@ def _configuration(manifest: Manifest, other: Manifest) -> dict[str, Any]:
     return {
         "codec": {key: value for key, value in manifest.codec.items() if key != "weights"},
         "latent": list(manifest.latent),
+        "bits": manifest.asked_bits,
         "quantizer": manifest.quantizer.to_json(),
         "classes": list(manifest.classes),
         "flip": None if manifest.flip is None else list(manifest.flip),

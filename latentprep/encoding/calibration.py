@@ -19,8 +19,9 @@ from latentprep.format.quantizer import Quantizer
 from latentprep.format.stores import store_of
 from latentprep.format.zarr_store import choose_compression
 from latentprep.progress import ProgressFactory
+from latentprep.quantizing.allocation import fit_allocated
 from latentprep.quantizing.rate import fit_rate
-from latentprep.quantizing.scalar import code_statistics, fit_quantizer, quantize
+from latentprep.quantizing.scalar import channel_values, code_statistics, fit_quantizer, quantize
 from latentprep.sources.media import medium_of
 
 CALIBRATION = 256  # images, spread evenly over the train split
@@ -68,13 +69,25 @@ def calibrate(stages: Stages, asked: Plan, progress: ProgressFactory, count: int
         everything = torch.cat(latents)
         if (doubt := doubtful(everything)) is not None:
             bar.note(f"warning: {doubt}; the ranges may not fit other images")
+        if asked.mean_bits is not None and (same := channel_values(everything)[1].count(True)):
+            bar.note(
+                f"warning: {same} of {len(everything[0])} channels are constant on these images and get no bits; equal "
+                "bits leave them room, if other images differ there, as coloured ones do from grey ones"
+            )
     if asked.rate is None:
-        quantizer = fit_quantizer(everything, asked.bits, asked.joint)
+        quantizer = fit_to_bits(everything, asked)
         compression = choose_compression(quantize(everything, quantizer).numpy()[:, None])
     else:
         quantizer, compression = fit_to_rate(stages.codec, everything, asked, asked.rate)
     codes = quantize(everything, quantizer)
     return asked.manifest(quantizer, code_statistics(codes, quantizer), compression)
+
+
+def fit_to_bits(latents: Tensor, asked: Plan) -> Quantizer:
+    """The quantizer of the bits that a plan has, fitted to the latents, f32 [B,C,h,w]."""
+    if asked.mean_bits is not None:
+        return fit_allocated(latents, asked.mean_bits)
+    return fit_quantizer(latents, asked.bits, asked.joint)
 
 
 def fit_to_rate(codec: Codec, latents: Tensor, asked: Plan, rate: float) -> tuple[Quantizer, list[dict]]:

@@ -106,6 +106,7 @@ def _check_same(root: Place, stored: Manifest, asked: Plan, source: Source | Non
         hints = {
             "source.sha256": f"its files or labels changed, or {opt('limit')}, {share} or {opt('seed')} did; ",
             "joint": f"use {opt('joint', bool(stored_value))}; ",
+            "equal_bits": f"use {opt('equal_bits', bool(stored_value))}; ",
             "codec.dtype": f"give the codec the option dtype={stored_value}; ",
             "codec.revision": f"an earlier version started it: verify with {opt('repair', True)} completes it; ",
             "transform.colour": f"from Python, colour={stored_value!r} resumes it; ",
@@ -147,9 +148,10 @@ def _meaning(plan: Plan) -> dict:
     """The settings that decide what an image's codes mean."""
     return {
         "codec": {key: value for key, value in plan.codec.items() if key != "weights"},
-        "bits": plan.bits,
+        "bits": plan.asked_bits,
         "rate": plan.rate,
         "joint": plan.joint,
+        "equal_bits": plan.mean_bits is None,
         "transform": {key: plan.transform.get(key) for key in ("size", "resize", "colour")},
     }
 

@@ -37,7 +37,7 @@ from latentprep.format.manifest import (
     ShardId,
     ShardRecord,
 )
-from latentprep.format.quantizer import MOST_BITS, check_bits
+from latentprep.format.quantizer import MOST_BITS, check_mean_bits
 from latentprep.format.shard import EncodedShard
 from latentprep.format.stores import check_store, code_bytes
 from latentprep.format.zarr_store import chunk_rows
@@ -61,8 +61,8 @@ MAX_JOINT_CHANNELS = 32  # the filter has 9 weights for each pair of channels, a
 class EncodeResult:
     """What `encode` did, or, with `dry_run`, would do.
 
-    rows: per split; invalid: samples that could not be read; encoded: samples encoded in this run;
-    reused: those of them whose codes were taken from another dataset.
+    bits: per value, on average. rows: per split; invalid: samples that could not be read; encoded: samples encoded in
+    this run; reused: those of them whose codes were taken from another dataset.
     joint: codes were chosen together, see `latentprep.quantizing.joint`. latent: (C, h, w) of a view.
     code_bytes: bytes of codes on disk (with `dry_run`: the most there will be).
     profile: where the time went, if asked for: `profile.Profile.to_json`.
@@ -74,7 +74,7 @@ class EncodeResult:
 
     out: str
     codec: dict
-    bits: int
+    bits: float
     joint: bool
     size: int
     views: int
@@ -106,7 +106,8 @@ def encode(
     *,
     codec: str | Codec | None = None,
     weights: str | None = None,
-    bits: int | None = None,
+    bits: float | None = None,
+    equal_bits: bool | None = None,
     rate: float | None = None,
     bytes: int | None = None,
     size: int | None = None,
@@ -152,7 +153,9 @@ def encode(
     for images of up to 48 pixels a side, else ``taesd`` if its weights are at hand, else ``dct``. weights: folder or
     hub id of an autoencoder's weights, short for the codec's option.
     progress: ``latentprep.cli.console.progress_bar`` shows what goes on.
-    bits: 1 to 8 per code, by default 4, fitted to the values of each channel. In place of it, what is to be met on
+    bits: 0.25 to 8 per value on average, by default 4. Each channel gets 0 to 8 of them by what they are worth
+    (`latentprep.quantizing.allocation`), or, with `equal_bits` or `joint`, all the same, 1 to 8. Default: as
+    `quantizer` has it, else by worth. In place of bits, what is to be met on
     disk: rate, in bits per code, or bytes, of a view's codes. One step, in terms of decoded pixels, then serves all
     channels, so that bits go where they count (`latentprep.quantizing.rate`): fewer bytes for the same picture.
     size: pixels per side; default suits source and codec. seconds: of each sound, which is padded with silence or cut
@@ -190,7 +193,7 @@ def encode(
     from latentprep.encoding.worker import check_portable
     from latentprep.sources.images import MAX_PIXELS
 
-    check_rate(bits, rate, bytes, joint, store)
+    check_rate(bits, rate, bytes, equal_bits, joint, store)
     check_whole("views", views, 1, 256)
     check_whole("shard_rows", shard_rows, 1, 1 << 24)
     check_whole("batch_size", batch_size, 1, 1 << 16, optional=True)
@@ -227,12 +230,14 @@ def encode(
     taken = None if other is None else open_dataset(other)
     if reuse is not None and taken is not None and taken.root.resolve() == root.resolve():
         raise UsageError(f"{opt('reuse')} is the dataset to write, {root}", f"choose another folder as {opt('out')}")
-    if joint is None and taken is not None:
-        joint = taken.manifest.joint
+    if taken is not None:
+        joint = taken.manifest.joint if joint is None else joint
+        equal_bits = taken.manifest.mean_bits is None if equal_bits is None else equal_bits
     if bytes is not None:
         rate = 8 * bytes / int(np.prod(latent))
-    bits = (4 if rate is None else MOST_BITS) if bits is None else bits
-    whole = make_plan(source, names, coder, bits, joint, transform, latent, shard_rows, store, rate)
+    if rate is None:
+        bits = 4 if bits is None else bits
+    whole = make_plan(source, names, coder, bits, equal_bits, joint, transform, latent, shard_rows, store, rate)
     if taken is not None:
         whole = with_quantizer_of(taken, whole, "quantizer" if reuse is None else "reuse")
     reused_codes = None if taken is None or reuse is None else Reuse(taken, whole)
@@ -240,7 +245,7 @@ def encode(
 
     if dry_run:
         values = sum(n * int(np.prod(asked.row_shape(split))) for split, n in asked.splits.items())
-        most = round(values * (bits if rate is None else rate) / 8)
+        most = round(values * (asked.rate or asked.asked_bits) / 8)
         return encode_result(root, asked, [], code_bytes=most, dry_run=True, left_out=source.left_out)
 
     if sum(map(asked.shard_count, names)) > MAX_SHARDS:
@@ -348,7 +353,8 @@ def make_plan(
     source: Source,
     names: list[str],
     codec: Codec,
-    bits: int,
+    bits: float | None,
+    equal_bits: bool | None,
     joint: bool | None,
     transform: dict[str, Any],
     latent: tuple[int, int, int],
@@ -356,8 +362,8 @@ def make_plan(
     store: str,
     rate: float | None = None,
 ) -> Plan:
-    """What `encode` was asked for. names: of the splits. joint: None is `joint_by_default`. transform: see
-    `transform.transform_for`."""
+    """What `encode` was asked for. names: of the splits. bits: None with a rate. joint: None is `joint_by_default`.
+    transform: see `transform.transform_for`."""
     from latentprep.codecs import flip_signs
 
     views = transform["views"]
@@ -366,9 +372,13 @@ def make_plan(
     flip = flip_signs(codec, latent)
     if joint is None:
         joint = joint_by_default(bits, channels, flip)
+    if bits is not None:
+        bits = check_mean_bits(bits, equal_bits, joint)
+    allocated = bits is not None and not equal_bits and not joint
     return Plan(
         codec=codec.config(),
-        bits=bits,
+        bits=MOST_BITS if bits is None or allocated else int(bits),
+        mean_bits=float(bits) if bits is not None and allocated else None,
         joint=check_joint(joint, channels),
         transform=transform,
         source={"spec": str(source.spec), "sha256": source.fingerprint()},
@@ -385,21 +395,29 @@ def make_plan(
     )
 
 
-def check_rate(bits: int | None, rate: float | None, bytes: int | None, joint: bool | None, store: str) -> None:
+def check_rate(
+    bits: float | None,
+    rate: float | None,
+    bytes: int | None,
+    equal_bits: bool | None,
+    joint: bool | None,
+    store: str,
+) -> None:
     """Raises `UsageError` for numbers out of range, or for more than one of bits, rate and bytes."""
     given = {"bits": bits, "rate": rate, "bytes": bytes}
     asked = [opt(name, value) for name, value in given.items() if value is not None]
     if len(asked) > 1:
         raise UsageError(f"{' and '.join(asked)} cannot be combined", "give one of them")
     if bits is not None:
-        check_bits(bits)
+        check_mean_bits(bits, equal_bits, joint)
     if rate is not None:
         check_number("rate", rate, 0, MOST_BITS, f"use {opt('rate', 1)} for one bit per code on disk", above=True)
     check_whole("bytes", bytes, 1, 1 << 32, f"use {opt('bytes', 1000)}", optional=True)
     if rate is None and bytes is None:
         return
-    if joint:
-        raise UsageError(f"{asked[0]} cannot be combined with {opt('joint', True)}", "leave one of them out")
+    for name, value in (("joint", joint), ("equal_bits", equal_bits)):
+        if value:
+            raise UsageError(f"{asked[0]} cannot be combined with {opt(name, True)}", "leave one of them out")
     if store == "wds":
         raise UsageError(
             f"{asked[0]} cannot be met by {opt('store', store)}, whose codes are not entropy-coded",
@@ -407,7 +425,7 @@ def check_rate(bits: int | None, rate: float | None, bytes: int | None, joint: b
         )
 
 
-def joint_by_default(bits: int, channels: int, flip: tuple[int, ...] | None) -> bool:
+def joint_by_default(bits: float | None, channels: int, flip: tuple[int, ...] | None) -> bool:
     """Whether codes are chosen jointly by default: where it improves accuracy and no exact mirror is lost."""
     return bits == 1 and channels <= MAX_JOINT_CHANNELS and flip is None
 
@@ -429,7 +447,7 @@ def encode_result(root: Place, plan: Plan, records: list[ShardRecord], **facts: 
     return EncodeResult(
         out=str(root),
         codec=plan.codec,
-        bits=plan.quantizer.bits if isinstance(plan, Manifest) else plan.bits,
+        bits=plan.quantizer.mean_bits if isinstance(plan, Manifest) else plan.asked_bits,
         joint=plan.joint,
         size=plan.transform["size"],
         views=plan.most_views,

@@ -54,8 +54,8 @@ class LatentDataset:
 
     def __repr__(self) -> str:
         rows = ", ".join(f"{name} {count}" for name, count in self.manifest.splits.items())
-        shape = "×".join(map(str, self.manifest.latent))
-        return f"<LatentDataset {self.root} {self.manifest.codec['name']} {shape} {self.quantizer.bits} bits: {rows}>"
+        shape, bits = "×".join(map(str, self.manifest.latent)), f"{self.quantizer.mean_bits:.3g} bits"
+        return f"<LatentDataset {self.root} {self.manifest.codec['name']} {shape} {bits}: {rows}>"
 
     def records(self, split: str) -> list[ShardRecord]:
         """The records of the split's committed shards, in order.
@@ -263,10 +263,15 @@ class LatentDataset:
         return data
 
     def _check_values(self, codes: np.ndarray, labels: np.ndarray, where: str) -> None:
-        if codes.size and int(codes.max()) >= self.quantizer.levels:
-            raise DatasetError(
-                f"{self.root}: {where} holds the code {codes.max()}, too large for {self.quantizer.bits} bits"
-            )
+        if codes.size:
+            quantizer = self.quantizer
+            parts = [(codes, quantizer.levels, quantizer.bits)]  # all at once is twice as fast as channel by channel
+            if not quantizer.equal_bits:
+                each = zip(quantizer.channel_levels, quantizer.channel_bits, strict=True)
+                parts = [(codes[:, :, channel], *both) for channel, both in enumerate(each)]
+            for part, levels, bits in parts:
+                if (most := int(part.max())) >= levels:
+                    raise DatasetError(f"{self.root}: {where} holds the code {most}, too large for {bits} bits")
         if labels.size and not (labels.min() >= INVALID_LABEL and labels.max() < len(self.classes)):
             raise DatasetError(f"{self.root}: {where} holds a label outside the {len(self.classes)} classes")
 

@@ -15,7 +15,7 @@ from typing import Any
 from latentprep.errors import DatasetError
 from latentprep.format.fields import Fields, dump_json, parse_json, read_json
 from latentprep.format.hashes import CONTENT_HASH
-from latentprep.format.quantizer import MOST_BITS, Quantizer, Statistics
+from latentprep.format.quantizer import MOST_BITS, Quantizer, Statistics, read_quantizer, whole_as_int
 from latentprep.format.thumbnails import ColourMap
 from latentprep.storage.places import Place
 
@@ -53,8 +53,9 @@ class Plan:
     """Everything that decides a dataset's bytes, except the quantizer and the compression.
 
     codec: JSON configuration; ``latentprep.codecs.codec_from_config`` rebuilds the codec from it.
-    bits: per code; with `rate`, the most that a code may take. rate: bits per code on disk that the quantizer was
-    fitted to, None if it was fitted to `bits`.
+    bits: per code; with `rate` or `mean_bits`, the most that a code may take. rate: bits per code on disk that the
+    quantizer was fitted to, mean_bits: bits per code on average, which channels get by what they are worth; None of
+    both: it was fitted to `bits` in every channel.
     joint: whether the codes of a sample are chosen together, see `latentprep.quantizing.joint`.
     transform: how a sample becomes pixels: ``size`` (pixels), ``views``, ``seed``, ``resize``,
     ``colour`` (`SRGB`: embedded profiles are converted; `STORED`, or absent: they are ignored). With ``media``
@@ -83,8 +84,19 @@ class Plan:
     splits: dict[str, int]
     store: str = "zarr"
     rate: float | None = None
+    mean_bits: float | None = None
     content_hash: str | None = None
     written_by: str = ""
+
+    @property
+    def equal_bits(self) -> bool:
+        """Whether every channel was to have `bits`, neither more nor fewer."""
+        return self.rate is None and self.mean_bits is None
+
+    @property
+    def asked_bits(self) -> float:
+        """Bits per value, on average, that were asked for; with `rate`, the most."""
+        return self.bits if self.mean_bits is None else whole_as_int(self.mean_bits)
 
     def views(self, split: str) -> int:
         """Views of each sample of a split."""
@@ -112,7 +124,7 @@ class Plan:
 
     def manifest(self, quantizer: Quantizer, statistics: Statistics | None, compression: list[dict]) -> Manifest:
         """The finished plan. Inverse of `Manifest.plan`."""
-        fits = quantizer.bits == self.bits if self.rate is None else quantizer.bits <= self.bits
+        fits = quantizer.bits == self.bits if self.equal_bits else quantizer.bits <= self.bits
         assert fits and bool(quantizer.filter) == self.joint, "a quantizer for another plan"
         planned: dict[str, Any] = {name: getattr(self, name) for name in _PLANNED if name not in ("bits", "joint")}
         return Manifest(**planned, quantizer=quantizer, statistics=statistics, compression=compression)
@@ -140,7 +152,7 @@ class Manifest(Plan):
     _file_sha256: str = field(init=False, default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "bits", self.quantizer.bits if self.rate is None else MOST_BITS)
+        object.__setattr__(self, "bits", self.quantizer.bits if self.equal_bits else MOST_BITS)
         object.__setattr__(self, "joint", bool(self.quantizer.filter))
 
     @property
@@ -162,6 +174,7 @@ class Manifest(Plan):
                 "codec": self.codec,
                 "quantizer": self.quantizer.to_json(),
                 **({} if self.rate is None else {"rate": self.rate}),
+                **({} if self.mean_bits is None else {"mean_bits": self.mean_bits}),
                 **({} if self.statistics is None else {"statistics": self.statistics.to_json()}),
                 "transform": self.transform,
                 "source": self.source,
@@ -191,9 +204,7 @@ class Manifest(Plan):
                 f"{where} has format version {version}; this latentprep reads up to {VERSION}",
                 "upgrade with pip install --upgrade latentprep",
             )
-        numbers = top.object("quantizer")
-        weights = numbers.numbers("filter") if "filter" in numbers.document else ()
-        quantizer = Quantizer(numbers.whole("bits", 1, 8), numbers.numbers("lo"), numbers.numbers("step"), weights)
+        quantizer = read_quantizer(top.object("quantizer"))
         latent = tuple(top.list("latent", int))
         if len(latent) != 3 or not all(1 <= n <= _MAX_SIDE for n in latent) or latent[0] != len(quantizer.lo):
             raise top.error(f"has latent = {latent}; it must be the quantizer's number of channels, height, width")
@@ -248,6 +259,7 @@ class Manifest(Plan):
             splits={_split_name(name, top): splits.whole(name, 0, _MAX_ROWS) for name in splits.document},
             store=top.text("store", STORES),
             rate=top.number("rate", 0, MOST_BITS) if "rate" in top.document else None,
+            mean_bits=top.number("mean_bits", 0, MOST_BITS) if "mean_bits" in top.document else None,
             content_hash=top.text("content_hash", (CONTENT_HASH,)) if "content_hash" in top.document else None,
             written_by=top.text("written_by"),
             statistics=statistics,

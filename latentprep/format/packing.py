@@ -1,13 +1,61 @@
-"""Pack low-bit codes into bytes: eight codes of b bits take b bytes. The torch side is `latenttrain.packed`."""
+"""Pack low-bit codes into bytes: eight codes of b bits take b bytes. The torch side is `latenttrain.packed`.
+
+Where channels have different bits, codes are taken apart into planes of single bits: of all channels that have a lowest
+bit those, of all that have a second one those, and so on. They are packed like codes of one bit.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
+
+from latentprep.format.quantizer import Quantizer
 
 
 def packed_bytes(count: int, bits: int) -> int:
     """How many bytes `count` codes take, in whole groups of eight codes."""
     return -(-count // 8) * bits
+
+
+def view_bytes(latent: Sequence[int], quantizer: Quantizer) -> int:
+    """How many bytes the packed codes of one view, (C, h, w), take."""
+    if quantizer.equal_bits:
+        return packed_bytes(math.prod(latent), quantizer.bits)
+    return packed_bytes(sum(quantizer.channel_bits) * math.prod(latent[1:]), 1)
+
+
+def pack_views(codes: np.ndarray, quantizer: Quantizer) -> np.ndarray:
+    """u8 [...,C,h,w] -> u8 [...,p], p as `view_bytes` says. Inverse of `unpack_views`."""
+    lead = codes.shape[:-3]
+    if quantizer.equal_bits:
+        return pack(codes.reshape(*lead, math.prod(codes.shape[-3:])), quantizer.bits)
+    planes = [codes[..., channels, :, :] >> bit & 1 for bit, channels in bit_planes(quantizer.channel_bits)]
+    together = np.concatenate(planes, axis=-3)
+    return np.packbits(together.reshape(*lead, math.prod(together.shape[-3:])), axis=-1, bitorder="little")
+
+
+def unpack_views(packed: np.ndarray, quantizer: Quantizer, latent: Sequence[int]) -> np.ndarray:
+    """u8 [...,p] -> u8 [...,C,h,w]. Inverse of `pack_views`."""
+    lead = packed.shape[:-1]
+    if quantizer.equal_bits:
+        return unpack(packed, quantizer.bits, math.prod(latent)).reshape(*lead, *latent)
+    count = sum(quantizer.channel_bits)
+    together = np.unpackbits(packed, axis=-1, count=count * math.prod(latent[1:]), bitorder="little")
+    together = together.reshape(*lead, count, *latent[1:])
+    codes, start = np.zeros((*lead, *latent), np.uint8), 0
+    for bit, channels in bit_planes(quantizer.channel_bits):
+        codes[..., channels, :, :] |= together[..., start : start + len(channels), :, :] << bit
+        start += len(channels)
+    return codes
+
+
+def bit_planes(channel_bits: Sequence[int]) -> list[tuple[int, list[int]]]:
+    """For each bit, the lowest first, the channels that have it."""
+    return [
+        (bit, [channel for channel, bits in enumerate(channel_bits) if bits > bit]) for bit in range(max(channel_bits))
+    ]
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:

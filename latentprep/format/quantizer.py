@@ -10,9 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from latentprep.errors import DatasetError, check_whole, opt
+from latentprep.errors import DatasetError, UsageError, check_number, check_whole, opt
+from latentprep.format.fields import Fields
 
 MOST_BITS = 8  # of a code
+LEAST_MEAN = 0.25  # bits per value on average
 FILTER_SIDE = 3  # cells
 
 
@@ -20,6 +22,24 @@ def check_bits(bits: int) -> int:
     """`bits` itself if it is 1 to 8, else a `UsageError`."""
     check_whole("bits", bits, 1, 8, f"use {opt('bits', 4)}, which keeps nearly all of the accuracy")
     return bits
+
+
+def check_mean_bits(bits: float, equal_bits: bool | None = False, joint: bool | None = False) -> float:
+    """`bits` itself, as an int if it is whole, if it is a number from 0.25 to 8, and whole with equal bits; else a
+    `UsageError`. Codes that are chosen jointly have equal bits, too."""
+    check_number("bits", bits, LEAST_MEAN, MOST_BITS, f"use {opt('bits', 4)}, which keeps nearly all of the accuracy")
+    if bits != int(bits) and (equal_bits or joint):
+        name = opt("equal_bits" if equal_bits else "joint", True)
+        raise UsageError(
+            f"{name} gives every channel the same whole number of bits, so {opt('bits', bits)} cannot be met",
+            f"use a whole number, or leave out {name}",
+        )
+    return whole_as_int(bits)
+
+
+def whole_as_int(number: float) -> float:
+    """``2.0`` -> ``2``, as people write it; other numbers as they are."""
+    return int(number) if number == int(number) else number
 
 
 @dataclass(frozen=True)
@@ -50,6 +70,8 @@ class Quantizer:
     """Uniform scalar quantizer, one range per channel: ``latent ≈ lo + (code + 0.5) * step``.
 
     bits: 1 to 8; codes are u8, each below ``2**bits``.
+    channel_bits: 0 to `bits` for each channel, whose codes are below 2 to that power; empty means `bits` for all. A
+    channel of 0 bits has the code 0 everywhere, which stands for the channel's mean.
     lo, step: one float32 value per latent channel, in latent units; ``step`` is positive.
     filter: float32 [C,C,3,3], flattened, if codes were chosen jointly (`latentprep.quantizing.joint`). Then subtract
     the middle of each channel's range from the formula's result, convolve with the filter (without flipping it, zeros
@@ -60,6 +82,7 @@ class Quantizer:
     lo: tuple[float, ...]
     step: tuple[float, ...]
     filter: tuple[float, ...] = ()
+    channel_bits: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8:
@@ -73,10 +96,34 @@ class Quantizer:
         weights = (len(self.lo) * FILTER_SIDE) ** 2
         if self.filter and (len(self.filter) != weights or not all(map(math.isfinite, self.filter))):
             raise DatasetError(f"the quantizer's filter must be {weights} finite numbers, got {len(self.filter)}")
+        if not self.channel_bits:
+            object.__setattr__(self, "channel_bits", (self.bits,) * len(self.lo))
+        if len(self.channel_bits) != len(self.lo) or min(self.channel_bits) < 0 or max(self.channel_bits) != self.bits:
+            raise DatasetError(
+                f"the quantizer's channel_bits must be {len(self.lo)} numbers from 0 to {self.bits}, the largest "
+                f"{self.bits}, got {self.channel_bits}"
+            )
+        if self.filter and not self.equal_bits:
+            raise DatasetError("a quantizer with a filter must have the same bits in all channels")
 
     @property
     def levels(self) -> int:
         return 1 << self.bits
+
+    @property
+    def equal_bits(self) -> bool:
+        """Whether all channels have the same bits."""
+        return min(self.channel_bits) == self.bits
+
+    @property
+    def channel_levels(self) -> tuple[int, ...]:
+        """How many codes each channel has."""
+        return tuple(1 << bits for bits in self.channel_bits)
+
+    @property
+    def mean_bits(self) -> float:
+        """Bits per value on average; an int if it is whole."""
+        return whole_as_int(sum(self.channel_bits) / len(self.channel_bits))
 
     def dequantize(self, codes: np.ndarray) -> np.ndarray:
         """u8 [..., C, h, w] -> f32 [..., C, h, w]: the middle of each code's cell, filtered if there is a filter."""
@@ -96,4 +143,12 @@ class Quantizer:
 
     def to_json(self) -> dict:
         plain = {"bits": self.bits, "lo": list(self.lo), "step": list(self.step)}
-        return plain | ({"filter": list(self.filter)} if self.filter else {})
+        plain |= {"filter": list(self.filter)} if self.filter else {}
+        return plain if self.equal_bits else plain | {"channel_bits": list(self.channel_bits)}
+
+
+def read_quantizer(fields: Fields) -> Quantizer:
+    """A quantizer from its JSON, checked. Raises `DatasetError` naming the first thing that is wrong."""
+    weights = fields.numbers("filter") if "filter" in fields.document else ()
+    each = tuple(fields.list("channel_bits", int)) if "channel_bits" in fields.document else ()
+    return Quantizer(fields.whole("bits", 1, 8), fields.numbers("lo"), fields.numbers("step"), weights, each)

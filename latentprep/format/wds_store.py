@@ -27,7 +27,7 @@ import numpy as np
 from latentprep.errors import DatasetError, opt
 from latentprep.format.hashes import HASH_BYTES
 from latentprep.format.manifest import INVALID_LABEL, Manifest, Plan
-from latentprep.format.packing import pack, packed_bytes, unpack
+from latentprep.format.packing import pack_views, unpack_views, view_bytes
 
 _BLOCK = 512
 _END = bytes(2 * _BLOCK)
@@ -69,7 +69,7 @@ def encode_shard_files(
     """
     paths, suffixes = shard_files(manifest, split, index), _suffixes(manifest, split)
     path = paths["codes"]
-    packed = pack(codes.reshape(*codes.shape[:2], int(np.prod(manifest.latent))), manifest.quantizer.bits)
+    packed = pack_views(codes, manifest.quantizer)
     parts, seen = [], {""}
     for key, views, label in zip(keys, packed, labels.tolist(), strict=True):
         if key in seen:
@@ -95,9 +95,8 @@ def decode_shard_files(
     `encode_shard_files`. Raises `DatasetError` for bytes that do not decode."""
     path, row = shard_files(manifest, split, index)["codes"], manifest.row_shape(split)
     labels, keys, packed = _decode(manifest, split, index, files[path])
-    bits, count = manifest.quantizer.bits, int(np.prod(row[1:]))
-    views = np.frombuffer(b"".join(packed), np.uint8).reshape(-1, row[0], packed_bytes(count, bits))
-    codes = unpack(views, bits, count).reshape(len(views), *row)
+    views = np.frombuffer(b"".join(packed), np.uint8).reshape(-1, row[0], view_bytes(row[1:], manifest.quantizer))
+    codes = unpack_views(views, manifest.quantizer, row[1:])
     if len(codes) < len(labels):
         valid, codes = codes, np.zeros((len(labels), *row), np.uint8)
         codes[labels != INVALID_LABEL] = valid
@@ -141,7 +140,7 @@ def _suffixes(manifest: Manifest, split: str) -> list[str]:
 def _decode(manifest: Manifest, split: str, index: int, data: bytes) -> tuple[np.ndarray, list[str], list[bytes]]:
     """A tar -> labels i32 [n], keys, and the packed codes of each view of each valid row."""
     rows, suffixes = manifest.rows_in_shard(split, index), _suffixes(manifest, split)
-    length = packed_bytes(int(np.prod(manifest.latent)), manifest.quantizer.bits)
+    length = view_bytes(manifest.latent, manifest.quantizer)
     labels: list[int] = []
     keys: list[str] = []
     packed: list[bytes] = []

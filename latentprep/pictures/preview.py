@@ -15,7 +15,7 @@ from latentprep.derived.requantize import recoder, requantized_manifest
 from latentprep.device import NOT_ON_DEVICE, Fitting
 from latentprep.errors import SourceError, UsageError, opt, system_fault
 from latentprep.format.dataset import LatentDataset, open_dataset
-from latentprep.format.quantizer import check_bits
+from latentprep.format.quantizer import check_mean_bits
 from latentprep.pictures.decode import open_decoder
 from latentprep.pictures.samples import Decoder, Picked, decode_all, load_originals, pick
 from latentprep.pictures.sheet import Column, channel_pictures, colour_pictures, draw_sheet, png
@@ -52,7 +52,7 @@ def preview(
     index: Sequence[int] | None = None,
     classes: Sequence[str] | None = None,
     limit: int = LIMIT,
-    bits: Sequence[int] | None = None,
+    bits: Sequence[float] | None = None,
     decoder: str = "codec",
     source: str | Path | Source | None = None,
     data: str | Path | None = None,
@@ -132,15 +132,17 @@ def sample_columns(
     picked: Picked,
     decoder: Decoder,
     *,
-    bits: Sequence[int] | None = None,
+    bits: Sequence[float] | None = None,
     source: Source | None = None,
     progress: ProgressFactory = silent,
 ) -> list[Column]:
     """The columns of a dataset's contact sheet; see `preview`."""
-    stored = dataset.quantizer.bits
+    stored = dataset.quantizer.mean_bits
     for b in bits or ():
-        if check_bits(b) > stored:
-            raise UsageError(f"{dataset.root} has only {stored} bits per code", f"use {opt('bits')} 1 to {stored}")
+        if check_mean_bits(b) > stored:
+            raise UsageError(
+                f"{dataset.root} has only {stored:.3g} bits per code", f"use {opt('bits')} up to {stored:.3g}"
+            )
     shown = sorted(set(bits or [stored, *(b for b in FEWER if b < stored)]), reverse=True)
     originals, rate = load_originals(dataset, source, picked), dataset.manifest.transform.get("rate", 0)
     columns = [] if originals is None else [_column("original", originals, rate)]
@@ -190,7 +192,8 @@ def _picked(
 def _drawn(dataset: LatentDataset, picked: Picked, columns: list[Column], out: str | Path) -> PreviewResult:
     names = [f"{dataset.classes[label]} · {row}" for label, row in zip(picked.labels, picked.rows, strict=True)]
     codec, path = dataset.manifest.codec["name"], path_of(out)
-    title = f"{dataset.root.resolve().name} {picked.split}: {codec}, {plural(dataset.quantizer.bits, 'bit')} stored"
+    bits = plural(dataset.quantizer.mean_bits, "bit")
+    title = f"{dataset.root.resolve().name} {picked.split}: {codec}, {bits} stored"
     try:
         write_atomic(path, png(draw_sheet(columns, names, title)))
         folder = _write_sounds(picked, columns, path.with_name(f"{path.stem}-sounds"))

@@ -23,12 +23,12 @@ from latentprep.codecs import Codec, codec_spec, flip_signs, open_codec, parse_c
 from latentprep.codecs.base import MAX_SIZE
 from latentprep.codecs.transform import default_size
 from latentprep.device import NOT_ON_DEVICE, Fitting, pick_device
-from latentprep.encoding.calibration import CALIBRATION, calibration_rows, fit_to_rate
+from latentprep.encoding.calibration import CALIBRATION, calibration_rows, fit_to_bits, fit_to_rate
 from latentprep.encoding.encode import joint_by_default
 from latentprep.errors import SourceError, UsageError, check_number, check_whole, opt, system_fault
 from latentprep.format.hashes import CONTENT_HASH, HASH_BYTES
 from latentprep.format.manifest import Manifest, Plan, ShardId, train_split
-from latentprep.format.quantizer import MOST_BITS, check_bits
+from latentprep.format.quantizer import MOST_BITS, check_mean_bits
 from latentprep.format.shard import Codes, encoded_shard
 from latentprep.format.zarr_store import choose_compression, metadata_files
 from latentprep.pictures.metrics import mean, psnr, ssim
@@ -36,7 +36,7 @@ from latentprep.pictures.plots import COLOURS, GREY, INK, draw, log_below
 from latentprep.pictures.samples import shown_split
 from latentprep.pictures.sheet import Column, draw_sheet, png
 from latentprep.progress import Progress, ProgressFactory, silent
-from latentprep.quantizing.scalar import code_statistics, dequantize, fit_quantizer, quantize
+from latentprep.quantizing.scalar import code_statistics, dequantize, quantize
 from latentprep.sources.images import BadImage, load_views
 from latentprep.sources.kinds import SOUND
 from latentprep.sources.source import Source, open_source
@@ -93,7 +93,7 @@ def rd(
     source: str | Path | Source,
     *,
     codecs: str | Sequence[str] = "dct",
-    bits: Sequence[int] = BITS,
+    bits: Sequence[float] = BITS,
     rates: Sequence[float] = RATES,
     qualities: Sequence[int] = QUALITIES,
     images: int = 200,
@@ -122,7 +122,7 @@ def rd(
     if opened.media == SOUND:
         raise UsageError(f"rd compares codecs of images, and {opened.spec} holds sound", "give a source of images")
     for b in bits:
-        check_bits(b)
+        check_mean_bits(b)
     for rate in rates:
         check_number("rates", rate, 0, MOST_BITS, above=True)
     for quality in qualities:
@@ -251,7 +251,7 @@ def _coded(
     latents: Tensor,
     calibration: Tensor,
     size: int,
-    bits: Sequence[int],
+    bits: Sequence[float],
     rates: Sequence[float],
     seed: int,
     skipped: dict[str, str],
@@ -278,9 +278,10 @@ def _coded(
                 skipped[f"{codec.name} at {setting:g} bits on disk"] = error.message
                 continue
         else:
-            quantizer = fit_quantizer(calibration, int(setting), joint_by_default(int(setting), channels, flip))
+            joint = joint_by_default(setting, channels, flip)
+            asked = replace(plan, bits=int(setting), joint=True) if joint else replace(plan, mean_bits=float(setting))
+            quantizer = fit_to_bits(calibration, asked)
             chain = choose_compression(quantize(calibration, quantizer).numpy()[:, None])
-            asked = replace(plan, bits=int(setting), joint=bool(quantizer.filter))
         codes = quantize(latents, quantizer)
         manifest = asked.manifest(quantizer, code_statistics(codes, quantizer), chain)
         hashes = np.random.default_rng(0).integers(0, 256, (len(codes), HASH_BYTES), np.uint8)

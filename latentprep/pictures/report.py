@@ -200,22 +200,22 @@ def _latents(
     mean = sum(entropies) / len(entropies)
     text = (
         f"A value takes {found.bits_per_value:.2f} bits on disk. The codes' order-0 entropy, averaged by channel, is "
-        f"{mean:.2f} bits; without entropy coding, a value would take {found.bits}."
+        f"{mean:.2f} bits; without entropy coding, a value would take {found.bits:.3g}."
     )
     if shards[0] < shards[1]:
         text += f" Counted on {shards[0]} of {shards[1]} shards."
     figures, rows = [], []
     for channel, (lo, step) in enumerate(zip(quantizer.lo, quantizer.step, strict=True)):
-        high, outside = lo + step * quantizer.levels, found.saturation[channel]
-        rows.append(
-            [f"{channel}", f"{lo:.4g}", f"{high:.4g}", f"{step:.3g}", f"{outside:.3%}", f"{entropies[channel]:.2f}"]
-        )
+        bits, levels = quantizer.channel_bits[channel], quantizer.channel_levels[channel]
+        high, outside = lo + step * levels, found.saturation[channel]
+        numbers = f"{lo:.4g}", f"{high:.4g}", f"{step:.3g}", f"{outside:.3%}", f"{entropies[channel]:.2f}"
+        rows.append([f"{channel}", f"{bits}", *numbers])
         if channel < _CHANNELS:
             alt = (
                 f"Histogram of channel {channel} over the quantizer's range {lo:.3g} to {high:.3g}: "
                 f"entropy {entropies[channel]:.2f} bits, {outside:.2%} saturated"
             )
-            figures.append(_histogram(counts[channel], lo, high, channel, alt, f"{outside:.2%} saturated"))
+            figures.append(_histogram(counts[channel, :levels], lo, high, channel, alt, f"{outside:.2%} saturated"))
     more = len(rows) - len(figures)
     return [
         page.paragraph(text),
@@ -223,7 +223,7 @@ def _latents(
         *([page.paragraph(f"The table has {more} more channels.")] if more else []),
         page.table(
             "Quantizer range, share of values outside it, and entropy of each channel",
-            ["channel", "low", "high", "step", "saturated", "entropy, bits"],
+            ["channel", "bits", "low", "high", "step", "saturated", "entropy, bits"],
             rows,
         ),
     ]

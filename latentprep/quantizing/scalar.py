@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -44,7 +47,7 @@ def quantize_counting(latents: Tensor, quantizer: Quantizer) -> tuple[Tensor, Te
     lo, step = _columns(quantizer, latents)
     cells = (latents - lo).div_(step)
     finite = torch.isfinite(cells.sum((1, 2, 3)))  # one value that is not finite makes the sum so
-    inside = cells.clamp(0, quantizer.levels)
+    inside = _clamp(cells.clone(), quantizer)
     # Compared in place, as floats: comparing into booleans takes CPUs four times as long.
     saturated = cells.ne_(inside).sum((2, 3)).long().sum(0)
     return search(latents, quantizer) if quantizer.filter else _whole(inside, quantizer), saturated, finite
@@ -52,39 +55,63 @@ def quantize_counting(latents: Tensor, quantizer: Quantizer) -> tuple[Tensor, Te
 
 def _whole(cells: Tensor, quantizer: Quantizer) -> Tensor:
     """Positions in cells, f32, overwritten -> codes u8. Through int32: CPUs convert floats to bytes one at a time."""
-    return cells.clamp_(0, quantizer.levels - 1).int().to(torch.uint8)
+    return _clamp(cells, quantizer, 1).int().to(torch.uint8)
 
 
-def fit_quantizer(latents: Tensor, bits: int, joint: bool = False) -> Quantizer:
+def _clamp(cells: Tensor, quantizer: Quantizer, less: int = 0) -> Tensor:
+    """Positions in cells, f32 [...,C,h,w], overwritten: from 0 to the channel's number of levels, less so much.
+
+    Channel by channel where levels differ: CPUs take five times as long for bounds that are tensors.
+    """
+    if quantizer.equal_bits:
+        return cells.clamp_(0, quantizer.levels - less)
+    for plane, levels in zip(cells.unbind(-3), quantizer.channel_levels, strict=True):
+        plane.clamp_(0, levels - less)
+    return cells
+
+
+def fit_quantizer(latents: Tensor, bits: int | Sequence[int], joint: bool = False) -> Quantizer:
     """The uniform quantizer of `bits` bits with the least mean squared error on `latents`, f32 [B,C,h,w], within 2%.
+
+    bits: 1 to 8, or as many numbers from 0 to 8 as there are channels, not all of them 0.
 
     Each channel that varies is fitted by Lloyd's algorithm (IEEE Trans. Inf. Theory 28, 1982) with a uniform codebook:
     give each value its nearest code, then solve for the lo and step that reconstruct best (a linear least-squares fit
     of values on codes). Both steps can only lower the error. The best result from `_STARTS` ranges is taken. Around it
     the error is flat, while the codes' entropy falls with log2 of the step. So the widest step whose error is within
     `_SLACK` of the least is kept. A constant channel has its value in the middle of the range, and a step like those of
-    the other channels, so that later values on both sides of it get codes of their own.
-    joint: add a filter, see `latentprep.quantizing.joint`.
+    the other channels, so that later values on both sides of it get codes of their own. A channel of 0 bits has one
+    cell, about its mean. joint: add a filter, see `latentprep.quantizing.joint`.
 
     Raises `CodecError` if a value is NaN or infinite.
     """
-    check_bits(bits)
-    if not torch.isfinite(latents).all():
-        raise CodecError("the calibration latents hold NaN or infinity", "give the codec the option dtype=float32")
-    values = latents.detach().float().cpu().transpose(0, 1).flatten(1)
-    values = values[:, _spread(values.shape[1])]
-    lows, highs = (values.amin(1).double(), values.amax(1).double())
-    constant = (highs - lows <= _NOISE * values.abs().max()).tolist()
+    each = [check_bits(bits)] * latents.shape[1] if isinstance(bits, int) else list(bits)
+    values, constant = channel_values(latents)
     fits = {
-        place: _fit_channel(channel.numpy().astype(np.float64), 1 << bits)
+        place: fit_channel(channel, 1 << each[place]) if each[place] else _one_cell(channel)
         for place, channel in enumerate(values)
         if not constant[place]
     }
     usual = _usual_step([step for _, step in fits.values()])
-    middles = ((lows + highs) / 2).tolist()
-    ranges = [fits.get(place) or _around(middle, usual, 1 << bits) for place, middle in enumerate(middles)]
-    quantizer = Quantizer(bits, tuple(lo for lo, _ in ranges), tuple(step for _, step in ranges))
+    middles = ((values.min(1) + values.max(1)) / 2).tolist()
+    ranges = [fits.get(place) or _around(middle, usual, 1 << each[place]) for place, middle in enumerate(middles)]
+    quantizer = Quantizer(
+        max(each), tuple(lo for lo, _ in ranges), tuple(step for _, step in ranges), channel_bits=tuple(each)
+    )
     return fit_filter(latents.detach(), quantizer) if joint else quantizer
+
+
+def channel_values(latents: Tensor, most: int = _VALUES) -> tuple[np.ndarray, list[bool]]:
+    """f32 [B,C,h,w] -> up to `most` values of each channel, f64 [C,n], and whether the channel is constant.
+
+    Raises `CodecError` if a value is NaN or infinite.
+    """
+    if not torch.isfinite(latents).all():
+        raise CodecError("the calibration latents hold NaN or infinity", "give the codec the option dtype=float32")
+    values = latents.detach().float().cpu().transpose(0, 1).flatten(1)
+    chosen = values[:, _spread(values.shape[1], most)].numpy().astype(np.float64)
+    constant = chosen.max(1) - chosen.min(1) <= _NOISE * np.abs(chosen).max()
+    return chosen, constant.tolist()
 
 
 def code_statistics(codes: Tensor, quantizer: Quantizer) -> Statistics:
@@ -99,14 +126,14 @@ def code_statistics(codes: Tensor, quantizer: Quantizer) -> Statistics:
     return Statistics(tuple(map(_float32, mean.tolist())), tuple(map(_float32, std.tolist())))
 
 
-def _spread(count: int) -> np.ndarray:
-    """Up to `_VALUES` of `count` places, i64: one drawn from each of equal stretches.
+def _spread(count: int, most: int) -> np.ndarray:
+    """Up to `most` of `count` places, i64: one drawn from each of equal stretches.
 
     A fixed stride would hit the same columns of every grid.
     """
-    if count <= _VALUES:
+    if count <= most:
         return np.arange(count)
-    edges = np.arange(_VALUES + 1) * count // _VALUES
+    edges = np.arange(most + 1) * count // most
     return np.random.default_rng(count).integers(edges[:-1], edges[1:])
 
 
@@ -121,7 +148,13 @@ def _around(value: float, step: float, levels: int) -> tuple[float, float]:
     return _float32(value - (levels // 2 + 0.5) * step), step
 
 
-def _fit_channel(values: np.ndarray, levels: int) -> tuple[float, float]:
+def _one_cell(values: np.ndarray) -> tuple[float, float]:
+    """The range, (lo, step), of one cell, that of the uniform distribution of the values' mean and variance: f64 [n]"""
+    step = _float32(math.sqrt(12 * values.var()))
+    return _float32(values.mean() - step / 2), step
+
+
+def fit_channel(values: np.ndarray, levels: int, starts: int = _STARTS, steps: int = _STEPS) -> tuple[float, float]:
     """f64 [n], not all the same -> (lo, step), both exact in float32.
 
     All starts run at once, one per row. In the sorted values a cell is a run, so prefix sums give its count and sum,
@@ -132,13 +165,13 @@ def _fit_channel(values: np.ndarray, levels: int) -> tuple[float, float]:
     sums = np.concatenate([[0.0], values.cumsum()])
     codes = np.arange(levels) + 0.5
     # Ranges that leave more and more of both tails outside.
-    tails = (np.concatenate([[0.0], np.logspace(-4.5, -0.5, _STARTS - 1)]) * (n - 1)).astype(int)
+    tails = (np.concatenate([[0.0], np.logspace(-4.5, -0.5, starts - 1)]) * (n - 1)).astype(int)
     lo = values[tails][:, None]
     step = np.maximum(values[n - 1 - tails][:, None] - lo, (high - low) * 1e-6) / levels
     best = (np.inf, low, (high - low) / levels)
-    ends = np.zeros((_STARTS, levels + 1), int)
+    ends = np.zeros((starts, levels + 1), int)
     ends[:, -1] = n
-    for _ in range(_STEPS):
+    for _ in range(steps):
         ends[:, 1:-1] = np.searchsorted(values, lo + (codes[1:] - 0.5) * step)
         count, total = np.diff(ends), np.diff(sums[ends])
         middle = lo + codes * step
@@ -163,7 +196,8 @@ def _widest(values: np.ndarray, sums: np.ndarray, levels: int, lo: float, step: 
     ends[:, -1] = len(values)
     ends[:, 1:-1] = np.searchsorted(values, middles[:, 1:] - steps / 2)
     error = ((np.diff(ends) * middles - 2 * np.diff(sums[ends])) * middles).sum(1) + np.square(values).sum()
-    chosen = int(np.flatnonzero(error <= (1 + _SLACK) * error[0])[-1])
+    most = (1 + _SLACK) * max(error[0], 0.0)  # rounding may make an error of nothing negative
+    chosen = int(np.flatnonzero(error <= most)[-1])
     return lo + levels / 2 * (step - steps[chosen, 0]), steps[chosen, 0]
 
 

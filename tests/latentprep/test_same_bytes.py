@@ -129,7 +129,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], P
     pixels = make_codec("resample", factor=1)
 
     def encode(source: Path, out: Path, **options: object) -> None:
-        fixed = {"codec": pixels, "size": 16, "bits": 4, "shard_rows": 4, "max_error_fraction": 0.5, "out": out}
+        fixed = {"codec": pixels, "size": 16, "bits": 4, "equal_bits": True, "shard_rows": 4, "out": out}
+        fixed["max_error_fraction"] = 0.5
         with contextlib.chdir(root):  # a manifest names the source as it was given
             latentprep.encode(source.name, **fixed | options)
 
@@ -138,7 +139,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], P
         "wds": lambda out: encode(images, out, store="wds"),
         "views": lambda out: encode(images, out, views=3, seed=5),
         "converted": lambda out: latentprep.convert(dataset("zarr"), out=out, store="wds"),
-        "fewer bits": lambda out: latentprep.requantize(dataset("zarr"), bits=2, out=out),
+        "fewer bits": lambda out: latentprep.requantize(dataset("zarr"), bits=2, equal_bits=True, out=out),
         "subset": lambda out: latentprep.subset(
             dataset("zarr"), classes=["class_2", "class_0"], fraction=0.6, seed=3, out=out
         ),

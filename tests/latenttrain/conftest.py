@@ -44,7 +44,8 @@ def make_codes(manifest: Manifest, split: str, rows: int) -> tuple[np.ndarray, n
     labels = (np.arange(rows) % len(manifest.classes)).astype(np.int32)
     means = np.random.default_rng(7).uniform(5, 10, (len(manifest.classes), 1, manifest.latent[0], 1, 1))
     codes = random.normal(means[labels], 4, (rows, *manifest.row_shape("train")))
-    return codes.round().clip(0, 2**manifest.quantizer.bits - 1).astype(np.uint8), labels
+    tops = np.array(manifest.quantizer.channel_levels)[:, None, None] - 1
+    return codes.round().clip(0, tops).astype(np.uint8), labels
 
 
 def write_dataset(root: Path, manifest: Manifest, invalid: int = 0, skip: tuple[str, int] | None = None) -> Path:

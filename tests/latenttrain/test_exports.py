@@ -124,10 +124,10 @@ def test_the_graph_of_an_autoencoder(tmp_path: Path) -> None:
     assert (made.graph()(pixels) - made.encode(pixels)).abs().max() < 1e-5  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("bits", [1, 4, 8])
-def test_the_quantizer_in_a_file_gives_the_codes_of_quantize(bits: int) -> None:
+@pytest.mark.parametrize("each", [(1, 1, 1), (4, 4, 4), (8, 8, 8), (5, 0, 1)])
+def test_the_quantizer_in_a_file_gives_the_codes_of_quantize(each: tuple[int, ...]) -> None:
     """At the edges of cells, beside them, and outside the range."""
-    quantizer = Quantizer(bits, (-1.7, 0.25, 3.0), (0.3, 0.007, 1.0))
+    quantizer = Quantizer(max(each), (-1.7, 0.25, 3.0), (0.3, 0.007, 1.0), channel_bits=each)
     lo, step = (torch.tensor(values)[:, None] for values in (quantizer.lo, quantizer.step))
     edges = lo + torch.arange(-3, quantizer.levels + 4) * step
     up, down = (edges.nextafter(torch.tensor(end)) for end in (torch.inf, -torch.inf))

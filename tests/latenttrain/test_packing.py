@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latentprep.format import open_dataset
+from latentprep.format import Quantizer, open_dataset
 from latentprep.format.packing import packed_bytes
 from latenttrain.data import load_split
 from latenttrain.packed import pack, unpack
@@ -31,11 +31,13 @@ def test_packed_codes_are_their_bits_in_a_row_lowest_first(bits):
     assert len(expected) == 2 * bits
 
 
-@pytest.mark.parametrize("bits", [1, 3, 4, 7])
-def test_a_packed_split_gives_the_same_batches_as_a_plain_one(make_dataset, bits):
-    dataset = open_dataset(make_dataset(bits=bits, views=2, latent=(3, 5, 5)))
+@pytest.mark.parametrize(("bits", "size"), [(1, 10), (3, 30), (4, 40), (7, 70), ((4, 0, 1), 16)])
+def test_a_packed_split_gives_the_same_batches_as_a_plain_one(make_dataset, bits, size):
+    quantizer = Quantizer(bits, (0.0,) * 3, (1.0,) * 3) if isinstance(bits, int) else None
+    quantizer = quantizer or Quantizer(max(bits), (0.0,) * 3, (1.0,) * 3, channel_bits=bits)
+    dataset = open_dataset(make_dataset(quantizer=quantizer, views=2, latent=(3, 5, 5)))
     plain, packed = load_split(dataset, "train", CPU), StreamedSplit(dataset, "train", CPU).packed()
-    assert packed.codes.shape == (200, 2, packed_bytes(75, bits))
+    assert packed.codes.shape == (200, 2, size)
     for ways in (
         lambda split: split.training_batches(32, torch.Generator().manual_seed(1)),
         lambda split: split.batches(33),

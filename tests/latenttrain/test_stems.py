@@ -152,3 +152,50 @@ def test_statistics_that_do_not_fit_are_refused():
     for wrong in ({"mean": (1.0,), "std": (1.0,)}, {"mean": (1.0, 1.0)}, {"mean": (1.0, 1.0), "std": (1.0, -1.0)}):
         with pytest.raises(UsageError, match="mean|std"):
             dataclasses.replace(config, **wrong)
+
+
+def allocated_codes(each, size=16):
+    """u8 [1,C,size,size] of every level in each channel, where channels have these bits."""
+    generator = torch.Generator().manual_seed(0)
+    channels = [(torch.arange(size**2) % 2**b)[torch.randperm(size**2, generator=generator)] for b in each]
+    return torch.stack(channels).to(torch.uint8).view(1, -1, size, size)
+
+
+@pytest.mark.parametrize("name", STEMS)
+def test_channels_may_differ_in_bits(name):
+    """All information is kept, as with equal bits, and a channel without bits costs no plane but the affine one's."""
+    torch.manual_seed(0)
+    each = (5, 2, 0, 1)
+    stem, codes = STEMS[name](4, each), allocated_codes(each)
+    planes = stem(codes)
+    assert planes.shape[1] == stem.planes == {"affine": 4, "embedding": 16, "bitplane": 8, "ordinal": 15 + 3 + 1}[name]
+    for channel, bits in enumerate(each):
+        changed = codes.clone()
+        changed[:, channel] = torch.arange(256).view(1, 16, 16) % 2**bits
+        different = (stem(changed) != planes).any(1)
+        assert torch.equal(different, (changed != codes).any(1)), (name, channel)
+    assert torch.isfinite(planes).all()
+    loud = stem(codes.float() + 100)  # of one channel never read as those of another
+    assert torch.equal(loud[:, :, 0, 0], loud[:, :, 1, 1]) or name in ("affine", "ordinal")
+
+
+@pytest.mark.parametrize("name", STEMS)
+def test_the_same_bits_for_each_channel_are_equal_bits(name):
+    torch.manual_seed(0)
+    one = STEMS[name](3, 3)
+    torch.manual_seed(0)
+    other = STEMS[name](3, (3, 3, 3))
+    codes = all_codes(3, 3)
+    assert torch.equal(one(codes), other(codes))
+
+
+def test_a_networks_configuration_says_bits_a_channel_only_where_they_differ():
+    equal = NetConfig((2, 8, 8), 10, 4, (0.0,) * 2, (1.0,) * 2)
+    assert "channel_bits" not in equal.to_json()  # as earlier versions read it
+    assert NetConfig.from_json(equal.to_json()) == equal
+    unequal = dataclasses.replace(equal, channel_bits=(4, 0))
+    assert unequal.to_json()["channel_bits"] == [4, 0]
+    assert NetConfig.from_json(unequal.to_json()) == unequal
+    for wrong in ((4,), (5, 4), (3, 3), (4, -1)):
+        with pytest.raises(UsageError, match="channel_bits must be 2 numbers from 0 to 4"):
+            dataclasses.replace(equal, channel_bits=wrong)

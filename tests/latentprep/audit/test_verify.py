@@ -164,7 +164,7 @@ def rewrite(data: Path, change: Callable[[np.ndarray, np.ndarray, list[str]], ob
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        (lambda codes, labels, keys: codes.__setitem__((1, 0, 0, 0, 0), 16), "holds the code 16, too large for 4 bits"),
+        (lambda codes, labels, keys: codes.__setitem__((1, 0, 0, 0, 0), 255), "holds the code 255, too large for"),
         (lambda codes, labels, keys: labels.__setitem__(1, 2), "label outside the 2 classes"),
         (lambda codes, labels, keys: labels.__setitem__(1, -2), "label outside the 2 classes"),
         (lambda codes, labels, keys: labels.__setitem__(1, -1), "different invalid rows than its record lists"),

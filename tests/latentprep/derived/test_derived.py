@@ -217,7 +217,7 @@ def test_rows_of_one_split_follow_each_other(root: Path, tmp_path: Path) -> None
     ("options", "what"),
     [
         ({"splits": ["val"]}, r"quantizer.lo is .* quantizer"),
-        ({"bits": 3}, "quantizer.bits is 3 in the first and 4 in the second"),
+        ({"bits": 3}, " bits is 3 in the first and 4 in the second"),
         ({"codec": "resample:factor=4"}, "codec.name is resample in the first and dct"),
         ({"size": 48}, "latent is"),
         ({"views": 2}, "views.train is 2 in the first and 3 in the second"),

@@ -172,7 +172,10 @@ def train_folder(root: Path, pictures: list[np.ndarray]) -> Path:
 
 def test_grey_calibration_images_leave_room_for_colours(tmp_path: Path) -> None:
     grey = train_folder(tmp_path / "images", [picture(seed).mean(2).astype(np.uint8) for seed in range(4)])
-    latentprep.encode(grey, codec="dct", size=64, splits=["train"], out=tmp_path / "out")
+    asked, said = {"codec": "dct", "size": 64, "splits": ["train"]}, Told()
+    latentprep.encode(grey, bits=2, equal_bits=False, out=tmp_path / "few", progress=said, **asked)
+    assert "6 of 16 channels are constant on these images and get no bits; equal bits leave" in said.notes[-1]
+    latentprep.encode(grey, equal_bits=True, out=tmp_path / "out", **asked)
     quantizer = latentprep.open(tmp_path / "out").quantizer
     colours = torch.from_numpy(np.stack([picture(seed) for seed in (7, 8)])).permute(0, 3, 1, 2)
     latents = make_codec("dct").encode(colours)

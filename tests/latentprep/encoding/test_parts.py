@@ -163,7 +163,7 @@ def others(root: Path, halves: tuple[LatentDataset, LatentDataset], tmp_path: Pa
         "shard_rows is 5 in the first and 4 in the": lambda: [first, encode(root, tmp_path / "x", "1/2", shard_rows=4)],
         "splits is .* in the first": lambda: [first, encode(root, tmp_path / "x", "1/2", splits=["train"])],
         "latent is": lambda: [first, encode(root, tmp_path / "x", "1/2", size=48)],
-        "quantizer.bits is 3 in the first and 4": lambda: [first, encode(root, tmp_path / "x", "1/2", bits=3)],
+        " bits is 3 in the first and 4": lambda: [first, encode(root, tmp_path / "x", "1/2", bits=3)],
     }
 
 

@@ -162,7 +162,7 @@ def test_preview(dataset: Path, tmp_path: Path, cli: Cli) -> None:
     cli("preview", dataset, "--out", out, "--limit", 4)
     assert out.read_bytes() == first
     code, _, error = cli("preview", dataset, "--out", out, "--bits", "9")
-    assert (code, "1 to 8" in error) == (2, True)
+    assert (code, "0.25 to 8" in error) == (2, True)
     code, _, error = cli("preview", dataset, "--out", out, "--decoder", "linear")
     assert code == 6 or (dataset / "linear-decoder.safetensors").exists()
     assert cli("preview", dataset, "--index", "1-x")[0] == 2
