@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from latentprep.device import full_float32
 from latentprep.errors import CheckpointError, LatentError, SystemFault, UsageError, opt, system_fault
 from latentprep.format import Quantizer, open_dataset
-from latentprep.format.fields import Fields, parse_json
+from latentprep.format.fields import parse_json
+from latentprep.format.quantizer import Codebook, read_quantizer
 from latentprep.storage.atomic import write_atomic
 from latentprep.storage.places import path_of
 from latenttrain import __version__
@@ -184,6 +185,8 @@ def _encoder(config: RunConfig, weights: str | Path | None) -> tuple[Codec, nn.M
             "codes that were chosen jointly come of a search, which cannot be exported",
             f"leave out {opt('with_codec', True)}, or encode with {opt('joint', False)}",
         )
+    if isinstance(config.quantizer, Codebook):
+        raise UsageError("a codec that gives tokens cannot be exported", f"leave out {opt('with_codec', True)}")
     document = config.dataset["codec"]
     document = document | ({"dtype": "float32"} if document.get("dtype") == "bfloat16" else {})
     codec = codec_from_config(document, device=torch.device("cpu"), weights=str(weights) if weights else None)
@@ -286,7 +289,7 @@ class OnnxModel:
         self.classes = notes.list("classes", str)
         transform = notes.object("transform")
         self.transform, size = transform.document, transform.whole("size", 1, 1 << 32)
-        self.quantizer = _quantizer(notes.object("quantizer"))
+        self.quantizer = read_quantizer(notes.object("quantizer"))
         notes.object("codec").text("name")
         given, gives = self.session.get_inputs(), self.session.get_outputs()
         self.name = given[0].name if given else ""
@@ -307,19 +310,15 @@ class OnnxModel:
     def __call__(self, pixels: Tensor) -> Tensor:
         """u8 [B,3,S,S] -> probabilities, f32 [B,classes]"""
         if self._codec is not None:
+            from latentprep.codecs import encoder_of
             from latentprep.quantizing.scalar import quantize
 
-            pixels = quantize(self._codec.encode(pixels), self.quantizer)
+            pixels = quantize(encoder_of(self._codec)(pixels), self.quantizer)
         try:
             found = self.session.run(None, {self.name: pixels.cpu().numpy()})[0]
         except Exception as error:  # onnxruntime's kinds are private
             raise CheckpointError(f"{self.path} does not run: {_line(error)}", "export it again") from error
         return torch.from_numpy(np.asarray(found))
-
-
-def _quantizer(fields: Fields) -> Quantizer:
-    weights = fields.numbers("filter") if "filter" in fields.document else ()
-    return Quantizer(fields.whole("bits", 1, 8), fields.numbers("lo"), fields.numbers("step"), weights)
 
 
 def _line(error: Exception) -> str:

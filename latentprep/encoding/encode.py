@@ -154,7 +154,8 @@ def encode(
     progress: ``latentprep.cli.console.progress_bar`` shows what goes on.
     bits: 1 to 8 per code, by default 4, fitted to the values of each channel. In place of it, what is to be met on
     disk: rate, in bits per code, or bytes, of a view's codes. One step, in terms of decoded pixels, then serves all
-    channels, so that bits go where they count (`latentprep.quantizing.rate`): fewer bytes for the same picture.
+    channels, so that bits go where they count (`latentprep.quantizing.rate`): fewer bytes for the same picture. None of
+    them is for a codec that gives codes itself.
     size: pixels per side; default suits source and codec. seconds: of each sound, which is padded with silence or cut
     to its middle; by default as long as 95% of the sounds, at most 10. phi: makes `size` 1.15**phi times as large, the
     resolution of compound scaling (https://arxiv.org/abs/1905.11946), to the nearest that the codec takes.
@@ -188,6 +189,7 @@ def encode(
     from latentprep.encoding.crew import crew_of
     from latentprep.encoding.pipeline import Stages, loads
     from latentprep.encoding.worker import check_portable
+    from latentprep.quantizing.tokens import check_tokens, codebook_of
     from latentprep.sources.images import MAX_PIXELS
 
     check_rate(bits, rate, bytes, joint, store)
@@ -229,6 +231,9 @@ def encode(
         raise UsageError(f"{opt('reuse')} is the dataset to write, {root}", f"choose another folder as {opt('out')}")
     if joint is None and taken is not None:
         joint = taken.manifest.joint
+    if (codebook := codebook_of(coder)) is not None:
+        check_tokens(coder, codebook, bits=bits, rate=rate, bytes=bytes, joint=joint)
+        bits, joint = codebook.bits, False
     if bytes is not None:
         rate = 8 * bytes / int(np.prod(latent))
     bits = (4 if rate is None else MOST_BITS) if bits is None else bits
