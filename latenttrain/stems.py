@@ -3,9 +3,10 @@
 A stem turns codes ``u8 [B,C,h,w]`` into planes ``f32 [B,P,h,w]`` of about unit scale, on which the network's first
 convolution works. ``affine`` and ``embedding`` scale by each channel's own mean and deviation, where the dataset has
 them; the planes of ``bitplane`` and ``ordinal`` are -1 and 1, or between the two, whatever the distribution. All stems
-carry the same information. The stem ``codebook`` is for tokens, whose codes name vectors: `CodebookStem`. Codes may also be fractional, ``f32 [B,C,h,w]`` from
--0.5 to ``levels - 0.5``: that is how augmentation adds noise within a quantizer step. ``affine`` and ``ordinal``
-keep the fraction; ``embedding`` and ``bitplane`` round to the nearest code, where such noise vanishes.
+carry the same information. Tokens, whose codes name vectors, have `CodebookStem`.
+Codes may also be fractional, ``f32 [B,C,h,w]`` from -0.5 to ``levels - 0.5``: that is how augmentation adds noise
+within a quantizer step. ``affine`` and ``ordinal`` keep the fraction; ``embedding`` and ``bitplane`` round to the
+nearest code, where such noise vanishes.
 """
 
 from __future__ import annotations
@@ -153,8 +154,11 @@ class CodebookStem(nn.Module):
 
     @staticmethod
     def table_of(tables: Sequence[np.ndarray], bits: int) -> Tensor:
-        """A codebook's tables, f32 [levels,D] each -> f32 [stages * 2**bits, D]: each stage about zero, and all together
-        of unit deviation in each dimension, as they are where every vector is as likely as the others."""
+        """A codebook's tables, f32 [levels,D] each -> f32 [stages * 2**bits, D].
+
+        Each stage is about zero, and their sum of unit deviation in each dimension, if every vector is as likely as the
+        others.
+        """
         stages = np.zeros((len(tables), 2**bits, tables[0].shape[1]))
         for stage, table in zip(stages, tables, strict=True):
             stage[: len(table)] = table - table.mean(0, dtype=np.float64)

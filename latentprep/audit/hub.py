@@ -114,7 +114,7 @@ def card(dataset: LatentDataset, repository: str) -> str:
         (_columns(manifest, records), _DATASETS.format(repository)) if manifest.store == "parquet" else ("", "")
     )
     meaning = (
-        "Latents are the sum of the vectors that a cell's codes name, in `codebooks.safetensors`, a table for each stage."
+        "Latents are the sum of the vectors that a cell's codes name, of tables in `codebooks.safetensors`."
         if isinstance(manifest.quantizer, Codebook)
         else "Latents are `lo + (code + 0.5) * step`, with each channel's `lo` and `step` from `manifest.json`."
     )

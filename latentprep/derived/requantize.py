@@ -1,4 +1,4 @@
-"""`requantize`: fewer bits per code, or fewer stages, from a dataset's own codes. No image is read and no codec runs."""
+"""`requantize`: fewer bits per code, or fewer stages, from a dataset's own codes. No codec runs, no image is read."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ def requantize(
     directly, except for the first quantizer's error. joint: choose the codes of a sample together; the default is that
     of `encode`.
 
-    Raises `UsageError` unless the dataset has more than `bits` bits or `stages` stages, `DatasetError` if it is damaged or incomplete.
+    Raises `UsageError` unless the dataset has more than `bits` bits or `stages` stages, `DatasetError` if it is damaged
+    or incomplete.
 
     >>> latentprep.requantize("shards", bits=2, out="shards-2bit").bits
     2
@@ -95,7 +96,8 @@ def _with_fewer_stages(
             + (f", so {given[0]} has no meaning" if given else "; requantize needs a number of stages to keep"),
             f"use {opt('stages', max(1, most // 2))}",
         )
-    if check_whole("stages", stages, 1, MAX_STAGES) >= most:
+    check_whole("stages", stages, 1, MAX_STAGES)
+    if stages >= most:
         raise UsageError(
             f"{source.root} has {most} stages; to keep {stages} would gain nothing",
             f"use {opt('stages')} 1 to {most - 1}" if most > 1 else "encode with more stages",

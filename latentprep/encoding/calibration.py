@@ -69,6 +69,7 @@ def calibrate(stages: Stages, asked: Plan, progress: ProgressFactory, count: int
         everything = torch.cat(latents)
         if not hasattr(stages.codec, "tokens") and (doubt := doubtful(everything)) is not None:
             bar.note(f"warning: {doubt}; the ranges may not fit other images")
+    quantizer: Quantizer
     if (codebook := codebook_of(stages.codec)) is not None:
         quantizer, compression = codebook, choose_compression(quantize(everything, codebook).numpy()[:, None])
     elif asked.rate is None:

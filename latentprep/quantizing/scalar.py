@@ -1,4 +1,7 @@
-"""Fit a quantizer, and quantize tensors on their device; tokens pass as they are. What a code means: `latentprep.format.quantizer`."""
+"""Fit a quantizer, and quantize tensors on their device; tokens pass as they are.
+
+What a code means: `latentprep.format.quantizer`.
+"""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def check_tokens(codec: Any, codebook: Codebook, **asked: Any) -> None:
     for name, value in asked.items():
         if value and not (name == "bits" and value == codebook.bits):
             raise UsageError(
-                f"codec '{codec.name}' gives codes itself, of {codebook.bits} bits, so {opt(name, value)} has no effect",
+                f"codec '{codec.name}' gives codes of {codebook.bits} bits itself: {opt(name, value)} has no effect",
                 f"leave it out; latentprep requantize with {opt('stages')} makes a dataset smaller",
             )
 
