@@ -21,6 +21,7 @@ from latentprep.format.quantizer import Codebook
 from latentprep.quantizing.scalar import dequantize, quantize
 from latentprep.quantizing.tokens import codebook_of
 from latenttrain.augment import Augment, with_fewer_stages
+from latenttrain.checkpoint import load_tensors
 from latenttrain.stems import CodebookStem
 from sounds import make_sounds
 
@@ -127,13 +128,39 @@ def test_networks_learn_from_tokens(shards: Path, source: Any, codec: str, tmp_p
         assert not found.error and found.classes
 
 
-def test_a_run_of_tokens_goes_on_to_the_same_weights(shards: Path, tmp_path: Path) -> None:
-    whole = latenttrain.fit(shards, stem="embedding", epochs=2, width=0.2, out=tmp_path / "whole")
-    again = latenttrain.fit(shards, stem="embedding", epochs=2, width=0.2, out=tmp_path / "again")
-    assert whole.last_top1 == again.last_top1
-    assert latenttrain.fit(shards, stem="embedding", epochs=2, width=0.2, out=tmp_path / "again", resume=True)
-    last = [(tmp_path / name / "last.safetensors").read_bytes() for name in ("whole", "again")]
-    assert len(last[0]) == len(last[1])
+class Interrupting:
+    """A progress bar at which someone presses Ctrl-C after so many batches."""
+
+    def __init__(self, batches: int) -> None:
+        self.left = batches
+
+    def __call__(self, *_: object) -> Interrupting:
+        return self
+
+    def __enter__(self) -> Interrupting:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass
+
+    def advance(self, n: int, **facts: object) -> None:
+        self.left -= n
+        if self.left < 0:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("stem", ["codebook", "embedding"])
+def test_a_run_of_tokens_resumes_to_the_same_weights(shards: Path, stem: str, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"stem": stem, "epochs": 3, "batch_size": 8, "width": 0.2}
+    latenttrain.fit(shards, **settings, out=tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        latenttrain.fit(shards, **settings, out=tmp_path / "broken", progress=Interrupting(4))
+    latenttrain.fit(shards, **settings, out=tmp_path / "broken", resume=True)
+    ours, theirs = (load_tensors(tmp_path / name / "last.safetensors")[0] for name in ("whole", "broken"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_a_damaged_or_missing_codebook_is_named(shards: Path) -> None:
