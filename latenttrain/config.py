@@ -239,7 +239,8 @@ def check_dataset(config: RunConfig, dataset: LatentDataset) -> None:
     fewer = config.net.reads_stages and stages < config.net.latent[0]
     if fewer:  # the first stages of the same codebooks
         quantizer = there_all["quantizer"]
-        there_all["quantizer"] = {**quantizer, "levels": quantizer["levels"][:stages]}
+        first = {"levels": quantizer["levels"][:stages], "bits": dataset.quantizer.bits}
+        there_all["quantizer"] = {**quantizer, **first}
     for name, there, here in differences(there_all, here_all):
         raise CheckpointError(
             f"{dataset.root} does not fit this network: {name} is {short(here)}, "

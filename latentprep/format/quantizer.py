@@ -174,10 +174,16 @@ class Codebook(Quantizer):
         return Codebook.of(self.sizes[:stages], self.sha256, self.file)
 
     def dequantize(self, codes: np.ndarray) -> np.ndarray:
-        """u8 [..., stages, h, w] -> f32 [..., D, h, w]: the sum of the stages' vectors, from the first on."""
+        """u8 [..., stages, h, w] -> f32 [..., D, h, w]: the sum of the stages' vectors, from the first on.
+
+        Raises `DatasetError` for a code beyond its stage's table.
+        """
         latents = np.zeros((*codes.shape[:-3], *codes.shape[-2:], self.tables[0].shape[1]), np.float32)
         for stage, table in enumerate(self.tables):
-            latents += table[codes[..., stage, :, :]]
+            indices = codes[..., stage, :, :]
+            if indices.size and int(indices.max()) >= len(table):
+                raise DatasetError(f"stage {stage} has the code {indices.max()}, and a table of {len(table)} vectors")
+            latents += table[indices]
         return np.ascontiguousarray(np.moveaxis(latents, -1, -3))
 
     def to_json(self) -> dict:

@@ -213,6 +213,8 @@ def test_tokens_that_no_code_can_hold_are_refused() -> None:
     book = Codebook.of_tables([np.eye(3, dtype=np.float32)])
     with pytest.raises(CodecError, match="beyond"):
         quantize(torch.full((1, 1, 2, 2), 3, dtype=torch.uint8), book)
+    with pytest.raises(DatasetError, match="stage 0 has the code 3"):
+        book.dequantize(np.full((1, 1, 2, 2), 3, np.uint8))
 
 
 def test_stages_that_are_left_out_add_nothing() -> None:
