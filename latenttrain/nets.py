@@ -66,7 +66,8 @@ class NetConfig:
             raise UsageError(f"step must be above 0, got {self.step}", "take it from the dataset's manifest")
         if min(self.std, default=0) < 0:
             raise UsageError(f"std must be 0 or more, got {self.std}", "take it from the dataset's manifest")
-        check_whole("dim", self.dim, 0, 1 << 16)
+        if type(self.dim) is not int or not 0 <= self.dim <= 1 << 16:
+            raise UsageError(f"dim must be a whole number up to {1 << 16}, got {self.dim!r:.60}")
         stems = [*STEMS, *TOKEN_STEMS[:1]] if self.dim else list(STEMS)
         for name, allowed in (("stem", stems), ("activation", list(ACTIVATIONS))):
             check_word(name, getattr(self, name), allowed)
