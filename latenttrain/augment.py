@@ -19,9 +19,13 @@ from torch import Generator, Tensor
 
 from latentprep.errors import UsageError, check_number, nearest
 from latenttrain.nets import DROPOUT
+from latenttrain.stems import whole
 
 if TYPE_CHECKING:
     from latenttrain.nets import Net
+
+
+STAGE_DROP = 0.5  # by default, where codes are tokens
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class Augment:
     cutout: float = 0.4  # side of an erased rectangle as a fraction of the grid's side
     noise: bool = False  # uniform noise within the quantizer's step: costs 3 points at 2 bits, docs/results.md
     channel_drop: float = 0.0  # probability that a plane of a sample is zeroed
+    stage_drop: float = 0.0  # probability that a sample of tokens keeps its first stages only, a random number of them
     mirror: bool = False  # half of the samples, left-right; only for codecs whose mirror image is exact
     mirror_signs: tuple[float, ...] | None = None  # a mirrored channel's factor, 1 or -1; None is 1 for all
 
@@ -50,6 +55,7 @@ class Augment:
             "cutmix": math.inf,
             "cutout": 1,
             "channel_drop": 1,
+            "stage_drop": 1,
         }
         for name, limit in limits.items():
             check_number(name, getattr(self, name), 0, limit, "0 turns it off")
@@ -58,7 +64,7 @@ class Augment:
 
     @classmethod
     def none(cls) -> Augment:
-        return cls(shift=0, zoom=0, mixup=0, cutmix=0, cutout=0, noise=False, channel_drop=0)
+        return cls(shift=0, zoom=0, mixup=0, cutmix=0, cutout=0, noise=False, channel_drop=0, stage_drop=0)
 
     def to_json(self) -> dict:
         return {**dataclasses.asdict(self), "mirror_signs": self.mirror_signs and list(self.mirror_signs)}
@@ -86,6 +92,7 @@ def draw(net: Net, batch: int, config: Augment, device: torch.device, generator:
         "cutmix_centre": ((batch, 2), config.cutmix),
         "mixup": ((batch, 2), config.mixup),
         "cutout": ((batch, 2), config.cutout),
+        "stage_drop": ((batch, 2), config.stage_drop),
         "channel_drop": ((batch, planes, 1, 1), config.channel_drop),
         "dropout": ((batch, dropped), dropped),
     }
@@ -95,14 +102,28 @@ def draw(net: Net, batch: int, config: Augment, device: torch.device, generator:
 
 
 def augment_codes(net: Net, codes: Tensor, config: Augment, random: dict[str, Tensor]) -> Tensor:
-    """Moves, mirror images and noise, with what `draw` drew: u8 [B,C,h,w] -> u8, or f32 if noise or signs change it"""
+    """Moves, mirror images, noise and fewer stages, with what `draw` drew: u8 [B,C,h,w] -> u8, f32 if noise or signs
+    change it, or i16 with -1 for stages that are left out"""
     if not net.reads_neighbours:
         codes = _moved(codes, config, random)
     if config.mirror:
         codes = torch.where(random["mirror"] < 0.5, mirrored(net, codes, config.mirror_signs), codes)
     if config.noise:
         codes = codes + random["noise"] - 0.5
+    if config.stage_drop:
+        codes = with_fewer_stages(whole(codes, 2**net.config.bits), config.stage_drop, random["stage_drop"])
     return codes
+
+
+def with_fewer_stages(codes: Tensor, share: float, random: Tensor) -> Tensor:
+    """A share of the samples keeps its first stages only; their number is as likely 1 to 2 as 2 to 4, and so on.
+
+    u8 [B,stages,h,w], f32 [B,2] in 0…1 -> i16, -1 where a stage is left out
+    """
+    stages = codes.shape[1]
+    kept = torch.where(random[:, 0] < share, (stages + 1) ** random[:, 1], stages + 1).long()
+    there = torch.arange(stages, device=codes.device) < kept[:, None]
+    return torch.where(there[..., None, None], codes.short(), -1)
 
 
 def augment_planes(

@@ -15,14 +15,15 @@ import torch
 
 from latentprep.errors import CheckpointError, UsageError, opt
 from latentprep.format import LatentDataset, Quantizer
-from latentprep.format.fields import differences
+from latentprep.format.fields import Fields, differences
+from latentprep.format.quantizer import Codebook, read_quantizer
 from latentprep.storage.places import Place
 from latenttrain import __version__
-from latenttrain.augment import Augment
+from latenttrain.augment import STAGE_DROP, Augment
 from latenttrain.data import float_statistics
 from latenttrain.nets import NetConfig
 from latenttrain.recipe import Recipe
-from latenttrain.stems import AffineStem
+from latenttrain.stems import TOKEN_STEM, AffineStem
 
 FORMAT, VERSION = "latenttrain run", 1
 
@@ -53,6 +54,8 @@ class RunConfig:
     @property
     def quantizer(self) -> Quantizer:
         fields = self.dataset["quantizer"]
+        if "kind" in fields:
+            return read_quantizer(Fields(fields, "the run's quantizer"))
         names = ("lo", "step", "filter", "channel_bits")
         return Quantizer(fields["bits"], *(tuple(fields.get(name, ())) for name in names))
 
@@ -122,6 +125,9 @@ def plan_net(
                     f"leave {opt(name)} out",
                 )
         settings = {name: getattr(init, name) for name in (*given, "activation")}
+    codebook = quantizer if isinstance(quantizer, Codebook) else None
+    if codebook is not None:
+        settings.setdefault("stem", TOKEN_STEM)
     net = NetConfig(
         latent=manifest.latent,
         classes=len(manifest.classes),
@@ -132,6 +138,7 @@ def plan_net(
         mean=mean,
         std=std,
         channel_bits=quantizer.channel_bits,
+        dim=0 if codebook is None else codebook.tables[0].shape[1],
         **settings,
     )
     return net if init is None else _reading_alike(net, init)
@@ -179,6 +186,12 @@ def plan_run(
         augment = Augment(mirror=manifest.flip is not None)
         if manifest.views("train") > 1:  # views are true crops of many sizes: more zoom costs accuracy
             augment = dataclasses.replace(augment, zoom=0.0)
+        if net.reads_stages:
+            augment = dataclasses.replace(augment, stage_drop=STAGE_DROP)
+    if augment.stage_drop and not net.reads_stages:
+        raise UsageError(
+            f"stage_drop leaves out stages of tokens, which the stem {net.stem!r} does not read", "leave it at 0"
+        )
     if augment.mirror and augment.mirror_signs is None and manifest.flip is not None:
         augment = dataclasses.replace(augment, mirror_signs=tuple(map(float, manifest.flip)))
     used = {"limit": limit, "holdout": holdout or None, "latents": latents and str(latents), "stream": stream}
@@ -220,15 +233,24 @@ def versions() -> dict[str, str]:
 def check_dataset(config: RunConfig, dataset: LatentDataset) -> None:
     """Raises `CheckpointError`, naming the first difference, if the dataset's codes or labels mean something else.
 
-    The images may differ, and so may the number of views: view 0 does not depend on it.
+    The images may differ, and so may the number of views: view 0 does not depend on it. Tokens may have fewer stages,
+    which a network that reads stages takes for a coarser whole.
     """
-    for name, there, here in differences(meaning(config.dataset), meaning(describe_dataset(dataset))):
+    there_all, here_all = meaning(config.dataset), meaning(describe_dataset(dataset))
+    stages = dataset.manifest.latent[0]
+    fewer = config.net.reads_stages and stages < config.net.latent[0]
+    if fewer:  # the first stages of the same codebooks
+        quantizer = there_all["quantizer"]
+        first = {"levels": quantizer["levels"][:stages], "bits": dataset.quantizer.bits}
+        there_all["quantizer"] = {**quantizer, **first}
+    for name, there, here in differences(there_all, here_all):
         raise CheckpointError(
             f"{dataset.root} does not fit this network: {name} is {short(here)}, "
             f"but the network was trained with {short(there)}",
             "use a dataset encoded with the same codec, quantizer, size and classes, or train on this one",
         )
-    if tuple(dataset.manifest.latent) != config.net.latent:
+    takes = (stages, *config.net.latent[1:]) if fewer else config.net.latent
+    if tuple(dataset.manifest.latent) != takes:
         raise CheckpointError(
             f"{dataset.root} has latents {dataset.manifest.latent}, the network takes {config.net.latent}"
         )

@@ -218,7 +218,7 @@ def _classifier(
     run: str | Path, weights: str | Path | None, checkpoint: str, device: torch.device
 ) -> tuple[Callable[[Tensor], Tensor], dict[str, Any], Sequence[str]]:
     """A run's u8 [B,3,S,S], or sounds f32 [B,T] -> probabilities f32 [B,classes], its transform, and its classes."""
-    from latentprep.codecs import codec_from_config
+    from latentprep.codecs import codec_from_config, encoder_of
     from latentprep.quantizing.scalar import quantize
 
     net, config, _ = load_net(run, checkpoint)
@@ -226,7 +226,7 @@ def _classifier(
     codec = codec_from_config(config.dataset["codec"], device=device, weights=str(weights) if weights else None)
 
     def probabilities_of(pixels: Tensor) -> Tensor:
-        codes = quantize(codec.encode(pixels), config.quantizer).to(device)
+        codes = quantize(encoder_of(codec)(pixels), config.quantizer).to(device)
         with full_float32():
             return net(codes).softmax(1)
 

@@ -20,7 +20,7 @@ from latentprep.device import full_float32
 from latentprep.errors import CheckpointError, LatentError, SystemFault, UsageError, opt, system_fault
 from latentprep.format import Quantizer, open_dataset
 from latentprep.format.fields import parse_json
-from latentprep.format.quantizer import read_quantizer
+from latentprep.format.quantizer import Codebook, read_quantizer
 from latentprep.storage.atomic import write_atomic
 from latentprep.storage.places import path_of
 from latenttrain import __version__
@@ -188,6 +188,8 @@ def _encoder(config: RunConfig, weights: str | Path | None) -> tuple[Codec, nn.M
             "codes that were chosen jointly come of a search, which cannot be exported",
             f"leave out {opt('with_codec', True)}, or encode with {opt('joint', False)}",
         )
+    if isinstance(config.quantizer, Codebook):
+        raise UsageError("a codec that gives tokens cannot be exported", f"leave out {opt('with_codec', True)}")
     document = config.dataset["codec"]
     document = document | ({"dtype": "float32"} if document.get("dtype") == "bfloat16" else {})
     codec = codec_from_config(document, device=torch.device("cpu"), weights=str(weights) if weights else None)
@@ -312,9 +314,10 @@ class OnnxModel:
     def __call__(self, pixels: Tensor) -> Tensor:
         """u8 [B,3,S,S] -> probabilities, f32 [B,classes]"""
         if self._codec is not None:
+            from latentprep.codecs import encoder_of
             from latentprep.quantizing.scalar import quantize
 
-            pixels = quantize(self._codec.encode(pixels), self.quantizer)
+            pixels = quantize(encoder_of(self._codec)(pixels), self.quantizer)
         try:
             found = self.session.run(None, {self.name: pixels.cpu().numpy()})[0]
         except Exception as error:  # onnxruntime's kinds are private

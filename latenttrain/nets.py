@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from latentprep.errors import UsageError, check_number, check_whole, check_word, nearest, opt
 from latenttrain.networks import adopt, find_network
-from latenttrain.stems import STEMS, AffineStem
+from latenttrain.stems import STEMS, TOKEN_STEM, TOKEN_STEMS, AffineStem, CodebookStem
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class NetConfig:
     mean: tuple[float, ...] = ()  # of each channel's codes, as the stem takes it; without it, the rule of `AffineStem`
     std: tuple[float, ...] = ()
     channel_bits: tuple[int, ...] = ()  # empty: `bits` in each
+    dim: int = 0  # of the vectors that codes name, if they are tokens
 
     def __post_init__(self) -> None:
         for name, kind in (
@@ -76,8 +77,11 @@ class NetConfig:
             raise UsageError(f"step must be above 0, got {self.step}", "take it from the dataset's manifest")
         if min(self.std, default=0) < 0:
             raise UsageError(f"std must be 0 or more, got {self.std}", "take it from the dataset's manifest")
-        for name, allowed in (("stem", STEMS), ("activation", ACTIVATIONS)):
-            check_word(name, getattr(self, name), list(allowed))
+        if type(self.dim) is not int or not 0 <= self.dim <= 1 << 16:
+            raise UsageError(f"dim must be a whole number up to {1 << 16}, got {self.dim!r:.60}")
+        stems = [*STEMS, *TOKEN_STEMS[:1]] if self.dim else list(STEMS)
+        for name, allowed in (("stem", stems), ("activation", list(ACTIVATIONS))):
+            check_word(name, getattr(self, name), allowed)
         if not isinstance(self.arch, str):
             raise UsageError(f"{opt('arch')} must be a name, got {self.arch!r:.60}")
         check_whole("full_grid", self.full_grid, 1, 8, "leave it out for 1")
@@ -88,7 +92,14 @@ class NetConfig:
         fields = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items()}
         if min(self.channel_bits) == self.bits:  # as earlier versions write it, and read it
             del fields["channel_bits"]
+        if not self.dim:
+            del fields["dim"]
         return fields
+
+    @property
+    def reads_stages(self) -> bool:
+        """Whether codes are tokens, and the stem sums up the vectors that they name."""
+        return self.dim > 0 and self.stem in TOKEN_STEMS
 
     @classmethod
     def from_json(cls, fields: dict) -> NetConfig:
@@ -127,7 +138,11 @@ class Net(nn.Module):
         super().__init__()
         self.config = config
         self.parts: tuple[int, ...] = ()
-        self.stem = STEMS[config.stem](config.latent[0], config.channel_bits, config.mean, config.std)
+        self.stem: nn.Module
+        if config.reads_stages:
+            self.stem = CodebookStem(config.latent[0], config.bits, config.dim, learned=config.stem != TOKEN_STEM)
+        else:
+            self.stem = STEMS[config.stem](config.latent[0], config.channel_bits, config.mean, config.std)
         if isinstance(self.stem, AffineStem) and config.filter:
             self.stem.set_filter(config.filter, config.step)
         self.frozen: str | None = None

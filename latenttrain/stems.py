@@ -3,7 +3,8 @@
 A stem turns codes ``u8 [B,C,h,w]`` into planes ``f32 [B,P,h,w]`` of about unit scale, on which the network's first
 convolution works. ``affine`` and ``embedding`` scale by each channel's own mean and deviation, where the dataset has
 them; the planes of ``bitplane`` and ``ordinal`` are -1 and 1, or between the two, whatever the distribution. All stems
-carry the same information. Channels may differ in bits; one without bits has a constant plane, or none.
+carry the same information. Channels may differ in bits; one without bits has a constant plane, or none. Tokens, whose
+codes name vectors, have `CodebookStem`.
 
 Codes may also be fractional, ``f32 [B,C,h,w]`` from -0.5 to ``levels - 0.5``: that is how augmentation adds noise
 within a quantizer step. ``affine`` and ``ordinal`` keep the fraction; ``embedding`` and ``bitplane`` round to the
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -159,12 +161,62 @@ class OrdinalStem(nn.Module):
         return height.clamp(0, 1) * 2 - 1
 
 
+class CodebookStem(nn.Module):
+    """The latents that tokens name, normalized: the sum of the stages' vectors; ``P`` is their dimension.
+
+    The stem ``codebook`` keeps the vectors as they are, and ``embedding`` learns from there. Both take codes of the
+    first stages alone, and a code below zero for a stage that is left out: its vector is zero, the mean of its stage.
+    """
+
+    vectors: Tensor
+    first: Tensor
+    top: Tensor
+
+    def __init__(self, stages: int, bits: int, dim: int, learned: bool) -> None:
+        super().__init__()
+        self.planes = dim
+        self.levels = 2**bits
+        vectors = torch.zeros(stages * self.levels, dim)  # the dataset's are filled in: `table_of`
+        if learned:
+            self.vectors = nn.Parameter(vectors)
+        else:
+            self.register_buffer("vectors", vectors)
+        self.register_buffer("first", self.levels * torch.arange(stages), persistent=False)
+        self.register_buffer("top", torch.tensor(self.levels - 1.0), persistent=False)
+
+    @staticmethod
+    def table_of(tables: Sequence[np.ndarray], bits: int) -> Tensor:
+        """A codebook's tables, f32 [levels,D] each -> f32 [stages * 2**bits, D].
+
+        Each stage is about zero, and their sum of unit deviation in each dimension, if every vector is as likely as the
+        others.
+        """
+        stages = np.zeros((len(tables), 2**bits, tables[0].shape[1]))
+        for stage, table in zip(stages, tables, strict=True):
+            stage[: len(table)] = table - table.mean(0, dtype=np.float64)
+        spread = np.sqrt(sum(table.var(0, dtype=np.float64) for table in tables))
+        stages /= np.maximum(spread, 1e-3 * spread.max() or 1)
+        return torch.from_numpy(stages.astype(np.float32)).flatten(0, 1)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """u8, i16 or f32 [B,stages,h,w] -> f32 [B,P,h,w]"""
+        batch, stages, height, width = codes.shape
+        there = codes >= 0 if codes.dtype == torch.int16 else None
+        rows = whole(codes, self.top).long().clamp(min=0).permute(0, 2, 3, 1).reshape(-1, stages)
+        rows = rows + self.first[:stages]
+        weights = None if there is None else there.permute(0, 2, 3, 1).reshape(-1, stages).to(self.vectors.dtype)
+        summed = F.embedding_bag(rows, self.vectors, mode="sum", per_sample_weights=weights)
+        return summed.view(batch, height, width, self.planes).permute(0, 3, 1, 2)
+
+
 STEMS: dict[str, type[nn.Module]] = {
     "affine": AffineStem,
     "embedding": EmbeddingStem,
     "bitplane": BitplaneStem,
     "ordinal": OrdinalStem,
 }
+TOKEN_STEM = "codebook"  # the default for tokens
+TOKEN_STEMS = (TOKEN_STEM, "embedding")  # that read vectors by tokens, if there are any: `CodebookStem`
 
 
 def whole(codes: Tensor, tops: Tensor) -> Tensor:

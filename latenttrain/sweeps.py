@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from latentprep.errors import UsageError, check_whole, nearest, opt
 from latentprep.format import LatentDataset, open_dataset
+from latentprep.format.quantizer import Codebook
 from latentprep.pictures.plots import COLOURS, GREY, GRID, INK, draw
 from latentprep.progress import ProgressFactory, silent
 from latentprep.storage.atomic import write_atomic
@@ -101,6 +102,11 @@ def sweep(
     from latentprep.derived.requantize import requantize
 
     source = open_dataset(dataset)
+    if isinstance(source.quantizer, Codebook):
+        raise UsageError(
+            f"the codes of {source.root} are tokens: they have stages in place of bits",
+            "make datasets of fewer with latentprep requantize --stages, and compare runs on them",
+        )
     most = source.quantizer.mean_bits
     wrong = [b for b in bits if b not in range(1, int(most) + 1)]
     if wrong or not bits:

@@ -19,6 +19,7 @@ from torch import Tensor
 from latentprep.device import enough_memory, one_thread_each, parse_devices, to_host
 from latentprep.errors import CheckpointError, UsageError, opt
 from latentprep.format import LatentDataset, open_dataset
+from latentprep.format.quantizer import Codebook
 from latentprep.progress import Progress, ProgressFactory, silent
 from latentprep.storage.places import path_of
 from latenttrain.augment import Augment, augment_codes, augment_planes, draw
@@ -55,6 +56,7 @@ from latenttrain.ranks import ALONE, Ranks, joined, this_rank
 from latenttrain.recipe import Recipe, make_recipe, preset_settings
 from latenttrain.results import FitResult, draw_curve
 from latenttrain.runtime import Stopwatch, autocast, compiled, in_bfloat16, reproducible
+from latenttrain.stems import CodebookStem
 from latenttrain.streaming import shards_to_hold, training_data
 from latenttrain.tensorboard import MetricsLog, open_log
 
@@ -263,7 +265,8 @@ def carry_out(
 
     train, val = ranks.agreed(load)
     log = open_log(planned.root) if planned.tensorboard and ranks.is_main else None
-    return run_fit(planned.config, train, val, planned.root, planned.resume, progress, log, ranks, planned.init)
+    given = stem_tensors(planned.config.net, dataset)
+    return run_fit(planned.config, train, val, planned.root, planned.resume, progress, log, ranks, planned.init, given)
 
 
 def run_fit(
@@ -276,8 +279,10 @@ def run_fit(
     log: MetricsLog | None = None,
     ranks: Ranks = ALONE,
     init: Path | None = None,
+    given: dict[str, Tensor] | None = None,
 ) -> FitResult:
-    """The run itself, once its folder is checked and its splits are on their device. init: the run to start from."""
+    """The run itself, once its folder is checked and its splits are on their device. init: the run to start from.
+    given: what the network takes from the dataset, `stem_tensors`."""
     recipe, target = config.recipe, train.device
     resume = resume or ranks.told(lambda: ranks.restarts > 0 and begun_by(root, ranks.job))
     with (
@@ -286,7 +291,7 @@ def run_fit(
         reproducible(target, recipe.seed),
     ):
         start = None if init is None else ranks.told(lambda: init_tensors(init, config))
-        state = start_state(config, target, start)
+        state = start_state(config, target, {**(given or {}), **(start or {})})
         if resume:
             restore(root, state, ranks)
         train_epochs(state, config, root, train, val, progress if ranks.is_main else silent, log, ranks)
@@ -310,10 +315,19 @@ def run_fit(
     )
 
 
+def stem_tensors(net: NetConfig, dataset: str | Path | LatentDataset) -> dict[str, Tensor]:
+    """What a fresh network's stem takes from the dataset, by its name in the network: the vectors of its codebook."""
+    if not net.reads_stages:
+        return {}
+    codebook = open_dataset(dataset).quantizer
+    assert isinstance(codebook, Codebook)
+    return {"stem.vectors": CodebookStem.table_of(codebook.tables, net.bits)}
+
+
 def start_state(config: RunConfig, device: torch.device, start: dict[str, Tensor] | None = None) -> State:
     """A fresh network on the device, drawn on the CPU so that the device does not matter, and its optimizer.
 
-    start: weights of another network, of `init_tensors`, that it takes over.
+    start: weights that it takes over, those of another network, `init_tensors`, and `stem_tensors`.
     """
     net = build_net(config.net)
     if start:

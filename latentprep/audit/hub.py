@@ -11,7 +11,8 @@ from latentprep.derived.derive import opened
 from latentprep.errors import SystemFault, UsageError
 from latentprep.format import parquet_store
 from latentprep.format.dataset import LatentDataset
-from latentprep.format.manifest import ERRORS, MANIFEST, Manifest, ShardRecord
+from latentprep.format.manifest import ERRORS, Manifest, ShardRecord
+from latentprep.format.quantizer import Codebook
 from latentprep.format.stores import store_of
 from latentprep.progress import ProgressFactory, silent
 from latentprep.storage.buckets import hub_errors
@@ -55,7 +56,7 @@ def push(
     if isinstance(source.root, RemotePath):
         raise UsageError(f"{source.root} is not on this machine", "copy it to a folder with latentprep convert first")
     root, manifest = local(source.root, "the dataset to push"), source.manifest
-    paths = [MANIFEST, *store_of(manifest).metadata_files(manifest)]
+    paths = [*manifest.files(), *store_of(manifest).metadata_files(manifest)]
     paths += [ERRORS] if (root / ERRORS).is_file() else []
     records = [record for split in source.splits for record in source.records(split)]
     with progress("checking", len(records), "shards", 0) as bar:
@@ -112,6 +113,11 @@ def card(dataset: LatentDataset, repository: str) -> str:
     columns, reading = (
         (_columns(manifest, records), _DATASETS.format(repository)) if manifest.store == "parquet" else ("", "")
     )
+    meaning = (
+        "Latents are the sum of the vectors that a cell's codes name, of tables in `codebooks.safetensors`."
+        if isinstance(manifest.quantizer, Codebook)
+        else "Latents are `lo + (code + 0.5) * step`, with each channel's `lo` and `step` from `manifest.json`."
+    )
     made = "the codes" if manifest.thumbnail is None else "the codes, and to the thumbnails made of them,"
     return f"""---
 pretty_name: {json.dumps(repository.partition("/")[2])}
@@ -141,7 +147,7 @@ latentprep info {where}
 latenttrain fit {where}
 ````
 {reading}
-Latents are `lo + (code + 0.5) * step`, with each channel's `lo` and `step` from `manifest.json`. Every file except this
+{meaning} Every file except this
 one has a checksum; `latentprep verify` checks them.
 """
 

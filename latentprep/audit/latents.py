@@ -12,6 +12,7 @@ from latentprep.errors import UsageError, opt, system_fault
 from latentprep.format.dataset import LatentDataset, open_dataset
 from latentprep.format.fields import dump_json
 from latentprep.format.latents import LATENTS, check_latents, described
+from latentprep.format.quantizer import Codebook
 from latentprep.progress import ProgressFactory, silent
 from latentprep.sources.source import Source, open_source
 from latentprep.storage.atomic import locked, write_atomic
@@ -52,6 +53,11 @@ def write_latents(
     if root.resolve() == opened.root.resolve():
         raise UsageError(f"{opt('out')} is the dataset itself, {root}", "choose another folder")
     manifest = opened.manifest
+    if isinstance(manifest.quantizer, Codebook):
+        raise UsageError(
+            f"codec '{manifest.codec['name']}' gives codes itself: there are no latents before quantization",
+            "compare with latentprep requantize --stages",
+        )
     source = open_source(
         source, data=data, labels=labels, image_column=image_column, label_column=label_column,
         val_fraction=val_fraction, seed=seed,

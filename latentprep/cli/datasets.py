@@ -39,8 +39,13 @@ app = typer.Typer()
 @app.command()
 def requantize(
     dataset: Annotated[str, typer.Argument(help="Folder or URL that latentprep encode wrote to, with more bits.")],
-    bits: Annotated[float, typer.Option(help="Mean bits per value, fewer than the dataset has.")],
     out: Out,
+    bits: Annotated[
+        float | None, typer.Option(help="Mean bits per value, fewer than the dataset has.", show_default=False)
+    ] = None,
+    stages: Annotated[
+        int | None, typer.Option(help="Of tokens: stages to keep, the first ones.", show_default=False)
+    ] = None,
     equal_bits: EqualBits = None,
     joint: Joint = None,
     overwrite: Overwrite = False,
@@ -48,16 +53,17 @@ def requantize(
 ) -> None:
     """Make a dataset with fewer bits from a dataset's codes; needs neither the images nor the codec.
 
-    The quantizer is fitted again.
+    The quantizer is fitted again. Of tokens, such as those of lyra, whole stages are left out.
 
     Example:
 
       latentprep requantize shards --bits 2 --out shards-2bit
+      latentprep requantize words-lyra --stages 16 --out words-lyra16
     """
     from latentprep.derived.requantize import requantize as run
 
     result = run(
-        dataset, bits=bits, out=out, equal_bits=equal_bits, joint=joint, overwrite=overwrite,
+        dataset, bits=bits, stages=stages, out=out, equal_bits=equal_bits, joint=joint, overwrite=overwrite,
         progress=console.progress_bar,
     )  # fmt: skip
     show_result(result, as_json)

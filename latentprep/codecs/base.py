@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Protocol, runtime_checkable
 
@@ -40,6 +41,12 @@ class Codec(Protocol):
     A codec that computes little for each pixel may set ``light = True``: on a CPU it then gets one thread and leaves
     the other cores to decoding, since to share every small operation among busy cores costs more than it gains.
 
+    A codec may give codes itself: then it has ``codebooks``, a table f32 [levels,D] for each of its stages, with 2 to
+    256 levels, and ``tokens``, which takes what ``encode`` takes and gives u8 [B,stages,h,w], indices into them. Stages
+    go from coarse to fine: the latents that ``decode`` takes, f32 [B,D,h,w], are the sum of the vectors that a cell's
+    tokens name, and the first stages alone make a coarser sum. `latent_shape` is then (stages, h, w). No quantizer is
+    fitted.
+
     A codec may have ``graph()``, a module that does what ``encode`` does, on the CPU in float32, in operations that
     can be exported; ``latenttrain export --with-codec`` needs it.
     """
@@ -65,6 +72,11 @@ class Codec(Protocol):
     def flip(self, latents: Tensor) -> Tensor | None:
         """f32 [B,C,h,w] -> the latents of the horizontally mirrored images, exactly; None where there is none."""
         ...
+
+
+def encoder_of(codec: Any) -> Callable[[Tensor], Tensor]:
+    """What turns samples into what the quantizer takes: the codec's ``tokens``, if it has them, else its ``encode``."""
+    return getattr(codec, "tokens", codec.encode)
 
 
 def media_of(codec: Any) -> str:
@@ -244,8 +256,10 @@ def flip_signs(codec: Codec, latent: tuple[int, int, int]) -> tuple[int, ...] | 
     """The codec's mirror as one sign a channel, if that is what it is: ``flip(z) == sign * z mirrored``.
 
     This is the form in which a dataset records the mirror, so that training needs no codec. None for codecs
-    without an exact mirror, and for those whose mirror is another map.
+    without an exact mirror, and for those whose mirror is another map, as tokens' is.
     """
+    if hasattr(codec, "tokens"):
+        return None
     z = torch.rand(1, *latent, generator=torch.Generator().manual_seed(0)) + 0.5
     flipped = codec.flip(z)
     if flipped is None:

@@ -18,6 +18,7 @@ from latentprep.codecs.base import (
     media_of,
 )
 from latentprep.codecs.learned import LearnedCodec
+from latentprep.codecs.lyra import HOP, LEVELS, RATE, STAGES, LyraCodec
 from latentprep.codecs.walloc import WallocCodec
 from latentprep.errors import LatentError, check_whole
 from latentprep.format.quantizer import check_mean_bits
@@ -76,10 +77,14 @@ def _row(name: str, size: int, bits: float) -> CodecRow:
         if name in _LATENTS:
             channels, factor = _LATENTS[name]
             latent = (channels, *check_multiple(name, factor, size, size))
+        elif kind is LyraCodec:
+            latent, bits = (STAGES, 1, RATE // HOP), (LEVELS - 1).bit_length()
         else:
             codec: Any = make_codec(name)
             second = (1, codec.rate // codec.hop * codec.hop) if media_of(codec) == SOUND else None
             latent = codec.latent_shape(*(second or (size, size)))
+            if hasattr(codec, "tokens"):
+                bits = (max(map(len, codec.codebooks)) - 1).bit_length()
     except LatentError:
         return CodecRow(name, about, options, None, None, weights_at_hand(name))
     code_bytes = int(latent[0] * latent[1] * latent[2] * bits // 8)
@@ -91,6 +96,9 @@ def weights_at_hand(name: str) -> str:
     kind = codec_class(name)
     if issubclass(kind, LearnedCodec):
         return "yes"
+    if issubclass(kind, LyraCodec):
+        missing = importlib.util.find_spec("ai_edge_litert") is None
+        return "needs pip install 'latentprep[audio]'" if missing else "in google/lyra"
     if not issubclass(kind, AutoencoderCodec | WallocCodec):
         return "none needed"
     if importlib.util.find_spec("diffusers") is None:

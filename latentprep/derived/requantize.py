@@ -1,4 +1,4 @@
-"""`requantize`: fewer bits per code, from a dataset's own codes. No image is read and no codec runs."""
+"""`requantize`: fewer bits per code, or fewer stages, from a dataset's own codes. No codec runs, no image is read."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from latentprep import __version__
 from latentprep.derived.derive import derive, every_row, opened
 from latentprep.encoding.calibration import CALIBRATION, calibration_rows
 from latentprep.encoding.encode import EncodeResult, check_joint, joint_by_default
-from latentprep.errors import UsageError, opt
+from latentprep.errors import UsageError, check_whole, opt
 from latentprep.format.dataset import Codes, LatentDataset
 from latentprep.format.manifest import INVALID_LABEL, Manifest, train_split
-from latentprep.format.quantizer import LEAST_MEAN, Quantizer, check_mean_bits
+from latentprep.format.quantizer import LEAST_MEAN, MAX_STAGES, Codebook, Quantizer, Statistics, check_mean_bits
 from latentprep.format.zarr_store import choose_compression
 from latentprep.progress import ProgressFactory, silent
 from latentprep.quantizing.allocation import fit_allocated
@@ -29,7 +29,8 @@ _SEARCHED = 64  # samples in one joint search
 def requantize(
     dataset: str | Path | LatentDataset,
     *,
-    bits: float,
+    bits: float | None = None,
+    stages: int | None = None,
     out: str | Path,
     equal_bits: bool | None = None,
     joint: bool | None = None,
@@ -41,15 +42,23 @@ def requantize(
     bits: on average, channels get them by what they are worth, or in every channel, with `equal_bits` or `joint`. They
     and the ranges are fitted again, on the samples that `encode` calibrates on. So the result is that of encoding at
     `bits` directly, except for the first quantizer's error. joint: choose the codes of a sample together; the default
-    is that of `encode`.
+    is that of `encode`. stages: in place of bits, how many to keep of tokens, the first ones; they are a coarser whole.
 
-    Raises `UsageError` unless the dataset has more than `bits` bits, `DatasetError` if it is damaged or incomplete.
+    Raises `UsageError` unless the dataset has more than `bits` bits or `stages` stages, `DatasetError` if it is damaged
+    or incomplete.
 
     >>> latentprep.requantize("shards", bits=2, out="shards-2bit").bits
     2
     """
-    bits = check_mean_bits(bits, equal_bits, joint)
     source = opened(dataset)
+    if isinstance(source.quantizer, Codebook):
+        return _with_fewer_stages(source, bits, stages, joint, out, overwrite, progress)
+    if stages is not None or bits is None:
+        raise UsageError(
+            f"the codes of {source.root} have no stages" if stages is not None else "requantize needs a number of bits",
+            f"use {opt('bits', 2)}",
+        )
+    bits = check_mean_bits(bits, equal_bits, joint)
     most = source.quantizer.mean_bits
     if bits >= most:
         raise UsageError(
@@ -70,6 +79,55 @@ def requantize(
     )  # fmt: skip
 
 
+def _with_fewer_stages(
+    source: LatentDataset,
+    bits: float | None,
+    stages: int | None,
+    joint: bool | None,
+    out: str | Path,
+    overwrite: bool,
+    progress: ProgressFactory,
+) -> EncodeResult:
+    codebook = source.quantizer
+    assert isinstance(codebook, Codebook)
+    most, given = len(codebook.sizes), [opt(n, v) for n, v in (("bits", bits), ("joint", joint)) if v]
+    if given or stages is None:
+        raise UsageError(
+            f"the codes of {source.root} are tokens"
+            + (f", so {given[0]} has no meaning" if given else "; requantize needs a number of stages to keep"),
+            f"use {opt('stages', max(1, most // 2))}",
+        )
+    check_whole("stages", stages, 1, MAX_STAGES)
+    if stages >= most:
+        raise UsageError(
+            f"{source.root} has {most} stages; to keep {stages} would gain nothing",
+            f"use {opt('stages')} 1 to {most - 1}" if most > 1 else "encode with more stages",
+        )
+
+    def first(shard: Codes, saturated: tuple[int, ...]) -> tuple[Codes, tuple[int, ...]]:
+        return replace(shard, codes=np.ascontiguousarray(shard.codes[:, :, :stages])), saturated[:stages]
+
+    return derive(
+        out, staged_manifest(source, stages), [source], every_row([source]), first,
+        title="requantizing", overwrite=overwrite, progress=progress,
+    )  # fmt: skip
+
+
+def staged_manifest(source: LatentDataset, stages: int) -> Manifest:
+    """The source's manifest with the first `stages` stages of its codebook, whose file stays as it is."""
+    manifest, codebook = source.manifest, source.quantizer
+    assert isinstance(codebook, Codebook)
+    counted = manifest.statistics
+    return replace(
+        manifest,
+        quantizer=codebook.first(stages),
+        latent=(stages, *manifest.latent[1:]),
+        statistics=counted and Statistics(counted.mean[:stages], counted.std[:stages]),
+        compression=choose_compression(_calibration_codes(source)[:, None, :stages]),
+        written_by=f"latentprep {__version__}",
+    )
+
+
 def requantized_manifest(
     source: LatentDataset, bits: float, equal_bits: bool | None = None, joint: bool | None = None
 ) -> Manifest:
@@ -79,14 +137,7 @@ def requantized_manifest(
         joint = joint_by_default(bits, manifest.latent[0], manifest.flip)
     equal_bits = bool(equal_bits or joint)
     check_joint(joint, manifest.latent[0])
-    split = train_split(manifest.splits)
-    rows = calibration_rows(manifest.splits[split], CALIBRATION, manifest.transform["seed"])
-    drawn = []
-    for index in sorted({row // manifest.shard_rows for row in rows}):
-        shard = source.read_shard(split, index, keys=False)
-        here = [row - index * manifest.shard_rows for row in rows if row // manifest.shard_rows == index]
-        drawn.append(shard.codes[[place for place in here if shard.labels[place] != INVALID_LABEL], 0])
-    latents = dequantize(torch.from_numpy(np.concatenate(drawn)), manifest.quantizer)
+    latents = dequantize(torch.from_numpy(_calibration_codes(source)), manifest.quantizer)
     quantizer = fit_quantizer(latents, int(bits), joint) if equal_bits else fit_allocated(latents, bits)
     codes = quantize(latents, quantizer)
     compression = choose_compression(codes.numpy()[:, None])
@@ -100,6 +151,19 @@ def requantized_manifest(
         compression=compression,
         written_by=f"latentprep {__version__}",
     )
+
+
+def _calibration_codes(source: LatentDataset) -> np.ndarray:
+    """View 0 of the samples that `encode` calibrates on, u8 [n,C,h,w]."""
+    manifest = source.manifest
+    split = train_split(manifest.splits)
+    rows = calibration_rows(manifest.splits[split], CALIBRATION, manifest.transform["seed"])
+    drawn = []
+    for index in sorted({row // manifest.shard_rows for row in rows}):
+        shard = source.read_shard(split, index, keys=False)
+        here = [row - index * manifest.shard_rows for row in rows if row // manifest.shard_rows == index]
+        drawn.append(shard.codes[[place for place in here if shard.labels[place] != INVALID_LABEL], 0])
+    return np.concatenate(drawn)
 
 
 def recoder(source: Quantizer, target: Quantizer) -> Recoder:

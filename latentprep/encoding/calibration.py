@@ -22,6 +22,7 @@ from latentprep.progress import ProgressFactory
 from latentprep.quantizing.allocation import fit_allocated
 from latentprep.quantizing.rate import fit_rate
 from latentprep.quantizing.scalar import channel_values, code_statistics, fit_quantizer, quantize
+from latentprep.quantizing.tokens import codebook_of
 from latentprep.sources.media import medium_of
 
 CALIBRATION = 256  # images, spread evenly over the train split
@@ -38,7 +39,7 @@ def calibrate(stages: Stages, asked: Plan, progress: ProgressFactory, count: int
 
     The plan's seed decides which sample is drawn from each stretch of the split. The codec gets one image at a time:
     the last bits of its latents may depend on how many images are in the batch. So the same source gives the same
-    manifest, whatever the batch size.
+    manifest, whatever the batch size. A codec that gives tokens brings its codebooks; nothing is fitted.
 
     Raises `SourceError` if no sample can be decoded, `CodecError` for latents that are not finite.
     """
@@ -67,14 +68,17 @@ def calibrate(stages: Stages, asked: Plan, progress: ProgressFactory, count: int
                 "check that the source holds images",
             )
         everything = torch.cat(latents)
-        if (doubt := doubtful(everything)) is not None:
+        if not hasattr(stages.codec, "tokens") and (doubt := doubtful(everything)) is not None:
             bar.note(f"warning: {doubt}; the ranges may not fit other images")
         if asked.mean_bits is not None and (same := channel_values(everything)[1].count(True)):
             bar.note(
                 f"warning: {same} of {len(everything[0])} channels are constant on these images and get no bits; equal "
                 "bits leave them room, if other images differ there, as coloured ones do from grey ones"
             )
-    if asked.rate is None:
+    quantizer: Quantizer
+    if (codebook := codebook_of(stages.codec)) is not None:
+        quantizer, compression = codebook, choose_compression(quantize(everything, codebook).numpy()[:, None])
+    elif asked.rate is None:
         quantizer = fit_to_bits(everything, asked)
         compression = choose_compression(quantize(everything, quantizer).numpy()[:, None])
     else:

@@ -13,7 +13,7 @@ from latentprep.errors import DatasetError, opt, system_fault
 from latentprep.format.commit import commit_shard, create_dataset, remove_dataset
 from latentprep.format.dataset import LatentDataset, open_dataset
 from latentprep.format.fields import differences
-from latentprep.format.manifest import MANIFEST, STORED, Manifest, Plan, ShardRecord
+from latentprep.format.manifest import CODEBOOKS, MANIFEST, STORED, Manifest, Plan, ShardRecord
 from latentprep.format.shard import EncodedShard
 from latentprep.sources.source import Source
 from latentprep.storage.atomic import locked, make_folder
@@ -63,6 +63,9 @@ def commit_shards(
                 done(dataset.remember(waiting.popleft().result()))
 
 
+_BEFORE = (MANIFEST + ".tmp", CODEBOOKS, CODEBOOKS + ".tmp", LOCK)  # what may lie there before the manifest
+
+
 def stored_manifest(root: Place, asked: Plan, overwrite: bool, source: Source | None = None) -> Manifest | None:
     """The manifest of the dataset to resume; None for an empty folder, or one that `overwrite` emptied.
 
@@ -77,7 +80,7 @@ def stored_manifest(root: Place, asked: Plan, overwrite: bool, source: Source | 
         stored = open_dataset(root).manifest
         _check_same(root, stored, asked, source)
         return stored
-    others = sorted(entry.name for entry in root.iterdir() if entry.name not in (MANIFEST + ".tmp", LOCK))
+    others = sorted(entry.name for entry in root.iterdir() if entry.name not in _BEFORE)
     if others:
         raise DatasetError(
             f"{root} is not empty and holds no latent dataset (it has {others[0]})",
@@ -153,6 +156,7 @@ def _meaning(plan: Plan) -> dict:
         "joint": plan.joint,
         "equal_bits": plan.mean_bits is None,
         "transform": {key: plan.transform.get(key) for key in ("size", "resize", "colour")},
+        "latent": list(plan.latent),
     }
 
 

@@ -157,7 +157,8 @@ def encode(
     (`latentprep.quantizing.allocation`), or, with `equal_bits` or `joint`, all the same, 1 to 8. Default: as
     `quantizer` has it, else by worth. In place of bits, what is to be met on
     disk: rate, in bits per code, or bytes, of a view's codes. One step, in terms of decoded pixels, then serves all
-    channels, so that bits go where they count (`latentprep.quantizing.rate`): fewer bytes for the same picture.
+    channels, so that bits go where they count (`latentprep.quantizing.rate`): fewer bytes for the same picture. None of
+    them is for a codec that gives codes itself.
     size: pixels per side; default suits source and codec. seconds: of each sound, which is padded with silence or cut
     to its middle; by default as long as 95% of the sounds, at most 10. phi: makes `size` 1.15**phi times as large, the
     resolution of compound scaling (https://arxiv.org/abs/1905.11946), to the nearest that the codec takes.
@@ -191,6 +192,7 @@ def encode(
     from latentprep.encoding.crew import crew_of
     from latentprep.encoding.pipeline import Stages, loads
     from latentprep.encoding.worker import check_portable
+    from latentprep.quantizing.tokens import check_tokens, codebook_of
     from latentprep.sources.images import MAX_PIXELS
 
     check_rate(bits, rate, bytes, equal_bits, joint, store)
@@ -233,6 +235,9 @@ def encode(
     if taken is not None:
         joint = taken.manifest.joint if joint is None else joint
         equal_bits = taken.manifest.mean_bits is None if equal_bits is None else equal_bits
+    if (codebook := codebook_of(coder)) is not None:
+        check_tokens(coder, codebook, bits=bits, rate=rate, bytes=bytes, joint=joint)
+        bits, equal_bits, joint = codebook.bits, True, False
     if bytes is not None:
         rate = 8 * bytes / int(np.prod(latent))
     if rate is None:

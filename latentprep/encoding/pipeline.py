@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentprep.codecs import Codec
+from latentprep.codecs import Codec, encoder_of
 from latentprep.device import NOT_ON_DEVICE, Fitting, device_name, on_device, queues, sent
 from latentprep.encoding.profile import CODEC, DECODE, QUANTIZE, WAIT_DECODE, WAIT_WRITE, WRITE, Profile
 from latentprep.encoding.reuse import Found, Reuse
@@ -69,8 +69,10 @@ class Stages:
 
     @cached_property
     def encode(self) -> Fitting:
-        """The codec's `encode`, in batches that fit in memory."""
-        return Fitting(self.codec.encode, f"encode at a smaller {opt('size')}, use a smaller codec, or {NOT_ON_DEVICE}")
+        """The codec's latents, f32 [B,C,h,w], or its tokens, u8 [B,S,h,w], in batches that fit in memory."""
+        return Fitting(
+            encoder_of(self.codec), f"encode at a smaller {opt('size')}, use a smaller codec, or {NOT_ON_DEVICE}"
+        )
 
     def batch_samples(self, views: int, height: int, width: int) -> int:
         """How many samples of height×width pixels, with all their views, make about one batch for the codec."""
@@ -285,7 +287,7 @@ def _async_copy(tensor: Tensor) -> Tensor:
 
 
 def latents_of(stages: Stages, batch: _Batch) -> Tensor:
-    """f32 [bV,C,h,w] on the codec's device."""
+    """What the codec gives for the quantizer: f32 [bV,C,h,w], or tokens u8 [bV,S,h,w], on the codec's device."""
     with on_device(stages.device):
         images = sent(torch.from_numpy(batch.images), stages.device)
         return stages.encode(batch.medium.for_codec(images.flatten(0, 1)))

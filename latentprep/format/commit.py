@@ -8,6 +8,7 @@ from pathlib import PurePosixPath
 
 from latentprep.errors import DatasetError
 from latentprep.format.manifest import (
+    CODEBOOKS,
     ERRORS,
     LINEAR_DECODER,
     MANIFEST,
@@ -29,14 +30,14 @@ def create_dataset(root: Place, manifest: Manifest) -> None:
     Runs again at every resume: files that are already right are left alone. Raises `DatasetError` if there is another
     manifest: a later version may have written fields that this one does not know, and would lose.
     """
-    data = manifest.to_bytes()
-    if (root / MANIFEST).is_file() and (root / MANIFEST).read_bytes() != data:
+    files = manifest.files()
+    if (root / MANIFEST).is_file() and (root / MANIFEST).read_bytes() != files[MANIFEST]:
         raise DatasetError(
             f"{root / MANIFEST} has fields of a later version ({manifest.written_by} wrote it): this one can read the "
             "dataset, but not add to it",
             "upgrade with pip install --upgrade latentprep",
         )
-    files = {MANIFEST: data, **store_of(manifest).metadata_files(manifest)}
+    files |= store_of(manifest).metadata_files(manifest)
     for path, data in files.items():
         if not (root / path).is_file() or (root / path).read_bytes() != data:
             write_atomic(root / path, data)
@@ -78,7 +79,7 @@ def remove_dataset(root: Place) -> None:
     """Delete what `encode` wrote at `root` (for ``overwrite``), and nothing else, file by file, the manifest first."""
     manifest = read_manifest(root)
     store = store_of(manifest)
-    files = [MANIFEST, ERRORS, LINEAR_DECODER, SOURCE_FILES, *store.metadata_files(manifest)]
+    files = [MANIFEST, CODEBOOKS, ERRORS, LINEAR_DECODER, SOURCE_FILES, *store.metadata_files(manifest)]
     for split in manifest.splits:
         for index in range(manifest.shard_count(split)):
             files += [record_path(split, index), *store.shard_files(manifest, split, index).values()]

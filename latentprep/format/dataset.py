@@ -266,7 +266,7 @@ class LatentDataset:
         if codes.size:
             quantizer = self.quantizer
             parts = [(codes, quantizer.levels, quantizer.bits)]  # all at once is twice as fast as channel by channel
-            if not quantizer.equal_bits:
+            if len(set(quantizer.channel_levels)) > 1:
                 each = zip(quantizer.channel_levels, quantizer.channel_bits, strict=True)
                 parts = [(codes[:, :, channel], *both) for channel, both in enumerate(each)]
             for part, levels, bits in parts:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from latentprep.errors import DatasetError
 from latentprep.format.fields import Fields, dump_json, parse_json, read_json
 from latentprep.format.hashes import CONTENT_HASH
-from latentprep.format.quantizer import MOST_BITS, Quantizer, Statistics, read_quantizer, whole_as_int
+from latentprep.format.quantizer import MOST_BITS, Codebook, Quantizer, Statistics, read_quantizer, whole_as_int
 from latentprep.format.thumbnails import ColourMap
 from latentprep.storage.places import Place
 
@@ -23,6 +23,7 @@ FORMAT = "latentprep"
 VERSION = 1
 STORES = ("zarr", "wds", "parquet")
 MANIFEST = "manifest.json"
+CODEBOOKS = "codebooks.safetensors"  # the vectors of a codebook, whose SHA-256 the manifest has
 RECORDS = "records"
 ERRORS = "errors.jsonl"
 LINEAR_DECODER = "linear-decoder.safetensors"  # derived from the dataset and its source; may be absent
@@ -190,9 +191,14 @@ class Manifest(Plan):
             }
         )
 
+    def files(self) -> dict[str, bytes]:
+        """What a dataset's folder holds before its first shard: its own bytes by their name, after a codebook's."""
+        file = self.quantizer.file if isinstance(self.quantizer, Codebook) else b""
+        return {**({CODEBOOKS: file} if file else {}), MANIFEST: self.to_bytes()}
+
     @classmethod
-    def from_bytes(cls, data: bytes, where: str = MANIFEST) -> Manifest:
-        """Parse and check; `DatasetError` names the first thing that is wrong."""
+    def from_bytes(cls, data: bytes, where: str = MANIFEST, codebooks: Callable[[], bytes] | None = None) -> Manifest:
+        """Parse and check; `DatasetError` names the first thing that is wrong. codebooks: see `read_quantizer`."""
         top = parse_json(data, where, "restore it, or delete the folder and encode again")
         if top.document.get("format") != FORMAT:
             raise DatasetError(
@@ -204,7 +210,7 @@ class Manifest(Plan):
                 f"{where} has format version {version}; this latentprep reads up to {VERSION}",
                 "upgrade with pip install --upgrade latentprep",
             )
-        quantizer = read_quantizer(top.object("quantizer"))
+        quantizer = read_quantizer(top.object("quantizer"), codebooks)
         latent = tuple(top.list("latent", int))
         if len(latent) != 3 or not all(1 <= n <= _MAX_SIDE for n in latent) or latent[0] != len(quantizer.lo):
             raise top.error(f"has latent = {latent}; it must be the quantizer's number of channels, height, width")
@@ -394,7 +400,17 @@ def read_manifest(root: Place) -> Manifest:
     except (FileNotFoundError, NotADirectoryError):
         what = "no such folder" if not root.exists() else "no latent dataset (it has no manifest.json)"
         raise DatasetError(f"{root}: {what}", "give a folder that latentprep encode made") from None
-    return Manifest.from_bytes(data, str(path))
+
+    def codebooks() -> bytes:
+        try:
+            return (root / CODEBOOKS).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            raise DatasetError(f"{root / CODEBOOKS} is missing", "restore it, or encode again") from None
+
+    manifest = Manifest.from_bytes(data, str(path), codebooks)
+    if isinstance(manifest.quantizer, Codebook):
+        _ = manifest.quantizer.tables  # they can be read
+    return manifest
 
 
 def read_record(root: Place, split: str, index: int) -> ShardRecord | None:

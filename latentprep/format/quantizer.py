@@ -5,8 +5,11 @@ The torch side (fitting, and quantizing on a device) is `latentprep.quantizing.s
 
 from __future__ import annotations
 
+import hashlib
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -16,6 +19,7 @@ from latentprep.format.fields import Fields
 MOST_BITS = 8  # of a code
 LEAST_MEAN = 0.25  # bits per value on average
 FILTER_SIDE = 3  # cells
+MAX_STAGES = 256
 
 
 def check_bits(bits: int) -> int:
@@ -147,8 +151,106 @@ class Quantizer:
         return plain if self.equal_bits else plain | {"channel_bits": list(self.channel_bits)}
 
 
-def read_quantizer(fields: Fields) -> Quantizer:
-    """A quantizer from its JSON, checked. Raises `DatasetError` naming the first thing that is wrong."""
+@dataclass(frozen=True)
+class Codebook(Quantizer):
+    """Residual codebooks of a codec that gives tokens: ``latent = sum of the vectors that a cell's codes name``.
+
+    Each stage has a table of its own and refines those before it, so the first stages alone are a coarser latent. As
+    numbers, codes are what they are: ``lo`` is -0.5 and ``step`` 1 for every stage, and nothing saturates.
+
+    sizes: how many vectors each stage has, 2 to 256. sha256: of the file of tables, which may hold further stages.
+    file: its bytes, safetensors: a tensor f32 [size, D] for each stage, named by its number from 0. Empty where only
+    codes are needed.
+
+    Raises `DatasetError` for sizes out of range, or another file.
+    """
+
+    sizes: tuple[int, ...] = ()
+    sha256: str = ""
+    file: bytes = field(default=b"", repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.sizes) <= MAX_STAGES or not all(2 <= size <= 1 << MOST_BITS for size in self.sizes):
+            raise DatasetError(
+                f"a codebook needs 1 to {MAX_STAGES} stages of 2 to {1 << MOST_BITS} vectors, "
+                f"got {len(self.sizes)} stages of {min(self.sizes, default=0)} to {max(self.sizes, default=0)}"
+            )
+        super().__post_init__()
+        if self.file and hashlib.sha256(self.file).hexdigest() != self.sha256:
+            raise DatasetError("the codebooks' SHA-256 is not the recorded one", "restore the file")
+
+    @classmethod
+    def of(cls, sizes: Sequence[int], sha256: str, file: bytes = b"") -> Codebook:
+        """The codebook of these stages. A code takes as many bits as the largest stage needs."""
+        bits, count = max(1, (max(sizes, default=2) - 1).bit_length()), len(sizes)
+        return cls(bits, (-0.5,) * count, (1.0,) * count, sizes=tuple(sizes), sha256=sha256, file=file)
+
+    @classmethod
+    def of_tables(cls, tables: Sequence[np.ndarray]) -> Codebook:
+        """The codebook of a codec's tables, f32 [size,D] each."""
+        from safetensors.numpy import save
+
+        file = save({str(stage): np.ascontiguousarray(table, np.float32) for stage, table in enumerate(tables)})
+        return cls.of([len(table) for table in tables], hashlib.sha256(file).hexdigest(), file)
+
+    @property
+    def levels(self) -> int:
+        return max(self.sizes)
+
+    @property
+    def channel_levels(self) -> tuple[int, ...]:
+        return self.sizes
+
+    @cached_property
+    def tables(self) -> tuple[np.ndarray, ...]:
+        """The vectors of each stage, f32 [size,D]. Raises `DatasetError` if the file is not what it should be."""
+        from safetensors import SafetensorError
+        from safetensors.numpy import load
+
+        assert self.file, "a codebook without its tables"
+        try:
+            found = load(self.file)
+            tables = tuple(found[str(stage)] for stage in range(len(self.sizes)))
+        except (SafetensorError, KeyError, ValueError, TypeError) as error:
+            raise DatasetError(f"the codebooks cannot be read ({error})", "restore the file") from error
+        for table, size in zip(tables, self.sizes, strict=True):
+            if table.dtype != np.float32 or table.shape != (size, *tables[0].shape[1:]) or table.ndim != 2:
+                raise DatasetError(f"a stage's table is {table.dtype} {table.shape}, not float32 with {size} rows")
+            if not table.size or not np.isfinite(table).all():
+                raise DatasetError("the codebooks hold nothing, or values that are not finite")
+        return tables
+
+    def first(self, stages: int) -> Codebook:
+        """The first stages alone, of the same file."""
+        return Codebook.of(self.sizes[:stages], self.sha256, self.file)
+
+    def dequantize(self, codes: np.ndarray) -> np.ndarray:
+        """u8 [..., stages, h, w] -> f32 [..., D, h, w]: the sum of the stages' vectors, from the first on.
+
+        Raises `DatasetError` for a code beyond its stage's table.
+        """
+        latents = np.zeros((*codes.shape[:-3], *codes.shape[-2:], self.tables[0].shape[1]), np.float32)
+        for stage, table in enumerate(self.tables):
+            indices = codes[..., stage, :, :]
+            if indices.size and int(indices.max()) >= len(table):
+                raise DatasetError(f"stage {stage} has the code {indices.max()}, and a table of {len(table)} vectors")
+            latents += table[indices]
+        return np.ascontiguousarray(np.moveaxis(latents, -1, -3))
+
+    def to_json(self) -> dict:
+        return {"kind": "codebook", "bits": self.bits, "levels": list(self.sizes), "sha256": self.sha256}
+
+
+def read_quantizer(fields: Fields, codebooks: Callable[[], bytes] | None = None) -> Quantizer:
+    """A quantizer from its JSON, checked. codebooks: reads the file of tables, if they are needed.
+
+    Raises `DatasetError` naming the first thing that is wrong.
+    """
+    if "kind" in fields.document:
+        fields.text("kind", ("codebook",))
+        codebook = Codebook.of(fields.list("levels", int), fields.sha256("sha256"))
+        fields.whole("bits", codebook.bits, codebook.bits)
+        return codebook if codebooks is None else replace(codebook, file=codebooks())
     weights = fields.numbers("filter") if "filter" in fields.document else ()
     each = tuple(fields.list("channel_bits", int)) if "channel_bits" in fields.document else ()
     return Quantizer(fields.whole("bits", 1, 8), fields.numbers("lo"), fields.numbers("step"), weights, each)

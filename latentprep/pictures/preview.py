@@ -15,7 +15,7 @@ from latentprep.derived.requantize import recoder, requantized_manifest
 from latentprep.device import NOT_ON_DEVICE, Fitting
 from latentprep.errors import SourceError, UsageError, opt, system_fault
 from latentprep.format.dataset import LatentDataset, open_dataset
-from latentprep.format.quantizer import check_mean_bits
+from latentprep.format.quantizer import Codebook, check_mean_bits
 from latentprep.pictures.decode import open_decoder
 from latentprep.pictures.samples import Decoder, Picked, decode_all, load_originals, pick
 from latentprep.pictures.sheet import Column, channel_pictures, colour_pictures, draw_sheet, png
@@ -137,6 +137,8 @@ def sample_columns(
     progress: ProgressFactory = silent,
 ) -> list[Column]:
     """The columns of a dataset's contact sheet; see `preview`."""
+    if isinstance(dataset.quantizer, Codebook):
+        return _staged_columns(dataset, dataset.quantizer, picked, decoder, bits, source, progress)
     stored = dataset.quantizer.mean_bits
     for b in bits or ():
         if check_mean_bits(b) > stored:
@@ -157,11 +159,37 @@ def sample_columns(
     if isinstance(decoder, LinearDecoder):
         latents = torch.from_numpy(dataset.quantizer.dequantize(picked.codes))
         columns.append(Column("C×3 matrix", pixels(decoder.decode_small(latents))))
+    return columns + _code_columns(picked)
+
+
+def _staged_columns(
+    dataset: LatentDataset,
+    codebook: Codebook,
+    picked: Picked,
+    decoder: Decoder,
+    bits: Sequence[float] | None,
+    source: Source | None,
+    progress: ProgressFactory,
+) -> list[Column]:
+    """The same for tokens: decoded from all stages, from a third of them, and from a ninth."""
+    if bits:
+        raise UsageError(f"the codes of {dataset.root} are tokens: they have stages", f"leave {opt('bits')} out")
+    most = len(codebook.sizes)
+    shown = sorted({most, max(1, most // 3), max(1, most // 9)}, reverse=True)
+    originals, rate = load_originals(dataset, source, picked), dataset.manifest.transform.get("rate", 0)
+    columns = [] if originals is None else [_column("original", originals, rate)]
+    with progress("decoding", len(shown), "columns", 0) as bar:
+        for stages in shown:
+            decoded = decode_all(decoder, picked.codes[:, :stages], codebook.first(stages))
+            columns.append(_column(plural(stages, "stage"), decoded, rate))
+            bar.advance(1)
+    return columns + _code_columns(picked)
+
+
+def _code_columns(picked: Picked) -> list[Column]:
     unit = unit_latents(picked.codes)
-    columns.append(Column("channels", channel_pictures(unit)))
-    if unit.shape[2] > 1:
-        columns.append(Column("as RGB", colour_pictures(unit)))
-    return columns
+    columns = [Column("channels", channel_pictures(unit))]
+    return [*columns, Column("as RGB", colour_pictures(unit))] if unit.shape[2] > 1 else columns
 
 
 def _column(title: str, samples: Tensor, rate: int) -> Column:

@@ -135,6 +135,9 @@ def rd(
         if not given:
             raise UsageError(f"{opt(name)} is empty", "give at least one")
     built = _built(list(dict.fromkeys(specs)), device, seed)
+    for name, codec in built.items():
+        if hasattr(codec, "tokens"):
+            raise UsageError(f"rd compares quantizers, and codec '{name}' gives codes itself", "leave it out")
     size = size or default_size(opened, next(iter(built.values())))
     split = shown_split(opened.splits)
     drawn = sorted(np.random.default_rng(seed).permutation(opened.size(split))[:images].tolist())

@@ -1,4 +1,7 @@
-"""Fit a quantizer, and quantize tensors on their device. What a code means: `latentprep.format.quantizer`."""
+"""Fit a quantizer, and quantize tensors on their device; tokens pass as they are.
+
+What a code means: `latentprep.format.quantizer`.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,9 @@ import torch
 from torch import Tensor
 
 from latentprep.errors import CodecError
-from latentprep.format.quantizer import Quantizer, Statistics, check_bits
+from latentprep.format.quantizer import Codebook, Quantizer, Statistics, check_bits
 from latentprep.quantizing.joint import constants, fit_filter, restore, search
+from latentprep.quantizing.tokens import kept, summed
 
 _VALUES = 1 << 18  # calibration values per channel that the fit uses, at most
 _NOISE = 2.0**-22  # of the largest latent: smaller differences are rounding, as in the chroma of grey images
@@ -24,8 +28,11 @@ _WIDER = np.linspace(1, 1.2, 81)  # steps to try, as multiples of the best one
 def quantize(latents: Tensor, quantizer: Quantizer) -> Tensor:
     """f32 [B,C,h,w] -> u8 [B,C,h,w] on the same device. Inverse of `dequantize` up to half a step.
 
-    Values outside the quantizer's range get an end code. With a filter, the codes of a sample are chosen jointly.
+    Values outside the quantizer's range get an end code. With a filter, the codes of a sample are chosen jointly. With
+    a codebook, `latents` are tokens, u8 [B,S,h,w].
     """
+    if isinstance(quantizer, Codebook):
+        return kept(latents, quantizer)
     if quantizer.filter:
         return search(latents, quantizer)
     lo, step = _columns(quantizer, latents)
@@ -33,7 +40,12 @@ def quantize(latents: Tensor, quantizer: Quantizer) -> Tensor:
 
 
 def dequantize(codes: Tensor, quantizer: Quantizer) -> Tensor:
-    """u8 [B,C,h,w] -> f32 [B,C,h,w], the middle of each code's cell, filtered if there is a filter."""
+    """u8 [B,C,h,w] -> f32 [B,C,h,w], the middle of each code's cell, filtered if there is a filter.
+
+    With a codebook, u8 [B,N,h,w] -> f32 [B,D,h,w].
+    """
+    if isinstance(quantizer, Codebook):
+        return summed(codes, quantizer)
     lo, step = _columns(quantizer, codes)
     middles = lo + (codes.float() + 0.5) * step
     return restore(middles, quantizer) if quantizer.filter else middles
@@ -44,6 +56,10 @@ def quantize_counting(latents: Tensor, quantizer: Quantizer) -> tuple[Tensor, Te
 
     saturated: values outside the quantizer's range, per channel; finite: whether an image has no NaN or infinity.
     """
+    if isinstance(quantizer, Codebook):
+        codes = kept(latents, quantizer)
+        saturated = torch.zeros(codes.shape[1], dtype=torch.int64, device=codes.device)
+        return codes, saturated, torch.ones(len(codes), dtype=torch.bool, device=codes.device)
     lo, step = _columns(quantizer, latents)
     cells = (latents - lo).div_(step)
     finite = torch.isfinite(cells.sum((1, 2, 3)))  # one value that is not finite makes the sum so
