@@ -51,7 +51,7 @@ class Transfer:
             for number, half in enumerate(halves)
         )
         self.pairs = {
-            f"{whole.name} to shapes": (whole, encoded("shapes")),
+            f"{Path(asked.source).stem} to shapes": (whole, encoded("shapes")),
             f"{len(halves[0])} classes to the other {len(halves[1])}": (Path(first), Path(second)),
         }
 
