@@ -19,11 +19,12 @@ import pytest
 import latentprep
 from faults import Disk, committed, digest, full_after, read_only
 from latentprep.codecs import make_codec
-from latentprep.encoding import driver, pipeline
+from latentprep.encoding import driver
 from latentprep.encoding.encode import EncodeResult
 from latentprep.encoding.pipeline import encode_shard
 from latentprep.errors import DatasetError, SourceError, SystemFault
 from latentprep.format import EncodedShard, ShardRecord, zarr_store
+from latentprep.sources import media
 from latentprep.sources.source import Sample, Source, open_source
 from latentprep.storage.places import RemotePath
 from pictures import jpeg, make_folder, picture
@@ -175,7 +176,7 @@ def test_a_whole_source_that_vanishes_ends_the_run_and_can_come_back(images: Pat
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
 
 
-@pytest.mark.parametrize(("module", "where"), [(pipeline, "load_views"), (zarr_store, "encode_shard_files")])
+@pytest.mark.parametrize(("module", "where"), [(media, "load_views"), (zarr_store, "encode_shard_files")])
 def test_a_worker_that_dies_ends_the_run_and_loses_nothing(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: ModuleType, where: str
 ) -> None:
