@@ -39,7 +39,7 @@ def run(*arguments: object, program: str = "latentprep", shell: str = "", **envi
         ended = command(program, *arguments)
         assert "Traceback" not in ended.stderr, ended.stderr
         return ended.returncode, ended.stdout, ended.stderr
-    line = ["sh", "-c", f'exec "$@" {shell}', "-", sys.executable, "-m", f"{program}.cli", *map(str, arguments)]
+    line = ["sh", "-c", f'exec "$@" {shell}', "-", sys.executable, "-m", program, *map(str, arguments)]
     done = subprocess.run(line, capture_output=True, env=os.environ | environment, timeout=120)
     assert b"Traceback" not in done.stderr, done.stderr.decode()
     assert b"Exception ignored" not in done.stderr, done.stderr.decode()
