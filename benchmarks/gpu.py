@@ -31,7 +31,7 @@ from common import assets, each_within, machine, record, spread
 from latentprep.cli.console import tune_process
 from latentprep.codecs import Codec, codec_names, make_codec
 from latentprep.codecs.autoencoder import AutoencoderCodec
-from latentprep.codecs.base import codec_class
+from latentprep.codecs.base import codec_class, media_of
 from latentprep.codecs.listing import weights_at_hand
 from latentprep.device import on_device, one_thread_each, pick_device
 from latentprep.encoding.encode import encode
@@ -39,6 +39,7 @@ from latentprep.encoding.pipeline import Stages
 from latentprep.progress import silent
 from latentprep.quantizing.scalar import fit_quantizer, quantize
 from latentprep.sources.images import MAX_PIXELS
+from latentprep.sources.kinds import SOUND
 from latentprep.sources.source import Row, Source
 from latenttrain.augment import Augment
 from latenttrain.config import RunConfig, versions
@@ -198,7 +199,10 @@ def parts(device: torch.device, small: bool, folder: Path, bound: dict) -> dict[
     made: dict[str, Callable[[], dict]] = {"measured_ceiling": partial(ceiling, device, 64 if small else 8192)}
     size = 64 if small else 128
     for name in codec_names():
-        if not issubclass(codec_class(name), AutoencoderCodec):
+        kind = codec_class(name)
+        if not issubclass(kind, AutoencoderCodec):
+            if media_of(kind) == SOUND or weights_at_hand(name) not in ("yes", "none needed"):
+                continue
             made[f"codes_{name}"] = partial(compare_codes, name, {}, device, size)
         elif not small or name in ("sd-vae", "taesd"):
             for dtype in ("float32", "bfloat16"):
