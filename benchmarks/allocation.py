@@ -15,7 +15,6 @@ import argparse
 import json
 import math
 import statistics
-import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,9 +24,9 @@ import torch
 
 import latentprep
 import latenttrain
-from common import Runs, chosen, machine, mean_spread, write_json
+from common import Runs, fill, machine, mean_spread, write_json
 from latentprep.audit.info import info
-from latentprep.cli.console import progress_bar, tune_process
+from latentprep.cli.console import progress_bar
 from latentprep.codecs import codec_from_config
 from latentprep.derived.requantize import requantize
 from latentprep.format.packing import view_bytes
@@ -192,18 +191,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=400, help="of val, to measure errors on")
     parser.add_argument("--out", type=Path, default=Path("allocation"))
     parser.add_argument("--list", action="store_true", help="print the rows' names and end")
-    asked = parser.parse_args()
-    names = chosen([row.name for row in ROWS], asked.rows)
-    if asked.list:
-        sys.exit(print("\n".join(names)))
-    tune_process()
-    asked.out.mkdir(parents=True, exist_ok=True)
-    table = Table(asked)
-    for seed in map(int, asked.seeds.split(",")):
-        for row in ROWS:
-            if row.name in names:
-                table.add(row, seed)
-    table.show()
+    fill(Table, ROWS, parser.parse_args())
 
 
 if __name__ == "__main__":

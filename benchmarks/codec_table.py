@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import latenttrain
-from common import Runs, chosen, kept_codes, machine, mean_spread, write_json
+from common import Runs, fill, kept_codes, machine, mean_spread, write_json
 from latentprep.audit.info import info
-from latentprep.cli.console import progress_bar, tune_process
+from latentprep.cli.console import progress_bar
 from latentprep.codecs import make_codec
 from latentprep.pictures.plots import COLOURS, INK, draw, log_below
 from latentprep.sources.source import open_source
@@ -134,18 +133,7 @@ def main() -> None:
     parser.add_argument("--holdout", type=float, default=0.0, help="judge by this share of train in place of val")
     parser.add_argument("--out", type=Path, default=Path("codecs"))
     parser.add_argument("--list", action="store_true", help="print the rows' names and end")
-    asked = parser.parse_args()
-    names = chosen([row.name for row in ROWS], asked.rows)
-    if asked.list:
-        sys.exit(print("\n".join(names)))
-    tune_process()
-    asked.out.mkdir(parents=True, exist_ok=True)
-    table = Table(asked)
-    for seed in map(int, asked.seeds.split(",")):
-        for row in ROWS:
-            if row.name in names:
-                table.add(row, seed)
-    table.show()
+    fill(Table, ROWS, parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import fnmatch
 import glob
 import json
@@ -25,6 +26,25 @@ def chosen(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
     if not found:
         sys.exit("\n".join(["no row is named " + " or ".join(patterns) + "; there are", *names]))
     return found
+
+
+def fill(table: type, rows: Sequence[Any], asked: argparse.Namespace) -> None:
+    """Make the rows that `asked.rows` names, for each of `asked.seeds`, and show them: ``table(asked)`` has `add` and
+    `show`. With `asked.list`, print the rows' names."""
+    from latentprep.tuning import tune_process
+
+    names = chosen([row.name for row in rows], asked.rows)
+    if asked.list:
+        print("\n".join(names))
+        return
+    tune_process()
+    asked.out.mkdir(parents=True, exist_ok=True)
+    made = table(asked)
+    for seed in map(int, asked.seeds.split(",")):
+        for row in rows:
+            if row.name in names:
+                made.add(row, seed)
+    made.show()
 
 
 def assets() -> Path | None:

@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import latentprep
 import latenttrain
-from common import Runs, chosen, kept_codes, machine, mean_spread, spread, write_json
+from common import Runs, chosen, fill, kept_codes, machine, mean_spread, spread, write_json
 from latentprep.audit.info import info
 from latentprep.cli.console import progress_bar, tune_process
 from latentprep.codecs import Codec, make_codec
@@ -344,19 +343,14 @@ def main() -> None:
     parser.add_argument("--clock", action="store_true", help="clock the rows that are there, and train nothing")
     parser.add_argument("--list", action="store_true", help="print the rows' names and end")
     asked = parser.parse_args()
+    if asked.list or not asked.clock:
+        fill(Table, ROWS, asked)
+        return
     names = chosen([row.name for row in ROWS], asked.rows)
-    if asked.list:
-        sys.exit(print("\n".join(names)))
-    rows = [row for row in ROWS if row.name in names]
     tune_process()
     asked.out.mkdir(parents=True, exist_ok=True)
     table = Table(asked)
-    if asked.clock:
-        table.clock(rows)
-    else:
-        for seed in map(int, asked.seeds.split(",")):
-            for row in rows:
-                table.add(row, seed)
+    table.clock([row for row in ROWS if row.name in names])
     table.show()
 
 

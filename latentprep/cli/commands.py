@@ -71,7 +71,7 @@ def encode(
         typer.Option(rich_help_panel="Codec", help="See latentprep codecs. Default: suits the source."),
     ] = None,
     weights: Annotated[
-        str | None, typer.Option(rich_help_panel="Codec", help="Folder or hub id of the autoencoder's weights.")
+        str | None, typer.Option(rich_help_panel="Codec", help="Folder or hub id of the codec's weights.")
     ] = None,
     quantizer: Annotated[
         str | None,

@@ -79,7 +79,8 @@ class LyraCodec:
         return to_wave(torch.from_numpy(self._run(DECODER, frames)))
 
     def flip(self, latents: Tensor) -> None:
-        return None
+        """None: sound has no mirror."""
+        return
 
     def _run(self, name: str, clips: np.ndarray) -> np.ndarray:
         """f32 [B,F,…], a frame at a time through the model -> [B,F,n], or [B,F*hop] of sound."""

@@ -49,7 +49,7 @@ def transform_for(
     if media_of(codec) != source.media:
         raise UsageError(
             f"codec '{codec.name}' is for {media_of(codec)}, and {source.spec} holds {source.media}",
-            f"use {opt('codec', 'mdct' if source.media == SOUND else 'dct')}, or another source",
+            f"use {opt('codec', 'mdct' if source.media == SOUND else 'learned')}, or another source",
         )
     if source.media == SOUND:
         for name, given in (("size", size), ("phi", phi or None), ("max_pixels", max_pixels)):

@@ -22,6 +22,7 @@ from latentprep.storage.places import Place, RemotePath
 
 _BUCKET_WRITERS = 16  # shards written at once to a bucket, where each takes some requests, one after the other
 _UNCOMMITTED = 2  # finished shards that may wait to be written, besides
+_BEFORE = (MANIFEST + ".tmp", CODEBOOKS, CODEBOOKS + ".tmp", LOCK)  # what may lie in a folder before its manifest
 
 
 @contextlib.contextmanager
@@ -61,9 +62,6 @@ def commit_shards(
         finally:
             while waiting:
                 done(dataset.remember(waiting.popleft().result()))
-
-
-_BEFORE = (MANIFEST + ".tmp", CODEBOOKS, CODEBOOKS + ".tmp", LOCK)  # what may lie there before the manifest
 
 
 def stored_manifest(root: Place, asked: Plan, overwrite: bool, source: Source | None = None) -> Manifest | None:

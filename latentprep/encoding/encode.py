@@ -150,15 +150,14 @@ def encode(
     source: a folder, archive, tars, Parquet files or named dataset, of images or sounds, or an open one. data, labels,
     image_column, label_column, val_fraction: see `latentprep.sources.source.open_source`.
     codec: a name, with options as in ``dct:luma=20,chroma=5``, or a `Codec`. Default: ``mdct`` for sound, ``resample``
-    for images of up to 48 pixels a side, else ``taesd`` if its weights are at hand, else ``dct``. weights: folder or
-    hub id of an autoencoder's weights, short for the codec's option.
+    for images of up to 48 pixels a side, else ``taesd`` if its weights are at hand, else ``learned``. weights: folder
+    or hub id of a codec's weights, short for the codec's option.
     progress: ``latentprep.cli.console.progress_bar`` shows what goes on.
     bits: 0.25 to 8 per value on average, by default 4. Each channel gets 0 to 8 of them by what they are worth
     (`latentprep.quantizing.allocation`), or, with `equal_bits` or `joint`, all the same, 1 to 8. Default: as
-    `quantizer` has it, else by worth. In place of bits, what is to be met on
-    disk: rate, in bits per code, or bytes, of a view's codes. One step, in terms of decoded pixels, then serves all
-    channels, so that bits go where they count (`latentprep.quantizing.rate`): fewer bytes for the same picture. None of
-    them is for a codec that gives codes itself.
+    `quantizer` has it, else by worth. In place of bits, what is to be met on disk: rate, in bits per code, or bytes, of
+    a view's codes. One step, in terms of decoded pixels, then serves all channels, so that bits go where they count
+    (`latentprep.quantizing.rate`): fewer bytes for the same picture. None of them is for a codec that gives tokens.
     size: pixels per side; default suits source and codec. seconds: of each sound, which is padded with silence or cut
     to its middle; by default as long as 95% of the sounds, at most 10. phi: makes `size` 1.15**phi times as large, the
     resolution of compound scaling (https://arxiv.org/abs/1905.11946), to the nearest that the codec takes.
@@ -273,9 +272,8 @@ def encode(
         records = {
             shard: record
             for shard, record in dataset.whole_records().items()
-            if not any(
-                loads(stages, manifest, shard.split, entry["row"]) for entry in record.invalid
-            )  # may be fixed by now
+            # A sample that could not be read may be fixed by now.
+            if not any(loads(stages, manifest, shard.split, entry["row"]) for entry in record.invalid)
         }
         note = check_unchanged(dataset, source, source_stats(source, names), records)
         if profile:

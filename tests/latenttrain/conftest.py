@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from told import Interrupting
 
 from latentprep.format import Codes, Manifest, Quantizer, ShardId
 from latentprep.format.commit import commit_shard, create_dataset
@@ -110,27 +111,6 @@ def small_options(small) -> list[str]:
 @pytest.fixture(scope="session")
 def interrupted_after() -> type:
     """``interrupted_after(batches)`` -> a progress bar at which someone then presses Ctrl-C."""
-
-    class Interrupting:
-        def __init__(self, batches):
-            self.left = batches
-
-        def __call__(self, *_):
-            return self
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            return False
-
-        def note(self, text):
-            pass
-
-        def advance(self, n, **facts):
-            self.left -= n
-            if self.left < 0:
-                raise KeyboardInterrupt
 
     return Interrupting
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -9,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from told import Interrupting
 
 import latentprep
 import profiles
@@ -327,31 +326,11 @@ def test_encoding_again_makes_missing_and_cut_files_anew(images: Path, tmp_path:
     assert digest(tmp_path / "out") == before
 
 
-class StopAt:
-    """A progress bar whose user presses Ctrl-C after so many images."""
-
-    def __init__(self, count: int) -> None:
-        self.left = count
-
-    @contextlib.contextmanager
-    def __call__(self, description: str, total: int, unit: str, done: int) -> Iterator[StopAt]:
-        self.counts = description == "encoding"
-        yield self
-
-    def advance(self, n: int, **facts: str) -> None:
-        self.left -= n if self.counts else 0
-        if self.left <= 0:
-            raise KeyboardInterrupt
-
-    def note(self, text: str) -> None:
-        pass
-
-
 def test_interrupted_then_resumed_is_the_same(images: Path, tmp_path: Path) -> None:
     encode(images, tmp_path / "whole", batch_size=2)
     for count in (1, 5, 6, 3):
         with pytest.raises(Interrupted, match=r"of 5 shards are committed; run the same command again"):
-            encode(images, tmp_path / "parts", batch_size=2, progress=StopAt(count))
+            encode(images, tmp_path / "parts", batch_size=2, progress=Interrupting(count - 1, "encoding"))
     encode(images, tmp_path / "parts", batch_size=2)
     assert digest(tmp_path / "parts") == digest(tmp_path / "whole")
 

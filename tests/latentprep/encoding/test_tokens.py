@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from told import Interrupting
 
 import latentprep
 import latenttrain
@@ -126,30 +127,6 @@ def test_networks_learn_from_tokens(shards: Path, source: Any, codec: str, tmp_p
     if codec == "loudness":
         [found] = latenttrain.predict(run, [source / "val" / "low" / "000.wav"])
         assert not found.error and found.classes
-
-
-class Interrupting:
-    """A progress bar at which someone presses Ctrl-C after so many batches."""
-
-    def __init__(self, batches: int) -> None:
-        self.left = batches
-
-    def __call__(self, *_: object) -> Interrupting:
-        return self
-
-    def __enter__(self) -> Interrupting:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def note(self, text: str) -> None:
-        pass
-
-    def advance(self, n: int, **facts: object) -> None:
-        self.left -= n
-        if self.left < 0:
-            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("stem", ["codebook", "embedding"])

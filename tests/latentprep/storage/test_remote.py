@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from s3 import FAULTS, Proxy, running
+from told import Interrupting
 
 import latentprep
 import latenttrain
@@ -120,26 +121,8 @@ def test_a_broken_off_encode_goes_on_in_the_bucket(through: Callable[..., Proxy]
     through()
     url = "s3://bucket/resumed"
 
-    class Interrupting:
-        def __init__(self, title: str, *_: object) -> None:
-            self.left = 30 if title == "encoding" else 1000
-
-        def __enter__(self) -> Interrupting:
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
-        def note(self, text: str) -> None:
-            pass
-
-        def advance(self, n: int, **_: str) -> None:
-            self.left -= n
-            if self.left < 0:
-                raise KeyboardInterrupt
-
     with pytest.raises(Interrupted):
-        latentprep.encode(images, **OPTIONS, batch_size=4, out=url, progress=Interrupting)
+        latentprep.encode(images, **OPTIONS, batch_size=4, out=url, progress=Interrupting(30, "encoding"))
     some = sum(len(latentprep.open(url).records(split)) for split in ("train", "val"))
     assert 0 < some < 7
     latentprep.encode(images, **OPTIONS, batch_size=4, out=url)
