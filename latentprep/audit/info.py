@@ -48,8 +48,8 @@ class DatasetInfo:
     code_bytes: size on disk of all committed codes (of whole shards in stores but Zarr); dataset_bytes: with labels
     and keys. bits_per_value: ``8 * code_bytes`` over the number of codes. bytes_per_image: code bytes per sample.
     source_bytes: size of the image files that were read. saturation: for each channel, the share of latents outside
-    the quantizer's range. poor: channels that carry next to nothing, judged by the first committed shard of train.
-    devices: that made the shards, and how many; empty if all are CPUs.
+    the quantizer's range, 0 for a channel without bits. poor: channels that carry next to nothing, judged by the first
+    committed shard of train. devices: that made the shards, and how many; empty if all are CPUs.
     duplicates: images that occur more than once; None if the dataset has no content hashes. seconds_each: the length of
     a sound, whose samples count 2 bytes as its pixels; None for images.
     """
@@ -113,6 +113,7 @@ def info(dataset: str | Path | LatentDataset) -> DatasetInfo:
     saturated = (
         np.sum([record.saturated for record in everything], axis=0) if everything else np.zeros(manifest.latent[0])
     )
+    saturated = saturated * (np.array(manifest.quantizer.channel_bits) > 0)  # without bits there is no range
     medium = medium_of(manifest.transform)
     pixel_bytes = valid * medium.raw_bytes
     return DatasetInfo(

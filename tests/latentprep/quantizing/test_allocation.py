@@ -162,6 +162,8 @@ def test_a_dataset_of_half_a_bit(made: Path) -> None:
     codes = dataset.load("train").codes
     assert (codes.max((0, 1, 3, 4)) < quantizer.channel_levels).all()
     facts = latentprep.info(made / "half")
+    assert all(bits or not share for bits, share in zip(facts.channel_bits, facts.saturation, strict=True))
+    assert any(facts.saturation)
     assert (facts.bits, facts.channel_bits) == (quantizer.mean_bits, quantizer.channel_bits)
     assert not {poor.channel for poor in facts.poor} & set(np.flatnonzero(np.array(quantizer.channel_bits) == 0))
     assert latentprep.verify(made / "half", deep=True, source=made / "images").ok
