@@ -34,7 +34,7 @@ $(VENV)/dev.stamp: $(BIN)/python pyproject.toml constraints.txt
 	@touch $@ $(VENV)/run.stamp
 
 demo: $(VENV)/run.stamp
-	$(BIN)/latentprep encode shapes --codec learned --bits 4 --out $(DEMO)/shards
+	$(BIN)/latentprep encode shapes --codec scatter --bits 4 --out $(DEMO)/shards
 	$(BIN)/latentprep info $(DEMO)/shards
 	$(BIN)/latenttrain fit $(DEMO)/shards --epochs 15 --out $(DEMO)/run --overwrite
 

@@ -42,6 +42,8 @@ class Row:
 
 
 CODECS = (
+    ("scatter", (), 224),
+    ("learned", (), 224),
     ("dct", (("luma", 6), ("chroma", 1)), 224),
     ("dct", (), 224),
     ("dct", (("luma", 20), ("chroma", 6)), 224),
@@ -50,7 +52,8 @@ CODECS = (
     *(("taesd", (), size) for size in (128, 160, 224, 320)),
     *((codec, (), 224) for codec in ("taesdxl", "taesd3", "taef1")),
 )
-ROWS = tuple(Row(*codec, bits) for bits in (4, 2) for codec in CODECS)
+ROWS = tuple(Row(*codec, bits) for bits in (4, 2, 1) for codec in CODECS)
+_FILLED = {4: "full", 2: "left", 1: "none"}
 
 
 class Table:
@@ -112,13 +115,13 @@ class Table:
                 x = next(iter(runs.values()))["bytes_per_image"]
                 y = statistics.mean(run["last_top1"] for run in runs.values())
                 colour = COLOURS[codecs.index(row.codec) % len(COLOURS)]
-                axes.plot(x, y, "o", color=colour, fillstyle="full" if row.bits == 4 else "none")
+                axes.plot(x, y, "o", color=colour, fillstyle=_FILLED[row.bits])
                 label = " ".join([row.codec, *(str(value) for _, value in row.options), f"{row.size}"])
                 axes.annotate(label, (x, y), color=INK, fontsize=6, xytext=(4, 2), textcoords="offset points")
             log_below(axes)
             axes.margins(0.2, 0.1)
             axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
-            axes.set_xlabel("bytes an image; filled: 4 bits, open: 2 bits", color=INK)
+            axes.set_xlabel("bytes an image; filled: 4 bits, half: 2 bits, open: 1 bit", color=INK)
             axes.set_title(f"top-1 after {self.asked.epochs} epochs", loc="left", color=INK)
 
 

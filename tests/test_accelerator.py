@@ -30,7 +30,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
     return made
 
 
-@pytest.mark.parametrize("codec", ["dct", "learned", "resample"])
+@pytest.mark.parametrize("codec", ["dct", "learned", "resample", "scatter"])
 def test_codes_are_those_of_the_cpu_but_for_values_between_two(codec: str) -> None:
     pictures = torch.randint(0, 256, (4, 3, 8, 8), generator=torch.Generator().manual_seed(0)).float()
     pictures = torch.nn.functional.interpolate(pictures, size=(64, 64), mode="bicubic").clamp(0, 255).to(torch.uint8)

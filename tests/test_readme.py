@@ -31,7 +31,7 @@ SMALLER = {  # what makes a command take a moment; of an option given twice the 
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the pages take as given: the dataset that the README's first command makes, photos/ and photo.jpg."""
     folder = tmp_path_factory.mktemp("prepared")
-    latentprep.encode("shapes", codec="learned", limit=60, out=folder / "shards")
+    latentprep.encode("shapes", codec="scatter", limit=60, out=folder / "shards")
     latentprep.decode(folder / "shards", out=folder / "decoded", split="train", format="jpeg")
     (folder / "decoded" / "train").rename(folder / "photos")
     shutil.rmtree(folder / "decoded")

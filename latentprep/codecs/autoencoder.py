@@ -229,7 +229,7 @@ def find_weights(
     if folder.is_dir():
         inner = folder / "vae"  # of a whole pipeline
         return inner if (inner / "config.json").is_file() and not (folder / "config.json").is_file() else folder
-    other = f"use {opt('codec', 'learned')}, which needs no download"
+    other = f"use {opt('codec', 'scatter')}, which needs no download"
     way_out = f"set {opt('weights')} to a local folder for codec '{name}', or {other}"
     if folder.exists() or weights.startswith((".", "/", "~")) or weights.count("/") != 1:
         raise CodecError(f"no model folder at {weights}", way_out)

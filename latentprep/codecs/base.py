@@ -41,6 +41,9 @@ class Codec(Protocol):
     A codec that computes little for each pixel may set ``light = True``: on a CPU it then gets one thread and leaves
     the other cores to decoding, since to share every small operation among busy cores costs more than it gains.
 
+    A codec whose latents hold more than it decodes may have ``error_weights``, a float for each channel: what a unit of
+    squared error there counts. Without it, what it does to decoded pixels is measured, where bytes are to be met.
+
     A codec may give codes itself: then it has ``codebooks``, a table f32 [levels,D] for each of its stages, with 2 to
     256 levels, and ``tokens``, which takes what ``encode`` takes and gives u8 [B,stages,h,w], indices into them. Stages
     go from coarse to fine: the latents that ``decode`` takes, f32 [B,D,h,w], are the sum of the vectors that a cell's

@@ -49,7 +49,7 @@ def transform_for(
     if media_of(codec) != source.media:
         raise UsageError(
             f"codec '{codec.name}' is for {media_of(codec)}, and {source.spec} holds {source.media}",
-            f"use {opt('codec', 'mdct' if source.media == SOUND else 'learned')}, or another source",
+            f"use {opt('codec', 'mdct' if source.media == SOUND else 'scatter')}, or another source",
         )
     if source.media == SOUND:
         for name, given in (("size", size), ("phi", phi or None), ("max_pixels", max_pixels)):
@@ -82,7 +82,7 @@ def default_codec(source: Source, weights: str | None = None, size: int | None =
     side = size or usual_side(source)
     if weights is None and side is not None and side <= SMALL_SIDE:
         return "resample:factor=1"
-    return "taesd" if weights or weights_at_hand("taesd") == "yes" else "learned"
+    return "taesd" if weights or weights_at_hand("taesd") == "yes" else "scatter"
 
 
 def sound_size(source: Source, codec: Any, seconds: float | None, seed: int) -> int:

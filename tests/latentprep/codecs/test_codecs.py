@@ -48,7 +48,7 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("dct", {}), ("dct", {"luma": 1, "chroma": 0}), ("resample", {}), ("resample", {"factor": 1})],
+    [("dct", {}), ("dct", {"luma": 1, "chroma": 0}), ("resample", {}), ("resample", {"factor": 1}), ("scatter", {})],
 )
 def test_face_of_a_codec(name: str, options: dict) -> None:
     codec = make_codec(name, **options)
@@ -91,7 +91,9 @@ def test_dct_inverts_what_it_keeps(luma: int, chroma: int, seed: int) -> None:
     assert latents.shape[1] == luma + 2 * chroma
 
 
-@pytest.mark.parametrize(("name", "options"), [("dct", {}), ("resample", {}), ("resample", {"factor": 1})])
+@pytest.mark.parametrize(
+    ("name", "options"), [("dct", {}), ("resample", {}), ("resample", {"factor": 1}), ("scatter", {})]
+)
 def test_flip_is_the_mirror_exactly(name: str, options: dict) -> None:
     codec = make_codec(name, **options)
     images = batch()
@@ -158,6 +160,7 @@ def test_listing_loads_no_weights() -> None:
     assert rows["sd-vae"].code_bytes == 1568
     assert rows["taesd3"].latent == (16, 28, 28)
     assert rows["dct"].weights == "none needed"
+    assert (rows["scatter"].latent, rows["scatter"].weights) == ((17, 28, 28), "none needed")
     assert (rows["walloc"].latent, rows["walloc"].weights) == ((12, 28, 28), rows["taesd3"].weights)
     assert (rows["learned"].latent, rows["learned"].weights) == ((12, 28, 28), "yes")
     assert "diffusers" not in sys.modules or rows["taesd"].weights in ("yes", "no")
