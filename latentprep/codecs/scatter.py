@@ -1,4 +1,4 @@
-"""Codes to learn from: the colours and gradients of 8×8 cells, and the texture around each. No weights, an exact mirror.
+"""Latents to learn from: colour and gradients of 8×8 cells, and the texture around each. No weights, an exact mirror.
 
 Texture is what a cell's spectrum says without its phase: the mean power in sectors, 3 octave-like bands of 4
 orientations, of a windowed 16×16 block. That is the first order of a scattering transform (Bruna & Mallat 2013;
@@ -115,8 +115,8 @@ class _Graph(nn.Module):
 
 
 def _spectrum() -> tuple[Tensor, Tensor]:
-    """Windowed cosines and sines, f64 [2F,16,16], whose squares' mean is the power at F frequencies, that of white noise
-    its variance; and which of them belong to each sector, as weights, f64 [12,2F], orientations slowest.
+    """Windowed cosines and sines, f64 [2F,16,16], whose squares' mean is the power at F frequencies, and for white
+    noise its variance; and the weights that give the mean of each sector, f64 [12,2F], orientations slowest.
 
     A Hann window blurs frequencies over two, so every second one, like the white squares of a chessboard, will do.
     """

@@ -124,8 +124,8 @@ def fit_to_rate(codec: Codec, latents: Tensor, asked: Plan, rate: float) -> tupl
 def decoded_error(codec: Codec, latents: Tensor) -> Tensor:
     """The squared error in decoded pixels for a unit of squared error in each channel: f32 [B,C,h,w] -> f32 [C]
 
-    The codec's own ``error_weights``, if it has them. Else by normal noise of 0.3 of the latents' deviation, in one channel at a time: enough to stand out of decoded pixels'
-    rounding.
+    The codec's own ``error_weights``, if it has them. Else by normal noise of 0.3 of the latents' deviation, in one
+    channel at a time: enough to stand out of decoded pixels' rounding.
     """
     if (weights := getattr(codec, "error_weights", None)) is not None:
         return torch.tensor(weights)
