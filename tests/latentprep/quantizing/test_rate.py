@@ -62,6 +62,7 @@ def test_the_error_of_each_channel_in_decoded_pixels() -> None:
     weights = decoded_error(codec, z)
     assert weights.shape == (16,)
     assert float(weights[:10].max() / weights[:10].min()) < 1.1  # orthonormal, all of luminance
+    assert decoded_error(make_codec("scatter"), z).tolist() == [1.0] * 17  # texture counts, though it is not decoded
 
 
 def test_what_is_out_of_reach_says_so() -> None:
