@@ -1,4 +1,4 @@
-"""Images and labels in Parquet files, as ``datasets`` writes them and the Hugging Face hub stores them.
+"""Images, or sounds, and labels in Parquet files, as ``datasets`` writes them and the Hugging Face hub stores them.
 
 Opening a source reads the files' footers, their labels and the images' names. Images are read in blocks of a row group,
 when they are asked for. Rows keep their order in the files, and a key is what it would be in a folder,
@@ -11,7 +11,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,7 +19,9 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 from latentprep.errors import DatasetError, LatentError, SourceError, SystemFault, opt
+from latentprep.sources.kinds import HEAD_BYTES, IMAGES, SOUND, is_sound, medium_of_name
 from latentprep.sources.layouts import Found, Tree
+from latentprep.sources.listing import NOUNS
 from latentprep.sources.parquet_files import MAGIC, Files, ParquetFile
 
 _MOST_PARTS = 100_000  # row groups, columns or names in one list of a footer
@@ -29,18 +31,21 @@ _BLOCK_ROWS, _BLOCK_BYTES = 64, 32 << 20  # of images that are read at a time: a
 _KEPT = 256 << 20  # bytes of blocks that are kept, so that neighbours need not be read again
 _CURSORS = 8  # files that are read at once
 _BUFFER = 8 << 20  # bytes of one request
+_MEDIA = {"Image": IMAGES, "Audio": SOUND}  # by the feature of `datasets`
 _MOST_NAME = 1024  # bytes of a class's name, or of an image's
 
 
 @dataclass(frozen=True)
 class _Columns:
-    """Where images and labels are. image, name: paths of Parquet columns; name is "" if images have none.
+    """Where images, or sounds, and labels are. image, name: paths of Parquet columns; name is "" if images have none.
+    medium: what the feature of the column says it holds, None without one.
 
     classes: that the labels index, if they have names; numbers: whether labels are numbers without names. told: whether
     the schema's metadata says what the columns are.
     """
 
     image: str
+    medium: str | None
     name: str
     label: str
     classes: tuple[str, ...] | None
@@ -76,6 +81,7 @@ def by_parquet(
     if pyarrow is not installed.
     """
     root, tree = files.root, Tree({}, left_out=files.left_out)
+    by_split: dict[str | None, list[_Indexed]] = {}
     parts: list[Part] = []
     columns: _Columns | None = None
     digest = hashlib.sha256()
@@ -92,6 +98,11 @@ def by_parquet(
             rows += _index(part, len(parts), opened, own)
             parts.append(part)
             digest.update(part.parquet.identity.encode())
+        by_split[split] = rows
+    images = ParquetImages(tuple(parts))
+    if columns is not None:
+        _settle(columns, by_split, images, tree)
+    for split, rows in by_split.items():
         name = split or "train"
         if rows and not any(row.label for row in rows):
             tree.left_out[f"images in {name} (none has a label)"] += len(rows)
@@ -101,15 +112,31 @@ def by_parquet(
         raise SourceError(f"{spec} has no rows with labels", f"name their column with {opt('label_column')}")
     _say(columns, tree)
     tree.classes, tree.identity, tree.in_order = columns.classes, digest.hexdigest(), True
-    images = ParquetImages(tuple(parts))
     images.check_bytes(next(rows[0].at for rows in tree.found.values() if rows))
     return tree, images
+
+
+def _settle(columns: _Columns, by_split: dict[str | None, list[_Indexed]], images: ParquetImages, tree: Tree) -> None:
+    """Keep the rows of images, or those of sounds, whichever are more, and count the others in `tree`.
+
+    A row's medium is what its name says, else the column's feature, else the first bytes in the first rows.
+    """
+    first = next((row for rows in by_split.values() for row in rows), None)
+    default = columns.medium or (images.medium((first.part, first.row)) if first else IMAGES)
+    media = {split: [medium_of_name(row.image) or default for row in rows] for split, rows in by_split.items()}
+    counts = Counter(medium for some in media.values() for medium in some)
+    tree.media = SOUND if counts[SOUND] > counts[IMAGES] else IMAGES
+    if len(counts) > 1:
+        other = IMAGES if tree.media == SOUND else SOUND
+        tree.left_out[f"{NOUNS[other]} beside {NOUNS[tree.media]}"] += counts[other]
+        for split, rows in by_split.items():
+            by_split[split] = [row for row, one in zip(rows, media[split], strict=True) if one == tree.media]
 
 
 def _say(columns: _Columns, tree: Tree) -> None:
     if not columns.told:
         image = columns.image.removesuffix(".bytes")
-        tree.notes += (f"images are in column {image}, labels in {columns.label}",)
+        tree.notes += (f"{NOUNS[tree.media]} are in column {image}, labels in {columns.label}",)
     if columns.numbers:
         tree.notes += (f"the labels in {columns.label} have no names: classes are named by their numbers",)
     if columns.classes is None:
@@ -164,20 +191,30 @@ class ParquetImages:
         with self._lock, _damage(part.parquet.name):
             data = self._block(number, group, block)[inside].as_py()
         if data is None:
-            raise SourceError(f"row {row} of {part.parquet.name} has no image")
+            raise SourceError(f"row {row} of {part.parquet.name} has no bytes")
         return data
 
-    def check_bytes(self, at: tuple[int, int]) -> None:
-        """SourceError if none of the rows in the block of an image has bytes: then there are only paths."""
+    def _block_of(self, at: tuple[int, int]) -> Any:
         number, row = at
         part = self.parts[number]
         group = bisect.bisect_right(part.starts, row) - 1
         with self._lock, _damage(part.parquet.name):
-            rows = self._block(number, group, (row - part.starts[group]) // part.block)
+            return self._block(number, group, (row - part.starts[group]) // part.block)
+
+    def medium(self, at: tuple[int, int]) -> str:
+        """What most rows in the block of a row begin as: `SOUND`, or `IMAGES`, also where nothing can be told."""
+        with _damage(self.parts[at[0]].parquet.name):
+            rows = self._block_of(at).drop_null()
+            heads = [bytes(row.as_buffer()[:HEAD_BYTES]) for row in rows]
+        return SOUND if sum(map(is_sound, heads)) > len(heads) / 2 else IMAGES
+
+    def check_bytes(self, at: tuple[int, int]) -> None:
+        """SourceError if none of the rows in the block of an image has bytes: then there are only paths."""
+        rows = self._block_of(at)
         if rows.null_count == len(rows):
             raise SourceError(
-                f"{part.parquet.name} holds no bytes of images, perhaps their paths",
-                "write it with push_to_hub, or embed the images with embed_table_storage of datasets.table",
+                f"{self.parts[at[0]].parquet.name} holds no bytes of images or sounds, perhaps their paths",
+                "write it with push_to_hub, or embed them with embed_table_storage of datasets.table",
             )
 
     def _block(self, number: int, group: int, block: int) -> Any:
@@ -345,7 +382,7 @@ def _columns(file: str, schema: Any, image: str | None, label: str | None) -> _C
     Raises SourceError naming the columns there are if none or several fit.
     """
     features = _features(file, schema)
-    image_told = [name for name, kind in features.items() if kind == "Image"]
+    image_told = [name for name, kind in features.items() if kind in _MEDIA]
     label_told = [name for name, kind in features.items() if isinstance(kind, tuple)]
     picked = _pick(
         file, schema, "image_column", image, image_told, [f.name for f in schema if _image_leaf(f.type) is not None]
@@ -353,7 +390,7 @@ def _columns(file: str, schema: Any, image: str | None, label: str | None) -> _C
     field = _field(file, schema, picked, "image_column")
     leaf = _image_leaf(field.type)
     if leaf is None:
-        raise _unfit(file, field, "image_column", "images as bytes, or as bytes and path")
+        raise _unfit(file, field, "image_column", "images or sounds as bytes, or as bytes and path")
     named = [f.name for f in schema if f.name in ("label", "labels")]
     label_picked = _pick(file, schema, "label_column", label, label_told, named)
     label_field = _field(file, schema, label_picked, "label_column")
@@ -364,7 +401,10 @@ def _columns(file: str, schema: Any, image: str | None, label: str | None) -> _C
     inner = [] if leaf == "" else [one.name for one in field.type]
     name = f"{picked}.path" if "path" in inner and _is_text(field.type.field("path").type) else ""
     known = classes if isinstance(classes, tuple) else None
-    return _Columns(picked + leaf, name, label_picked, known, known is None and _is_number(label_field.type), told)
+    medium = _MEDIA[features[picked]] if picked in image_told else None
+    return _Columns(
+        picked + leaf, medium, name, label_picked, known, known is None and _is_number(label_field.type), told
+    )
 
 
 def _pick(file: str, schema: Any, option: str, asked: str | None, told: list[str], fit: list[str]) -> str:
@@ -377,9 +417,9 @@ def _pick(file: str, schema: Any, option: str, asked: str | None, told: list[str
             raise SourceError(
                 f"{file} has several columns to choose from: {', '.join(some)}", f"name one with {opt(option, some[0])}"
             )
-    what = option.partition("_")[0]
+    what = "images or sounds" if option == "image_column" else "labels"
     raise SourceError(
-        f"{file} has no column of {what}s that can be told (it has: {_listed(schema)})", f"name it with {opt(option)}"
+        f"{file} has no column of {what} that can be told (it has: {_listed(schema)})", f"name it with {opt(option)}"
     )
 
 
@@ -460,7 +500,7 @@ def _is_number(kind: Any) -> bool:
 
 
 def _features(file: str, schema: Any) -> dict[str, Any]:
-    """What ``datasets`` says of columns: "Image", or the names of a ClassLabel's classes, as a tuple."""
+    """What ``datasets`` says of columns: "Image", "Audio", or the names of a ClassLabel's classes, as a tuple."""
     from latentprep.format.fields import parse_json
 
     text = (schema.metadata or {}).get(b"huggingface")
@@ -475,7 +515,7 @@ def _features(file: str, schema: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, feature in features.items() if isinstance(features, dict) else ():
         kind = feature.get("_type") if isinstance(feature, dict) else None
-        if kind == "Image":
+        if kind in _MEDIA:
             found[name] = kind
         elif kind == "ClassLabel":
             names = feature.get("names")

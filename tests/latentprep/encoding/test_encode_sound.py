@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +118,57 @@ def test_verify_finds_changed_sounds_and_repairs(sounds: Path, shards: Path) -> 
     assert found.hashed is not None and found.hashed.changed == ("train/low/001.wav",)
     assert latentprep.verify(shards, source=sounds, repair=True).repaired
     assert latentprep.verify(shards, source=sounds).ok
+
+
+def as_parquet(folder: Path, root: Path, audio: bool = True) -> Path:
+    """The folder's sounds, as `datasets` writes an Audio column, or as plain bytes with labels as text."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    root.mkdir()
+    for split in ("train", "val"):
+        paths = sorted(path for path in (folder / split).rglob("*") if path.is_file())
+        data, labels = [path.read_bytes() for path in paths], [path.parent.name for path in paths]
+        struct = [{"bytes": one, "path": path.name} for one, path in zip(data, paths, strict=True)]
+        table = pa.table({"audio": struct if audio else data, "label": labels})
+        if audio:
+            features = {"info": {"features": {"audio": {"_type": "Audio", "sampling_rate": RATE}}}}
+            table = table.replace_schema_metadata({"huggingface": json.dumps(features)})
+        pq.write_table(table, root / f"{split}-00000-of-00001.parquet", row_group_size=4)
+    return root
+
+
+def content(shards: Path) -> list:
+    dataset = latentprep.open(shards)
+    return [(s, d.labels.tolist(), d.codes.tobytes()) for s in dataset.splits for d in [dataset.load(s)]]
+
+
+@pytest.mark.parametrize("kind", ["tar", "audio", "bytes"])
+def test_every_container_gives_the_codes_of_the_folder(sounds: Path, shards: Path, tmp_path: Path, kind: str) -> None:
+    if kind == "tar":
+        source = tmp_path / "words.tar"
+        with tarfile.open(source, "w") as tar:
+            tar.add(sounds, "words")
+    else:
+        source = as_parquet(sounds, tmp_path / "files", kind == "audio")
+    out = tmp_path / "out"
+    latentprep.encode(source, shard_rows=4, out=out)
+    assert content(out) == content(shards)
+    assert kind == "bytes" or [latentprep.open(out).load(s).keys for s in ("train", "val")] == [
+        latentprep.open(shards).load(s).keys for s in ("train", "val")
+    ]
+    assert latentprep.verify(out, source=source).ok
+    whole = files(out)
+    (out / "records" / "train-000001.json").unlink()
+    assert latentprep.encode(source, shard_rows=4, out=out).encoded == 4
+    assert files(out) == whole
+
+
+def test_damaged_rows_and_mixtures_in_parquet_are_reported(sounds: Path, tmp_path: Path) -> None:
+    (sounds / "train" / "low" / "001.wav").write_bytes(b"")
+    (sounds / "train" / "low" / "cover.jpg").write_bytes(b"no sound")
+    source = as_parquet(sounds, tmp_path / "files")
+    made = latentprep.encode(source, shard_rows=4, out=tmp_path / "out")
+    assert made.splits_invalid == {"train": 1, "val": 0}
+    assert latentprep.open_source(source).left_out == {"images beside sounds": 1}
 
 
 @pytest.mark.parametrize("store", ["wds", "parquet"])

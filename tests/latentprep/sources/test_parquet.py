@@ -225,7 +225,7 @@ def test_rows_without_image_or_label_are_reported(tmp_path: Path) -> None:
     assert result.invalid == 3
     lines = [json.loads(line) for line in (tmp_path / "out" / "errors.jsonl").read_text().splitlines()]
     assert [line["key"] for line in lines] == ["train/b/003.jpg", "train/007.jpg", "train/008.jpg"]
-    assert "row 3" in lines[0]["reason"] and "has no image" in lines[0]["reason"]
+    assert "row 3" in lines[0]["reason"] and "has no bytes" in lines[0]["reason"]
     assert all("no label" in line["reason"] for line in lines[1:])
     assert latentprep.verify(tmp_path / "out", source=tmp_path / "train.parquet", val_fraction=0, samples=4).ok
 
@@ -316,7 +316,7 @@ def test_options_without_effect_are_refused(tmp_path: Path, folder: Path, files:
 
 def test_paths_in_place_of_bytes_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "x.parquet", [(None, "/etc/passwd", 0), (None, "/etc/hosts", 1)], ["a", "b"])
-    with pytest.raises(SourceError, match="holds no bytes of images, perhaps their paths"):
+    with pytest.raises(SourceError, match="holds no bytes of images or sounds, perhaps their paths"):
         open_source(path)
 
 
