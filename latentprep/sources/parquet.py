@@ -202,9 +202,9 @@ class ParquetImages:
             return self._block(number, group, (row - part.starts[group]) // part.block)
 
     def medium(self, at: tuple[int, int]) -> str:
-        """What most of the first rows in the block of a row begin as: `SOUND`, or `IMAGES`, also where nothing can be told."""
+        """What most of the first rows in a row's block begin as: `SOUND`; or `IMAGES`, also if nothing can be told."""
         with _damage(self.parts[at[0]].parquet.name):
-            rows = self._block_of(at).drop_null()
+            rows = self._block_of(at).drop_null()[:8]
             heads = [row.as_py()[:HEAD_BYTES] for row in rows]
         return SOUND if sum(map(is_sound, heads)) > len(heads) / 2 else IMAGES
 
