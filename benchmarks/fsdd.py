@@ -9,9 +9,9 @@ not run again. --stages trains on all stages of tokens, with stage drop-out and 
 --fit-stages trains on fewer, too. Sizes of other formats are of every fifth file, encoded by libsndfile at its own
 rate.
 
-logmel is the usual way, without a latent dataset: log-mel spectrograms made of MP3 files in every epoch. They are the
-same in each, so the network learns from a copy of 8 bits, and what making them takes is clocked by itself, on one
-thread: `source_seconds_per_epoch`.
+logmel stands for the usual way, log-mel spectrograms computed from MP3 files in every epoch: the network learns from
+those spectrograms, made once and kept in 8 bits, and what decoding and transforming all files takes is clocked by
+itself, on one thread, to be added to every epoch: `source_seconds_per_epoch`.
 """
 
 from __future__ import annotations
