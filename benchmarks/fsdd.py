@@ -24,6 +24,7 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from typing import Any
 
 import soundfile
 import torch
@@ -65,7 +66,7 @@ def main() -> None:
     tokens = options.codec.partition(":")[0] == "lyra"
     settings = {"weights": str(folder / "lyra")} if tokens else {"bits": options.bits, "equal_bits": True}
     whole = options.out / "shards" / f"{options.codec.replace(':', '-')}-{options.bits}-{OFFICIAL}"
-    results = {}
+    results: dict[str, dict] = {}
     for name, source in folds.items():
         tag = f"{options.codec.replace(':', '-')}-{options.bits}-{name}"
         shards, run = options.out / "shards" / tag, options.out / "runs" / tag
@@ -82,7 +83,7 @@ def main() -> None:
             results[name]["source_seconds_per_epoch"] = clocked(codec, shards, source)
         print(name, results[name], flush=True)
     unseen = [results[name]["last_top1"] for name in speakers if name in results]
-    found = {"folds": results, "unseen_mean": statistics.mean(unseen) if unseen else None}
+    found: dict[str, Any] = {"folds": results, "unseen_mean": statistics.mean(unseen) if unseen else None}
     if options.codec != LogMel.name:
         found["bytes"] = sizes(files[::5])
     print(found["unseen_mean"], found.get("bytes"))
