@@ -285,6 +285,15 @@ def check_multiple(name: str, factor: int, height: int, width: int) -> tuple[int
     return height // factor, width // factor
 
 
+def frames(name: str, hop: int, height: int, width: int) -> int:
+    """Frames of `hop` samples in a waveform, 1 × width. `UsageError` unless they are whole."""
+    if height != 1 or width < hop or width % hop:
+        raise UsageError(
+            f"codec '{name}' takes whole frames of {hop} samples, got {height} × {width}", f"use {opt('seconds', 1)}"
+        )
+    return width // hop
+
+
 def to_pixels(images: Tensor) -> Tensor:
     """f32 [B,3,H,W] in 0…255 -> u8 [B,3,H,W], rounded and clamped."""
     return images.round().clamp(0, 255).to(torch.uint8)

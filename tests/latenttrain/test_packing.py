@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from latentprep.device import code_tensor
 from latentprep.format import Quantizer, open_dataset
 from latentprep.format.packing import packed_bytes
-from latentprep.format.quantizer import code_dtype
+from latentprep.format.quantizer import Codebook, code_dtype
 from latenttrain.data import load_split
 from latenttrain.packed import pack, unpack
 from latenttrain.streaming import StreamedSplit
@@ -33,12 +33,20 @@ def test_packed_codes_are_their_bits_in_a_row_lowest_first(bits):
     assert len(expected) == 2 * bits
 
 
-@pytest.mark.parametrize(("bits", "size"), [(1, 10), (3, 30), (4, 40), (7, 70), ((4, 0, 1), 16)])
+def of_three(bits):
+    """A quantizer of three channels; of more than 8 bits, codes are tokens."""
+    if not isinstance(bits, int):
+        return Quantizer(max(bits), (0.0,) * 3, (1.0,) * 3, channel_bits=bits)
+    if bits > 8:
+        return Codebook.of_tables([np.zeros((600, 1), np.float32)] * 3)
+    return Quantizer(bits, (0.0,) * 3, (1.0,) * 3)
+
+
+@pytest.mark.parametrize(("bits", "size"), [(1, 10), (3, 30), (4, 40), (7, 70), ((4, 0, 1), 16), (10, 100)])
 def test_a_packed_split_gives_the_same_batches_as_a_plain_one(make_dataset, bits, size):
-    quantizer = Quantizer(bits, (0.0,) * 3, (1.0,) * 3) if isinstance(bits, int) else None
-    quantizer = quantizer or Quantizer(max(bits), (0.0,) * 3, (1.0,) * 3, channel_bits=bits)
-    dataset = open_dataset(make_dataset(quantizer=quantizer, views=2, latent=(3, 5, 5)))
-    plain, packed = load_split(dataset, "train", CPU), StreamedSplit(dataset, "train", CPU).packed()
+    dataset = open_dataset(make_dataset(quantizer=of_three(bits), views=2, latent=(3, 5, 5)))
+    plain, streamed = load_split(dataset, "train", CPU), StreamedSplit(dataset, "train", CPU)
+    packed = streamed.packed()
     assert packed.codes.shape == (200, 2, size)
     for ways in (
         lambda split: split.training_batches(32, torch.Generator().manual_seed(1)),
@@ -48,3 +56,8 @@ def test_a_packed_split_gives_the_same_batches_as_a_plain_one(make_dataset, bits
             assert torch.equal(ours[0], theirs[0])
             assert torch.equal(ours[1], theirs[1])
     assert packed.classes() == plain.classes()
+    for ours, theirs in zip(streamed.batches(33), plain.batches(33), strict=True):
+        assert torch.equal(ours[0], theirs[0])
+    epochs = [list(split.training_batches(32, torch.Generator().manual_seed(1))) for split in (streamed, plain)]
+    assert len({sum(int(codes.sum()) for codes, _ in epoch) for epoch in epochs}) == 1
+    assert {codes.dtype for epoch in epochs for codes, _ in epoch} == {torch.int32 if bits == 10 else torch.uint8}

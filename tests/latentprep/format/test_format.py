@@ -164,21 +164,51 @@ def test_tensorstore_and_zarr_read_what_we_wrote(tmp_path: Path, compression: in
     assert group["train"].attrs["classes"] == ["cat", "dög"]
 
 
-@pytest.mark.parametrize("name", ["v1", "v1-wds"])
+@pytest.mark.parametrize("name", ["v1", "v1-wds", "v2", "v2-wds", "v2-parquet"])
 def test_golden_datasets_still_read(name: str) -> None:
     """Bytes written by the first release of each format version; never made anew."""
-    expected = json.loads((GOLDEN / "v1.json").read_text())
+    if name.endswith("parquet"):
+        pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    version = name.partition("-")[0]
+    expected = json.loads((GOLDEN / f"{version}.json").read_text())
     dataset = open_dataset(GOLDEN / name)
+    assert f'"version": {version[1]},' in (GOLDEN / name / "manifest.json").read_text()
     assert list(dataset.classes) == expected["classes"]
     for split, rows in expected["splits"].items():
         loaded = dataset.load(split)
         assert loaded.codes.tolist() == rows["codes"]
+        assert loaded.codes.dtype == (np.uint8 if version == "v1" else np.uint16)
         assert loaded.labels.tolist() == rows["labels"]
         assert loaded.keys == rows["keys"]
     latents = dataset.quantizer.dequantize(dataset.load("val").codes)
     assert np.allclose(latents, expected["val_latents"], atol=1e-4)
     (invalid,) = [entry for record in dataset.records("train") for entry in record.invalid]
     assert invalid["key"] == expected["invalid_key"]
+
+
+def test_readers_of_others_read_golden_tokens_of_ten_bits() -> None:
+    import webdataset
+
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    for split, rows in json.loads((GOLDEN / "v2.json").read_text())["splits"].items():
+        codes = np.array(rows["codes"])
+        group = zarr.open_group(GOLDEN / "v2", mode="r")[split]
+        found = group["codes"][:][group["labels"][:] >= 0]
+        assert found.dtype == np.uint16 and np.array_equal(found, codes)
+        spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(GOLDEN / "v2" / split / "codes")}}
+        stored = tensorstore.open(spec).result().read().result()
+        assert np.array_equal(stored[group["labels"][:] >= 0], codes)
+
+        tars = sorted(str(path) for path in (GOLDEN / "v2-wds").glob(f"{split}-*.tar"))
+        for sample, row in zip(webdataset.WebDataset(tars, shardshuffle=False), codes, strict=True):
+            bits = np.unpackbits(np.frombuffer(sample["codes"], np.uint8), bitorder="little")
+            first = bits[: 10 * row[0].size].reshape(-1, 10) @ (1 << np.arange(10))
+            assert np.array_equal(first.reshape(row[0].shape), row[0])
+
+        tables = [parquet.read_table(path) for path in sorted((GOLDEN / "v2-parquet/data").glob(f"{split}-*.parquet"))]
+        read = [row for table in tables for row in table.to_pylist() if row["valid"]]
+        assert "uint16" in str(tables[0].schema.field("codes").type)
+        assert np.array_equal([row["codes"] for row in read], codes)
 
 
 def damage(path: Path, how: str) -> None:

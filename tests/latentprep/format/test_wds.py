@@ -195,10 +195,11 @@ def test_damaged_tars_are_an_error_or_codes_never_a_crash(places: list, keep: fl
         decoded(m, good[:-512])
 
 
-def test_the_golden_tars_are_written_again_to_the_byte() -> None:
+@pytest.mark.parametrize("name", ["v1-wds", "v2-wds"])
+def test_the_golden_tars_are_written_again_to_the_byte(name: str) -> None:
     from latentprep.format import open_dataset
 
-    dataset = open_dataset(GOLDEN / "v1-wds")
+    dataset = open_dataset(GOLDEN / name)
     for split in dataset.splits:
         for index in range(dataset.manifest.shard_count(split)):
             shard = dataset.read_shard(split, index)
