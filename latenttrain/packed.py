@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from latentprep.device import torch_dtype
 from latentprep.format import Quantizer
-from latentprep.format.packing import bit_planes, shifts
+from latentprep.format.packing import bit_planes, moved, places
 from latentprep.format.quantizer import code_dtype
 from latenttrain.data import Split
 
@@ -49,9 +51,9 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """
     groups = F.pad(codes, (0, -codes.shape[-1] % 8)).unflatten(-1, (-1, 8))
     packed = codes.new_zeros((*groups.shape[:-1], bits), dtype=torch.uint8)
-    for code, byte, left in shifts(bits):
-        part = groups[..., code] << left if left >= 0 else groups[..., code] >> -left
-        packed[..., byte] |= part.to(torch.uint8)
+    for code, parts in enumerate(places(bits)):
+        for byte, left in parts:
+            packed[..., byte] |= moved(groups[..., code], left).to(torch.uint8)
     return packed.flatten(-2)
 
 
@@ -59,12 +61,12 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     """u8 [...,p] -> u8 or i32 [...,count]. Inverse of `pack`; shifts on the device, no table."""
     mask = (1 << bits) - 1
     if 8 % bits == 0:  # no code straddles two bytes, so all are shifted at once
-        places = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
-        return ((packed[..., None] >> places) & mask).flatten(-2)[..., :count]
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+        return ((packed[..., None] >> shifts) & mask).flatten(-2)[..., :count]
     groups = packed.unflatten(-1, (-1, bits)).to(torch_dtype(code_dtype(bits)))
-    codes = torch.zeros((*groups.shape[:-1], 8), dtype=groups.dtype, device=groups.device)
-    for code, byte, left in shifts(bits):
-        codes[..., code] |= groups[..., byte] >> left if left >= 0 else groups[..., byte] << -left
+    codes = groups.new_empty((*groups.shape[:-1], 8))
+    for code, parts in enumerate(places(bits)):
+        codes[..., code] = reduce(or_, [moved(groups[..., byte], -left) for byte, left in parts])
     return codes.bitwise_and_(mask).flatten(-2)[..., :count]
 
 

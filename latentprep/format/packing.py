@@ -8,10 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import reduce
+from operator import or_
+from typing import Any, TypeVar
 
 import numpy as np
 
 from latentprep.format.quantizer import Quantizer, code_dtype
+
+Bits = TypeVar("Bits", bound=Any)  # arrays of numpy or torch
 
 
 def packed_bytes(count: int, bits: int) -> int:
@@ -58,15 +63,16 @@ def bit_planes(channel_bits: Sequence[int]) -> list[tuple[int, list[int]]]:
     ]
 
 
-def shifts(bits: int) -> list[tuple[int, int, int]]:
-    """Of eight codes in a row: (code, byte, left), for each byte that holds bits of a code, and by how much the code is
-    shifted to the left to put them there, to the right if below 0. Bits beyond the byte are lost: they are in another
-    one."""
-    return [
-        (code, byte, code * bits - 8 * byte)
-        for code in range(8)
-        for byte in range(code * bits // 8, ((code + 1) * bits - 1) // 8 + 1)
-    ]
+def places(bits: int) -> list[list[tuple[int, int]]]:
+    """For each of eight codes in a row, the bytes that hold its bits, and how far to the left it is `moved` for each.
+    Bits beyond that byte are lost: they are in another one."""
+    bytes_of = [range(code * bits // 8, ((code + 1) * bits - 1) // 8 + 1) for code in range(8)]
+    return [[(byte, code * bits - 8 * byte) for byte in of] for code, of in enumerate(bytes_of)]
+
+
+def moved(codes: Bits, left: int) -> Bits:
+    """Their bits shifted to the left, or to the right if `left` is below 0."""
+    return codes << left if left >= 0 else codes >> -left
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:
@@ -78,9 +84,9 @@ def pack(codes: np.ndarray, bits: int) -> np.ndarray:
     groups = np.zeros((*lead, -(-count // 8), 8), codes.dtype)
     groups.reshape(*lead, 8 * groups.shape[-2])[..., :count] = codes
     packed = np.zeros((*groups.shape[:-1], bits), np.uint8)
-    for code, byte, left in shifts(bits):
-        part = groups[..., code] << left if left >= 0 else groups[..., code] >> -left
-        packed[..., byte] |= part.astype(np.uint8, copy=False)
+    for code, parts in enumerate(places(bits)):
+        for byte, left in parts:
+            packed[..., byte] |= moved(groups[..., code], left).astype(np.uint8, copy=False)
     return packed.reshape(*lead, packed_bytes(count, bits))
 
 
@@ -88,8 +94,8 @@ def unpack(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
     """u8 [...,p] -> u8 or u16 [...,count]. Inverse of `pack`."""
     *lead, size = packed.shape
     groups = packed.reshape(*lead, size // bits, bits).astype(code_dtype(bits), copy=False)
-    codes = np.zeros((*groups.shape[:-1], 8), groups.dtype)
-    for code, byte, left in shifts(bits):
-        codes[..., code] |= groups[..., byte] >> left if left >= 0 else groups[..., byte] << -left
+    codes = np.empty((*groups.shape[:-1], 8), groups.dtype)
+    for code, parts in enumerate(places(bits)):
+        codes[..., code] = reduce(or_, [moved(groups[..., byte], -left) for byte, left in parts])
     codes &= (1 << bits) - 1
     return codes.reshape(*lead, 8 * groups.shape[-2])[..., :count]
