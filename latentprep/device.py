@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -108,6 +109,17 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
     if not queues(device):
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)  # no copy if it is pinned already
+
+
+def code_tensor(codes: np.ndarray) -> Tensor:
+    """Codes as torch computes on them: u8 as they are, without a copy, u16 as `torch_dtype` says."""
+    return torch.from_numpy(codes).to(torch_dtype(codes.dtype))
+
+
+def torch_dtype(codes: np.dtype) -> torch.dtype:
+    """The type of tensors of codes that numpy has in this type: u8 for u8, and i32 for u16, which torch neither shifts
+    nor compares nor gathers."""
+    return torch.uint8 if codes == np.uint8 else torch.int32
 
 
 def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
+from latentprep.device import code_tensor
 from latentprep.errors import DatasetError, SystemFault, UsageError, check_whole, opt
 from latentprep.format import INVALID_LABEL, LatentDataset, Quantizer, open_dataset
 from latentprep.format.packing import unpack_views, view_bytes
@@ -250,5 +251,5 @@ class _Decoder:
 
 
 def _tensor(codes: np.ndarray, quantizer: Quantizer | None) -> Tensor:
-    """Codes u8 [...,C,h,w], or the latents that they stand for, f32 [...,C,h,w]."""
-    return torch.from_numpy(codes if quantizer is None else quantizer.dequantize(codes))
+    """Codes u8 or i32 [...,C,h,w], or the latents that they stand for, f32 [...,C,h,w]."""
+    return code_tensor(codes) if quantizer is None else torch.from_numpy(quantizer.dequantize(codes))

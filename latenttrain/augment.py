@@ -102,8 +102,8 @@ def draw(net: Net, batch: int, config: Augment, device: torch.device, generator:
 
 
 def augment_codes(net: Net, codes: Tensor, config: Augment, random: dict[str, Tensor]) -> Tensor:
-    """Moves, mirror images, noise and fewer stages, with what `draw` drew: u8 [B,C,h,w] -> u8, f32 if noise or signs
-    change it, or i16 with -1 for stages that are left out"""
+    """Moves, mirror images, noise and fewer stages, with what `draw` drew: u8 or i32 [B,C,h,w] -> the same, f32 if
+    noise or signs change it, or i32 with -1 for stages that are left out"""
     if not net.reads_neighbours:
         codes = _moved(codes, config, random)
     if config.mirror:
@@ -118,12 +118,12 @@ def augment_codes(net: Net, codes: Tensor, config: Augment, random: dict[str, Te
 def with_fewer_stages(codes: Tensor, share: float, random: Tensor) -> Tensor:
     """A share of the samples keeps its first stages only; their number is as likely 1 to 2 as 2 to 4, and so on.
 
-    u8 [B,stages,h,w], f32 [B,2] in 0…1 -> i16, -1 where a stage is left out
+    u8 or i32 [B,stages,h,w], f32 [B,2] in 0…1 -> i32, -1 where a stage is left out
     """
     stages = codes.shape[1]
     kept = torch.where(random[:, 0] < share, (stages + 1) ** random[:, 1], stages + 1).long()
     there = torch.arange(stages, device=codes.device) < kept[:, None]
-    return torch.where(there[..., None, None], codes.short(), -1)
+    return torch.where(there[..., None, None], codes.int(), -1)
 
 
 def augment_planes(

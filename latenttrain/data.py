@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
+from latentprep.device import code_tensor
 from latentprep.errors import DatasetError, check_number, check_whole, opt
 from latentprep.format import LatentDataset
 from latentprep.format.latents import read_latents
@@ -24,7 +25,8 @@ _COUNTED = 256  # samples that float statistics are measured on, at most
 class Samples(Protocol):
     """A split for training and evaluation: `Split` holds it in memory, `StreamedSplit` reads it from disk.
 
-    A training batch is rows from `training_rows`, with labels i64 [B]; `codes_of` makes codes u8 [B,C,h,w] of the rows.
+    A training batch is rows from `training_rows`, with labels i64 [B]; `codes_of` makes codes u8 [B,C,h,w] of the rows,
+    i32 where codes have more than 8 bits.
     It is a pure function, so that it can be compiled together with the rest of the step.
     """
 
@@ -58,8 +60,8 @@ class Samples(Protocol):
 class Split:
     """Samples in the device's memory. labels: i64 [n].
 
-    codes: u8 [n,V,C,h,w], or f32 where they are latents in units of codes. soft: f16 [n,V,classes], the probabilities
-    that each view is to be learned with in place of its label (`latenttrain.labels`).
+    codes: u8 or i32 [n,V,C,h,w], or f32 where they are latents in units of codes. soft: f16 [n,V,classes], the
+    probabilities that each view is to be learned with in place of its label (`latenttrain.labels`).
     """
 
     codes: Tensor
@@ -188,7 +190,7 @@ def load_split(
     check_limit(limit)
     loaded = dataset.load(split, limit, keys=False)
     check_samples(dataset, split, len(loaded))
-    codes = torch.from_numpy(loaded.codes if views else loaded.codes[:, :1].copy())
+    codes = code_tensor(loaded.codes if views else loaded.codes[:, :1].copy())
     return Split(codes.to(device), torch.from_numpy(loaded.labels).to(device, torch.int64))
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from latentprep.device import full_float32
+from latentprep.device import code_tensor, full_float32, torch_dtype
 from latentprep.errors import CheckpointError, LatentError, SystemFault, UsageError, opt, system_fault
 from latentprep.format import Quantizer, open_dataset
 from latentprep.format.fields import parse_json
@@ -76,10 +76,11 @@ def export(
 ) -> ExportResult:
     """Write a run's network, in float32, to one file: ``.onnx`` for onnxruntime, or ``.pt2``, of torch.export.
 
-    It takes codes, u8 [B,C,h,w], or, with the codec's encoder and the quantizer in it, pixels, u8 [B,3,S,S], and gives
-    probabilities, f32 [B,classes]. Classes, and how an image becomes pixels, are in the file's metadata. The file's
-    results are compared with torch's before it is kept. weights: the folder of the codec's weights, if it has moved.
-    checkpoint: ``best`` or ``last``. arch: the run's network, if it is one of your own, as for `evaluate`.
+    It takes codes, u8 [B,C,h,w], i32 where they have more than 8 bits, or, with the codec's encoder and the quantizer
+    in it, pixels, u8 [B,3,S,S], and gives probabilities, f32 [B,classes]. Classes, and how an image becomes pixels, are
+    in the file's metadata. The file's results are compared with torch's before it is kept. weights: the folder of the
+    codec's weights, if it has moved. checkpoint: ``best`` or ``last``. arch: the run's network, if it is one of your
+    own, as for `evaluate`.
 
     Raises `CheckpointError` for a damaged run or a file that computes something else, `UsageError` for another ending,
     or a codec or quantizer that cannot be exported, `SystemFault` if the packages that it needs are not installed.
@@ -201,18 +202,18 @@ def _encoder(config: RunConfig, weights: str | Path | None) -> tuple[Codec, nn.M
 
 
 def _some_codes(config: RunConfig) -> tuple[Tensor, bool]:
-    """Codes to compare on, u8 [n,C,h,w], and whether they are of the run's dataset; else they are random."""
+    """Codes to compare on, u8 or i32 [n,C,h,w], and whether they are of the run's dataset; else they are random."""
     try:
         dataset = open_dataset(config.dataset["path"])
         if dataset.manifest.sha256 == config.dataset["manifest_sha256"]:
             split = "val" if "val" in dataset.splits else dataset.splits[0]
-            return torch.from_numpy(dataset.load(split, _CHECKED, keys=False).codes[:, 0].copy()), True
+            return code_tensor(dataset.load(split, _CHECKED, keys=False).codes[:, 0].copy()), True
     except LatentError:
         pass  # it has moved, or is damaged: nothing of it is needed
     generator = torch.Generator().manual_seed(0)
     shape = (_CHECKED, *config.net.latent)
     levels = torch.tensor(config.quantizer.channel_levels)[:, None, None]
-    return (torch.rand(shape, generator=generator) * levels).to(torch.uint8), False
+    return (torch.rand(shape, generator=generator) * levels).to(torch_dtype(config.quantizer.dtype)), False
 
 
 def _pictures(size: int) -> Tensor:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latentprep.errors import UsageError, check_number, check_whole, check_word, nearest, opt
+from latentprep.format.quantizer import MOST_BITS, MOST_TOKEN_BITS
 from latenttrain.networks import adopt, find_network
 from latenttrain.stems import STEMS, TOKEN_STEM, TOKEN_STEMS, AffineStem, CodebookStem
 
@@ -51,7 +52,8 @@ class NetConfig:
             )
         if self.classes < 2:
             raise UsageError(f"a network needs 2 classes or more, got {self.classes}", "add a second class")
-        check_whole("bits", self.bits, 1, 8, f"encode with {opt('bits')} 1 to 8")
+        most = MOST_TOKEN_BITS if self.dim else MOST_BITS
+        check_whole("bits", self.bits, 1, most, f"encode with {opt('bits')} 1 to {most}")
         if not self.channel_bits:
             object.__setattr__(self, "channel_bits", (self.bits,) * self.latent[0])
         each = self.channel_bits

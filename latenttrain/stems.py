@@ -1,10 +1,10 @@
 """Stems: how a network reads codes.
 
-A stem turns codes ``u8 [B,C,h,w]`` into planes ``f32 [B,P,h,w]`` of about unit scale, on which the network's first
-convolution works. ``affine`` and ``embedding`` scale by each channel's own mean and deviation, where the dataset has
-them; the planes of ``bitplane`` and ``ordinal`` are -1 and 1, or between the two, whatever the distribution. All stems
-carry the same information. Channels may differ in bits; one without bits has a constant plane, or none. Tokens, whose
-codes name vectors, have `CodebookStem`.
+A stem turns codes ``u8 [B,C,h,w]``, i32 where they have more than 8 bits, into planes ``f32 [B,P,h,w]`` of about unit
+scale, on which the network's first convolution works. ``affine`` and ``embedding`` scale by each channel's own mean and
+deviation, where the dataset has them; the planes of ``bitplane`` and ``ordinal`` are -1 and 1, or between the two,
+whatever the distribution. All stems carry the same information. Channels may differ in bits; one without bits has a
+constant plane, or none. Tokens, whose codes name vectors, have `CodebookStem`.
 
 Codes may also be fractional, ``f32 [B,C,h,w]`` from -0.5 to ``levels - 0.5``: that is how augmentation adds noise
 within a quantizer step. ``affine`` and ``ordinal`` keep the fraction; ``embedding`` and ``bitplane`` round to the
@@ -199,9 +199,9 @@ class CodebookStem(nn.Module):
         return torch.from_numpy(stages.astype(np.float32)).flatten(0, 1)
 
     def forward(self, codes: Tensor) -> Tensor:
-        """u8, i16 or f32 [B,stages,h,w] -> f32 [B,P,h,w]"""
+        """u8, i32 or f32 [B,stages,h,w] -> f32 [B,P,h,w]"""
         batch, stages, height, width = codes.shape
-        there = codes >= 0 if codes.dtype == torch.int16 else None
+        there = codes >= 0 if codes.dtype == torch.int32 else None
         rows = whole(codes, self.top).long().clamp(min=0).permute(0, 2, 3, 1).reshape(-1, stages)
         rows = rows + self.first[:stages]
         weights = None if there is None else there.permute(0, 2, 3, 1).reshape(-1, stages).to(self.vectors.dtype)
@@ -220,8 +220,8 @@ TOKEN_STEMS = (TOKEN_STEM, "embedding")  # that read vectors by tokens, if there
 
 
 def whole(codes: Tensor, tops: Tensor) -> Tensor:
-    """The nearest whole codes, at most `tops`, f32 [C,1,1]: u8 or f32 [B,C,h,w] -> u8 [B,C,h,w]"""
-    return codes.round().clamp(min=0).minimum(tops).to(torch.uint8) if codes.is_floating_point() else codes
+    """The nearest whole codes, at most `tops`, f32 [C,1,1]: u8 or i32 [B,C,h,w] as they are, f32 -> i32"""
+    return codes.round().clamp(min=0).minimum(tops).int() if codes.is_floating_point() else codes
 
 
 def top_codes(levels: Sequence[int]) -> Tensor:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentprep.device import sent
+from latentprep.device import code_tensor, sent, torch_dtype
 from latentprep.errors import DatasetError, UsageError, check_whole, opt
 from latentprep.format import INVALID_LABEL, LatentDataset, Manifest
 from latentprep.format.packing import view_bytes
@@ -127,7 +127,9 @@ class StreamedSplit:
             return codes[rows, view_shown(self._kept_before(shard) + rows, epoch, self.views)]
 
         most = min(len(self), max(self.held * rows, most_wanted + rows))
-        codes, labels = np.empty((most, *self.dataset.manifest.latent), np.uint8), np.empty(most, np.int64)
+        held = torch_dtype(self.dataset.quantizer.dtype)
+        codes = torch.empty((most, *self.dataset.manifest.latent), dtype=held).numpy()
+        labels = np.empty(most, np.int64)
         slots = np.arange(most)  # of the buffer: the first `filled` hold a sample, the others are free
         filled = drawn = 0
         with closing(self._read(order, one_view)) as shards:
@@ -195,7 +197,7 @@ class StreamedSplit:
     def _read(
         self, order: Iterable[int], pick: Callable[[int, np.ndarray], np.ndarray]
     ) -> Generator[tuple[np.ndarray, np.ndarray]]:
-        """The kept samples of these shards, in this order: `pick` of codes u8 [n,V,C,h,w], labels i64 [n].
+        """The kept samples of these shards, in this order: `pick` of codes u8 or i32 [n,V,C,h,w], labels i64 [n].
 
         Threads read at most two shards each ahead of whoever asks. None runs on when the iterator is closed.
         """
@@ -204,7 +206,7 @@ class StreamedSplit:
             found = self.dataset.read_shard(self.split, shard, keys=False)
             rows = self._kept(shard, found.labels)
             codes = found.codes if len(rows) == len(found) else found.codes[rows]
-            return pick(shard, codes), found.labels[rows].astype(np.int64)
+            return code_tensor(pick(shard, codes)).numpy(), found.labels[rows].astype(np.int64)
 
         left, reading = iter(order), deque[Future[tuple[np.ndarray, np.ndarray]]]()
         with ThreadPoolExecutor(self.threads, THREAD_NAME) as pool:
@@ -247,7 +249,12 @@ class StreamedSplit:
 
 def default_buffer(manifest: Manifest, split: str) -> int:
     """Shards that the buffer holds by default: `BUFFER_BYTES` of codes, and at least 4."""
-    return max(4, BUFFER_BYTES // (manifest.shard_rows * int(np.prod(manifest.latent))))
+    return max(4, BUFFER_BYTES // (manifest.shard_rows * _bytes(manifest)))
+
+
+def _bytes(manifest: Manifest) -> int:
+    """That the codes of one view take as torch computes on them."""
+    return int(np.prod(manifest.latent)) * torch_dtype(manifest.quantizer.dtype).itemsize
 
 
 def shards_mixed(rows: np.ndarray, shard_rows: int) -> float:
@@ -316,7 +323,7 @@ def shown_samples(
 ) -> Samples:
     """A split to be shown in random order, with all views or view 0 only.
 
-    held: from `shards_to_hold`. In memory a code takes a byte if all fit that way, else they are packed.
+    held: from `shards_to_hold`. In memory codes are as torch computes on them if all fit that way, else packed.
     """
     if held is not None:
         return StreamedSplit(dataset, split, device, held, limit, views=views)
@@ -335,9 +342,10 @@ def judged_split(dataset: LatentDataset, split: str, device: torch.device) -> Sa
 
 
 def fits(dataset: LatentDataset, split: str, device: torch.device, packed: bool = False) -> bool:
-    """Whether a split's codes take less than half of the free memory, at a byte each or packed."""
-    views, *latent = dataset.manifest.row_shape(split)
-    row = views * (view_bytes(latent, dataset.quantizer) if packed else int(np.prod(latent)))
+    """Whether a split's codes take less than half of the free memory, as torch computes on them or packed."""
+    manifest = dataset.manifest
+    view = view_bytes(manifest.latent, dataset.quantizer) if packed else _bytes(manifest)
+    row = manifest.views(split) * view
     free = free_memory(device)
     if not packed:  # on their way to the device they are in the host's memory, all at once
         free = min(free, free_memory(torch.device("cpu")))

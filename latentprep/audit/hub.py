@@ -178,8 +178,8 @@ def _class_label(kind: dict) -> list[str]:
 
 
 def _array(kind: dict) -> list[str]:
-    shape = json.dumps(kind["shape"])
-    return ["    dtype:", f"      {kind['_type'].lower()[:-1]}_d:", f"        shape: {shape}", "        dtype: uint8"]
+    name, shape, dtype = kind["_type"].lower()[:-1], json.dumps(kind["shape"]), kind["dtype"]
+    return ["    dtype:", f"      {name}_d:", f"        shape: {shape}", f"        dtype: {dtype}"]
 
 
 def _quoted(text: str) -> str:

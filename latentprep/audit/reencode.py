@@ -107,7 +107,7 @@ def compare(
                     if row in invalid:
                         unreadable.append(f"{key}: {invalid[row]}")
                         continue
-                    apart = np.abs(codes.astype(np.int16) - shard.codes[row - start])
+                    apart = np.abs(codes.astype(np.int32) - shard.codes[row - start])
                     distance = float((apart / levels).mean())
                     images, values = images + 1, values + apart.size
                     differing += int(np.count_nonzero(apart))

@@ -65,7 +65,7 @@ class AutoencoderCodec:
         folder = find_weights(self.weights, self.name, self.files)
         model = _load(folder, self.name)
         scale, shift = _factors(model.config)
-        self._sha256 = _weights_sha256(folder, scale, shift)
+        self._sha256 = weights_sha256(folder, [scale, shift])
         self._scale, self._shift = (torch.tensor(of, device=self.device).reshape(-1, 1, 1) for of in (scale, shift))
         self._model = model.to(self.device, _DTYPES[self.dtype_name])
         if not _is_video(model):
@@ -217,11 +217,16 @@ class Taef1(AutoencoderCodec):
 
 
 def find_weights(
-    weights: str, name: str, files: Sequence[str] = AutoencoderCodec.files, *, download: bool = True
+    weights: str,
+    name: str,
+    files: Sequence[str] = AutoencoderCodec.files,
+    *,
+    download: bool = True,
+    instead: str = "scatter",
 ) -> Path:
     """The local folder of a model: `weights` itself, the ``vae`` in a pipeline's folder, or a snapshot of the hub's.
 
-    files: what a snapshot has of them. It is in the hub's cache, or downloaded if allowed.
+    files: what a snapshot has of them. It is in the hub's cache, or downloaded if allowed. instead: a codec to propose.
 
     Raises `CodecError` if it is neither, `SystemFault` if the packages that read it are not installed.
     """
@@ -229,7 +234,7 @@ def find_weights(
     if folder.is_dir():
         inner = folder / "vae"  # of a whole pipeline
         return inner if (inner / "config.json").is_file() and not (folder / "config.json").is_file() else folder
-    other = f"use {opt('codec', 'scatter')}, which needs no download"
+    other = f"use {opt('codec', instead)}, which needs no download"
     way_out = f"set {opt('weights')} to a local folder for codec '{name}', or {other}"
     if folder.exists() or weights.startswith((".", "/", "~")) or weights.count("/") != 1:
         raise CodecError(f"no model folder at {weights}", way_out)
@@ -247,9 +252,9 @@ def missing_extra(name: str) -> SystemFault:
     return SystemFault(f"codec '{name}' needs the diffusers package", "pip install 'latentprep[vae]'")
 
 
-def _weights_sha256(folder: Path, scale: float | list[float], shift: float | list[float]) -> str:
-    """SHA-256 over what latents depend on: the weights file, and the factors applied to its output."""
-    digest = hashlib.sha256(json.dumps([scale, shift]).encode())
+def weights_sha256(folder: Path, settings: list[Any]) -> str:
+    """SHA-256 over what latents depend on: the weights file, and settings that its tensors do not tell."""
+    digest = hashlib.sha256(json.dumps(settings).encode())
     for file in (folder / name for name in _WEIGHT_FILES):
         if file.is_file():
             with file.open("rb") as stream:

@@ -45,10 +45,10 @@ class Codec(Protocol):
     squared error there counts. Without it, what it does to decoded pixels is measured, where bytes are to be met.
 
     A codec may give codes itself: then it has ``codebooks``, a table f32 [levels,D] for each of its stages, with 2 to
-    256 levels, and ``tokens``, which takes what ``encode`` takes and gives u8 [B,stages,h,w], indices into them. Stages
-    go from coarse to fine: the latents that ``decode`` takes, f32 [B,D,h,w], are the sum of the vectors that a cell's
-    tokens name, and the first stages alone make a coarser sum. `latent_shape` is then (stages, h, w). No quantizer is
-    fitted.
+    65,536 levels, and ``tokens``, which takes what ``encode`` takes and gives u8, i32 or i64 [B,stages,h,w], indices
+    into them. Stages go from coarse to fine: the latents that ``decode`` takes, f32 [B,D,h,w], are the sum of the
+    vectors that a cell's tokens name, and the first stages alone make a coarser sum. `latent_shape` is then
+    (stages, h, w). No quantizer is fitted.
 
     A codec may have ``graph()``, a module that does what ``encode`` does, on the CPU in float32, in operations that
     can be exported; ``latenttrain export --with-codec`` needs it.
@@ -283,6 +283,15 @@ def check_multiple(name: str, factor: int, height: int, width: int) -> tuple[int
                 f"use {opt('size', low)} or {opt('size', low + factor)}",
             )
     return height // factor, width // factor
+
+
+def frames(name: str, hop: int, height: int, width: int) -> int:
+    """Frames of `hop` samples in a waveform, 1 × width. `UsageError` unless they are whole."""
+    if height != 1 or width < hop or width % hop:
+        raise UsageError(
+            f"codec '{name}' takes whole frames of {hop} samples, got {height} × {width}", f"use {opt('seconds', 1)}"
+        )
+    return width // hop
 
 
 def to_pixels(images: Tensor) -> Tensor:

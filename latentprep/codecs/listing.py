@@ -7,6 +7,7 @@ import inspect
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from latentprep.codecs import encodec, lyra
 from latentprep.codecs.autoencoder import AutoencoderCodec, find_weights
 from latentprep.codecs.base import (
     MAX_SIZE,
@@ -18,7 +19,6 @@ from latentprep.codecs.base import (
     media_of,
 )
 from latentprep.codecs.learned import LearnedCodec
-from latentprep.codecs.lyra import HOP, LEVELS, RATE, STAGES, LyraCodec
 from latentprep.codecs.walloc import WallocCodec
 from latentprep.errors import LatentError, check_whole
 from latentprep.format.quantizer import check_mean_bits
@@ -33,6 +33,11 @@ _LATENTS = {
     "taesd3": (16, 8),
     "taef1": (16, 8),
     "walloc": (12, 8),
+}
+# Stages, frames a second and bits of codecs that give tokens of sound.
+_TOKENS = {
+    "lyra": (lyra.STAGES, lyra.RATE // lyra.HOP, (lyra.LEVELS - 1).bit_length()),
+    "encodec": (encodec.STAGES, encodec.RATE // encodec.HOP, encodec.BITS),
 }
 
 
@@ -77,8 +82,9 @@ def _row(name: str, size: int, bits: float) -> CodecRow:
         if name in _LATENTS:
             channels, factor = _LATENTS[name]
             latent = (channels, *check_multiple(name, factor, size, size))
-        elif kind is LyraCodec:
-            latent, bits = (STAGES, 1, RATE // HOP), (LEVELS - 1).bit_length()
+        elif name in _TOKENS:
+            stages, frames, bits = _TOKENS[name]
+            latent = (stages, 1, frames)
         else:
             codec: Any = make_codec(name)
             second = (1, codec.rate // codec.hop * codec.hop) if media_of(codec) == SOUND else None
@@ -96,13 +102,14 @@ def weights_at_hand(name: str) -> str:
     kind = codec_class(name)
     if issubclass(kind, LearnedCodec):
         return "yes"
-    if issubclass(kind, LyraCodec):
+    if issubclass(kind, lyra.LyraCodec):
         missing = importlib.util.find_spec("ai_edge_litert") is None
         return "needs pip install 'latentprep[audio]'" if missing else "in google/lyra"
-    if not issubclass(kind, AutoencoderCodec | WallocCodec):
+    if not issubclass(kind, AutoencoderCodec | WallocCodec | encodec.EncodecCodec):
         return "none needed"
-    if importlib.util.find_spec("diffusers") is None:
-        return "needs pip install 'latentprep[vae]'"
+    package, extra = ("transformers", "audio") if name in _TOKENS else ("diffusers", "vae")
+    if importlib.util.find_spec(package) is None:
+        return f"needs pip install 'latentprep[{extra}]'"
     try:
         find_weights(kind.default_weights, name, kind.files, download=False)
     except LatentError:

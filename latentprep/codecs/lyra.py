@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentprep.codecs.base import to_wave
-from latentprep.errors import CodecError, SystemFault, UsageError, check_whole, opt
+from latentprep.codecs.base import frames, to_wave
+from latentprep.errors import CodecError, SystemFault, check_whole, opt
 from latentprep.sources.kinds import SOUND
 from latentprep.storage.places import path_of
 
@@ -51,12 +51,7 @@ class LyraCodec:
         }  # fmt: skip
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        if height != 1 or width < HOP or width % HOP:
-            raise UsageError(
-                f"codec '{self.name}' takes whole frames of {HOP} samples, got {height} × {width}",
-                f"use {opt('seconds', 1)}",
-            )
-        return self.stages, 1, width // HOP
+        return self.stages, 1, frames(self.name, HOP, height, width)
 
     def tokens(self, sounds: Tensor) -> Tensor:
         """f32 [B,T] -> u8 [B,stages,1,T/hop]: the nearest vector of each stage to what those before have left over."""
@@ -70,13 +65,13 @@ class LyraCodec:
 
     def encode(self, sounds: Tensor) -> Tensor:
         """f32 [B,T] -> the encoder's features, f32 [B,64,1,T/hop]."""
-        frames = sounds.cpu().float().unflatten(1, (-1, 1, HOP)).numpy()
-        return torch.from_numpy(self._run(ENCODER, frames)).transpose(1, 2)[:, :, None].contiguous()
+        pieces = sounds.cpu().float().unflatten(1, (-1, 1, HOP)).numpy()
+        return torch.from_numpy(self._run(ENCODER, pieces)).transpose(1, 2)[:, :, None].contiguous()
 
     def decode(self, latents: Tensor) -> Tensor:
         """f32 [B,64,1,F] -> f32 [B,F*hop], full scale at 1."""
-        frames = latents.cpu().float()[:, :, 0].transpose(1, 2)[:, :, None, None].contiguous().numpy()
-        return to_wave(torch.from_numpy(self._run(DECODER, frames)))
+        pieces = latents.cpu().float()[:, :, 0].transpose(1, 2)[:, :, None, None].contiguous().numpy()
+        return to_wave(torch.from_numpy(self._run(DECODER, pieces)))
 
     def flip(self, latents: Tensor) -> None:
         """None: sound has no mirror."""
@@ -85,12 +80,12 @@ class LyraCodec:
     def _run(self, name: str, clips: np.ndarray) -> np.ndarray:
         """f32 [B,F,…], a frame at a time through the model -> [B,F,n], or [B,F*hop] of sound."""
 
-        def one(frames: np.ndarray) -> np.ndarray:
+        def one(clip: np.ndarray) -> np.ndarray:
             # A fresh interpreter: its state outlives a clip, whatever is reset.
             model = _interpreter(self._models[name])
             taken, given = (model.get_input_details()[0]["index"], model.get_output_details()[0]["index"])
             outputs = []
-            for frame in frames:
+            for frame in clip:
                 model.set_tensor(taken, frame)
                 model.invoke()
                 outputs.append(model.get_tensor(given)[0])

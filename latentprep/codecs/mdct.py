@@ -8,9 +8,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from latentprep.codecs.base import to_wave
+from latentprep.codecs.base import frames, to_wave
 from latentprep.device import full_float32
-from latentprep.errors import UsageError, check_whole, opt
+from latentprep.errors import UsageError, check_whole
 from latentprep.sources.kinds import SOUND
 
 FRAMES = 50  # per second, as most neural codecs of speech have
@@ -57,12 +57,7 @@ class MdctCodec:
         return {"name": self.name, "bands": self.bands, "shapes": self.shapes, "rate": self.rate}
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        if height != 1 or width < self.hop or width % self.hop:
-            raise UsageError(
-                f"codec '{self.name}' takes whole frames of {self.hop} samples, got {height} × {width}",
-                f"use {opt('seconds', 1)}",
-            )
-        return self.bands + self.kept, 1, width // self.hop
+        return self.bands + self.kept, 1, frames(self.name, self.hop, height, width)
 
     @torch.inference_mode()
     @full_float32()

@@ -117,13 +117,14 @@ def staged_manifest(source: LatentDataset, stages: int) -> Manifest:
     """The source's manifest with the first `stages` stages of its codebook, whose file stays as it is."""
     manifest, codebook = source.manifest, source.quantizer
     assert isinstance(codebook, Codebook)
-    counted = manifest.statistics
+    counted, kept = manifest.statistics, codebook.first(stages)
+    codes = _calibration_codes(source)[:, None, :stages].astype(kept.dtype, copy=False)
     return replace(
         manifest,
-        quantizer=codebook.first(stages),
+        quantizer=kept,
         latent=(stages, *manifest.latent[1:]),
         statistics=counted and Statistics(counted.mean[:stages], counted.std[:stages]),
-        compression=choose_compression(_calibration_codes(source)[:, None, :stages]),
+        compression=choose_compression(codes),
         written_by=f"latentprep {__version__}",
     )
 
@@ -154,7 +155,7 @@ def requantized_manifest(
 
 
 def _calibration_codes(source: LatentDataset) -> np.ndarray:
-    """View 0 of the samples that `encode` calibrates on, u8 [n,C,h,w]."""
+    """View 0 of the samples that `encode` calibrates on, u8 or u16 [n,C,h,w]."""
     manifest = source.manifest
     split = train_split(manifest.splits)
     rows = calibration_rows(manifest.splits[split], CALIBRATION, manifest.transform["seed"])

@@ -77,7 +77,8 @@ def calibrate(stages: Stages, asked: Plan, progress: ProgressFactory, count: int
             )
     quantizer: Quantizer
     if (codebook := codebook_of(stages.codec)) is not None:
-        quantizer, compression = codebook, choose_compression(quantize(everything, codebook).numpy()[:, None])
+        tokens = quantize(everything, codebook).numpy().astype(codebook.dtype, copy=False)
+        quantizer, compression = codebook, choose_compression(tokens[:, None])
     elif asked.rate is None:
         quantizer = fit_to_bits(everything, asked)
         compression = choose_compression(quantize(everything, quantizer).numpy()[:, None])

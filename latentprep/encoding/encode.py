@@ -375,7 +375,7 @@ def make_plan(
     flip = flip_signs(codec, latent)
     if joint is None:
         joint = joint_by_default(bits, channels, flip)
-    if bits is not None:
+    if bits is not None and not hasattr(codec, "tokens"):  # those of tokens are the codec's own
         bits = check_mean_bits(bits, equal_bits, joint)
     allocated = bits is not None and not equal_bits and not joint
     return Plan(

@@ -69,7 +69,7 @@ class Stages:
 
     @cached_property
     def encode(self) -> Fitting:
-        """The codec's latents, f32 [B,C,h,w], or its tokens, u8 [B,S,h,w], in batches that fit in memory."""
+        """The codec's latents, f32 [B,C,h,w], or its tokens, u8 or i32 [B,S,h,w], in batches that fit in memory."""
         return Fitting(
             encoder_of(self.codec), f"encode at a smaller {opt('size')}, use a smaller codec, or {NOT_ON_DEVICE}"
         )
@@ -287,7 +287,7 @@ def _async_copy(tensor: Tensor) -> Tensor:
 
 
 def latents_of(stages: Stages, batch: _Batch) -> Tensor:
-    """What the codec gives for the quantizer: f32 [bV,C,h,w], or tokens u8 [bV,S,h,w], on the codec's device."""
+    """What the codec gives for the quantizer: f32 [bV,C,h,w], or tokens u8 or i32 [bV,S,h,w], on the codec's device."""
     with on_device(stages.device):
         images = sent(torch.from_numpy(batch.images), stages.device)
         return stages.encode(batch.medium.for_codec(images.flatten(0, 1)))
@@ -366,7 +366,7 @@ def _encoded(
     """Compress one shard from all its batches, and from the codes that are reused. keys, labels: of the whole split."""
     with stages.timed(WRITE):
         start, count = shard.index * manifest.shard_rows, manifest.rows_in_shard(shard.split, shard.index)
-        codes = np.zeros((count, *manifest.row_shape(shard.split)), np.uint8)
+        codes = np.zeros((count, *manifest.row_shape(shard.split)), manifest.quantizer.dtype)
         hashes = np.zeros((count, HASH_BYTES), np.uint8)
         reasons: dict[int, str] = {}
         reused: dict[int, Found] = {}

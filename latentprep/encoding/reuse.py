@@ -68,7 +68,7 @@ class Reuse:
     def take(self, split: str, found: Sequence[Found]) -> Taken:
         """The codes of samples of a split. Raises `DatasetError` if their shards are damaged."""
         row = self._plan.row_shape(split)
-        codes = np.empty((len(found), *row), np.uint8)
+        codes = np.empty((len(found), *row), self.dataset.quantizer.dtype)
         saturated, devices = np.zeros(row[1], np.int64), set()
         for shard in sorted({one.shard for one in found}):
             here = [i for i, one in enumerate(found) if one.shard == shard]

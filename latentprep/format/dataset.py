@@ -175,7 +175,7 @@ class LatentDataset:
         """
         self.check_complete(split)
         rows = self.manifest.splits[split]
-        codes = np.empty((rows, *self.manifest.row_shape(split)), np.uint8)
+        codes = np.empty((rows, *self.manifest.row_shape(split)), self.quantizer.dtype)
         labels = np.empty(rows, np.int32)
         names = [""] * rows if keys else []
 

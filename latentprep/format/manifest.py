@@ -20,7 +20,7 @@ from latentprep.format.thumbnails import ColourMap
 from latentprep.storage.places import Place
 
 FORMAT = "latentprep"
-VERSION = 1
+VERSION = 2  # of datasets with codes of more than 8 bits; that of all others is 1
 STORES = ("zarr", "wds", "parquet")
 MANIFEST = "manifest.json"
 CODEBOOKS = "codebooks.safetensors"  # the vectors of a codebook, whose SHA-256 the manifest has
@@ -169,7 +169,7 @@ class Manifest(Plan):
         return dump_json(
             {
                 "format": FORMAT,
-                "version": VERSION,
+                "version": VERSION if self.bits > MOST_BITS else 1,
                 "written_by": self.written_by,
                 "store": self.store,
                 "codec": self.codec,

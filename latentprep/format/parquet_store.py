@@ -3,8 +3,8 @@
 Layout: `data/{split}-{index:05d}-of-{shards:05d}.parquet`, as the Hugging Face hub names them; one row group; zstd:
     key        string
     label      int64, −1 in a row that could not be read; the names of the classes are in the schema's metadata
-    codes      uint8 lists of (C, h, w), or of (V, C, h, w) if a split has several views: the Array3D or Array4D of
-               the `datasets` library, which reads all of this by itself
+    codes      lists of (C, h, w), or of (V, C, h, w) if a split has several views, of uint8 or uint16: the Array3D or
+               Array4D of the `datasets` library, which reads all of this by itself
     valid      bool: label is not −1
     thumbnail  struct of bytes (a WebP file) and path (null): an Image of `datasets`; only if the manifest says how
     hash       16 bytes of the hash of the source file; only if the manifest has a content hash
@@ -74,7 +74,7 @@ def features(manifest: Manifest) -> dict[str, dict[str, Any]]:
     columns: dict[str, dict[str, Any]] = {
         "key": {"dtype": "string", "_type": "Value"},
         "label": {"names": list(manifest.classes), "_type": "ClassLabel"},
-        "codes": {"shape": shape, "dtype": "uint8", "_type": f"Array{len(shape)}D"},
+        "codes": {"shape": shape, "dtype": manifest.quantizer.dtype.name, "_type": f"Array{len(shape)}D"},
         "valid": {"dtype": "bool", "_type": "Value"},
     }
     if manifest.thumbnail is not None:
@@ -125,7 +125,7 @@ def encode_shard_files(
         arrays["hash"] = pa.array([row.tobytes() for row in hashes], pa.binary())
     extension = {  # so that `datasets` gives the column its shape; pyarrow alone reads lists
         "ARROW:extension:name": _EXTENSION.format(columns["codes"]["_type"]),
-        "ARROW:extension:metadata": json.dumps([shape, "uint8"]),
+        "ARROW:extension:metadata": json.dumps([shape, columns["codes"]["dtype"]]),
     }
     schema = pa.schema(
         [pa.field(name, array.type, metadata=extension if name == "codes" else None) for name, array in arrays.items()],
@@ -185,7 +185,7 @@ def _decode(manifest: Manifest, split: str, index: int, data: bytes, wanted: tup
         _check_sizes(memoryview(data), wanted, rows, shape)
         limits = {"thrift_string_size_limit": len(data), "thrift_container_size_limit": _MAX_THINGS}
         with pq.ParquetFile(pa.BufferReader(data), **limits) as file:
-            _check_types(file.schema_arrow, wanted, len(shape))
+            _check_types(file.schema_arrow, wanted, len(shape), manifest.quantizer.dtype)
             table = file.read(list(wanted), use_threads=False)  # whoever reads shards has threads already
         columns = {name: _whole(table.column(name)) for name in wanted}
         if "label" in wanted:
@@ -249,11 +249,11 @@ def _whole(column: pyarrow.ChunkedArray) -> pyarrow.Array:
     return getattr(array, "storage", array)
 
 
-def _check_types(schema: pyarrow.Schema, wanted: tuple[str, ...], depth: int) -> None:
+def _check_types(schema: pyarrow.Schema, wanted: tuple[str, ...], depth: int, dtype: np.dtype) -> None:
     """`ValueError` unless these columns have the types that we write."""
     import pyarrow as pa
 
-    codes = pa.uint8()
+    codes = pa.from_numpy_dtype(dtype)
     for _ in range(depth):
         codes = pa.list_(codes)
     types = {"key": pa.string(), "label": pa.int64(), "codes": codes, "valid": pa.bool_(), "hash": pa.binary()}

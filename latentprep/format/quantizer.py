@@ -10,13 +10,15 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import ClassVar
 
 import numpy as np
 
 from latentprep.errors import DatasetError, UsageError, check_number, check_whole, opt
 from latentprep.format.fields import Fields
 
-MOST_BITS = 8  # of a code
+MOST_BITS = 8  # of a code that a quantizer makes
+MOST_TOKEN_BITS = 16  # of one that a codec gives itself
 LEAST_MEAN = 0.25  # bits per value on average
 FILTER_SIDE = 3  # cells
 MAX_STAGES = 256
@@ -39,6 +41,11 @@ def check_mean_bits(bits: float, equal_bits: bool | None = False, joint: bool | 
             f"use a whole number, or leave out {name}",
         )
     return whole_as_int(bits)
+
+
+def code_dtype(bits: int) -> np.dtype:
+    """The type of codes of so many bits, on disk and in numpy: u8, or u16, little-endian, for more than 8."""
+    return np.dtype("u1" if bits <= 8 else "<u2")
 
 
 def whole_as_int(number: float) -> float:
@@ -73,7 +80,7 @@ class Statistics:
 class Quantizer:
     """Uniform scalar quantizer, one range per channel: ``latent ≈ lo + (code + 0.5) * step``.
 
-    bits: 1 to 8; codes are u8, each below ``2**bits``.
+    bits: 1 to 8; codes are of `dtype`, u8, each below ``2**bits``.
     channel_bits: 0 to `bits` for each channel, whose codes are below 2 to that power; empty means `bits` for all. A
     channel of 0 bits has the code 0 everywhere, which stands for the channel's mean.
     lo, step: one float32 value per latent channel, in latent units; ``step`` is positive.
@@ -87,10 +94,11 @@ class Quantizer:
     step: tuple[float, ...]
     filter: tuple[float, ...] = ()
     channel_bits: tuple[int, ...] = ()
+    most_bits: ClassVar[int] = MOST_BITS
 
     def __post_init__(self) -> None:
-        if not 1 <= self.bits <= 8:
-            raise DatasetError(f"the quantizer's bits must be 1 to 8, got {self.bits}")
+        if not 1 <= self.bits <= self.most_bits:
+            raise DatasetError(f"the quantizer's bits must be 1 to {self.most_bits}, got {self.bits}")
         if len(self.lo) != len(self.step) or not self.lo:
             raise DatasetError(
                 f"the quantizer has {len(self.lo)} lows and {len(self.step)} steps; there must be one per channel"
@@ -109,6 +117,11 @@ class Quantizer:
             )
         if self.filter and not self.equal_bits:
             raise DatasetError("a quantizer with a filter must have the same bits in all channels")
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The type of codes on disk and in numpy."""
+        return code_dtype(self.bits)
 
     @property
     def levels(self) -> int:
@@ -158,7 +171,8 @@ class Codebook(Quantizer):
     Each stage has a table of its own and refines those before it, so the first stages alone are a coarser latent. As
     numbers, codes are what they are: ``lo`` is -0.5 and ``step`` 1 for every stage, and nothing saturates.
 
-    sizes: how many vectors each stage has, 2 to 256. sha256: of the file of tables, which may hold further stages.
+    sizes: how many vectors each stage has, 2 to 65,536; codes are u16 where one has more than 256.
+    sha256: of the file of tables, which may hold further stages.
     file: its bytes, safetensors: a tensor f32 [size, D] for each stage, named by its number from 0. Empty where only
     codes are needed.
 
@@ -168,11 +182,12 @@ class Codebook(Quantizer):
     sizes: tuple[int, ...] = ()
     sha256: str = ""
     file: bytes = field(default=b"", repr=False, compare=False)
+    most_bits: ClassVar[int] = MOST_TOKEN_BITS
 
     def __post_init__(self) -> None:
-        if not 1 <= len(self.sizes) <= MAX_STAGES or not all(2 <= size <= 1 << MOST_BITS for size in self.sizes):
+        if not 1 <= len(self.sizes) <= MAX_STAGES or not all(2 <= size <= 1 << MOST_TOKEN_BITS for size in self.sizes):
             raise DatasetError(
-                f"a codebook needs 1 to {MAX_STAGES} stages of 2 to {1 << MOST_BITS} vectors, "
+                f"a codebook needs 1 to {MAX_STAGES} stages of 2 to {1 << MOST_TOKEN_BITS} vectors, "
                 f"got {len(self.sizes)} stages of {min(self.sizes, default=0)} to {max(self.sizes, default=0)}"
             )
         super().__post_init__()
@@ -225,7 +240,7 @@ class Codebook(Quantizer):
         return Codebook.of(self.sizes[:stages], self.sha256, self.file)
 
     def dequantize(self, codes: np.ndarray) -> np.ndarray:
-        """u8 [..., stages, h, w] -> f32 [..., D, h, w]: the sum of the stages' vectors, from the first on.
+        """u8, u16 or i32 [..., stages, h, w] -> f32 [..., D, h, w]: the sum of the stages' vectors, from the first on.
 
         Raises `DatasetError` for a code beyond its stage's table.
         """

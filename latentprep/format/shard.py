@@ -17,9 +17,9 @@ from latentprep.format.stores import store_of
 class Codes:
     """Samples in memory.
 
-    codes: u8 [n,V,C,h,w]; labels: i32 [n], each an index into ``classes``, or −1 for an invalid row; keys: n paths in
-    the source, or none if they were not requested; hashes: u8 [n,16], see `latentprep.format.hashes`, or None if they
-    were not requested or there are none.
+    codes: u8 or u16 [n,V,C,h,w], as `Quantizer.dtype` says; labels: i32 [n], each an index into ``classes``, or −1 for
+    an invalid row; keys: n paths in the source, or none if they were not requested; hashes: u8 [n,16], see
+    `latentprep.format.hashes`, or None if they were not requested or there are none.
     """
 
     codes: np.ndarray
@@ -66,8 +66,9 @@ def encoded_shard(
     hashes = None
     if manifest.content_hash is not None:
         hashes = np.zeros((len(rows), HASH_BYTES), np.uint8) if rows.hashes is None else rows.hashes
+    codes = rows.codes.astype(manifest.quantizer.dtype, copy=False)
     files = store_of(manifest).encode_shard_files(
-        manifest, shard.split, shard.index, rows.codes, rows.labels, rows.keys, hashes
+        manifest, shard.split, shard.index, codes, rows.labels, rows.keys, hashes
     )
     record = ShardRecord(
         split=shard.split,

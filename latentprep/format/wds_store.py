@@ -98,7 +98,7 @@ def decode_shard_files(
     views = np.frombuffer(b"".join(packed), np.uint8).reshape(-1, row[0], view_bytes(row[1:], manifest.quantizer))
     codes = unpack_views(views, manifest.quantizer, row[1:])
     if len(codes) < len(labels):
-        valid, codes = codes, np.zeros((len(labels), *row), np.uint8)
+        valid, codes = codes, np.zeros((len(labels), *row), codes.dtype)
         codes[labels != INVALID_LABEL] = valid
     return codes, labels, keys
 

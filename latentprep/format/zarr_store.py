@@ -5,7 +5,7 @@ bytes that Zarr would write. `latentprep.format.commit` writes them to the disk.
 with the metadata that follows from the *manifest*: a dataset's own `zarr.json` files are never trusted.
 
 Layout (Zarr v3): group / ; group /{split} ; arrays
-    /{split}/codes   u8     (N, V, C, h, w), sharding codec, one file per shard
+    /{split}/codes   u8, u16 (N, V, C, h, w), sharding codec, one file per shard
     /{split}/labels  i32    (N,), one chunk per shard
     /{split}/keys    string (N,), one chunk per shard
     /{split}/hashes  u8     (N, 16), one chunk per shard; only if the manifest has a content hash
@@ -110,7 +110,7 @@ def encode_codes(manifest: Manifest, codes: np.ndarray) -> bytes:
     for place, start in enumerate(range(0, len(codes), rows)):
         part = codes[start : start + rows]
         if len(part) < rows:
-            part = np.concatenate([part, np.zeros((rows - len(part), *codes.shape[1:]), np.uint8)])
+            part = np.concatenate([part, np.zeros((rows - len(part), *codes.shape[1:]), codes.dtype)])
         chunks.append(bytes(compressor.encode(np.ascontiguousarray(part.transpose(order)))))
         index[place] = end, len(chunks[-1])
         end += len(chunks[-1])
@@ -129,8 +129,8 @@ def decode_codes(manifest: Manifest, split: str, index: int, data: bytes) -> np.
     end = len(data) - 16 * count - _CRC_BYTES  # of the inner chunks
     try:
         compressor, order = _chain(manifest)
-        raw = np.empty([(manifest.chunk_rows, *row)[axis] for axis in order], np.uint8)
-        codes = np.empty((rows, *row), np.uint8)
+        raw = np.empty([(manifest.chunk_rows, *row)[axis] for axis in order], manifest.quantizer.dtype)
+        codes = np.empty((rows, *row), raw.dtype)
         if end < 0:
             raise ValueError(f"its {len(data)} bytes are fewer than the index needs")
         places = np.frombuffer(data, "<u8", 2 * count, end).reshape(count, 2).tolist()
@@ -138,8 +138,8 @@ def decode_codes(manifest: Manifest, split: str, index: int, data: bytes) -> np.
             if offset + length > end:
                 raise ValueError(f"its index points to byte {offset + length}, but the chunks end at {end}")
             chunk = data[offset : offset + length]
-            if _declared_bytes(chunk) != raw.size:
-                raise ValueError(f"a chunk declares {_declared_bytes(chunk)} codes, not {raw.size}")
+            if _declared_bytes(chunk) != raw.nbytes:
+                raise ValueError(f"a chunk declares {_declared_bytes(chunk)} bytes of codes, not {raw.nbytes}")
             compressor.decode(chunk, out=raw)
             part = codes[start : start + manifest.chunk_rows]
             part[:] = raw.transpose(np.argsort(order))[: len(part)]
@@ -206,7 +206,8 @@ def _chain(manifest: Manifest) -> tuple[numcodecs.abc.Codec, list[int]]:
         compressor = numcodecs.Zstd(level=settings["level"], checksum=settings["checksum"])
     elif step["name"] == "blosc":
         shuffle = {"noshuffle": 0, "shuffle": 1, "bitshuffle": 2}[settings["shuffle"]]
-        compressor = numcodecs.Blosc(settings["cname"], settings["clevel"], shuffle, settings["blocksize"])
+        blocks = settings["blocksize"]
+        compressor = numcodecs.Blosc(settings["cname"], settings["clevel"], shuffle, blocks, settings["typesize"])
     else:
         raise ValueError(f"{step['name']} is not a known compressor")
     if [f["name"] for f in filters] not in ([], ["transpose"]):
@@ -251,21 +252,28 @@ def metadata_files(manifest: Manifest) -> dict[str, bytes]:
 
 
 def choose_compression(codes: np.ndarray) -> list[dict]:
-    """The candidate codec chain that compresses these codes, u8 [n,V,C,h,w], best; the first one if equal."""
+    """The candidate codec chain that compresses these codes, u8 or u16 [n,V,C,h,w], best; the first one if equal."""
+    chains = [[_sized(step, codes.itemsize) for step in chain] for chain in CANDIDATES]
     sizes = []
-    for chain in CANDIDATES:
+    for chain in chains:
         files: dict[str, Any] = {}
         array = zarr.create_array(
             MemoryStore(files),
             shape=codes.shape,
-            dtype="u1",
+            dtype=codes.dtype,
             chunks=codes.shape,
             **_codecs(chain),
             **_WRITE_EVERY_CHUNK,
         )
         array[:] = codes
         sizes.append(len(_only_chunk(files)))
-    return CANDIDATES[int(np.argmin(sizes))]
+    return chains[int(np.argmin(sizes))]
+
+
+def _sized(step: dict, size: int) -> dict:
+    """A step of a chain for codes of so many bytes: blosc takes their bits apart, so it must know."""
+    settings = step["configuration"]
+    return step | {"configuration": settings | {"typesize": size}} if "typesize" in settings else step
 
 
 _WRITE_EVERY_CHUNK: dict[str, Any] = {"config": {"write_empty_chunks": True}}
@@ -297,7 +305,7 @@ def _create(manifest: Manifest, store: Any, path: str, split: str, name: str, ro
                 store,
                 name=path or None,
                 shape=(rows, *row),
-                dtype="u1",
+                dtype=manifest.quantizer.dtype,
                 chunks=(manifest.chunk_rows, *row),
                 shards=(manifest.shard_rows, *row),
                 fill_value=0,

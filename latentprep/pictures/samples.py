@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentprep.device import NOT_ON_DEVICE, Fitting, on_device
+from latentprep.device import NOT_ON_DEVICE, Fitting, code_tensor, on_device
 from latentprep.errors import LatentError, SourceError, UsageError, check_whole, nearest
 from latentprep.format.dataset import LatentDataset
 from latentprep.format.manifest import INVALID_LABEL
@@ -92,7 +92,7 @@ def pick(
         rows = rows[np.isin(labels[rows], wanted)]
     if limit is not None:
         rows = _spread(rows, labels[rows], limit)
-    codes = np.empty((len(rows), *manifest.latent), np.uint8)
+    codes = np.empty((len(rows), *manifest.latent), manifest.quantizer.dtype)
     keys = [""] * len(rows)
 
     def place(shard: int) -> None:
@@ -116,7 +116,7 @@ def decoded(decoder: Decoder, codes: np.ndarray, quantizer: Quantizer) -> Iterat
     batch_size = max(1, min(_BATCH, _CELLS // math.prod(codes.shape[2:])))
     for start in range(0, len(codes), batch_size):
         places = slice(start, min(start + batch_size, len(codes)))
-        latents = dequantize(torch.from_numpy(codes[places]), quantizer)
+        latents = dequantize(code_tensor(codes[places]), quantizer)
         with on_device(device):
             pictures = decode(latents).cpu()
         yield places, pictures

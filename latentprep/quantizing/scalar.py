@@ -29,7 +29,7 @@ def quantize(latents: Tensor, quantizer: Quantizer) -> Tensor:
     """f32 [B,C,h,w] -> u8 [B,C,h,w] on the same device. Inverse of `dequantize` up to half a step.
 
     Values outside the quantizer's range get an end code. With a filter, the codes of a sample are chosen jointly. With
-    a codebook, `latents` are tokens, u8 [B,S,h,w].
+    a codebook, `latents` are tokens, u8, i32 or i64 [B,S,h,w], and codes u8 or i32.
     """
     if isinstance(quantizer, Codebook):
         return kept(latents, quantizer)
@@ -42,7 +42,7 @@ def quantize(latents: Tensor, quantizer: Quantizer) -> Tensor:
 def dequantize(codes: Tensor, quantizer: Quantizer) -> Tensor:
     """u8 [B,C,h,w] -> f32 [B,C,h,w], the middle of each code's cell, filtered if there is a filter.
 
-    With a codebook, u8 [B,N,h,w] -> f32 [B,D,h,w].
+    With a codebook, u8 or i32 [B,N,h,w] -> f32 [B,D,h,w].
     """
     if isinstance(quantizer, Codebook):
         return summed(codes, quantizer)

@@ -40,13 +40,13 @@ def make_manifest(
 
 
 def make_codes(manifest: Manifest, split: str, rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """codes u8 [n,V,C,h,w], labels i32 [n]: each class has its own mean a channel, under much noise."""
+    """codes u8 or u16 [n,V,C,h,w], labels i32 [n]: each class has its own mean a channel, under much noise."""
     random = np.random.default_rng(len(split))
     labels = (np.arange(rows) % len(manifest.classes)).astype(np.int32)
     means = np.random.default_rng(7).uniform(5, 10, (len(manifest.classes), 1, manifest.latent[0], 1, 1))
     codes = random.normal(means[labels], 4, (rows, *manifest.row_shape("train")))
     tops = np.array(manifest.quantizer.channel_levels)[:, None, None] - 1
-    return codes.round().clip(0, tops).astype(np.uint8), labels
+    return codes.round().clip(0, tops).astype(manifest.quantizer.dtype), labels
 
 
 def write_dataset(root: Path, manifest: Manifest, invalid: int = 0, skip: tuple[str, int] | None = None) -> Path:

@@ -7,11 +7,11 @@ import torch
 
 
 def residual_tokens(latents: torch.Tensor, codebooks: list[np.ndarray]) -> torch.Tensor:
-    """f32 [B,D,h,w] -> u8 [B,stages,h,w]: greedy, each stage the nearest vector to what is left over."""
+    """f32 [B,D,h,w] -> i64 [B,stages,h,w]: greedy, each stage the nearest vector to what is left over."""
     rest, stages = latents.permute(0, 2, 3, 1).numpy().copy(), []
     for table in codebooks:
         nearest = np.square(rest[..., None, :] - table).sum(-1).argmin(-1)
-        stages.append(torch.from_numpy(nearest.astype(np.uint8)))
+        stages.append(torch.from_numpy(nearest))
         rest -= table[nearest]
     return torch.stack(stages, 1)
 
@@ -48,7 +48,7 @@ class PatchTokens:
 
 
 class LoudnessTokens:
-    """Sound as four spectral levels a frame, in two stages of random vectors."""
+    """Sound as four spectral levels a frame, in two stages of random vectors, 4 and 10 bits."""
 
     name = "loudness"
     media = "sound"
@@ -57,7 +57,8 @@ class LoudnessTokens:
     def __init__(self, *, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
         random = np.random.default_rng(0)
-        self.codebooks = [random.normal(0, scale, (16, 4)).astype(np.float32) for scale in (3.0, 1.0)]
+        scales = ((16, 3.0), (600, 1.0))
+        self.codebooks = [random.normal(0, scale, (n, 4)).astype(np.float32) for n, scale in scales]
 
     def config(self) -> dict:
         return {"name": self.name}

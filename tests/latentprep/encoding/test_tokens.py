@@ -16,6 +16,7 @@ import latenttrain
 from inprocess import command
 from latentprep.audit.latents import write_latents
 from latentprep.codecs import make_codec
+from latentprep.device import code_tensor
 from latentprep.errors import CheckpointError, CodecError, DatasetError, UsageError
 from latentprep.format.manifest import CODEBOOKS, MANIFEST
 from latentprep.format.quantizer import Codebook
@@ -28,6 +29,7 @@ from sounds import make_sounds
 
 PLUGIN = Path(__file__).parents[2] / "plugin"
 STAGES = {"patches": 3, "loudness": 2}
+BITS = {"patches": 4, "loudness": 10}
 
 
 @pytest.fixture(autouse=True)
@@ -57,16 +59,20 @@ def test_a_dataset_of_tokens_has_its_codebooks(shards: Path, source: Any, codec:
     quantizer, codes = dataset.quantizer, dataset.load("val").codes
     assert isinstance(quantizer, Codebook)
     assert json.loads((shards / MANIFEST).read_bytes())["quantizer"] == {
-        "kind": "codebook", "bits": 4, "levels": [len(table) for table in coder.codebooks], "sha256": quantizer.sha256,
-    }  # fmt: skip
+        "kind": "codebook",
+        "bits": BITS[codec],
+        "levels": [len(table) for table in coder.codebooks],
+        "sha256": quantizer.sha256,
+    }
+    assert codes.dtype == quantizer.dtype == (np.uint8 if codec == "patches" else np.uint16)
     assert codes.shape[2] == STAGES[codec] == dataset.manifest.latent[0]
     latents = quantizer.dequantize(codes[:, 0])
     tables = enumerate(coder.codebooks)
     assert np.allclose(latents[0, :, 0, 0], sum(table[codes[0, 0, s, 0, 0]] for s, table in tables))
-    assert torch.equal(dequantize(torch.from_numpy(codes[:, 0]), quantizer), torch.from_numpy(latents))
+    assert torch.equal(dequantize(code_tensor(codes[:, 0]), quantizer), torch.from_numpy(latents))
     assert coder.decode(torch.from_numpy(latents)).shape[0] == len(codes)
     assert latentprep.verify(shards, deep=True, source=source, limit=24).ok
-    assert latentprep.info(shards).bits == 4
+    assert latentprep.info(shards).bits == BITS[codec]
 
 
 def test_an_interrupted_encode_goes_on_to_the_same_bytes(shards: Path, source: Any, codec: str) -> None:
@@ -90,6 +96,7 @@ def test_fewer_stages_are_the_first_ones(shards: Path, codec: str, tmp_path: Pat
     assert made.latent[0] == 1
     whole, part = latentprep.open(shards), latentprep.open(fewer)
     assert np.array_equal(part.load("train").codes, whole.load("train").codes[:, :, :1])
+    assert part.load("train").codes.dtype == np.uint8  # of sound, too: it is the second stage that needs more
     assert (fewer / CODEBOOKS).read_bytes() == (shards / CODEBOOKS).read_bytes()
     assert latentprep.verify(fewer, deep=True).ok
     codes = whole.load("val").codes[:, 0]
@@ -121,7 +128,7 @@ def test_networks_learn_from_tokens(shards: Path, source: Any, codec: str, tmp_p
     assert latenttrain.evaluate(run, tmp_path / "fewer").samples == latenttrain.evaluate(run, shards).samples
     learned = latenttrain.fit(shards, stem="embedding", epochs=1, width=0.2, out=tmp_path / "learned")
     tables = make_codec(codec).codebooks
-    assert learned.parameters - made.parameters == len(tables) * 16 * tables[0].shape[1]
+    assert learned.parameters - made.parameters == len(tables) * 2 ** BITS[codec] * tables[0].shape[1]
     with pytest.raises(CheckpointError, match="quantizer"):
         latenttrain.evaluate(latenttrain.fit(tmp_path / "fewer", epochs=1, width=0.2, out=tmp_path / "r").run, shards)
     if codec == "loudness":
@@ -153,7 +160,7 @@ def test_a_damaged_or_missing_codebook_is_named(shards: Path) -> None:
 
 def test_what_has_no_meaning_for_tokens_is_refused(shards: Path, source: Any, codec: str, tmp_path: Path) -> None:
     for options in ({"bits": 2}, {"rate": 1.0}, {"bytes": 50}, {"joint": True}):
-        with pytest.raises(UsageError, match="gives codes of 4 bits itself"):
+        with pytest.raises(UsageError, match=f"gives codes of {BITS[codec]} bits itself"):
             latentprep.encode(source, codec=codec, out=tmp_path / "out", **options)  # type: ignore[arg-type]
     for options in ({}, {"bits": 2}, {"stages": STAGES[codec]}, {"stages": 0}, {"stages": 1, "bits": 1}):
         with pytest.raises(UsageError, match="stages"):
@@ -184,12 +191,16 @@ def test_the_command_keeps_stages(shards: Path, tmp_path: Path) -> None:
 
 def test_tokens_that_no_code_can_hold_are_refused() -> None:
     codec = make_codec("patches")
-    codec.codebooks = [np.zeros((1024, 3), np.float32)]  # type: ignore[attr-defined]
-    with pytest.raises(CodecError, match="10 bits"):
+    codec.codebooks = [np.zeros((1 << 17, 3), np.float32)]  # type: ignore[attr-defined]
+    with pytest.raises(CodecError, match="17 bits"):
         codebook_of(codec)
     book = Codebook.of_tables([np.eye(3, dtype=np.float32)])
     with pytest.raises(CodecError, match="beyond"):
         quantize(torch.full((1, 1, 2, 2), 3, dtype=torch.uint8), book)
+    with pytest.raises(CodecError, match="beyond"):
+        quantize(torch.full((1, 1, 2, 2), -1), book)
+    with pytest.raises(CodecError, match="must be uint8, int32 or int64"):
+        quantize(torch.zeros(1, 1, 2, 2), book)
     with pytest.raises(DatasetError, match="stage 0 has the code 3"):
         book.dequantize(np.full((1, 1, 2, 2), 3, np.uint8))
 

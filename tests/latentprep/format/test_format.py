@@ -25,6 +25,7 @@ from latentprep.format.zarr_store import (
     shard_files,
 )
 from latentprep.storage.atomic import locked, write_atomic
+from quantizers import quantizer_of
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 
@@ -50,7 +51,7 @@ def manifest(rows: int = 10, shard: int = 4, views: int = 2, compression: int = 
 def rows_of(m: Manifest, split: str, index: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
     n = m.rows_in_shard(split, index)
     random = np.random.default_rng([len(split), index])
-    codes = random.integers(0, m.quantizer.levels, (n, *m.row_shape("train")), dtype=np.uint8)
+    codes = random.integers(0, m.quantizer.levels, (n, *m.row_shape("train")), dtype=m.quantizer.dtype)
     labels = random.integers(-1, len(m.classes), n).astype(np.int32)
     return codes, labels, [f"{split}/ä{index}-{i}.jpg" for i in range(n)]
 
@@ -75,14 +76,14 @@ def dataset(tmp_path: Path) -> LatentDataset:
 @given(
     n=st.integers(1, 9),
     views=st.integers(1, 3),
-    bits=st.integers(1, 8),
+    bits=st.integers(1, 16),
     compression=st.integers(0, len(CANDIDATES) - 1),
     keys=st.lists(st.text(st.characters(exclude_categories=("Cs",))), min_size=9, max_size=9),
 )
 def test_shard_files_round_trip(n: int, views: int, bits: int, compression: int, keys: list[str]) -> None:
-    quantizer = Quantizer(bits, (0.0, 0.0), (1.0, 1.0))
+    quantizer = quantizer_of(bits)
     m = manifest(n, 9, views, compression, quantizer=quantizer, chunk_rows=3, splits={"train": n})
-    codes = np.random.default_rng(n).integers(0, 2**bits, (n, *m.row_shape("train")), dtype=np.uint8)
+    codes = np.random.default_rng(n).integers(0, 2**bits, (n, *m.row_shape("train")), dtype=quantizer.dtype)
     labels = np.arange(-1, n - 1, dtype=np.int32)
     files = encode_shard_files(m, "train", 0, codes, labels, keys[:n])
     assert files == encode_shard_files(m, "train", 0, codes, labels, keys[:n])  # deterministic
@@ -90,7 +91,7 @@ def test_shard_files_round_trip(n: int, views: int, bits: int, compression: int,
         m, "train", "codes", codes
     )  # Zarr's own
     again = decode_shard_files(m, "train", 0, files)
-    assert np.array_equal(again[0], codes)
+    assert again[0].dtype == quantizer.dtype and np.array_equal(again[0], codes)
     assert np.array_equal(again[1], labels)
     assert again[2] == keys[:n]
 
@@ -98,12 +99,15 @@ def test_shard_files_round_trip(n: int, views: int, bits: int, compression: int,
 @settings(max_examples=60, deadline=None)
 @given(
     compression=st.integers(0, len(CANDIDATES) - 1),
+    bits=st.sampled_from([3, 10]),
     places=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=6),
     keep=st.floats(0, 1),
 )
-def test_damaged_codes_are_an_error_or_codes_never_a_crash(compression: int, places: list, keep: float) -> None:
-    m = manifest(9, 9, 2, compression, chunk_rows=3, splits={"train": 7})
-    codes = np.random.default_rng(0).integers(0, 4, (7, *m.row_shape("train")), dtype=np.uint8)
+def test_damaged_codes_are_an_error_or_codes_never_a_crash(
+    compression: int, bits: int, places: list, keep: float
+) -> None:
+    m = manifest(9, 9, 2, compression, quantizer=quantizer_of(bits), chunk_rows=3, splits={"train": 7})
+    codes = np.random.default_rng(0).integers(0, 4, (7, *m.row_shape("train")), dtype=m.quantizer.dtype)
     files = encode_shard_files(m, "train", 0, codes, np.zeros(7, np.int32), [""] * 7)
     data = bytearray(files[shard_files(m, "train", 0)["codes"]])
     for place, value in places:
@@ -144,9 +148,10 @@ def test_load_leaves_invalid_rows_out_and_keeps_order(dataset: LatentDataset) ->
         assert without.keys == []
 
 
+@pytest.mark.parametrize("bits", [3, 10])
 @pytest.mark.parametrize("compression", range(len(CANDIDATES)))
-def test_tensorstore_and_zarr_read_what_we_wrote(tmp_path: Path, compression: int) -> None:
-    dataset = write(tmp_path, manifest(compression=compression))
+def test_tensorstore_and_zarr_read_what_we_wrote(tmp_path: Path, compression: int, bits: int) -> None:
+    dataset = write(tmp_path, manifest(compression=compression, quantizer=quantizer_of(bits)))
     ours = [dataset.read_shard("train", index) for index in range(3)]
     codes, labels = (np.concatenate([getattr(part, name) for part in ours]) for name in ("codes", "labels"))
     for name, expected in (("codes", codes), ("labels", labels)):
@@ -159,21 +164,52 @@ def test_tensorstore_and_zarr_read_what_we_wrote(tmp_path: Path, compression: in
     assert group["train"].attrs["classes"] == ["cat", "dög"]
 
 
-@pytest.mark.parametrize("name", ["v1", "v1-wds"])
+@pytest.mark.parametrize("name", ["v1", "v1-wds", "v2", "v2-wds", "v2-parquet"])
 def test_golden_datasets_still_read(name: str) -> None:
     """Bytes written by the first release of each format version; never made anew."""
-    expected = json.loads((GOLDEN / "v1.json").read_text())
+    if name.endswith("parquet"):
+        pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    version = name.partition("-")[0]
+    expected = json.loads((GOLDEN / f"{version}.json").read_text())
     dataset = open_dataset(GOLDEN / name)
+    assert f'"version": {version[1]},' in (GOLDEN / name / "manifest.json").read_text()
     assert list(dataset.classes) == expected["classes"]
     for split, rows in expected["splits"].items():
         loaded = dataset.load(split)
         assert loaded.codes.tolist() == rows["codes"]
+        assert loaded.codes.dtype == (np.uint8 if version == "v1" else np.uint16)
         assert loaded.labels.tolist() == rows["labels"]
         assert loaded.keys == rows["keys"]
     latents = dataset.quantizer.dequantize(dataset.load("val").codes)
     assert np.allclose(latents, expected["val_latents"], atol=1e-4)
     (invalid,) = [entry for record in dataset.records("train") for entry in record.invalid]
     assert invalid["key"] == expected["invalid_key"]
+
+
+def test_readers_of_others_read_golden_tokens_of_ten_bits() -> None:
+    import webdataset
+
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    for split, rows in json.loads((GOLDEN / "v2.json").read_text())["splits"].items():
+        codes = np.array(rows["codes"])
+        group = zarr.open_group(GOLDEN / "v2", mode="r")[split]
+        found = group["codes"][:][group["labels"][:] >= 0]
+        assert found.dtype == np.uint16 and np.array_equal(found, codes)
+        spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(GOLDEN / "v2" / split / "codes")}}
+        stored = tensorstore.open(spec).result().read().result()
+        assert np.array_equal(stored[group["labels"][:] >= 0], codes)
+
+        tars = sorted(str(path) for path in (GOLDEN / "v2-wds").glob(f"{split}-*.tar"))
+        for sample, row in zip(webdataset.WebDataset(tars, shardshuffle=False), codes, strict=True):
+            bits = np.unpackbits(np.frombuffer(sample["codes"], np.uint8), bitorder="little")
+            first = bits[: 10 * row[0].size].reshape(-1, 10) @ (1 << np.arange(10))
+            assert np.array_equal(first.reshape(row[0].shape), row[0])
+
+        tables = [parquet.read_table(path) for path in sorted((GOLDEN / "v2-parquet/data").glob(f"{split}-*.parquet"))]
+        read = [row for table in tables for row in table.to_pylist() if row["valid"]]
+        kind = tables[0].schema.field("codes").type
+        assert "uint16" in str(getattr(kind, "storage_type", kind))  # `datasets`, once imported, has a type of its own
+        assert np.array_equal([row["codes"] for row in read], codes)
 
 
 def damage(path: Path, how: str) -> None:
@@ -220,8 +256,8 @@ def test_not_a_dataset(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"format": "other"}')
     with pytest.raises(DatasetError, match="not a latent dataset's manifest"):
         open_dataset(tmp_path)
-    (tmp_path / "manifest.json").write_text('{"format": "latentprep", "version": 2}')
-    with pytest.raises(DatasetError, match=r"format version 2; this latentprep reads up to 1.*pip install --upgrade"):
+    (tmp_path / "manifest.json").write_text('{"format": "latentprep", "version": 3}')
+    with pytest.raises(DatasetError, match=r"format version 3; this latentprep reads up to 2.*pip install --upgrade"):
         open_dataset(tmp_path)
 
 

@@ -27,6 +27,7 @@ from latentprep.format.parquet_store import (
 from latentprep.format.thumbnails import ColourMap
 from latentprep.format.zarr_store import CANDIDATES
 from pictures import make_folder
+from quantizers import quantizer_of
 
 pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
 import pyarrow.parquet as pq  # noqa: E402
@@ -39,7 +40,7 @@ def manifest(rows: int = 7, views: int | dict[str, int] = 2, bits: int = 3, **ch
     return replace(
         Manifest(
             codec={"name": "resample", "factor": 8},
-            quantizer=Quantizer(bits, (-1.0, -1.0), (0.3, 0.3)),
+            quantizer=quantizer_of(bits, -1.0, 0.3),
             transform={"size": 24, "views": views, "seed": 0, "resize": "bicubic"},
             source={"spec": "somewhere", "sha256": "ab" * 32},
             classes=("cat", "dög"),
@@ -57,7 +58,8 @@ def manifest(rows: int = 7, views: int | dict[str, int] = 2, bits: int = 3, **ch
 
 def arrays(m: Manifest, invalid: tuple[int, ...] = ()) -> tuple[np.ndarray, np.ndarray, list[str]]:
     rows = m.rows_in_shard("train", 0)
-    codes = np.random.default_rng(rows).integers(0, m.quantizer.levels, (rows, *m.row_shape("train")), dtype=np.uint8)
+    levels, shape, dtype = m.quantizer.levels, (rows, *m.row_shape("train")), m.quantizer.dtype
+    codes = np.random.default_rng(rows).integers(0, levels, shape, dtype=dtype)
     labels = (np.arange(rows) % 2).astype(np.int32)
     codes[list(invalid)], labels[list(invalid)] = 0, -1
     return codes, labels, [f"a/{i}.jpg" for i in range(rows)]
@@ -76,7 +78,7 @@ def decoded(m: Manifest, data: bytes) -> tuple[np.ndarray, np.ndarray, list[str]
 @given(
     rows=st.integers(1, 9),
     views=st.sampled_from([1, 3, {"train": 2, "val": 1}]),
-    bits=st.integers(1, 8),
+    bits=st.integers(1, 16),
     keys=st.lists(KEYS, min_size=9, max_size=9),
     invalid=st.sets(st.integers(0, 8)),
     colours=st.sampled_from([None, COLOURS]),
@@ -84,13 +86,13 @@ def decoded(m: Manifest, data: bytes) -> tuple[np.ndarray, np.ndarray, list[str]
 def test_files_round_trip(
     rows: int, views: int | dict[str, int], bits: int, keys: list[str], invalid: set[int], colours: ColourMap | None
 ) -> None:
-    m = manifest(rows, views, bits, thumbnail=colours)
+    m = manifest(rows, views, bits, thumbnail=colours if bits <= 8 else None)
     codes, labels, _ = arrays(m, tuple(i for i in invalid if i < rows))
     files = encode_shard_files(m, "train", 0, codes, labels, keys[:rows])
     assert list(files) == ["data/train-00000-of-00001.parquet"]
     assert files == encode_shard_files(m, "train", 0, codes, labels, keys[:rows])  # deterministic
     found = decode_shard_files(m, "train", 0, files)
-    assert found[0].dtype == np.uint8 and np.array_equal(found[0], codes)
+    assert found[0].dtype == m.quantizer.dtype and np.array_equal(found[0], codes)
     assert found[1].dtype == np.int32 and np.array_equal(found[1], labels)
     assert found[2] == keys[:rows]
     found[0][:] = 0  # it may be written to
