@@ -212,7 +212,7 @@ def test_compressed_bombs_are_refused_before_they_grow(little_memory: None) -> N
         with pytest.raises(DatasetError, match=r"declares 1099511627776 bytes"):
             parse(manifest, "train", 0, bomb)
     index = struct.pack("<4Q", 0, len(bomb), 0, len(bomb)) + bytes(4)
-    with pytest.raises(DatasetError, match=r"a chunk declares 1099511627776 codes, not 120"):
+    with pytest.raises(DatasetError, match=r"a chunk declares 1099511627776 bytes of codes, not 120"):
         decode_codes(manifest, "train", 0, bomb + index)
 
 
