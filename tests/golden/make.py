@@ -29,18 +29,22 @@ def main(images: Path, name: str) -> None:
         max_error_fraction=0.5,
     )
     latentprep.convert(here / name, out=here / f"{name}-wds", store="wds")
-    dataset = latentprep.open(here / name)
+    (here / f"{name}.json").write_text(json.dumps(expected(here / name, "train/class_1/001.jpg")))
+
+
+def expected(root: Path, invalid_key: str) -> dict:
+    """What every reader must find in the dataset."""
+    dataset = latentprep.open(root)
     splits = {split: dataset.load(split) for split in dataset.splits}
-    expected = {
+    return {
         "classes": list(dataset.classes),
         "splits": {
             split: {"codes": c.codes.tolist(), "labels": c.labels.tolist(), "keys": c.keys}
             for split, c in splits.items()
         },
         "val_latents": np.round(dataset.quantizer.dequantize(splits["val"].codes), 4).tolist(),
-        "invalid_key": "train/class_1/001.jpg",
+        "invalid_key": invalid_key,
     }
-    (here / f"{name}.json").write_text(json.dumps(expected))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import latentprep
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent.parent / "plugin"))
+from make import expected
 from sounds import make_sounds
 
 
@@ -22,18 +23,7 @@ def main(sounds: Path) -> None:
     )
     for store in ("wds", "parquet"):
         latentprep.convert(here / "v2", out=here / f"v2-{store}", store=store)
-    dataset = latentprep.open(here / "v2")
-    splits = {split: dataset.load(split) for split in dataset.splits}
-    expected = {
-        "classes": list(dataset.classes),
-        "splits": {
-            split: {"codes": c.codes.tolist(), "labels": c.labels.tolist(), "keys": c.keys}
-            for split, c in splits.items()
-        },
-        "val_latents": dataset.quantizer.dequantize(splits["val"].codes).round(4).tolist(),
-        "invalid_key": "train/low/001.wav",
-    }
-    (here / "v2.json").write_text(json.dumps(expected))
+    (here / "v2.json").write_text(json.dumps(expected(here / "v2", "train/low/001.wav")))
 
 
 if __name__ == "__main__":
