@@ -36,7 +36,7 @@ $(VENV)/dev.stamp: $(BIN)/python pyproject.toml constraints.txt
 demo: $(VENV)/run.stamp
 	$(BIN)/latentprep encode shapes --codec scatter --bits 4 --out $(DEMO)/shards
 	$(BIN)/latentprep info $(DEMO)/shards
-	$(BIN)/latenttrain fit $(DEMO)/shards --epochs 15 --out $(DEMO)/run --overwrite
+	$(BIN)/latenttrain fit $(DEMO)/shards --epochs 10 --out $(DEMO)/run --overwrite
 
 test: $(VENV)/dev.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
