@@ -177,7 +177,8 @@ def label(
 ) -> None:
     """Label each view of train in DIR with the probabilities that trained networks give, for latenttrain fit --labels.
 
-    A small network learns more from them than from classes, at no cost per epoch. Those of several runs are averaged.
+    A small network learns more from them than from classes, at no cost per epoch. Those of several runs are averaged,
+    each of its last epoch, since the best one was picked by val.
 
     Examples:
 

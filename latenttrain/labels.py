@@ -33,7 +33,7 @@ from latentprep.format.fields import differences
 from latentprep.progress import ProgressFactory, silent
 from latentprep.storage.atomic import write_atomic
 from latentprep.storage.places import path_of, several
-from latenttrain.checkpoint import BEST, load_net
+from latenttrain.checkpoint import LAST, load_net
 from latenttrain.config import RunConfig, check_dataset, short
 from latenttrain.data import Split, check_trainable, load_split
 from latenttrain.evaluation import split_logits
@@ -72,6 +72,8 @@ def label(
 ) -> LabelResult:
     """Label each view of a dataset's train split with the mean of the probabilities that the runs' networks give.
 
+    They are the networks of the last epoch: the best epoch was picked by val, which is to judge who learns from them.
+
     runs: folders that `fit` made from this dataset, or from one that was encoded like it. out: the file to write, by
     default ``labels.safetensors`` in the first run's folder. arch: as for `evaluate`. overwrite: replace it.
 
@@ -88,7 +90,7 @@ def label(
         )
     target, dataset = pick_device(device), open_dataset(dataset)
     name_network(arch or "")
-    loaded = [load_net(teacher) for teacher in teachers]
+    loaded = [load_net(teacher, "last") for teacher in teachers]
     for teacher, (_, config, _) in zip(teachers, loaded, strict=True):
         check_dataset(config, dataset)
         if config.dataset.get("latents"):
@@ -186,7 +188,7 @@ def _teacher(run: Path, config: RunConfig) -> dict[str, Any]:
     used = config.dataset
     return {
         "run": run.resolve().name,
-        "weights_sha256": hashlib.sha256((run / BEST).read_bytes()).hexdigest(),
+        "weights_sha256": hashlib.sha256((run / LAST).read_bytes()).hexdigest(),
         "source": used["source"]["sha256"],
         "limit": used.get("limit"),
         "holdout": used.get("holdout") or 0.0,

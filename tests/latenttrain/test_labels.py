@@ -33,8 +33,8 @@ def teacher(views, tmp_path):
 
 
 def probabilities(run, dataset):
-    """What a run's network gives for every view of train: f32 [n,V,classes]"""
-    net, _, _ = load_net(run)
+    """What a run's network of the last epoch gives for every view of train: f32 [n,V,classes]"""
+    net, _, _ = load_net(run, "last")
     codes = load_split(open_dataset(dataset), "train", CPU).codes
     with torch.inference_mode():
         return net(codes.flatten(0, 1)).softmax(1).view(*codes.shape[:2], -1)
