@@ -12,6 +12,7 @@ import json
 import random
 import shutil
 import tarfile
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -260,8 +261,20 @@ def _archives(folder: Path) -> dict[str, Target]:
     def zipped(data: bytes) -> None:
         read(gzip.compress(data, 1))
 
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in sorted(images.rglob("*.jpg")):
+            archive.write(file, f"ä/{file.relative_to(images)}")
+        archive.writestr("README", "nothing")
+    packed = [buffer.getvalue()]
+
     small = [gzip.compress(seed, 9, mtime=0) for seed in seeds]
-    return {"tar": Target(seeds, read), "tar in gzip": Target(seeds, zipped), "gzip": Target(small, read)}
+    return {
+        "tar": Target(seeds, read),
+        "tar in gzip": Target(seeds, zipped),
+        "gzip": Target(small, read),
+        "zip": Target(packed, read),
+    }
 
 
 def _parquet(folder: Path) -> Target:

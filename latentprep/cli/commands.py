@@ -49,7 +49,7 @@ def _top(version: Annotated[bool, typer.Option("--version", help="Show the versi
 
 @app.command()
 def encode(
-    source: Annotated[str, typer.Argument(help="Folder, tars, Parquet files, or shapes, imagenette, imagewoof.")],
+    source: Annotated[str, typer.Argument(help="Folder, archives, Parquet files, or shapes, imagenette, …")],
     out: Out = "shards",
     bits: Annotated[float | None, typer.Option(help="Mean bits per value, 0.25 to 8. Default: 4.")] = None,
     equal_bits: EqualBits = None,

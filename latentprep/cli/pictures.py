@@ -140,7 +140,9 @@ def preview(
 
 @app.command()
 def rd(
-    source: Annotated[str, typer.Argument(help="Folder, tars, Parquet files or a named dataset.", show_default=False)],
+    source: Annotated[
+        str, typer.Argument(help="Folder, archives, Parquet files or a named dataset.", show_default=False)
+    ],
     codecs: Annotated[
         str, typer.Option(help="Codecs, comma-separated, with options as in taesd:weights=DIR or dct:luma=20,chroma=5.")
     ] = "dct",
@@ -198,7 +200,9 @@ def rd(
 
 @app.command("train-codec")
 def train_codec(
-    source: Annotated[str, typer.Argument(help="Folder, tars or a named dataset, as for encode.", show_default=False)],
+    source: Annotated[
+        str, typer.Argument(help="Folder, archives or a named dataset, as for encode.", show_default=False)
+    ],
     out: Annotated[Path, typer.Option(help="Folder to write: codec.json, codec.safetensors, report/.")],
     channels: Annotated[int, typer.Option(help="Latent channels.")] = 12,
     factor: Annotated[int, typer.Option(help="Pixels per side of a latent cell: 4, 8 or 16.")] = 8,

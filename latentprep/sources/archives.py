@@ -1,42 +1,48 @@
-"""Read tar and gzipped tar archives in place, by an index of offsets. Nothing is unpacked.
+"""Read tar, gzipped tar and zip archives in place, by an index of offsets. Nothing is unpacked.
 
-Joined tars (``cat a.tar b.tar``, several gzip streams) count as one archive. A plain tar inside an archive has a
-listing of its own.
+Joined tars (``cat a.tar b.tar``, several gzip streams) count as one archive. A plain tar inside a tar has a listing of
+its own. Of a zip, `zipfile` reads the directory at its end; archives inside it are not read.
 """
 
 from __future__ import annotations
 
 import posixpath
+import stat
 import tarfile
+import zipfile
+import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from latentprep.errors import SourceError, opt
 from latentprep.progress import BYTES, ProgressFactory, silent
 from latentprep.sources.kinds import medium_of_name
-from latentprep.sources.listing import LABEL_TABLES, TABLES, Entry, Listing, hidden, is_hidden, text_path
-from latentprep.sources.offsets import AGAIN, GzipFile, PlainFile, archive_kind, begins_tar
+from latentprep.sources.listing import ARCHIVES, LABEL_TABLES, TABLES, Entry, Listing, hidden, is_hidden, text_path
+from latentprep.sources.offsets import AGAIN, GzipFile, PlainFile, ZipMember, archive_kind, begins_tar
 
 _HEADER_BYTES = 1 << 20  # of one member, including long names
 _LONG_SCAN = 1 << 26  # bytes of an archive that takes long enough for a bar
 _MAX_LINKED = 1 << 20  # images that links to folders may add to an archive, at most
+_LINK_BYTES = 4096  # of a link's target in a zip
+_ZIP_METHODS = {9: "Deflate64", 12: "bzip2", 14: "LZMA", 93: "Zstandard", 95: "xz"}  # APPNOTE 6.3.10, section 4.4.5
 
 
 def list_archive(path: Path, progress: ProgressFactory = silent) -> Listing:
-    """List a tar or gzipped tar, in the archive's order, with the places of the images' bytes.
+    """List a tar, gzipped tar or zip, in the archive's order, with the places of the images' bytes.
 
     Raises SourceError if the file is no archive, is cut short, damaged or followed by other bytes, or has a member that
-    points outside it, or an image that is a link.
+    points outside it, or is encrypted or packed in a way that is not read, or an image that is a link.
     """
     kind = archive_kind(path)
-    if kind not in ("tar", "gzip"):
+    if kind not in ("tar", "gzip", "zip"):
         what = f"a {kind} archive" if kind else "not an archive"
         if path.suffix.lower() in TABLES:
             what = f"a table ({path.suffix}), not images"
         raise SourceError(
             f"{path} is {what}",
-            "give a folder, a .tar or a .tar.gz, with images in class folders or WebDataset samples"
+            "give a folder, a .zip, a .tar or a .tar.gz, with images in class folders or WebDataset samples"
             + (f", and the table as {opt('labels')}" if path.suffix.lower() in LABEL_TABLES else ""),
         )
     file = GzipFile(path) if kind == "gzip" else PlainFile(path)
@@ -44,6 +50,8 @@ def list_archive(path: Path, progress: ProgressFactory = silent) -> Listing:
     show = progress if total > _LONG_SCAN else silent
     try:
         with path.open("rb") as raw, show(f"reading {path.name}", total, BYTES, 0) as bar:
+            if kind == "zip":
+                return _list_zip(path, raw, total, bar.advance)
             cursor: Any = file.cursor(raw.fileno()) if isinstance(file, GzipFile) else raw
             done, told = cursor.compressed if isinstance(file, GzipFile) else cursor.tell, 0
 
@@ -59,7 +67,7 @@ def list_archive(path: Path, progress: ProgressFactory = silent) -> Listing:
             return listing
     except (SourceError, OSError):
         raise
-    except Exception as error:  # tarfile raises all kinds of errors for damaged headers
+    except Exception as error:  # tarfile and zipfile raise all kinds of errors for damaged headers
         raise SourceError(f"{path} is damaged or cut short: {error or type(error).__name__}", AGAIN) from error
 
 
@@ -127,10 +135,99 @@ class _Lister:
             listing.archives[name] = inner
         elif head:
             listing.add_other(name)
-            if head.startswith(b"\x1f\x8b") and name.lower().endswith((".tgz", ".tar.gz")):
-                listing.leave_out("archives not read (.tgz inside a tar)")
+            if head.startswith((b"\x1f\x8b", b"PK\3\4")) and name.lower().endswith(ARCHIVES):
+                listing.leave_out(f"archives not read ({posixpath.splitext(name)[1].lower()} inside a tar)")
         if len(listing.images) > before or name in listing.archives:
             _add_folders(listing, name)
+
+
+def _list_zip(path: Path, file: BinaryIO, total: int, advance: Callable[[int], None]) -> Listing:
+    """List a zip of ``total`` bytes. Only members without an image's or sound's name are looked into."""
+    if not zipfile.is_zipfile(file):
+        raise EOFError("the list of its members is missing at its end")
+    listing, links = Listing(), {}
+    with zipfile.ZipFile(file) as archive:
+        _check_whole(path, archive, file)
+        for number, member in enumerate(members := archive.infolist()):
+            if number % 256 == 255:
+                advance(256 * total // len(members))
+            raw = _zip_name(member)
+            name = _inner_path(path, raw)
+            medium = medium_of_name(name)
+            if is_hidden(name):
+                if medium:
+                    listing.leave_out(hidden(medium), int(not raw.endswith("/")))
+                continue
+            if raw.endswith("/"):
+                listing.folders |= {name} - {""}
+                continue
+            _check_readable(path, name, member, total)
+
+            def read(length: int, member: zipfile.ZipInfo = member) -> bytes:
+                with archive.open(member) as opened:
+                    return opened.read(length)
+
+            if stat.S_ISLNK(member.external_attr >> 16):
+                links[name] = read(_LINK_BYTES).decode("utf-8", "replace")
+                if medium:
+                    way_out = "pack the archive again with: zip -r, without -y"
+                    raise SourceError(f"{path}: {name} is a link to {links[name]}, not an image", way_out)
+                continue
+            before = len(listing.images)
+            if listing.add(name, (_zip_member(path, member), member.header_offset, member.file_size), read):
+                listing.add_other(name)
+                if name.lower().endswith(ARCHIVES):
+                    listing.leave_out(f"archives not read ({posixpath.splitext(name)[1].lower()} inside a zip)")
+            if len(listing.images) > before:
+                _add_folders(listing, name)
+    _follow(path, listing, links)
+    listing.leave_out_ours()
+    return listing
+
+
+def _check_whole(path: Path, archive: zipfile.ZipFile, file: BinaryIO) -> None:
+    """Raise an error for a zip that is a part of one, or has bytes beside it that may be another."""
+    file.seek(-22 - len(archive.comment), 2)  # where the end record is, if nothing follows
+    end = file.read(12)
+    if not end.startswith(b"PK\5\6"):
+        raise EOFError("after its end there are other bytes")
+    if end[4:6] not in (b"\0\0", b"\xff\xff"):
+        raise SourceError(f"{path} is one of several parts", f"join them with: zip -s 0 {path.name} -O whole.zip")
+    count = len(archive.infolist())  # zipfile passes over members that a damaged length in its list covers
+    if end[10:] not in ((count & 0xFFFF).to_bytes(2, "little"), b"\xff\xff"):  # the latter where 64 bits are in use
+        raise EOFError(f"its list says {int.from_bytes(end[10:], 'little')} members, but has {count}")
+    first = min((member.header_offset for member in archive.infolist()), default=archive.start_dir)
+    file.seek(0)
+    if first < 0:
+        raise EOFError("bytes are missing in it")
+    if first and file.read(4) in (b"PK\3\4", b"PK\5\6"):
+        what = f"{path} begins with members that its own list lacks, as joined zips do"
+        raise SourceError(what, "give each zip by itself, or pack the images again")
+
+
+def _check_readable(path: Path, name: str, member: zipfile.ZipInfo, total: int) -> None:
+    if member.flag_bits & 0x41:
+        raise SourceError(f"{path}: {name} is encrypted", "unpack it with its password, and give the folder")
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        how = _ZIP_METHODS.get(member.compress_type, f"method {member.compress_type}")
+        raise SourceError(f"{path}: {name} is compressed by {how}, not deflate", "unpack it, and give the folder")
+    if not 0 <= member.header_offset <= total - member.compress_size:
+        raise EOFError(f"{name} lies outside of it")
+
+
+def _zip_member(path: Path, member: zipfile.ZipInfo) -> ZipMember:
+    name = zlib.crc32(member.orig_filename.encode("utf-8" if member.flag_bits & 0x800 else "cp437"))
+    return ZipMember(path, member.compress_type == zipfile.ZIP_DEFLATED, member.compress_size, member.CRC, name)
+
+
+def _zip_name(member: zipfile.ZipInfo) -> str:
+    """A member's name: UTF-8 if it can be, as macOS and Linux write it without saying so, else cp437, by `zipfile`."""
+    name = member.filename
+    if not member.flag_bits & 0x800:
+        with suppress(UnicodeError):
+            name = name.encode("cp437").decode()
+    # .NET once wrote backslashes, which names on Windows, system 0, cannot hold
+    return name.replace("\\", "/") if member.create_system == 0 else name
 
 
 def _add_folders(listing: Listing, name: str) -> None:

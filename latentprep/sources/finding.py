@@ -71,7 +71,8 @@ def _find(spec: str, path: Path, out: Path | None, progress: ProgressFactory, co
             return replace(_labelled(spec, listing, columns), media=media), read_file
         tars = [listing.archives[name] for name in sorted(listing.archives)]
         left_out = listing.left_out
-        listing.leave_out("images beside tars", len(listing.images))
+        listing.leave_out("Parquet files beside archives", len(listing.parquet))
+        listing.leave_out("images beside archives", len(listing.images))
     else:
         tars, left_out = _named(spec, path), None
         if parquet := [has_parquet_name(str(tar)) or archive_kind(tar) == "Parquet" for tar in tars]:
@@ -86,7 +87,7 @@ def _find(spec: str, path: Path, out: Path | None, progress: ProgressFactory, co
     if len(listings) == 1 and not only.labels and not only.archives:
         tree = _labelled(spec, only, columns)
     else:
-        columns.check_unused(f"{spec}, whose labels are in tars")
+        columns.check_unused(f"{spec}, whose labels are in archives")
         tree = by_tars(spec, listings)
     tree.left_out.update(left_out or {})
     return replace(tree, media=media), read_member

@@ -155,7 +155,8 @@ def _check_classes(spec: str, tree: Tree, listing: Listing, level: int, with_spl
 
 def what_else(listing: Listing) -> str:
     """What a listing holds besides images, for the error that it has no usable ones."""
-    unread = {ending for ending in listing.others if f"archives not read ({ending})" in listing.left_out}
+    left = " ".join(listing.left_out)
+    unread = {ending for ending in listing.others if re.search(rf"archives not read \({re.escape(ending)}\b", left)}
     others = {f"files {end}": count for end, count in listing.others.most_common(4) if end not in unread}
     rest = left_out_line({**listing.left_out, **others})
     return f" (it has: {rest})" if rest else ""

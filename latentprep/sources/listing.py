@@ -48,8 +48,8 @@ _MOST_LINKS = 3  # links to folders on the path to a file
 LABEL_BYTES = 1024  # the longest `.cls` member that counts as a label
 LABEL_TABLES = (".csv", ".tsv", ".jsonl", ".parquet")  # the kinds that can be read
 TABLES = (*LABEL_TABLES, ".json", ".xml", ".txt", ".mat")  # may hold labels
-ARCHIVES = (".tar", ".tgz", ".tar.gz")
-_UNREAD_ARCHIVES = (".zip", ".7z", ".rar", ".bz2", ".xz", ".zst", ".part", ".partial", ".crdownload")
+ARCHIVES = (".tar", ".tgz", ".tar.gz", ".zip")
+_UNREAD_ARCHIVES = (".7z", ".rar", ".bz2", ".xz", ".zst", ".part", ".partial", ".crdownload")
 
 
 class Entry(NamedTuple):
@@ -65,10 +65,10 @@ class Listing:
     """What a folder or an archive holds, by '/'-separated path inside it.
 
     images: and sounds; `settle` leaves one of the two. labels: texts of ``.cls`` files. annotations: texts of
-    `ANNOTATIONS` files. archives: tars, each as its `Path` or, inside a tar, as a `Listing` of its own. parquet:
-    Parquet files outside of tars. metadata: texts of `METADATA` files. ours: folders that we wrote ("": all of it),
-    and what they are. others: the number of other files, by ending. left_out: what is not read, and how many. linked:
-    whether links to folders were followed.
+    `ANNOTATIONS` files. archives: tars and zips, each as its `Path` or, a tar inside a tar, as a `Listing` of its own.
+    parquet: Parquet files outside of archives. metadata: texts of `METADATA` files. ours: folders that we wrote ("":
+    all of it), and what they are. others: the number of other files, by ending. left_out: what is not read, and how
+    many. linked: whether links to folders were followed.
     """
 
     images: list[Entry] = field(default_factory=list)
@@ -240,8 +240,8 @@ def list_folder(root: Path, out: Path | None = None) -> Listing:
                     else:
                         head = listing.add(name, item.path, lambda size, path=item.path: _head(path, size))  # type: ignore[misc]
                         kind = archive_kind(Path(item.path), head) if head else None
-                        if kind in ("tar", "gzip") or (kind is None and name.lower().endswith(ARCHIVES)):
-                            listing.archives[name] = Path(item.path)  # a damaged one, too: reading it says so
+                        if kind in ("tar", "gzip") or name.lower().endswith(ARCHIVES):
+                            listing.archives[name] = Path(item.path)  # another or a damaged one, too: reading says so
                         elif head and (kind == "Parquet" or has_parquet_name(name)):
                             listing.parquet[name] = Path(item.path)
                             listing.add_other(name)

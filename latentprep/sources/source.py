@@ -1,9 +1,9 @@
-"""Where labelled images or sounds come from: a folder, tar or Parquet files or a named dataset, all behind `Source`.
+"""Where labelled images or sounds come from: a folder, archives, Parquet files or a named dataset, behind `Source`.
 
 A source is an index, made without decoding any image: for each split, rows of (key, label, place), sorted by key. A key
 is the image's path below the folder with the splits (``train/n01440764/x.JPEG``), or below the folder with the classes
 (``n01440764/x.JPEG``); in WebDataset tars it is the sample's base name. Outer folders (``imagenette2-224/train/…``) do
-not count, so a folder, its tar and its .tgz have the same rows and fingerprint.
+not count, so a folder, its tar, its .tgz and its .zip have the same rows and fingerprint.
 
 An image is a file with an image's name (.jpg, .png, …), or any other file that begins like an image. A damaged file
 with an image's name keeps its row, so that encoding reports it. `left_out` counts every image that is in no row. All
@@ -190,9 +190,10 @@ def open_source(
 ) -> Source:
     """Open a source of labelled images. A source that is already open is returned as it is.
 
-    ``spec`` is a named dataset (``shapes``, ``imagenette-160``, …), a folder, a .tar or .tar.gz of such a folder, or
-    several tars: WebDataset shards, or one tar per split or class; in a folder, in a tar, or as a brace pattern
-    ``train-{000000..000012}.tar``. A named dataset takes precedence over a folder; write ``./shapes`` for the folder.
+    ``spec`` is a named dataset (``shapes``, ``imagenette-160``, …), a folder, a .tar, .tar.gz or .zip of such a folder,
+    or several of these: WebDataset shards, or one archive per split or class; in a folder, tars also in a tar, or as a
+    brace pattern ``train-{000000..000012}.tar``. A named dataset takes precedence over a folder; write ``./shapes``
+    for the folder.
     Or it is Parquet files, which need the extra ``parquet``: one, a folder of them, a pattern ``data/train-*.parquet``,
     or any of these at ``s3://…``, ``gs://…``, ``https://…`` (no folder) or ``hf://datasets/NAME[/CONFIG][@REVISION]``.
 

@@ -1,4 +1,7 @@
-"""Make one source from several tars: WebDataset shards, one tar per split or class, or class folders in parts."""
+"""Make one source from several tars: WebDataset shards, one tar per split or class, or class folders in parts.
+
+A zip counts as a tar here.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from latentprep.sources.layouts import Found, Tree, by_folders, sidecars, what_e
 from latentprep.sources.listing import BESIDE, Entry, Listing
 from latentprep.sources.splits import split_of_folder, splits_of_files
 
-_ENDING = re.compile(r"\.(tar|tgz|tar\.gz)$", re.IGNORECASE)
+_ENDING = re.compile(r"\.(tar|tgz|tar\.gz|zip)$", re.IGNORECASE)
 _SHARDS = (
     "WebDataset tars need KEY.jpg and KEY.cls for each sample; other tars need class folders, or are one class each"
 )
@@ -38,7 +41,7 @@ def _with_inner(tars: dict[str, Listing]) -> dict[str, Listing]:
             beside = Counter({BESIDE: len(inner), f"images in {BESIDE}": sum(_images(one) for one in inner.values())})
             flat[path] = replace(listing, left_out=listing.left_out + beside)
         else:
-            left_out = listing.left_out + Counter({"images beside tars": len(listing.images)})
+            left_out = listing.left_out + Counter({"images beside archives": len(listing.images)})
             first = next(iter(inner))
             inner[first] = replace(inner[first], left_out=inner[first].left_out + left_out)
             flat |= _with_inner(inner)
@@ -97,7 +100,9 @@ def _check_not_shards(spec: str, flat: dict[str, Listing]) -> None:
     if len(numbers) < 2 or len(numbers) < len(stems) or len({stem[1] for stem in stems if stem}) > 1:
         return
     if max(numbers) - min(numbers) == len(numbers) - 1:
-        raise SourceError(f"{spec} stands for numbered tars of images without folders and without .cls files", _SHARDS)
+        raise SourceError(
+            f"{spec} stands for numbered archives of images without folders and without .cls files", _SHARDS
+        )
 
 
 def _by_labels(spec: str, tars: dict[str, Listing]) -> Tree:
@@ -124,7 +129,7 @@ def _by_labels(spec: str, tars: dict[str, Listing]) -> Tree:
                 for path, own in samples.items()
                 for row in own
             ]
-            tree.notes += (f"some keys of {split} occur in several tars, so its keys now begin with the tars' names",)
+            tree.notes += (f"some keys of {split} occur in several archives, so its keys now begin with their names",)
         tree.found[split] = rows
     return tree
 

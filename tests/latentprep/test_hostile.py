@@ -11,6 +11,7 @@ import subprocess
 import tarfile
 import tracemalloc
 import warnings
+import zipfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
@@ -94,6 +95,23 @@ def test_a_member_of_negative_size(tmp_path: Path, pack) -> None:  # type: ignor
     (tmp_path / "x").write_bytes(pack(header("a") + bytes(block) + bytes(2048)))
     with pytest.raises(SourceError, match="damaged or cut short"):
         open_source(tmp_path / "x")
+
+
+def test_a_member_that_inflates_to_gigabytes(tmp_path: Path, little_memory: None) -> None:
+    """Deflate's thousandfold: of an image more than is declared, of any other file only the beginning is inflated."""
+    deflate = zlib.compressobj(9, zlib.DEFLATED, -15)
+    packed = b"".join([*(deflate.compress(bytes(1 << 20)) for _ in range(1 << 9)), deflate.flush()])
+    path = tmp_path / "x.zip"
+    for declared, reason in ((1000, "more than the 1000 bytes"), ((1 << 30) + 1, "more than the limit")):
+        with zipfile.ZipFile(path, "w") as archive:
+            for name in ("a/1.jpg", "b/1.jpg", "b/README"):
+                archive.writestr(name, packed)
+            for member in archive.filelist:
+                member.compress_type = zipfile.ZIP_DEFLATED
+                member.file_size = declared if member.filename.endswith(".jpg") else 1 << 29
+        source = open_source(path, val_fraction=0)
+        with pytest.raises(SourceError, match=reason):
+            source.read("train", 1)
 
 
 def test_specs_are_never_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nothing_runs: None) -> None:
@@ -260,7 +278,7 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Target]:
 
 @pytest.mark.parametrize(
     "name",
-    ["manifest", "record", "codes", "labels", "keys", "hashes", "image", "tar", "tar in gzip", "gzip", "parquet",
+    ["manifest", "record", "codes", "labels", "keys", "hashes", "image", "tar", "tar in gzip", "gzip", "zip", "parquet",
      "table", "checkpoint", "config", "latents", "dataset", "parquet shard"],
 )  # fmt: skip
 def test_mutations_are_our_errors_or_nothing(targets: dict[str, Target], name: str) -> None:
@@ -284,4 +302,4 @@ def test_mutations_are_our_errors_or_nothing(targets: dict[str, Target], name: s
 
 def test_every_target_is_fuzzed(targets: dict[str, Target]) -> None:
     assert all(issubclass(kind, (LatentError, BadImage)) for target in targets.values() for kind in target.allowed)
-    assert len(targets) == 18
+    assert len(targets) == 19

@@ -27,6 +27,9 @@ def images(tmp_path: Path) -> Path:
 
 
 def packed(images: Path, tar: Path) -> Path:
+    if tar.suffix == ".zip":
+        shutil.make_archive(str(tar.with_suffix("")), "zip", images.parent, images.name)
+        return tar
     with tarfile.open(tar, "w:gz" if tar.suffix == ".tgz" else "w") as file:
         file.add(images, "images")
     return tar
@@ -40,7 +43,7 @@ def replaced(images: Path) -> str:
     return "train/class_1/003.jpg"
 
 
-@pytest.mark.parametrize("kind", ["folder", "tar", "tgz"])
+@pytest.mark.parametrize("kind", ["folder", "tar", "tgz", "zip"])
 def test_a_replaced_picture_is_named(images: Path, tmp_path: Path, kind: str) -> None:
     source = images if kind == "folder" else packed(images, tmp_path / f"images.{kind}")
     latentprep.encode(source, **OPTIONS, out=tmp_path / "out")

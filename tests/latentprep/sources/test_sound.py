@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import sys
 import tarfile
 from pathlib import Path
@@ -108,14 +109,12 @@ def test_a_written_file_is_read_back() -> None:
     assert np.abs(decode(sound_file(wave, RATE), RATE) - wave).max() < 2**-14
 
 
-def test_folders_and_tars_of_sounds_are_sources(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["tar", "zip"])
+def test_folders_and_archives_of_sounds_are_sources(tmp_path: Path, kind: str) -> None:
     folder = make_sounds(tmp_path / "words", format="FLAC")
     source = open_source(folder)
     assert (source.media, source.classes, source.size("train"), source.size("val")) == (SOUND, ("high", "low"), 12, 6)
-    tar = tmp_path / "words.tar"
-    with tarfile.open(tar, "w") as archive:
-        archive.add(folder, "words")
-    packed = open_source(tar)
+    packed = open_source(shutil.make_archive(str(tmp_path / "packed"), kind, tmp_path, "words"))
     assert (packed.media, packed.fingerprint()) == (SOUND, source.fingerprint())
     assert packed.read("val", 0).data == source.read("val", 0).data
     assert packed.take(3).media == SOUND

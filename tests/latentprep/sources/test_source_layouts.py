@@ -4,7 +4,9 @@ import gzip
 import io
 import json
 import os
+import stat
 import tarfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,19 @@ def tar_bytes(files: dict[str, bytes], mode: Any = "w") -> bytes:
     return buffer.getvalue()
 
 
+def zip_bytes(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return buffer.getvalue()
+
+
+def as_zip(tar: bytes) -> bytes:
+    with tarfile.open(fileobj=io.BytesIO(tar)) as members:
+        return zip_bytes({member.name: members.extractfile(member).read() for member in members})  # type: ignore[union-attr]
+
+
 def images(*names: str, count: int = 2) -> dict[str, bytes]:
     return {f"{name}/{i}.jpg": JPEG + name.encode() for name in names for i in range(count)}
 
@@ -50,21 +65,23 @@ def shard(start: int, count: int = 2) -> bytes:
 
 
 def count_images(path: Path) -> int:
-    """Image files below a folder or in an archive, tars inside included; by a walk of its own."""
+    """Image files below a folder or in an archive, archives inside included; by a walk of its own."""
     if path.is_dir():
         files = {os.path.realpath(Path(f) / n) for f, _, names in os.walk(path, followlinks=True) for n in names}
-        return sum(n.lower().endswith(ENDINGS) or (n.endswith((".tar", ".tgz")) and count_tar(n)) for n in files)
-    return count_tar(path)
+        return sum(n.lower().endswith(ENDINGS) or (n.endswith((".tar", ".zip")) and count_in(n)) for n in files)
+    return count_in(path)
 
 
-def count_tar(file: Any) -> int:
+def count_in(file: Any) -> int:
     data = Path(file).read_bytes() if isinstance(file, str | Path) else file
+    if data.startswith(b"PK"):
+        return sum(name.lower().endswith(ENDINGS) for name in zipfile.ZipFile(io.BytesIO(data)).namelist())
     with tarfile.open(fileobj=io.BytesIO(data), mode="r:*", ignore_zeros=True) as tar:
         total = 0
         for member in tar:
             total += member.name.lower().endswith(ENDINGS)
             if member.name.endswith(".tar") and (inner := tar.extractfile(member)):
-                total += count_tar(inner.read())
+                total += count_in(inner.read())
     return total
 
 
@@ -73,14 +90,20 @@ def check_count(source: Source, path: Path) -> None:
     assert rows + sum(n for what, n in source.left_out.items() if what.startswith("images")) == count_images(path)
 
 
-@pytest.fixture(params=["folder", "tar", "tgz"])
+@pytest.fixture(params=["folder", "tar", "tgz", "zip"])
 def pack(request, tmp_path):
-    """Makes a source of files: a folder, or an archive of one."""
+    """Makes a source of files: a folder, or an archive of one; of tars not a zip, but a folder of zips."""
 
     def make(files: dict[str, bytes]) -> Path:
+        path = tmp_path / f"set.{request.param}"
+        if request.param == "zip" and any(name.endswith(".tar") for name in files):
+            zips = {f"{name[:-4]}.zip": as_zip(data) for name, data in files.items() if name.endswith(".tar")}
+            return write_tree(path, zips | {name: data for name, data in files.items() if not name.endswith(".tar")})
         if request.param == "folder":
             return write_tree(tmp_path / "set", files)
-        path = tmp_path / f"set.{request.param}"
+        if request.param == "zip":
+            path.write_bytes(zip_bytes(files))
+            return path
         path.write_bytes(tar_bytes(files, "w:gz" if request.param == "tgz" else "w"))
         return path
 
@@ -133,7 +156,7 @@ TINY = {
         (images("cat", "dog", "test"), {"train": 3, "val": 3}, {}),
         (images("a/@eaDir/x", "b", "a"), {"train": 2, "val": 2}, {"images in hidden files or folders": 2}),
         ({"cat.tar": tar_bytes(images("cat")), "dog.tar": tar_bytes(images("dog")), "x.jpg": JPEG},
-         {"train": 2, "val": 2}, {"images beside tars": 1}),
+         {"train": 2, "val": 2}, {"images beside archives": 1}),
         ({"wds/train/0.tar": shard(0, 15), "wds/val/0.tar": shard(0, 15)}, {"train": 15, "val": 15}, {}),
         ({"train/0.tar": shard(0), "train/1.tar": shard(0), "val/0.tar": shard(0)}, {"train": 4, "val": 2}, {}),
     ],
@@ -168,13 +191,13 @@ def test_tiny_imagenet_takes_the_classes_of_val_from_its_text(pack):
         (images("a", "b") | {f"{i}.jpg": JPEG for i in range(9)}, "most of its 13 images would be left out: 9 images"),
         ({f"{i}.jpg": JPEG for i in range(3)} | {"labels.csv": b"0,a"}, "to read labels from its .csv,"),
         ({"a/x.svg": b"<svg/>", "p.mat": b"MATL"}, r"no images \(it has: 1 image of .*\.svg.; 1 file \.mat"),
-        ({"train/0.tar": shard(0), "val/0.tar": shard(0), "x/0.tar": shard(0)}, r"the split of .*x/0\.tar is unknown"),
+        ({"train/0.tar": shard(0), "val/0.tar": shard(0), "x/0.tar": shard(0)}, r"the split of .*x/0\.\w+ is unknown"),
         (images("images") | {"labels.csv": b"0,a"}, r"only one class: images \(to read labels from its .csv, name"),
         ({"train/0.tar": shard(0), "val/0.tar": shard(0), "dev/0.tar": shard(0)}, "files of dev and val, which are"),
         ({"train-val-0.tar": shard(0), "val-0.tar": shard(0)}, "contains two splits, train and val"),
         ({"00000.tar": tar_bytes({"0.jpg": JPEG, "0.txt": b"a cat", "0.json": b"{}"}),
           "1.tar": tar_bytes({"1.jpg": JPEG})},
-         r"00\.tar holds images with \.txt and \.json files, but no \.cls"),
+         r"00\.\w+ holds images with \.txt and \.json files, but no \.cls"),
         (images("training_set/training_set/cat", "training_set/training_set/dog", "test_set/test_set/cat"),
          "has test_set/ and training_set/: splits or classes"),
         (images("seg_train/a", "seg_test/a", "seg_pred"), "has seg_test/ and seg_train/: splits or classes"),
@@ -186,7 +209,7 @@ def test_tiny_imagenet_takes_the_classes_of_val_from_its_text(pack):
         ({f"{i:05d}/{i:05d}{j:04d}.{end}": JPEG if end == "jpg" else b"a" for i in range(2) for j in range(2)
           for end in ("jpg", "json", "txt")},
          r"\.txt and \.json in numbered folders, as img2dataset writes them"),
-        ({"x-0.tar": tar_bytes({"0.jpg": JPEG}), "x-1.tar": tar_bytes({"1.jpg": JPEG})}, "numbered tars of images"),
+        ({"x-0.tar": tar_bytes({"0.jpg": JPEG}), "x-1.tar": tar_bytes({"1.jpg": JPEG})}, "numbered archives of images"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_told_is_refused(pack, files, message):
@@ -228,14 +251,26 @@ def test_folders_full_of_links_to_each_other_end(tmp_path):
     assert source.left_out["links behind 3 others"] == 5 * 4 * 3 * 2
 
 
-@pytest.mark.parametrize("mode", ["w", "w:gz"])
-def test_links_to_folders_in_a_tar_are_followed(tmp_path, mode):
+@pytest.mark.parametrize("mode", ["w", "w:gz", "zip"])
+def test_links_to_folders_in_an_archive_are_followed(tmp_path, mode):
     root = write_tree(tmp_path / "x", images("train/a", "train/b", "holdout/a"))
     (root / "val").symlink_to("holdout")
     (root / "train" / "b" / "up").symlink_to("..")
     (root / "train" / "b" / "gone").symlink_to("/nowhere")
-    with tarfile.open(tmp_path / "x.tar", mode) as tar:
-        tar.add(root, "x")
+    if mode == "zip":
+        with zipfile.ZipFile(tmp_path / "x.tar", "w") as archive:
+            for path in sorted(root.rglob("*")):
+                mode, data = path.lstat().st_mode, b""
+                if path.is_symlink():
+                    data = str(path.readlink()).encode()
+                elif path.is_file():
+                    data = path.read_bytes()
+                member = zipfile.ZipInfo(f"{path.relative_to(tmp_path)}{'/' if stat.S_ISDIR(mode) else ''}")
+                member.external_attr = mode << 16
+                archive.writestr(member, data)
+    else:
+        with tarfile.open(tmp_path / "x.tar", mode) as tar:
+            tar.add(root, "x")
     source = open_source(tmp_path / "x.tar")
     assert sizes(source) == {"train": 4, "val": 2}
     assert source.read("val", 0).data == JPEG + b"holdout/a"
@@ -274,9 +309,42 @@ def test_a_tar_in_a_tar_in_a_tar_is_refused(tmp_path):
         open_source(tmp_path / "x.tar")
 
 
+@pytest.mark.parametrize(
+    ("outer", "inner", "what"),
+    [
+        (tar_bytes, ("in.zip", zip_bytes(images("c"))), "archives not read (.zip inside a tar)"),
+        (tar_bytes, ("in.tgz", tar_bytes(images("c"), "w:gz")), "archives not read (.tgz inside a tar)"),
+        (zip_bytes, ("in.zip", zip_bytes(images("c"))), "archives not read (.zip inside a zip)"),
+        (zip_bytes, ("in.tar", tar_bytes(images("c"))), "archives not read (.tar inside a zip)"),
+        (zip_bytes, ("in.tar.gz", tar_bytes(images("c"), "w:gz")), "archives not read (.gz inside a zip)"),
+    ],
+)
+def test_archives_inside_zips_and_zips_inside_tars_are_counted(tmp_path, outer, inner, what):
+    (tmp_path / "x").write_bytes(outer(images("a", "b") | dict([inner])))
+    assert open_source(tmp_path / "x").left_out == {what: 1}
+    (tmp_path / "x").write_bytes(outer(dict([inner])))
+    with pytest.raises(SourceError, match=r"holds no images \(it has: 1 archive not read \([^()]*\)\);"):
+        open_source(tmp_path / "x")
+
+
+def test_files_that_are_zips_inside_are_no_archives_of_a_folder(tmp_path):
+    write_tree(tmp_path, images("a", "b") | {"a/notes.docx": zip_bytes(images("word")), "b/net.pt": zip_bytes({})})
+    assert open_source(tmp_path).left_out == {}
+    write_tree(tmp_path, {"more.zip": zip_bytes(images("c")), "broken.zip": b""})
+    assert open_source(tmp_path).left_out == {"archives beside image files": 2}
+
+
+def test_parquet_files_beside_archives_are_counted(tmp_path):
+    write_tree(tmp_path, {"x.zip": zip_bytes(images("a", "b")), "train.parquet": b"PAR1", "labels.parquet": b"PAR1"})
+    assert open_source(tmp_path).left_out == {"Parquet files beside archives": 2}
+
+
 def test_a_tar_that_is_none_is_not_passed_over(tmp_path):
     write_tree(tmp_path, {"train-0.tar": shard(0), "train-1.tar": b""})
     with pytest.raises(SourceError, match=r"train-1\.tar is not an archive"):
+        open_source(tmp_path)
+    (tmp_path / "train-1.tar").write_bytes(b"BZh" + bytes(600))
+    with pytest.raises(SourceError, match=r"train-1\.tar is a bzip2 archive"):
         open_source(tmp_path)
     (tmp_path / "train-1.tar").unlink()
     (tmp_path / "train-1.tar.part").write_bytes(b"begun")

@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import tarfile
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,23 @@ def write_tar(path: Path, files: dict[str, bytes], *, mode: Any = "w") -> Path:
     return path
 
 
+def write_zip(path: Path, files: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> Path:
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return path
+
+
+def write_archive(path: Path, files: dict[str, bytes], mode: str) -> Path:
+    """A tar or tgz (``w``, ``w:gz``), or a zip (``stored``, ``deflated``)."""
+    if mode.startswith("w"):
+        return write_tar(path, files, mode=mode)
+    return write_zip(path, files, zipfile.ZIP_STORED if mode == "stored" else zipfile.ZIP_DEFLATED)
+
+
+MODES = ("w", "w:gz", "stored", "deflated")
+
+
 def contents(source: Source) -> dict:
     return {
         "classes": source.classes,
@@ -66,15 +84,16 @@ def trees(draw: Any) -> dict[str, bytes]:
 
 @settings(max_examples=25, deadline=None)
 @given(trees(), st.randoms())
-def test_folder_tar_and_tgz_are_the_same_source(tmp_path_factory, files, rng):
+def test_folder_tar_tgz_and_zip_are_the_same_source(tmp_path_factory, files, rng):
     root = tmp_path_factory.mktemp("tree")
     folder = open_source(write_tree(root / "folder", files))
     order = list(files.items())
     rng.shuffle(order)
     tar = open_source(write_tar(root / "plain", dict(order)))
     tgz = open_source(write_tar(root / "packed", {f"./{name}": data for name, data in order}, mode="w:gz"))
-    assert contents(folder) == contents(tar) == contents(tgz)
-    assert folder.fingerprint() == tar.fingerprint() == tgz.fingerprint()
+    zipped = open_source(write_zip(root / "zipped", dict(order)))
+    assert contents(folder) == contents(tar) == contents(tgz) == contents(zipped)
+    assert folder.fingerprint() == tar.fingerprint() == tgz.fingerprint() == zipped.fingerprint()
 
 
 def test_rows_are_sorted_by_key_relative_to_the_folder_of_the_splits(tmp_path):
@@ -196,7 +215,7 @@ def test_take_is_even_over_classes_and_deterministic(tmp_path):
 def big_archive(path: Path, mode: Any = "w") -> dict[str, bytes]:
     rng = random.Random(0)
     files = {f"{c}/{i:02d}.jpg": JPEG + rng.randbytes(rng.randrange(4000)) for c in "ab" for i in range(60)}
-    write_tar(path, files, mode=mode)
+    write_archive(path, files, mode)
     return files
 
 
@@ -212,6 +231,14 @@ def test_tgz_is_read_in_any_order_from_many_threads_and_after_pickling(tmp_path,
     monkeypatch.setattr(offsets, "CHUNK", 777)
     files = big_archive(tmp_path / "x.tgz", "w:gz")
     source = open_source(tmp_path / "x.tgz", val_fraction=0)
+    read_in_threads(source, files)
+    read_in_threads(pickle.loads(pickle.dumps(source)), files)
+
+
+@pytest.mark.parametrize("mode", ["stored", "deflated"])
+def test_a_zip_is_read_in_any_order_from_many_threads_and_after_pickling(tmp_path, mode):
+    files = big_archive(tmp_path / "x.zip", mode)
+    source = open_source(tmp_path / "x.zip", val_fraction=0)
     read_in_threads(source, files)
     read_in_threads(pickle.loads(pickle.dumps(source)), files)
 
@@ -238,13 +265,22 @@ def test_a_long_scan_reports_bytes(tmp_path, mode, monkeypatch):
     assert size - 10_240 <= sum(told.steps) <= size  # zeros fill the last of tar's blocks
 
 
+def test_a_long_scan_of_a_zip_reports_bytes(tmp_path, monkeypatch):
+    path = write_zip(tmp_path / "x.zip", {f"{c}/{i}.jpg": JPEG for c in "ab" for i in range(300)})
+    monkeypatch.setattr(archives, "_LONG_SCAN", 100)
+    size, told = path.stat().st_size, Told()
+    open_source(path, progress=told)
+    assert told.begun == [("reading x.zip", size, "bytes", 0)]
+    assert told.steps == [256 * size // 600] * 2
+
+
 def test_a_short_scan_reports_nothing(tmp_path):
     told = Told()
     open_source(write_tar(tmp_path / "x.tar", {f"{c}/0.jpg": JPEG for c in "ab"}), progress=told)
     assert told.begun == []
 
 
-@pytest.mark.parametrize("mode", ["w", "w:gz"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 0.97])
 def test_an_archive_cut_short_is_one_error(tmp_path, mode, share):
     path = tmp_path / "x.tar"
@@ -273,10 +309,11 @@ def test_a_damaged_tgz_is_one_error(tmp_path):
         open_source(path)
 
 
-def test_an_archive_that_changes_is_reported_with_the_key(tmp_path):
-    path = write_tar(tmp_path / "x.tar", {name: data + bytes(3000) for name, data in TWO.items()})
+@pytest.mark.parametrize("mode", ["w", "stored"])
+def test_an_archive_that_changes_is_reported_with_the_key(tmp_path, mode):
+    path = write_archive(tmp_path / "x.tar", {name: data + bytes(3000) for name, data in TWO.items()}, mode)
     source = open_source(path)
-    path.write_bytes(path.read_bytes()[:1000])
+    path.write_bytes(path.read_bytes()[:4000])
     with pytest.raises(SourceError, match=r"train/bee/1\.jpg: .* is shorter than when it was opened"):
         source.read("train", 1)
     path.unlink()
@@ -284,9 +321,10 @@ def test_an_archive_that_changes_is_reported_with_the_key(tmp_path):
         source.read("train", 0)
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", ["../evil.jpg", "/etc/evil.jpg", "a/../../evil.jpg"])
-def test_members_that_point_outside_are_refused(tmp_path, name):
-    path = write_tar(tmp_path / "x.tar", {**TWO, name: JPEG})
+def test_members_that_point_outside_are_refused(tmp_path, name, mode):
+    path = write_archive(tmp_path / "x.tar", {**TWO, name: JPEG}, mode)
     with pytest.raises(SourceError, match="points outside the archive"):
         open_source(path)
 
@@ -311,8 +349,122 @@ def test_a_key_twice_is_an_error_that_names_it(tmp_path):
     path = write_tar(tmp_path / "x.tar", TWO)
     with tarfile.open(path, "a") as tar:
         tar.addfile(tarfile.TarInfo("./train/ant/1.jpg"), io.BytesIO(b""))
-    with pytest.raises(SourceError, match=r"key train/ant/1\.jpg occurs twice in train"):
-        open_source(path)
+    write_zip(tmp_path / "x.zip", TWO)
+    with zipfile.ZipFile(tmp_path / "x.zip", "a") as archive:
+        archive.writestr("./train/ant/1.jpg", b"")
+    for both in (path, tmp_path / "x.zip"):
+        with pytest.raises(SourceError, match=r"key train/ant/1\.jpg occurs twice in train"):
+            open_source(both)
+
+
+# --- zips
+
+
+def altered(path: Path, **fields: Any) -> Path:
+    """A zip whose directory says something else of its second member, ``train/bee/1.jpg``."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in TWO.items():
+            archive.writestr(name, data)
+        for field, value in fields.items():
+            setattr(archive.filelist[1], field, value)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"flag_bits": 1}, r"train/bee/1\.jpg is encrypted; unpack it with its password"),
+        ({"compress_type": zipfile.ZIP_LZMA}, r"train/bee/1\.jpg is compressed by LZMA, not deflate; unpack it"),
+        ({"compress_type": 99}, r"train/bee/1\.jpg is compressed by method 99, not deflate"),
+        ({"header_offset": 1 << 33}, r"damaged or cut short: train/bee/1\.jpg lies outside of it"),
+        ({"compress_size": 1 << 33}, r"damaged or cut short: train/bee/1\.jpg lies outside of it"),
+        ({"external_attr": 0o120777 << 16}, r"train/bee/1\.jpg is a link to .*, not an image; pack .* without -y"),
+        ({"filename": "../1.jpg"}, r"member \.\./1\.jpg points outside the archive"),
+    ],
+)
+def test_zips_with_a_member_that_cannot_be_read_are_refused(tmp_path, fields, message):
+    with pytest.raises(SourceError, match=message):
+        open_source(altered(tmp_path / "x.zip", **fields))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"CRC": 5}, "do not match their checksum"),
+        ({"file_size": 3}, "more than the 3 bytes that the archive's list says"),
+        ({"file_size": 5}, "is shorter than when"),
+        ({"file_size": 1 << 40}, "inflates to 1099511627776 bytes, more than the limit of"),
+        ({"header_offset": 9}, "no member begins there"),
+        ({"filename": "./train/bee/1.jpg"}, "another name than the archive's list"),
+        ({"compress_type": zipfile.ZIP_STORED}, "more than the 4 bytes"),
+    ],
+)
+def test_a_damaged_member_of_a_zip_is_reported_with_its_key_and_the_others_are_read(tmp_path, fields, message):
+    source = open_source(altered(tmp_path / "x.zip", **fields))
+    with pytest.raises(SourceError, match=rf"train/bee/1\.jpg: .*{message}"):
+        source.read("train", 1)
+    assert source.read("train", 0).data == JPEG
+
+
+def test_a_zip_behind_other_bytes_is_read_and_one_beside_another_is_not(tmp_path):
+    path = write_zip(tmp_path / "x.zip", TWO)
+    plain = path.read_bytes()
+    more = write_zip(tmp_path / "y.zip", {"train/cat/1.jpg": JPEG}).read_bytes()
+    entry = plain.index(b"PK\1\2")
+    swallowed = plain[: entry + 33] + b"\1" + plain[entry + 34 :]  # a comment of 256 bytes: all other members
+    whole = contents(open_source(path))
+    path.write_bytes(b"MZ a program that unpacks itself" * 99 + plain)
+    assert contents(open_source(path)) == whole
+    for data, message in (
+        (more + plain, "begins with members that its own list lacks, as joined zips do; give each zip by itself"),
+        (swallowed, "damaged or cut short: its list says 4 members, but has 1"),
+        (plain[:50] + plain[59:], "damaged or cut short: bytes are missing in it"),
+        (plain + b"more", "after its end there are other bytes"),
+        (plain[:-18] + b"\2" + plain[-17:], "is one of several parts; join them with: zip -s 0 x.zip"),
+    ):
+        path.write_bytes(data)
+        with pytest.raises(SourceError, match=message):
+            open_source(path)
+    with zipfile.ZipFile(tmp_path / "y.zip", "w") as archive:
+        archive.comment = b"by a tool that leaves a comment"
+        for name, data in TWO.items():
+            archive.writestr(name, data)
+    assert contents(open_source(tmp_path / "y.zip")) == whole
+
+
+def test_a_zip_with_64_bit_fields(tmp_path, monkeypatch):
+    whole = contents(open_source(write_zip(tmp_path / "x.zip", TWO)))
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 3)
+    monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 3)
+    data = write_zip(tmp_path / "x.zip", TWO).read_bytes()
+    assert b"PK\6\6" in data
+    assert contents(open_source(tmp_path / "x.zip")) == whole
+
+
+@pytest.mark.parametrize(
+    ("written", "system", "flags", "read"),
+    [
+        ("é/1.jpg".encode(), 3, 0x800, "é/1.jpg"),
+        ("é/1.jpg".encode(), 3, 0, "é/1.jpg"),
+        ("é/1.jpg".encode("cp437"), 0, 0, "é/1.jpg"),
+        (b"set\\bee\\1.jpg", 0, 0, "bee/1.jpg"),
+        (b"bee/\\1.jpg", 3, 0, "bee/\\1.jpg"),
+    ],
+)
+def test_names_in_a_zip_are_those_of_the_folder(tmp_path, written, system, flags, read):
+    wrapper = b"set\\" if b"set" in written else b""
+    for name in (wrapper.decode() + "ant/1.jpg".replace("/", "\\" if wrapper else "/"), "?" * len(written)):
+        with zipfile.ZipFile(tmp_path / "x.zip", "a") as archive:
+            member = zipfile.ZipInfo(name)
+            member.create_system = system
+            archive.writestr(member, JPEG)
+    data = (tmp_path / "x.zip").read_bytes().replace(b"?" * len(written), written)
+    at = data.rindex(b"PK\1\2")
+    data = data[: at + 8] + flags.to_bytes(2, "little") + data[at + 10 :]
+    (tmp_path / "x.zip").write_bytes(data)
+    source = open_source(tmp_path / "x.zip", val_fraction=0)
+    assert source.keys("train") == sorted(["ant/1.jpg", read])
+    assert source.read("train", 1).data == JPEG
 
 
 # --- WebDataset tars
@@ -373,7 +525,7 @@ def test_webdataset_keys_that_restart_are_put_behind_the_tars_names(tmp_path):
     assert source.keys("train") == ["train-0/1", "train-0/2", "train-1/2"]
     assert source.labels("train") == [0, 1, 0]
     assert source.keys("val") == ["1"]
-    assert source.notes == ("some keys of train occur in several tars, so its keys now begin with the tars' names",)
+    assert source.notes == ("some keys of train occur in several archives, so its keys now begin with their names",)
 
 
 # --- bad input
@@ -413,7 +565,9 @@ def test_a_class_may_be_called_like_a_split(tmp_path):
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("x.zip", b"PK\3\4...", "is a zip archive; give a folder, a .tar or a .tar.gz"),
+        ("x.7z", b"7z\xbc\xaf...", "is a 7z archive; give a folder, a .zip, a .tar or a .tar.gz"),
+        ("x.zip", b"PK\3\4...", "damaged or cut short: the list of its members is missing at its end"),
+        ("x.zip", b"PK\5\6" + bytes(18), "holds no images"),
         ("x.tar", b"hello", "is not an archive"),
         ("x.csv.gz", gzip.compress(b"a,b\n" * 1000, mtime=0), "is not an archive"),
         ("x.tar", bytes(10240), "holds no images"),

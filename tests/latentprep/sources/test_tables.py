@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -162,7 +163,7 @@ def test_names_that_two_images_have(tmp_path: Path) -> None:
     assert by_key(source) == {"a/0.jpg": "x", "b/0.jpg": "y", "c/1.jpg": "y"}
 
 
-@pytest.mark.parametrize("pack", ["folder", "tar"])
+@pytest.mark.parametrize("pack", ["folder", "tar", "zip"])
 def test_the_hubs_metadata_beside_the_images(tmp_path: Path, pack: str) -> None:
     files = {
         "set/train/metadata.csv": b"file_name,label,text\n0.jpg,cat,hello\nin/1.jpg,dog,you\n",
@@ -172,7 +173,9 @@ def test_the_hubs_metadata_beside_the_images(tmp_path: Path, pack: str) -> None:
         "set/test/metadata.jsonl": b'{"file_name": "0.jpg", "label": "dog"}\n',
         "set/test/0.jpg": JPEG,
     }
-    root = write_tree(tmp_path / "hub", files) if pack == "folder" else write_tar(tmp_path / "hub.tar", files)
+    root = write_tar(tmp_path / "hub.tar", files) if pack == "tar" else write_tree(tmp_path / "hub", files)
+    if pack == "zip":
+        root = Path(shutil.make_archive(str(tmp_path / "hub"), "zip", root))
     source = open_source(root, val_fraction=0)
     assert by_key(source) == {"train/0.jpg": "cat", "train/in/1.jpg": "dog", "test/0.jpg": "dog"}
     tables = "set/test/metadata.jsonl, set/train/metadata.csv"
