@@ -155,14 +155,14 @@ class LogMel:
         return {"name": self.name}
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        return self.bands, 1, width // self.hop
+        return 1, self.bands, width // self.hop
 
     def encode(self, sounds: Tensor) -> Tensor:
-        """f32 [B,T] -> f32 [B,40,1,T/320]"""
+        """f32 [B,T] -> f32 [B,1,40,T/320]: a picture, high bands above"""
         window = torch.hann_window(self.window)
         power = torch.stft(sounds, self.window, self.hop, window=window, return_complex=True).abs().square()
         mel = power[..., : sounds.shape[1] // self.hop].transpose(1, 2) @ self.filters
-        return (mel + 1e-6).log().transpose(1, 2)[:, :, None].contiguous()
+        return (mel + 1e-6).log().transpose(1, 2).flip(1)[:, None].contiguous()
 
     def decode(self, latents: Tensor) -> Tensor:
         raise NotImplementedError

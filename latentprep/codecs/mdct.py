@@ -14,6 +14,7 @@ from latentprep.errors import UsageError, check_whole
 from latentprep.sources.kinds import SOUND
 
 FRAMES = 50  # per second, as most neural codecs of speech have
+REVISION = 2
 _FLOOR = 2.0**-13  # of full scale: what is softer in a band is silence. -78 dB, about the noise of 13 bits
 
 
@@ -22,9 +23,12 @@ class MdctCodec:
 
     bands: how many bands, of equal width on the bark scale, from zero to half the rate. shapes: of how many of them,
     the lowest, the coefficients are kept; the others are decoded as noise of their level. rate: samples per second.
-    Channels: log2 of each band's root mean square, then the kept coefficients by rising frequency, divided by their
-    band's. That is invertible, where signed coefficients beside levels would not be: levels and directions are what a
-    network can learn from, and their products are the coefficients.
+    Latents are a picture of one channel, as spectrograms are drawn: log2 of each band's root mean square, time to the
+    right, high bands above. A voice that is higher, or faster, is the same picture moved or stretched, which is what
+    networks and augmentation for pictures are made for.
+    With shapes, latents have channels in place of rows: the levels by rising frequency, then the kept coefficients,
+    divided by their band's. That is invertible, where signed coefficients beside levels would not be.
+    revision: 2; 1 has channels in place of rows without shapes, too.
     """
 
     name = "mdct"
@@ -32,13 +36,16 @@ class MdctCodec:
     light = True
 
     def __init__(
-        self, *, bands: int = 24, shapes: int = 0, rate: int = 16000, device: torch.device | str = "cpu"
-    ) -> None:
+        self, *, bands: int = 24, shapes: int = 0, rate: int = 16000, revision: int = REVISION,
+        device: torch.device | str = "cpu",
+    ) -> None:  # fmt: skip
         check_whole(f"{self.name}:rate", rate, 2000, 192000)
         if rate % (2 * FRAMES):
             raise UsageError(f"{self.name}:rate must be a multiple of {2 * FRAMES}, got {rate}", "use 16000")
         check_whole(f"{self.name}:bands", bands, 1, 64)
         check_whole(f"{self.name}:shapes", shapes, 0, bands)
+        check_whole(f"{self.name}:revision", revision, 1, REVISION)
+        self.revision, self.pictured = revision, revision > 1 and not shapes
         self.bands, self.shapes, self.rate, self.device = bands, shapes, rate, torch.device(device)
         self.hop = rate // FRAMES
         edges = bark_edges(bands, self.hop, rate)
@@ -54,27 +61,31 @@ class MdctCodec:
         self._sin, self._cos = angle.sin().float().to(self.device), angle.cos().float().to(self.device)
 
     def config(self) -> dict:
-        return {"name": self.name, "bands": self.bands, "shapes": self.shapes, "rate": self.rate}
+        config = {"name": self.name, "bands": self.bands, "shapes": self.shapes, "rate": self.rate}
+        return config | ({"revision": self.revision} if self.pictured else {})
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        return self.bands + self.kept, 1, frames(self.name, self.hop, height, width)
+        count = frames(self.name, self.hop, height, width)
+        return (1, self.bands, count) if self.pictured else (self.bands + self.kept, 1, count)
 
     @torch.inference_mode()
     @full_float32()
     def encode(self, sounds: Tensor) -> Tensor:
-        """f32 [B,T] -> f32 [B,C,1,T/hop], on the codec's device."""
+        """f32 [B,T] -> f32 [B,1,bands,T/hop], or with shapes [B,C,1,T/hop], on the codec's device."""
         coefficients = self.coefficients(sounds.to(self.device))
         squares = torch.zeros(*coefficients.shape[:2], self.bands, device=self.device)
         squares.index_add_(2, self._band, coefficients.square())
         scale = (squares / self._widths).sqrt() + _FLOOR  # [B,F,bands]
         shapes = coefficients[..., : self.kept] / scale[..., self._band[: self.kept]]
-        return torch.cat([scale.log2(), shapes], 2).transpose(1, 2)[:, :, None].contiguous()
+        values = torch.cat([scale.log2(), shapes], 2).transpose(1, 2)  # [B,C,F]
+        return (values.flip(1)[:, None] if self.pictured else values[:, :, None]).contiguous()
 
     @torch.inference_mode()
     @full_float32()
     def decode(self, latents: Tensor) -> Tensor:
-        """f32 [B,C,1,F] on any device -> f32 [B,F*hop], on the codec's device, full scale at 1."""
-        values = latents.to(self.device)[:, :, 0].transpose(1, 2)  # [B,F,C]
+        """What `encode` gives, on any device -> f32 [B,F*hop], on the codec's device, full scale at 1."""
+        latents = latents.to(self.device)
+        values = (latents[:, 0].flip(1) if self.pictured else latents[:, :, 0]).transpose(1, 2)  # [B,F,C]
         scale = values[..., : self.bands].exp2()
         kept = values[..., self.bands :] * scale[..., self._band[: self.kept]]
         level = (scale - _FLOOR).clamp(min=0)[..., self._band[self.kept :]]

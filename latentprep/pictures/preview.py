@@ -189,7 +189,7 @@ def _staged_columns(
 def _code_columns(picked: Picked) -> list[Column]:
     unit = unit_latents(picked.codes)
     columns = [Column("channels", channel_pictures(unit))]
-    return [*columns, Column("as RGB", colour_pictures(unit))] if unit.shape[2] > 1 else columns
+    return [*columns, Column("as RGB", colour_pictures(unit))] if min(unit.shape[1:3]) > 1 else columns
 
 
 def _column(title: str, samples: Tensor, rate: int) -> Column:

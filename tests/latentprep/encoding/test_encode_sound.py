@@ -36,7 +36,7 @@ def files(root: Path) -> dict[str, bytes]:
 
 def test_the_defaults_suit_sounds(sounds: Path, tmp_path: Path) -> None:
     made = latentprep.encode(sounds, out=tmp_path / "out")
-    assert (made.codec["name"], made.latent, made.seconds_each) == ("mdct", (24, 1, 20), 0.4)
+    assert (made.codec["name"], made.latent, made.seconds_each) == ("mdct", (1, 24, 20), 0.4)
     manifest = latentprep.open(tmp_path / "out").manifest
     assert manifest.transform == {
         "media": "sound", "size": 6400, "rate": RATE, "views": 1, "seed": 0, "resample": "soxr-hq",
@@ -48,7 +48,7 @@ def test_the_defaults_suit_sounds(sounds: Path, tmp_path: Path) -> None:
 
 def test_seconds_set_the_length(sounds: Path, tmp_path: Path) -> None:
     planned = latentprep.encode(sounds, seconds=0.333, dry_run=True, out=tmp_path / "out")
-    assert (planned.latent, planned.seconds_each) == ((24, 1, 17), pytest.approx(0.34))
+    assert (planned.latent, planned.seconds_each) == ((1, 24, 17), pytest.approx(0.34))
     with pytest.raises(UsageError, match="seconds"):
         latentprep.encode(sounds, seconds=0, dry_run=True, out=tmp_path / "out")
 
@@ -248,7 +248,7 @@ def test_streaming_trains_as_memory_does(shards: Path, tmp_path: Path) -> None:
 def test_the_command_line(sounds: Path, tmp_path: Path) -> None:
     done = command("latentprep", "encode", sounds, "--seconds", "0.4", "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    assert "0.4 s -> 1×20×24" in done.stdout and "bytes per sound" in done.stdout
+    assert "0.4 s -> 24×20×1" in done.stdout and "bytes per sound" in done.stdout
     shown = command("latentprep", "info", tmp_path / "out").stdout
     assert "0.4 s" in shown and "samples at 16 bits" in shown
     refused = command("latentprep", "encode", sounds, "--codec", "dct", "--out", tmp_path / "no")
