@@ -58,7 +58,7 @@ def requantize(
             f"the codes of {source.root} have no stages" if stages is not None else "requantize needs a number of bits",
             f"use {opt('bits', 2)}",
         )
-    bits = check_mean_bits(bits, equal_bits, joint)
+    bits = check_mean_bits(bits, equal_bits, joint, source.manifest.latent[0])
     most = source.quantizer.mean_bits
     if bits >= most:
         raise UsageError(

@@ -376,7 +376,7 @@ def make_plan(
     if joint is None:
         joint = joint_by_default(bits, channels, flip)
     if bits is not None and not hasattr(codec, "tokens"):  # those of tokens are the codec's own
-        bits = check_mean_bits(bits, equal_bits, joint)
+        bits = check_mean_bits(bits, equal_bits, joint, channels)
     allocated = bits is not None and not equal_bits and not joint
     return Plan(
         codec=codec.config(),

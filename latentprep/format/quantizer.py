@@ -30,15 +30,23 @@ def check_bits(bits: int) -> int:
     return bits
 
 
-def check_mean_bits(bits: float, equal_bits: bool | None = False, joint: bool | None = False) -> float:
-    """`bits` itself, as an int if it is whole, if it is a number from 0.25 to 8, and whole with equal bits; else a
-    `UsageError`. Codes that are chosen jointly have equal bits, too."""
+def check_mean_bits(
+    bits: float, equal_bits: bool | None = False, joint: bool | None = False, channels: int | None = None
+) -> float:
+    """`bits` itself, as an int if it is whole, if it is a number from 0.25 to 8, whole with equal bits, and at least one
+    bit for all `channels` together; else a `UsageError`. Codes that are chosen jointly have equal bits, too."""
     check_number("bits", bits, LEAST_MEAN, MOST_BITS, f"use {opt('bits', 4)}, which keeps nearly all of the accuracy")
     if bits != int(bits) and (equal_bits or joint):
         name = opt("equal_bits" if equal_bits else "joint", True)
         raise UsageError(
             f"{name} gives every channel the same whole number of bits, so {opt('bits', bits)} cannot be met",
             f"use a whole number, or leave out {name}",
+        )
+    if channels is not None and bits * channels < 1 - 1e-9:
+        together = "its one channel" if channels == 1 else f"{channels} channels together"
+        raise UsageError(
+            f"{opt('bits', bits)} is less than one bit for {together}",
+            f"use {opt('bits', whole_as_int(math.ceil(100 / channels) / 100))} or more",
         )
     return whole_as_int(bits)
 

@@ -12,7 +12,6 @@ import math
 import numpy as np
 from torch import Tensor
 
-from latentprep.errors import UsageError, opt
 from latentprep.format.quantizer import MOST_BITS, Quantizer, check_mean_bits
 from latentprep.quantizing.scalar import channel_values, fit_channel, fit_quantizer
 
@@ -34,15 +33,9 @@ def allocate(latents: Tensor, bits: float, exponent: float = 0.0) -> list[int]:
     They make the sum of the channels' squared errors least, each divided by the power `exponent` of the channel's
     variance. At high rates, steps then grow with that power of the deviation: 0 is one step for all, 1 equal bits.
     """
-    check_mean_bits(bits)
+    check_mean_bits(bits, channels=latents.shape[1])
     values, constant = channel_values(latents, _VALUES)
     budget = math.floor(bits * len(values) + 1e-9)
-    if budget < 1:
-        least = math.ceil(100 / len(values)) / 100
-        raise UsageError(
-            f"{opt('bits', bits)} is less than one bit for {len(values)} channels together",
-            f"use {opt('bits', least)} or more",
-        )
     costs = np.zeros(budget + 1)  # the least error of the channels so far, with at most so many bits
     chosen = np.zeros((len(values), budget + 1), int)  # and what the last of them has of these
     for channel, own in enumerate(values):

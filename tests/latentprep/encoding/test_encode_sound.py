@@ -46,6 +46,12 @@ def test_the_defaults_suit_sounds(sounds: Path, tmp_path: Path) -> None:
     assert facts.smaller_than_pixels == pytest.approx(18 * 12800 / facts.code_bytes)
 
 
+def test_less_than_a_bit_for_the_one_channel_is_refused_before_anything_is_made(sounds: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="bits=0.5 is less than one bit for its one channel; use bits=1 or more"):
+        latentprep.encode(sounds, bits=0.5, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_seconds_set_the_length(sounds: Path, tmp_path: Path) -> None:
     planned = latentprep.encode(sounds, seconds=0.333, dry_run=True, out=tmp_path / "out")
     assert (planned.latent, planned.seconds_each) == ((1, 24, 17), pytest.approx(0.34))
