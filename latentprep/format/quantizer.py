@@ -33,8 +33,8 @@ def check_bits(bits: int) -> int:
 def check_mean_bits(
     bits: float, equal_bits: bool | None = False, joint: bool | None = False, channels: int | None = None
 ) -> float:
-    """`bits` itself, as an int if it is whole, if it is a number from 0.25 to 8, whole with equal bits, and at least one
-    bit for all `channels` together; else a `UsageError`. Codes that are chosen jointly have equal bits, too."""
+    """`bits` itself, as an int if it is whole; else a `UsageError`, unless they are a number from 0.25 to 8, whole with
+    equal bits, and at least one for all `channels` together. Codes that are chosen jointly have equal bits, too."""
     check_number("bits", bits, LEAST_MEAN, MOST_BITS, f"use {opt('bits', 4)}, which keeps nearly all of the accuracy")
     if bits != int(bits) and (equal_bits or joint):
         name = opt("equal_bits" if equal_bits else "joint", True)
