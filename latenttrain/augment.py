@@ -1,9 +1,9 @@
 """Augmentation on codes: the whole batch at once, on its device, without waiting for the host.
 
 `draw` draws all random numbers of a batch. `augment_codes` moves, mirrors and adds noise to codes; the network's stem
-makes planes of them; `augment_planes` mixes and erases planes. Jointly chosen codes are moved after the stem.
-An autoencoder's mirrored latents are no mirrored image (TAESD: about 1 dB), but moving them by whole cells works
-(23 dB).
+makes planes of them; `augment_planes` changes the tone of planes, mixes and erases them. Jointly chosen codes are moved
+after the stem. An autoencoder's mirrored latents are no mirrored image (TAESD: about 1 dB), but moving them by whole
+cells works (23 dB).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 
 STAGE_DROP = 0.5  # by default, where codes are tokens
+TONE = 1.0  # by default, where codes are levels of sound
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Augment:
     noise: bool = False  # uniform noise within the quantizer's step: costs 3 points at 2 bits, docs/results.md
     channel_drop: float = 0.0  # probability that a plane of a sample is zeroed
     stage_drop: float = 0.0  # probability that a sample of tokens keeps its first stages only, a random number of them
+    tone: float = 0.0  # deviations by which planes are raised or lowered at most, and tilted: `tones`
     mirror: bool = False  # half of the samples, left-right; only for codecs whose mirror image is exact
     mirror_signs: tuple[float, ...] | None = None  # a mirrored channel's factor, 1 or -1; None is 1 for all
 
@@ -56,6 +58,7 @@ class Augment:
             "cutout": 1,
             "channel_drop": 1,
             "stage_drop": 1,
+            "tone": math.inf,
         }
         for name, limit in limits.items():
             check_number(name, getattr(self, name), 0, limit, "0 turns it off")
@@ -64,7 +67,7 @@ class Augment:
 
     @classmethod
     def none(cls) -> Augment:
-        return cls(shift=0, zoom=0, mixup=0, cutmix=0, cutout=0, noise=False, channel_drop=0, stage_drop=0)
+        return cls(shift=0, zoom=0, mixup=0, cutmix=0, cutout=0, noise=False, channel_drop=0, stage_drop=0, tone=0)
 
     def to_json(self) -> dict:
         return {**dataclasses.asdict(self), "mirror_signs": self.mirror_signs and list(self.mirror_signs)}
@@ -95,6 +98,7 @@ def draw(net: Net, batch: int, config: Augment, device: torch.device, generator:
         "stage_drop": ((batch, 2), config.stage_drop),
         "channel_drop": ((batch, planes, 1, 1), config.channel_drop),
         "dropout": ((batch, dropped), dropped),
+        "tone": ((batch, 2), config.tone),
     }
     return {
         name: torch.rand(shape, generator=generator, device=device) for name, (shape, asked) in shapes.items() if asked
@@ -129,13 +133,15 @@ def with_fewer_stages(codes: Tensor, share: float, random: Tensor) -> Tensor:
 def augment_planes(
     net: Net, planes: Tensor, targets: Tensor, config: Augment, random: dict[str, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Mixing and erasing, with what `draw` drew.
+    """Changes of tone, mixing and erasing, with what `draw` drew.
 
     planes f32 [B,P,h,w], targets f32 [B,classes] whose rows sum to one -> the same of the augmented samples
     """
     device, batch = planes.device, len(planes)
     if net.reads_neighbours:  # the stem's filter needs each code beside the neighbours that it was chosen with
         planes = _moved(planes, config, random)
+    if config.tone:
+        planes = planes + config.tone * tones(random["tone"], planes.shape[2])[:, None]
 
     if config.mixup or config.cutmix:
         partner = partners(planes, net.parts)
@@ -160,6 +166,13 @@ def augment_planes(
     if config.channel_drop:
         planes = planes * (random["channel_drop"] >= config.channel_drop)
     return planes, targets
+
+
+def tones(random: Tensor, height: int) -> Tensor:
+    """What is added to the rows of each sample: a constant, and a slope from the first row to the last, each from -1 to
+    1. Of levels of sound, that is louder or softer, brighter or duller: f32 [B,2] in 0…1 -> f32 [B,h,1]"""
+    raised, tilted = (2 * random - 1)[:, :, None, None].unbind(1)
+    return raised + tilted * torch.linspace(1, -1, height, device=random.device)[:, None] * (height > 1)
 
 
 def partners(values: Tensor, parts: Sequence[int]) -> Tensor:

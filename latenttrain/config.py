@@ -17,9 +17,10 @@ from latentprep.errors import CheckpointError, UsageError, opt
 from latentprep.format import LatentDataset, Quantizer
 from latentprep.format.fields import Fields, differences
 from latentprep.format.quantizer import Codebook, read_quantizer
+from latentprep.sources.kinds import SOUND
 from latentprep.storage.places import Place
 from latenttrain import __version__
-from latenttrain.augment import STAGE_DROP, Augment
+from latenttrain.augment import STAGE_DROP, TONE, Augment
 from latenttrain.data import float_statistics
 from latenttrain.nets import NetConfig
 from latenttrain.recipe import Recipe
@@ -177,7 +178,8 @@ def plan_run(
     labels: str | None = None,
     init: str | None = None,
 ) -> RunConfig:
-    """The whole configuration of a run. augment: by default `Augment()`, as the dataset's mirror and views allow.
+    """The whole configuration of a run. augment: by default `Augment()`, as the dataset's mirror and views allow, and
+    with changes of tone if codes are levels of sound.
 
     limit, holdout, latents, stream, labels: see `describe_dataset`. init: see `RunConfig`.
     """
@@ -188,6 +190,8 @@ def plan_run(
             augment = dataclasses.replace(augment, zoom=0.0)
         if net.reads_stages:
             augment = dataclasses.replace(augment, stage_drop=STAGE_DROP)
+        elif manifest.transform.get("media") == SOUND and net.stem == "affine":
+            augment = dataclasses.replace(augment, tone=TONE)
     if augment.stage_drop and not net.reads_stages:
         raise UsageError(
             f"stage_drop leaves out stages of tokens, which the stem {net.stem!r} does not read", "leave it at 0"

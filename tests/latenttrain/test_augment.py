@@ -5,13 +5,13 @@ import pytest
 import torch
 
 from latentprep.errors import UsageError
-from latenttrain.augment import Augment, augment_codes, augment_planes, draw, moved, rectangle, symmetric_beta
+from latenttrain.augment import Augment, augment_codes, augment_planes, draw, moved, rectangle, symmetric_beta, tones
 from latenttrain.data import one_hot
 from latenttrain.nets import NetConfig, build_net
 from latenttrain.stems import STEMS
 
 NONE = Augment.none()
-ALL = Augment(shift=2, zoom=0.2, mixup=0.4, cutmix=1.0, cutout=0.3, noise=True, channel_drop=0.1, mirror=True)
+ALL = Augment(shift=2, zoom=0.2, mixup=0.4, cutmix=1.0, cutout=0.3, noise=True, channel_drop=0.1, tone=0.5, mirror=True)
 
 
 def make_net(stem="affine", lo=(-2.0, -1.0), step=(0.25, 0.125)):
@@ -64,6 +64,16 @@ def test_each_alone_acts_and_follows_its_generator(name):
     assert not torch.equal(planes, plain)
     assert torch.equal(planes, run(config)[1])
     assert not torch.equal(planes, run(config, seed=3)[1])
+
+
+def test_tone_raises_and_tilts_all_planes_of_a_sample_alike():
+    plain, planes, _ = run(dataclasses.replace(NONE, tone=2.0))
+    added = planes - plain
+    assert torch.allclose(added, added[:, :1, :, :1].expand_as(added), atol=1e-5)
+    rows = added[:, 0, :, 0]
+    assert torch.allclose(rows.diff(dim=1), rows.diff(dim=1)[:, :1].expand(-1, 11), atol=1e-5)  # a straight line
+    assert 3 < rows.abs().max() <= 4  # 2 for the level and 2 for the slope
+    assert torch.equal(tones(torch.tensor([[1.0, 1.0]]), 1), torch.tensor([[[1.0]]]))  # one row has no slope
 
 
 def test_global_randomness_is_not_touched():

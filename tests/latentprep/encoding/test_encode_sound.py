@@ -237,6 +237,7 @@ def test_decoded_sounds_are_a_source_again(sounds: Path, shards: Path, tmp_path:
 def test_a_network_learns_and_predicts_sounds(sounds: Path, shards: Path, tmp_path: Path) -> None:
     result = latenttrain.fit(shards, out=tmp_path / "run", epochs=12, batch_size=4, width=0.25)
     assert result.top1 == 1.0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["augment"]["tone"] > 0
     assert latenttrain.evaluate(tmp_path / "run", shards).top1 == 1.0
     word = tmp_path / "word.mp3"
     word.write_bytes(sound_bytes(sound(910, 5), format="MP3"))
