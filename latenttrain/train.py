@@ -103,7 +103,7 @@ def fit(
     grid, by default 1.
     recipe: a name in `RECIPES`, or fields of `Recipe` to set, such as ``{"weight_decay": 0.1}``; epochs, batch_size and
     lr (the peak) override it. augment: by default `Augment()`, or none for ``talk``, with mirroring if the codec has
-    an exact mirror image and without zoom if the dataset has views.
+    an exact mirror image, without zoom if the dataset has views, and with changes of tone if it is of sound.
     limit: train on at most this many samples. holdout: evaluate on this share of train in place of val, and train on
     the rest, so that choices are not made on val. latents: a folder written by ``latentprep latents``, to train on
     float latents (view 0) in place of codes. labels: a file that `label` wrote, or the folder that it is in: learn from
