@@ -19,8 +19,8 @@ from latentprep.sources.kinds import SOUND, BadSample
 from latentprep.sources.source import Source
 
 # Networks learn best on grids of about 28 cells a side, and still well on 16: docs/results.md
-ENOUGH_CELLS, GOOD_CELLS = 16, 28  # images that leave fewer than the first are enlarged to the second
-SMALL_SIDE = 48  # pixels; images up to it are kept as pixels: enlarged, their codes would take more bytes
+ENOUGH_CELLS, GOOD_CELLS = 16, 28  # images that leave fewer than the first are enlarged, to the second
+SMALL_SIDE = 48  # pixels; images up to it are enlarged to the first: more cells take more bytes than the pixels
 RESOLUTION_BASE = 1.15  # gamma of compound scaling
 MAX_DEFAULT_SIZE = 224  # pixels; larger sources are shrunk to it unless a size is given
 LONG_ENOUGH = 95  # percent of the sounds that are not cut by default
@@ -79,10 +79,12 @@ def default_codec(source: Source, weights: str | None = None, size: int | None =
 
     if source.media == SOUND:
         return "mdct"
-    side = size or usual_side(source)
-    if weights is None and side is not None and side <= SMALL_SIDE:
+    if weights:
+        return "taesd"
+    if size is not None and size <= SMALL_SIDE:  # cells of 8 pixels would be too few
         return "resample:factor=1"
-    return "taesd" if weights or weights_at_hand("taesd") == "yes" else "scatter"
+    small = (size or usual_side(source) or MAX_DEFAULT_SIZE) <= SMALL_SIDE
+    return "taesd" if not small and weights_at_hand("taesd") == "yes" else "scatter"
 
 
 def sound_size(source: Source, codec: Any, seconds: float | None, seed: int) -> int:
@@ -126,8 +128,9 @@ def default_size(source: Source, codec: Codec) -> int:
     """The usual shorter side of the source's images, at most `MAX_DEFAULT_SIZE`, as a size that the codec takes and
     that leaves a grid which networks learn from."""
     target = min(MAX_DEFAULT_SIZE, usual_side(source) or MAX_DEFAULT_SIZE)
+    enlarged = ENOUGH_CELLS if target <= SMALL_SIDE else GOOD_CELLS
     sizes = [(size, ENOUGH_CELLS) for size in range(target, 0, -1)]
-    for size, cells in (*sizes, *((size, GOOD_CELLS) for size in range(target + 1, 1025))):
+    for size, cells in (*sizes, *((size, enlarged) for size in range(target + 1, 1025))):
         try:
             if min(codec.latent_shape(size, size)[1:]) >= cells:
                 return size

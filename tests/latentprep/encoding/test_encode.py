@@ -217,7 +217,8 @@ def test_dry_run_writes_nothing_and_bounds_the_bytes(images: Path, tmp_path: Pat
         (300, "dct", 224, 28),
         (130, "dct", 128, 16),  # its own size, to whole blocks
         (107, "dct", 224, 28),  # its own would leave 13 cells
-        (40, "dct", 224, 28),
+        (49, "dct", 224, 28),
+        (48, "dct", 128, 16),  # more cells would take more bytes than pixels
         (40, "resample:factor=1", 40, 40),
     ],
 )
@@ -230,16 +231,15 @@ def test_default_size_suits_source_and_codec(tmp_path: Path, side: int, codec: s
 @pytest.mark.parametrize(
     ("side", "given", "codec", "latent"),
     [
-        (28, {}, "resample", (3, 28, 28)),
-        (32, {}, "resample", (3, 32, 32)),
-        (48, {}, "resample", (3, 48, 48)),
+        (28, {}, "scatter", (17, 16, 16)),
+        (48, {}, "scatter", (17, 16, 16)),
         (49, {}, "scatter", (17, 28, 28)),
         (64, {}, "scatter", (17, 28, 28)),
         (200, {"size": 32}, "resample", (3, 32, 32)),
-        (32, {"codec": "dct"}, "dct", (16, 28, 28)),
+        (32, {"codec": "dct"}, "dct", (16, 16, 16)),
     ],
 )
-def test_small_images_keep_their_pixels_by_default(
+def test_small_images_are_enlarged_and_small_sizes_are_pixels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: int, given: dict, codec: str, latent: tuple
 ) -> None:
     monkeypatch.setattr("latentprep.codecs.listing.weights_at_hand", lambda name: "no")
