@@ -17,7 +17,6 @@ from latentprep.errors import CheckpointError, UsageError, opt
 from latentprep.format import LatentDataset, Quantizer
 from latentprep.format.fields import Fields, differences
 from latentprep.format.quantizer import Codebook, read_quantizer
-from latentprep.sources.kinds import SOUND
 from latentprep.storage.places import Place
 from latenttrain import __version__
 from latenttrain.augment import STAGE_DROP, TONE, Augment
@@ -190,7 +189,7 @@ def plan_run(
             augment = dataclasses.replace(augment, zoom=0.0)
         if net.reads_stages:
             augment = dataclasses.replace(augment, stage_drop=STAGE_DROP)
-        elif manifest.transform.get("media") == SOUND and net.stem == "affine":
+        elif manifest.of_sound and net.stem == "affine":
             augment = dataclasses.replace(augment, tone=TONE)
     if augment.stage_drop and not net.reads_stages:
         raise UsageError(

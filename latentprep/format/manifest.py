@@ -105,6 +105,11 @@ class Plan:
         return int(views[split] if isinstance(views, dict) else views)
 
     @property
+    def of_sound(self) -> bool:
+        """Whether samples are sounds, in place of images."""
+        return self.transform.get("media") == "sound"
+
+    @property
     def most_views(self) -> int:
         """Views of each sample of the split that has the most."""
         return max(map(self.views, self.splits))

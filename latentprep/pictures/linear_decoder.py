@@ -25,7 +25,6 @@ from latentprep.pictures.metrics import mean, psnr
 from latentprep.pictures.samples import Originals, Picked, pick, shown_split
 from latentprep.progress import Progress, ProgressFactory, silent
 from latentprep.quantizing.scalar import dequantize
-from latentprep.sources.kinds import SOUND
 from latentprep.sources.source import Source, open_source
 from latentprep.storage.atomic import write_atomic
 
@@ -76,7 +75,7 @@ def fit_linear_decoder(
 
 def grid_factor(dataset: LatentDataset) -> int:
     """f, pixels per side for each place of the latent grid. `UsageError` if it is not a whole number."""
-    if dataset.manifest.transform.get("media") == SOUND:
+    if dataset.manifest.of_sound:
         raise UsageError(f"linear decoding is for images, and {dataset.root} holds sound")
     size, (_, height, width) = dataset.manifest.transform["size"], dataset.manifest.latent
     if height != width or size % height:
