@@ -110,6 +110,7 @@ def running() -> Iterator[int]:
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     _, port = server.get_host_and_port()
-    urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{port}/bucket", method="PUT"))
+    for method, path in (("POST", "moto-api/reset"), ("PUT", "bucket")):  # servers of a process share what they hold
+        urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{port}/{path}", method=method))
     yield port
     server.stop()
