@@ -116,7 +116,7 @@ class NetConfig:
 
 
 def on_a_line(latent: Sequence[int]) -> bool:
-    """Whether a grid, (C, h, w), is one cell high, as those of sound are: then it only runs along time."""
+    """Whether a grid, (C, h, w), is one cell high, as those of tokens of sound are: then it only runs along time."""
     return len(latent) == 3 and latent[1] == 1
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latentprep.codecs.base import check_multiple, to_pixels
+from latentprep.codecs.base import check_multiple, check_revision, to_pixels
 from latentprep.device import full_float32, has_fast_bfloat16
 from latentprep.errors import CodecError, SystemFault, UsageError, check_word, opt
 from latentprep.storage.places import path_of
@@ -53,12 +53,7 @@ class AutoencoderCodec:
         check_word(f"{self.name}:posterior", posterior, ("mean", "sample"))
         if dtype is not None:
             check_word(f"{self.name}:dtype", dtype, tuple(_DTYPES), "float16 overflows in some VAEs")
-        if revision not in range(1, REVISION + 1):
-            raise CodecError(
-                f"codec '{self.name}' has revision {revision}, this version knows 1 to {REVISION}",
-                "upgrade with pip install --upgrade latentprep",
-            )
-        self.device, self.revision = torch.device(device), revision
+        self.device, self.revision = torch.device(device), check_revision(self.name, revision, REVISION)
         self.weights = weights or self.default_weights
         self.posterior, self.seed = posterior, seed
         self.dtype_name = dtype or ("bfloat16" if has_fast_bfloat16(self.device) else "float32")

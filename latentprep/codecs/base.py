@@ -285,6 +285,16 @@ def check_multiple(name: str, factor: int, height: int, width: int) -> tuple[int
     return height // factor, width // factor
 
 
+def check_revision(name: str, revision: int, newest: int) -> int:
+    """The revision that a dataset was encoded with. Raises `CodecError` for one of a later version of ours."""
+    if revision not in range(1, newest + 1):
+        raise CodecError(
+            f"codec '{name}' has revision {revision}, this version knows 1 to {newest}",
+            "upgrade with pip install --upgrade latentprep",
+        )
+    return revision
+
+
 def frames(name: str, hop: int, height: int, width: int) -> int:
     """Frames of `hop` samples in a waveform, 1 × width. `UsageError` unless they are whole."""
     if height != 1 or width < hop or width % hop:

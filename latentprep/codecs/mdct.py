@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from latentprep.codecs.base import frames, to_wave
+from latentprep.codecs.base import check_revision, frames, to_wave
 from latentprep.device import full_float32
 from latentprep.errors import UsageError, check_whole
 from latentprep.sources.kinds import SOUND
@@ -44,8 +44,7 @@ class MdctCodec:
             raise UsageError(f"{self.name}:rate must be a multiple of {2 * FRAMES}, got {rate}", "use 16000")
         check_whole(f"{self.name}:bands", bands, 1, 64)
         check_whole(f"{self.name}:shapes", shapes, 0, bands)
-        check_whole(f"{self.name}:revision", revision, 1, REVISION)
-        self.revision, self.pictured = revision, revision > 1 and not shapes
+        self.revision, self.pictured = check_revision(self.name, revision, REVISION), revision > 1 and not shapes
         self.bands, self.shapes, self.rate, self.device = bands, shapes, rate, torch.device(device)
         self.hop = rate // FRAMES
         edges = bark_edges(bands, self.hop, rate)

@@ -19,7 +19,7 @@ from latenttrain.stems import STEMS
 from latenttrain.train import batch_loss
 
 CPU = torch.device("cpu")
-ALL = Augment(mixup=0.2, cutmix=0.3, noise=True, mirror=True, channel_drop=0.1)
+ALL = Augment(mixup=0.2, cutmix=0.3, noise=True, mirror=True, channel_drop=0.1, tone=0.5)
 
 
 def quantizer_of(bits):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from latentprep.codecs import codec_from_config, flip_signs, make_codec, media_of
 from latentprep.codecs.mdct import bark_edges
-from latentprep.errors import UsageError
+from latentprep.errors import CodecError, UsageError
 
 
 def noise(seed: int, count: int = 3, samples: int = 3200) -> torch.Tensor:
@@ -39,6 +39,8 @@ def test_a_dataset_of_before_is_read_as_it_was() -> None:
     assert codec.latent_shape(1, 3200) == (24, 1, 10)
     assert torch.equal(old[:, :, 0], new[:, 0].flip(1))
     assert torch.equal(codec.decode(old), make_codec("mdct").decode(new))
+    with pytest.raises(CodecError, match="has revision 3, this version knows 1 to 2; upgrade"):
+        codec_from_config({"name": "mdct", "revision": 3})
 
 
 @settings(max_examples=20, deadline=None)
