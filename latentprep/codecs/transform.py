@@ -74,17 +74,17 @@ def transform_for(
 
 
 def default_codec(source: Source, weights: str | None = None, size: int | None = None) -> str:
-    """The codec for a source, if its images are made this large. weights: of an autoencoder, if any are given."""
-    from latentprep.codecs.listing import weights_at_hand
+    """The codec for a source, if its images are made this large: the same on every machine, whatever it has.
 
+    weights: of an autoencoder, if any are given.
+    """
     if source.media == SOUND:
         return "mdct"
     if weights:
         return "taesd"
     if size is not None and size <= SMALL_SIDE:  # cells of 8 pixels would be too few
         return "resample:factor=1"
-    small = (size or usual_side(source) or MAX_DEFAULT_SIZE) <= SMALL_SIDE
-    return "taesd" if not small and weights_at_hand("taesd") == "yes" else "scatter"
+    return "scatter"
 
 
 def sound_size(source: Source, codec: Any, seconds: float | None, seed: int) -> int:

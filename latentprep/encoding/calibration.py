@@ -28,7 +28,7 @@ from latentprep.sources.media import medium_of
 CALIBRATION = 256  # images, spread evenly over the train split
 RATE_CALIBRATION = 1024  # where bytes are to be met: those of images differ more than their ranges …
 LIGHT_CALIBRATION = 4096  # … and those of codecs that compute little most
-FEW_IMAGES = 32  # calibration images: with fewer, the ranges are guesses
+FEW_SAMPLES = 32  # of calibration: with fewer, the ranges are guesses
 _DECODED = 16  # of them, to see what an error in each channel does
 
 
@@ -145,9 +145,9 @@ def decoded_error(codec: Codec, latents: Tensor) -> Tensor:
 def doubtful(latents: Tensor) -> str | None:
     """Why ranges fitted to these latents, f32 [B,C,h,w], may not fit others; None if there is no reason to think so."""
     if (latents == latents[:1]).all():
-        return f"all {len(latents)} calibration images are alike" if len(latents) > 1 else "calibrated on 1 image"
-    if len(latents) < FEW_IMAGES:
-        return f"calibrated on only {len(latents)} images, fewer than {FEW_IMAGES}"
+        return f"all {len(latents)} calibration samples are alike" if len(latents) > 1 else "calibrated on 1 sample"
+    if len(latents) < FEW_SAMPLES:
+        return f"calibrated on only {len(latents)} samples, fewer than {FEW_SAMPLES}"
     return None
 
 

@@ -74,7 +74,7 @@ def by_folders(spec: str, listing: Listing) -> Tree:
     too, or two splits have a class in common. Otherwise it may be a class, which is an error.
     """
     if not listing.images:
-        raise SourceError(f"{spec} holds no images{what_else(listing)}", LAYOUTS)
+        raise SourceError(f"{spec} holds no images and no sounds{what_else(listing)}", LAYOUTS)
     depth, splits = _find_splits(spec, listing)
     tree = Tree({split: [] for split in splits.values()} or {"train": []}, {}, Counter(listing.left_out))
     level = depth + 1 if splits else depth  # where the class folders are

@@ -197,8 +197,8 @@ def test_calibration_looks_at_every_column_of_a_large_grid() -> None:
 @pytest.mark.parametrize(
     ("seeds", "warning"),
     [
-        ([0, 1, 2, 3, 4], "calibrated on only 5 images, fewer than 32"),
-        ([0] * 40, "all 40 calibration images are alike"),
+        ([0, 1, 2, 3, 4], "calibrated on only 5 samples, fewer than 32"),
+        ([0] * 40, "all 40 calibration samples are alike"),
         (list(range(40)), None),
     ],
 )

@@ -240,9 +240,8 @@ def test_default_size_suits_source_and_codec(tmp_path: Path, side: int, codec: s
     ],
 )
 def test_small_images_are_enlarged_and_small_sizes_are_pixels(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: int, given: dict, codec: str, latent: tuple
+    tmp_path: Path, side: int, given: dict, codec: str, latent: tuple
 ) -> None:
-    monkeypatch.setattr("latentprep.codecs.listing.weights_at_hand", lambda name: "no")
     source = make_folder(tmp_path / "images", train=2, val=1, side=side)
     planned = latentprep.encode(source, **given, out=tmp_path / "a", dry_run=True)
     assert (planned.codec["name"], planned.latent) == (codec, latent)
