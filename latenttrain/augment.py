@@ -2,7 +2,7 @@
 
 `draw` draws all random numbers of a batch. `augment_codes` moves, mirrors and adds noise to codes; the network's stem
 makes planes of them; `augment_planes` changes the tone of planes, mixes and erases them. Jointly chosen codes are moved
-after the stem. An autoencoder's mirrored latents are no mirrored image (TAESD: about 1 dB), but moving them by whole
+and mirrored after the stem, which restores their latents. An autoencoder's mirrored latents are no mirrored image (TAESD: about 1 dB), but moving them by whole
 cells works (23 dB).
 """
 
@@ -109,9 +109,7 @@ def augment_codes(net: Net, codes: Tensor, config: Augment, random: dict[str, Te
     """Moves, mirror images, noise and fewer stages, with what `draw` drew: u8 or i32 [B,C,h,w] -> the same, f32 if
     noise or signs change it, or i32 with -1 for stages that are left out"""
     if not net.reads_neighbours:
-        codes = _moved(codes, config, random)
-    if config.mirror:
-        codes = torch.where(random["mirror"] < 0.5, mirrored(net, codes, config.mirror_signs), codes)
+        codes = _mirrored(net, _moved(codes, config, random), config, random)
     if config.noise:
         codes = codes + random["noise"] - 0.5
     if config.stage_drop:
@@ -139,7 +137,7 @@ def augment_planes(
     """
     device, batch = planes.device, len(planes)
     if net.reads_neighbours:  # the stem's filter needs each code beside the neighbours that it was chosen with
-        planes = _moved(planes, config, random)
+        planes = _mirrored(net, _moved(planes, config, random), config, random)
     if config.tone:
         planes = planes + config.tone * tones(random["tone"], planes.shape[2])[:, None]
 
@@ -211,20 +209,25 @@ def reflected(positions: Tensor, size: int) -> Tensor:
     return torch.minimum(inside, period - inside)
 
 
-def mirrored(net: Net, codes: Tensor, signs: tuple[float, ...] | None) -> Tensor:
-    """Flipped left-right, channels of sign -1 negated as latents: u8 [B,C,h,w] -> u8, or f32 where signs change"""
-    flipped = codes.flip(-1)
+def _mirrored(net: Net, values: Tensor, config: Augment, random: dict[str, Tensor]) -> Tensor:
+    if not config.mirror:
+        return values
+    return torch.where(random["mirror"] < 0.5, mirrored(net, values, config.mirror_signs), values)
+
+
+def mirrored(net: Net, values: Tensor, signs: tuple[float, ...] | None) -> Tensor:
+    """Flipped left-right, channels of sign -1 negated as latents.
+
+    u8 [B,C,h,w] -> u8, or f32 where signs change; where the stem reads neighbours, f32 planes [B,C,h,w] -> the same
+    """
+    flipped = values.flip(-1)
     if signs is None or all(sign == 1 for sign in signs):
         return flipped
-    config = net.config
-    if len(signs) != config.latent[0]:
-        raise UsageError(
-            f"mirror_signs has {len(signs)} entries for {config.latent[0]} channels", "give one per channel"
-        )
-    # lo + (code + 0.5) * step changes sign at the code -2 * lo / step - 1 - code, seldom a whole number
+    if len(signs) != len(net.zeros):
+        raise UsageError(f"mirror_signs has {len(signs)} entries for {len(net.zeros)} channels", "give one per channel")
     channels = [
-        plane if sign == 1 else -2 * lo / step - 1 - plane.float()
-        for plane, sign, lo, step in zip(flipped.unbind(1), signs, config.lo, config.step, strict=True)
+        plane if sign == 1 else 2 * zero - plane.float()
+        for plane, sign, zero in zip(flipped.unbind(1), signs, net.zeros, strict=True)
     ]
     return torch.stack([plane.float() for plane in channels], 1)
 

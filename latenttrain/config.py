@@ -184,7 +184,8 @@ def plan_run(
     """
     manifest = dataset.manifest
     if augment is None:
-        augment = Augment(mirror=manifest.flip is not None)
+        legible = net.stem == "affine" or not net.filter  # to other stems mirrored joint codes say something else
+        augment = Augment(mirror=manifest.flip is not None and legible)
         if manifest.views("train") > 1:  # views are true crops of many sizes: more zoom costs accuracy
             augment = dataclasses.replace(augment, zoom=0.0)
         if net.reads_stages:

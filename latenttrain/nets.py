@@ -145,8 +145,11 @@ class Net(nn.Module):
             self.stem = CodebookStem(config.latent[0], config.bits, config.dim, learned=config.stem != TOKEN_STEM)
         else:
             self.stem = STEMS[config.stem](config.latent[0], config.channel_bits, config.mean, config.std)
+        # What stands for latents of 0, seldom a whole code; or, where the stem reads neighbours, the planes that do.
+        self.zeros = tuple(-lo / step - 0.5 for lo, step in zip(config.lo, config.step, strict=True))
         if isinstance(self.stem, AffineStem) and config.filter:
             self.stem.set_filter(config.filter, config.step)
+            self.zeros = tuple(self.stem.normalized(torch.tensor(self.zeros)[:, None, None]).flatten().tolist())
         self.frozen: str | None = None
         planes = int(self.stem.planes)  # type: ignore[arg-type]
         self.body: nn.Module

@@ -71,6 +71,11 @@ class AffineStem(nn.Module):
             return planes
         return F.conv2d(planes, self.kernel, padding=1) - self.shift
 
+    def normalized(self, codes: Tensor) -> Tensor:
+        """The planes of latents that stand, unfiltered, where these codes would: f32 [...,C,h,w] -> the same"""
+        planes = (codes - self.centre) * self.scale
+        return planes if self.shift is None else planes - self.shift
+
 
 class EmbeddingStem(nn.Module):
     """A learned vector for each channel and level, summed over the channels; ``P = 16``.

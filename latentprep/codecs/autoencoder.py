@@ -37,6 +37,7 @@ class AutoencoderCodec:
     """
 
     name = ""
+    alike = True
     default_weights = ""
     files = ("config.json", *_WEIGHT_FILES)
 

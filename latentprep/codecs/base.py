@@ -44,6 +44,9 @@ class Codec(Protocol):
     A codec whose latents hold more than it decodes may have ``error_weights``, a float for each channel: what a unit of
     squared error there counts. Without it, what it does to decoded pixels is measured, where bytes are to be met.
 
+    A codec whose channels are worth about the same to whoever reads them may set ``alike = True``: at 1 bit its codes
+    are then chosen jointly by default, in place of giving channels different numbers of bits.
+
     A codec may give codes itself: then it has ``codebooks``, a table f32 [levels,D] for each of its stages, with 2 to
     65,536 levels, and ``tokens``, which takes what ``encode`` takes and gives u8, i32 or i64 [B,stages,h,w], indices
     into them. Stages go from coarse to fine: the latents that ``decode`` takes, f32 [B,D,h,w], are the sum of the
@@ -85,6 +88,14 @@ def encoder_of(codec: Any) -> Callable[[Tensor], Tensor]:
 def media_of(codec: Any) -> str:
     """What a codec, or a class of codecs, is for: ``images`` or ``sound``."""
     return str(getattr(codec, "media", IMAGES))
+
+
+def alike(codec: Any) -> bool:
+    """Whether a codec, or the one of a name, says that its channels are alike. One that is not installed does not."""
+    try:
+        return bool(getattr(codec_class(codec) if isinstance(codec, str) else codec, "alike", False))
+    except CodecError:
+        return False
 
 
 def codec_names() -> list[str]:

@@ -36,6 +36,7 @@ class ScatterCodec:
     """
 
     name = "scatter"
+    alike = True
 
     def __init__(self, *, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)

@@ -135,7 +135,7 @@ def requantized_manifest(
     """The source's manifest with a new quantizer of `bits` bits, fitted to the latents of its calibration samples."""
     manifest = source.manifest
     if joint is None:
-        joint = joint_by_default(bits, manifest.latent[0], manifest.flip)
+        joint = joint_by_default(bits, manifest.latent[0], manifest.codec["name"])
     equal_bits = bool(equal_bits or joint)
     check_joint(joint, manifest.latent[0])
     latents = dequantize(torch.from_numpy(_calibration_codes(source)), manifest.quantizer)
@@ -148,7 +148,6 @@ def requantized_manifest(
         rate=None,
         mean_bits=None if equal_bits else float(bits),
         statistics=code_statistics(codes, quantizer),
-        flip=None if joint else manifest.flip,
         compression=compression,
         written_by=f"latentprep {__version__}",
     )

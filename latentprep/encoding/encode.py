@@ -162,8 +162,8 @@ def encode(
     resolution of compound scaling (https://arxiv.org/abs/1905.11946), to the nearest that the codec takes.
     store: ``zarr``, ``wds`` for WebDataset tars, or ``parquet``, which the `datasets` library reads.
     quantizer: a dataset whose quantizer is taken instead of a fitted one, so that the two can be merged. joint: choose
-    the codes of a sample together, for 1 to 3 dB more (see `latentprep.quantizing.joint`); such codes have no exact
-    mirror. Default: as `quantizer` has it, else `joint_by_default`.
+    the codes of a sample together, for 1 to 4 dB more (see `latentprep.quantizing.joint`). Default: as `quantizer` has
+    it, else at 1 bit, if the codec says that its channels are ``alike``.
     reuse: a dataset of the same codec, bits and size whose quantizer is taken, and the codes of all images that it has
     too, byte for byte, by their content hashes: only new and changed ones go through the codec. (Further views are also
     drawn by seed and key, so they are taken only where both are the same.) The result has the files of an encode with
@@ -373,7 +373,7 @@ def make_plan(
     channels, height, width = latent
     flip = flip_signs(codec, latent)
     if joint is None:
-        joint = joint_by_default(bits, channels, flip)
+        joint = joint_by_default(bits, channels, codec)
     if bits is not None and not hasattr(codec, "tokens"):  # those of tokens are the codec's own
         bits = check_mean_bits(bits, equal_bits, joint, channels)
     allocated = bits is not None and not equal_bits and not joint
@@ -386,7 +386,7 @@ def make_plan(
         source={"spec": str(source.spec), "sha256": source.fingerprint()},
         classes=source.classes,
         latent=latent,
-        flip=None if joint else flip,
+        flip=flip,
         shard_rows=shard_rows,
         chunk_rows=chunk_rows(shard_rows, most * channels * height * width),
         splits={name: source.size(name) for name in names},
@@ -427,9 +427,11 @@ def check_rate(
         )
 
 
-def joint_by_default(bits: float | None, channels: int, flip: tuple[int, ...] | None) -> bool:
-    """Whether codes are chosen jointly by default: where it improves accuracy and no exact mirror is lost."""
-    return bits == 1 and channels <= MAX_JOINT_CHANNELS and flip is None
+def joint_by_default(bits: float | None, channels: int, codec: Codec | str) -> bool:
+    """Whether codes of a codec, or the one of that name, are chosen jointly by default."""
+    from latentprep.codecs.base import alike
+
+    return bits == 1 and channels <= MAX_JOINT_CHANNELS and alike(codec)
 
 
 def check_joint(joint: bool, channels: int) -> bool:

@@ -19,7 +19,7 @@ from PIL import Image, features
 from torch import Tensor
 
 from latentprep import __version__
-from latentprep.codecs import Codec, codec_spec, flip_signs, open_codec, parse_codec, split_codecs
+from latentprep.codecs import Codec, codec_spec, open_codec, parse_codec, split_codecs
 from latentprep.codecs.base import MAX_SIZE
 from latentprep.codecs.transform import default_size
 from latentprep.device import NOT_ON_DEVICE, Fitting, pick_device
@@ -265,7 +265,7 @@ def _coded(
     keys = [source.keys(split)[row] for row in rows]
     channels, height, width = calibration.shape[1:]
     latent = (channels, height, width)
-    flip, decode = flip_signs(codec, latent), Fitting(codec.decode, NOT_ON_DEVICE)
+    decode = Fitting(codec.decode, NOT_ON_DEVICE)
     plan = Plan(
         codec=codec.config(), bits=MOST_BITS, joint=False, transform={"size": size, "views": 1, "seed": seed},
         source={"spec": source.spec, "sha256": source.fingerprint()}, classes=source.classes, latent=latent, flip=None,
@@ -281,7 +281,7 @@ def _coded(
                 skipped[f"{codec.name} at {setting:g} bits on disk"] = error.message
                 continue
         else:
-            joint = joint_by_default(setting, channels, flip)
+            joint = joint_by_default(setting, channels, codec)
             asked = replace(plan, bits=int(setting), joint=True) if joint else replace(plan, mean_bits=float(setting))
             quantizer = fit_to_bits(calibration, asked)
             chain = choose_compression(quantize(calibration, quantizer).numpy()[:, None])

@@ -116,27 +116,33 @@ def _least_squares(wanted: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
 def _sweep(wanted: Tensor, codes: Tensor, kernel: Tensor, levels: int) -> None:
     """Move each code, in place, to where the squared error is least while the others stay. f32 [C,h,w,B] both.
 
-    Codes of one channel that are three cells apart share no residual, so a ninth of a channel moves at a time.
+    Cells that are three apart share no residual, so a ninth of them moves at a time, channel after channel. How far the
+    residual pulls these codes, and what moving them changes in it, are matrix products.
     """
-    top = (levels - 1) / 2
+    top, channels = (levels - 1) / 2, len(codes)
     height, width = codes.shape[1:3]
     residual = F.pad(wanted - _filtered(codes, kernel), (0, 0, *(_MARGIN,) * 4))
     margins = [residual[:, :_MARGIN], residual[:, height + _MARGIN :]]
     margins += [residual[:, :, :_MARGIN], residual[:, :, width + _MARGIN :]]
-    outward = kernel.flip(2, 3)  # what a code adds to the cells around it
-    power = kernel.square().sum((0, 2, 3)).clamp_(min=1e-12)  # it may be 0 for a constant channel
-    for channel, row, column in product(range(len(codes)), range(FILTER_SIDE), range(FILTER_SIDE)):
-        some = codes[channel, row::FILTER_SIDE, column::FILTER_SIDE]
-        rows, columns = some.shape[:2]
+    outward = kernel.flip(2, 3).transpose(0, 1).flatten(1)  # what a code adds to each value around it, [C,9C]
+    shared = outward @ outward.T
+    power = shared.diagonal().clamp(min=1e-12).tolist()  # it may be 0 for a constant channel
+    for row, column in product(range(FILTER_SIDE), repeat=2):
+        some = codes[:, row::FILTER_SIDE, column::FILTER_SIDE]
+        rows, columns = some.shape[1:3]
         around = residual[:, row : row + FILTER_SIDE * rows, column : column + FILTER_SIDE * columns]
         around = around.unflatten(2, (columns, FILTER_SIDE)).unflatten(1, (rows, FILTER_SIDE))
-        added = outward[:, channel, None, :, None, :, None]  # [C,1,3,1,3,1]
-        best = some + (around * added).sum((0, 2, 4)) / power[channel]
-        best = (best + top).round_().clamp_(0, levels - 1).sub_(top)
-        around -= (best - some)[None, :, None, :, None] * added
+        around = around.permute(0, 2, 4, 1, 3, 5)  # [C,3,3,rows,columns,B]
+        pull = outward @ around.reshape(channels * FILTER_SIDE**2, -1)
+        moved = some.reshape(channels, -1).clone()
+        for channel, code in enumerate(moved):
+            best = (code + pull[channel] / power[channel] + top).round_().clamp_(0, levels - 1).sub_(top)
+            code.copy_(best.sub_(code))
+            pull.addr_(shared[channel], code, alpha=-1)
+        around -= (outward.T @ moved).view_as(around)
         for margin in margins:  # nothing is wanted there
             margin.zero_()
-        some.copy_(best)
+        some += moved.view_as(some)
 
 
 def _filtered(codes: Tensor, kernel: Tensor) -> Tensor:

@@ -61,25 +61,25 @@ CODES = {
     ),
     "joint": (
         (
-            "00400008022000000000140040004800000000200410000000409842e2fcf8ffecfaee7d3d1f0f878090a0c0f4f0fafc"
-            "82a8d0c4f0f0ecf8faf4f67d3f1f0f07004008e2e8faf8ff3a3f3f1e1f5d0f07fffdff7b3f1f0f03b7fdefff1f034200"
-            "fdffff6f3f170301ffffff7f3f1f0f03ff7d3f3f1f0f070f000080ea40f8f4fdf4e8ff743d3f0f0f00a080c8e0f0faf8"
-            "94a0a04ac0f0fcf0f4eafcf57d3f0f0f000008c2a0f6f8fbead4fe797a3f1e0fdaf4fad6fd3f5a0fa8d5faf57e3f1f07"
+            "000000480000000000000000000048000000001000000000004288e0e2fcf4ffe8faf47d3f1f0f078090a4c0f0f8fafc"
+            "80aae0c8f0f0fee8faf4fe7d3f1f0f07004290d2e0fdf8ff3e3d3f1e1f1d4f07ffffff7f3f0f0f03beebfeff1f074100"
+            "ffffff3f37170301ffffff7f3f1f0f03ff3f3f3f1f0f070f004080d0a2f8f4fff4e8fe7c7f1d1f070090c0a0e8f0fafc"
+            "80a8a0c0e8f0daf0fcd2fefd3f3d0f0f004000d260fef0fff2ecfb743e3b1e0feadcfaf5ff3d5f0fe8d5faf47f3d0f0f"
         ),
-        (0.7985992, -29.38953, -0.2419128),
+        (0.5495224, -28.86333, -0.528389),
         (116.925, 145.847, 118.6035),
-        6.997812,
+        7.155508,
     ),
     "joint from 4 bits": (
         (
-            "0000000000000000000000004000480000000000000000008000d048f0faf8fff4eaec7e3d1f0f0780a8c0d0f4f0fcf4"
-            "a08af0c0f2f8fae8faeafc7b3f1d0f07004204e074f5fcff3f3a3f1e1f0d4f07fffdff7b3f1f2f03d6fdffff1f030200"
-            "ffffff2f3f170301fffdff7f3f1f0f03ff3f3f3f1f0f0f0f0000a040e0fcf0ffe8f2fc7b3e1f1f070080c0c0f0f0faf4"
-            "8084e084e8f0eaf8f8f2fef57d3f0f0f000000caa0faf8ffe8f5ee783f3e5d0fdab2fcd3fd3b2e0ff2d4f6fd763f1f07"
+            "0000000800000000000000400000480000000000000000008000d460f0fef8fff4faf47e3d1f0f0700a8a0e0ecf0fcf4"
+            "90a2f0c0faf0fee8fadafc7f3d1f0f07004002f064f5fcff3e3d3f1f1d1f4f07fdf7ff7d3f1f0f03b6fdefff1f074100"
+            "ffffff3f2f170301fffdff7f3f1f0f03ff3f3f3f1f0f0f0f00029060e27cf8ffe8f4f8ff3c3f0f0f0088c0a0f8e0faf4"
+            "80a8c048f0f0aef8f8e6fcfd7f1d1f07000000d2a8eaf8ffd0fdea793f3e5f0fecb2fcedfd3b2e0fe8a9f6f57e3f0f0f"
         ),
-        (3.189468, -22.09069, 1.549484),
+        (0.3072586, -23.69795, 1.029259),
         (116.868, 144.2113, 118.8277),
-        7.769391,
+        7.685017,
     ),
 }
 """The codes of train, packed, in hexadecimal; lo; step; the sum of the filter's absolute values."""

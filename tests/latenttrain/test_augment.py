@@ -5,6 +5,8 @@ import pytest
 import torch
 
 from latentprep.errors import UsageError
+from latentprep.format import Quantizer
+from latentprep.quantizing.scalar import dequantize
 from latenttrain.augment import Augment, augment_codes, augment_planes, draw, moved, rectangle, symmetric_beta, tones
 from latenttrain.data import one_hot
 from latenttrain.nets import NetConfig, build_net
@@ -113,6 +115,27 @@ def test_joint_codes_are_filtered_before_they_are_moved():
     shown = planes.flatten(2).transpose(1, 2)
     nearest = torch.cdist(shown.double(), still.double()).min(2).values
     assert nearest.max() < 1e-6
+
+
+def test_joint_codes_are_mirrored_as_the_latents_that_they_restore():
+    torch.manual_seed(0)
+    quantizer = Quantizer(4, (-2.0, -1.03), (0.25, 0.125), tuple(torch.randn(36).tolist()))
+    statistics = {"mean": (7.0, 8.5), "std": (3.0, 2.0)}
+    net = build_net(NetConfig((2, 12, 9), 5, 4, quantizer.lo, quantizer.step, filter=quantizer.filter, **statistics))
+    codes, labels = make_batch()
+    config = dataclasses.replace(NONE, mirror=True, mirror_signs=(1, -1))
+    planes, _ = augment(net, codes, labels, config, torch.Generator().manual_seed(2))
+    lo, step, mean, std = (
+        torch.tensor(values)[:, None, None]
+        for values in (quantizer.lo, quantizer.step, *statistics.values())
+    )  # fmt: skip
+    latents = dequantize(codes, quantizer)
+    mirror = latents.flip(-1) * torch.tensor([1.0, -1.0])[:, None, None]
+    plain, wanted = ((((some - lo) / step - 0.5) - mean) / std for some in (latents, mirror))
+    flipped = [torch.allclose(planes[i], wanted[i], atol=1e-4) for i in range(64)]
+    kept = [torch.allclose(planes[i], plain[i], atol=1e-4) for i in range(64)]
+    assert all(one != other for one, other in zip(flipped, kept, strict=True))
+    assert 16 < sum(flipped) < 48
 
 
 def test_shift_beyond_the_grid_still_works():

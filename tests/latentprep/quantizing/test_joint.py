@@ -124,8 +124,8 @@ def encode(images: Path, out: Path, **options) -> latentprep.LatentDataset:
 
 def test_encode_resume_and_refusals(images: Path, tmp_path: Path) -> None:
     plain, joint = encode(images, tmp_path / "plain"), encode(images, tmp_path / "joint", joint=True)
-    assert plain.manifest.flip is not None and not plain.quantizer.filter  # the default where mirrors are exact
-    assert joint.manifest.flip is None and len(joint.quantizer.filter) == 81
+    assert plain.manifest.flip == joint.manifest.flip == (1, 1, 1)  # of latents, whatever codes stand for them
+    assert not plain.quantizer.filter and len(joint.quantizer.filter) == 81
     whole = {path: path.read_bytes() for path in (tmp_path / "joint").rglob("*") if path.is_file()}
     (tmp_path / "joint" / "records" / "train-000001.json").unlink()
     encode(images, tmp_path / "joint", joint=True)
