@@ -37,7 +37,7 @@ class AutoencoderCodec:
     """
 
     name = ""
-    alike = True
+    joint_bits = 1
     default_weights = ""
     files = ("config.json", *_WEIGHT_FILES)
 

@@ -44,8 +44,8 @@ class Codec(Protocol):
     A codec whose latents hold more than it decodes may have ``error_weights``, a float for each channel: what a unit of
     squared error there counts. Without it, what it does to decoded pixels is measured, where bytes are to be met.
 
-    A codec whose channels are worth about the same to whoever reads them may set ``alike = True``: at 1 bit its codes
-    are then chosen jointly by default, in place of giving channels different numbers of bits.
+    A codec whose channels are worth about the same to whoever reads them may set ``joint_bits``: at so many whole bits
+    or fewer its codes are chosen jointly by default, in place of giving channels different numbers of bits.
 
     A codec may give codes itself: then it has ``codebooks``, a table f32 [levels,D] for each of its stages, with 2 to
     65,536 levels, and ``tokens``, which takes what ``encode`` takes and gives u8, i32 or i64 [B,stages,h,w], indices
@@ -90,12 +90,12 @@ def media_of(codec: Any) -> str:
     return str(getattr(codec, "media", IMAGES))
 
 
-def alike(codec: Any) -> bool:
-    """Whether a codec, or the one of a name, says that its channels are alike. One that is not installed does not."""
+def joint_bits(codec: Any) -> int:
+    """``joint_bits`` of a codec, or of the one of a name; 0 for one that is not installed, or does not say."""
     try:
-        return bool(getattr(codec_class(codec) if isinstance(codec, str) else codec, "alike", False))
+        return int(getattr(codec_class(codec) if isinstance(codec, str) else codec, "joint_bits", 0))
     except CodecError:
-        return False
+        return 0
 
 
 def codec_names() -> list[str]:

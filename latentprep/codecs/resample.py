@@ -17,7 +17,7 @@ class ResampleCodec:
     """
 
     name = "resample"
-    alike = True
+    joint_bits = 2
     light = True
 
     def __init__(self, *, factor: int = 4, device: torch.device | str = "cpu") -> None:

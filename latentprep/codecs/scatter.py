@@ -36,7 +36,7 @@ class ScatterCodec:
     """
 
     name = "scatter"
-    alike = True
+    joint_bits = 2
 
     def __init__(self, *, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)

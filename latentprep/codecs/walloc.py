@@ -100,6 +100,7 @@ class WallocCodec:
     """
 
     name, default_weights = "walloc", "danjacobellis/walloc"
+    joint_bits = 1
     files = ("RGB_16x.json", "RGB_16x.safetensors", "RGB_16x.pth")  # of the default checkpoint
 
     def __init__(

@@ -163,7 +163,7 @@ def encode(
     store: ``zarr``, ``wds`` for WebDataset tars, or ``parquet``, which the `datasets` library reads.
     quantizer: a dataset whose quantizer is taken instead of a fitted one, so that the two can be merged. joint: choose
     the codes of a sample together, for 1 to 4 dB more (see `latentprep.quantizing.joint`). Default: as `quantizer` has
-    it, else at 1 bit, if the codec says that its channels are ``alike``.
+    it, else up to the ``joint_bits`` of the codec, if it has any.
     reuse: a dataset of the same codec, bits and size whose quantizer is taken, and the codes of all images that it has
     too, byte for byte, by their content hashes: only new and changed ones go through the codec. (Further views are also
     drawn by seed and key, so they are taken only where both are the same.) The result has the files of an encode with
@@ -429,9 +429,9 @@ def check_rate(
 
 def joint_by_default(bits: float | None, channels: int, codec: Codec | str) -> bool:
     """Whether codes of a codec, or the one of that name, are chosen jointly by default."""
-    from latentprep.codecs.base import alike
+    from latentprep.codecs.base import joint_bits
 
-    return bits == 1 and channels <= MAX_JOINT_CHANNELS and alike(codec)
+    return bits in range(1, joint_bits(codec) + 1) and channels <= MAX_JOINT_CHANNELS
 
 
 def check_joint(joint: bool, channels: int) -> bool:

@@ -123,15 +123,15 @@ def encode(images: Path, out: Path, **options) -> latentprep.LatentDataset:
 
 
 def test_encode_resume_and_refusals(images: Path, tmp_path: Path) -> None:
-    plain, joint = encode(images, tmp_path / "plain"), encode(images, tmp_path / "joint", joint=True)
+    plain, joint = encode(images, tmp_path / "plain", joint=False), encode(images, tmp_path / "joint")
     assert plain.manifest.flip == joint.manifest.flip == (1, 1, 1)  # of latents, whatever codes stand for them
     assert not plain.quantizer.filter and len(joint.quantizer.filter) == 81
     whole = {path: path.read_bytes() for path in (tmp_path / "joint").rglob("*") if path.is_file()}
     (tmp_path / "joint" / "records" / "train-000001.json").unlink()
-    encode(images, tmp_path / "joint", joint=True)
+    encode(images, tmp_path / "joint")
     assert {path: path.read_bytes() for path in (tmp_path / "joint").rglob("*") if path.is_file()} == whole
     with pytest.raises(DatasetError, match="joint is True, but False was requested") as refused:
-        encode(images, tmp_path / "joint")
+        encode(images, tmp_path / "joint", joint=False)
     assert "joint=True" in (refused.value.hint or "")
     taken = encode(images, tmp_path / "taken", quantizer=tmp_path / "joint")
     assert taken.quantizer == joint.quantizer
@@ -145,6 +145,21 @@ def test_encode_resume_and_refusals(images: Path, tmp_path: Path) -> None:
     found = latentprep.verify(tmp_path / "joint", source=open_source(images))
     first.write_bytes(kept)
     assert [(problem.split, problem.index) for problem in found.problems] == [("train", 0)]
+
+
+@pytest.mark.parametrize(
+    ("codec", "bits", "joint"),
+    [("scatter", 1, True), ("scatter", 2, True), ("scatter", 3, False), ("scatter", 1.5, False), ("dct", 1, False)],
+)
+def test_by_default_where_the_codec_says_so(
+    images: Path, tmp_path: Path, codec: str, bits: float, joint: bool
+) -> None:
+    eight = {"codec": codec, "bits": 8, "equal_bits": True, "limit": 8}
+    direct = encode(images, tmp_path / "direct", **{**eight, "bits": bits, "equal_bits": None})
+    encode(images, tmp_path / "eight", **eight)
+    fewer = latentprep.requantize(tmp_path / "eight", bits=bits, out=tmp_path / "fewer")
+    assert direct.manifest.joint == fewer.joint == bool(direct.quantizer.filter) == joint
+    assert direct.manifest.flip is not None
 
 
 def test_requantize_chooses_jointly_and_restores_joint_codes(images: Path, tmp_path: Path) -> None:
