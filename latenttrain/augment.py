@@ -2,8 +2,8 @@
 
 `draw` draws all random numbers of a batch. `augment_codes` moves, mirrors and adds noise to codes; the network's stem
 makes planes of them; `augment_planes` changes the tone of planes, mixes and erases them. Jointly chosen codes are moved
-and mirrored after the stem, which restores their latents. An autoencoder's mirrored latents are no mirrored image (TAESD: about 1 dB), but moving them by whole
-cells works (23 dB).
+and mirrored after the stem, which restores their latents. An autoencoder's mirrored latents are no mirrored image
+(TAESD: about 1 dB), but moving them by whole cells works (23 dB).
 """
 
 from __future__ import annotations

@@ -93,7 +93,8 @@ def show_verified(found: VerifyResult) -> None:
         facts["repaired"] = ", ".join(found.repaired) + (f"; {same} to the recorded bytes" if same else "")
     if not found.ok:
         facts["next"] = "run the same command with --source SOURCE --repair: it encodes just these shards again"
-    console.print_facts(f"{found.path} " + ("is intact" if found.ok else f"has {text.plural(len(found.problems), 'problem')}"), facts)
+    state = "is intact" if found.ok else f"has {text.plural(len(found.problems), 'problem')}"
+    console.print_facts(f"{found.path} {state}", facts)
     if found.problems:
         rows = [["-" if p.split is None else f"{p.split} {p.index}", p.what] for p in found.problems[:_MOST_SHOWN]]
         if len(found.problems) > _MOST_SHOWN:

@@ -149,8 +149,9 @@ def encode(
 
     source: a folder, archive, tars, Parquet files or named dataset, of images or sounds, or an open one. data, labels,
     image_column, label_column, val_fraction: see `latentprep.sources.source.open_source`.
-    codec: a name, with options as in ``dct:luma=20,chroma=5``, or a `Codec`. Default: ``mdct`` for sound; for
-    images ``scatter``, or ``taesd`` if `weights` are given, or ``resample`` if `size` is at most 48. weights: folder or hub id of a codec's weights, short for the codec's option.
+    codec: a name, with options as in ``dct:luma=20,chroma=5``, or a `Codec`. Default: ``mdct`` for sound; for images
+    ``scatter``, or ``taesd`` if `weights` are given, or ``resample`` if `size` is at most 48. weights: folder or hub
+    id of a codec's weights, short for the codec's option.
     progress: ``latentprep.cli.console.progress_bar`` shows what goes on.
     bits: 0.25 to 8 per value on average, by default 4. Each channel gets 0 to 8 of them by what they are worth
     (`latentprep.quantizing.allocation`), or, with `equal_bits` or `joint`, all the same, 1 to 8. Default: as

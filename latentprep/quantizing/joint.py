@@ -3,7 +3,8 @@
 Plain rounding minimizes each value's own error. But neighbours say something about a value, and at few bits a lot. With
 ``latents ≈ centre + filter * (dequantized - centre)``, a 3×3 filter over all channels, codes can be moved so that
 their errors cancel. This is analysis by synthesis, as in speech coders (Schroeder and Atal 1985); coordinate descent
-looks for the nearest lattice point. On TAESD's latents it gains 2.5 dB at 1 bit and 1.0 dB at 4.
+looks for the nearest lattice point. On TAESD's latents it gains 2.5 dB at 1 bit and 1.0 dB at 4, on those of `scatter`
+3.8 and 2.0 dB.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ def _sweep(wanted: Tensor, codes: Tensor, kernel: Tensor, levels: int) -> None:
     margins += [residual[:, :, :_MARGIN], residual[:, :, width + _MARGIN :]]
     outward = kernel.flip(2, 3).transpose(0, 1).flatten(1)  # what a code adds to each value around it, [C,9C]
     shared = outward @ outward.T
-    power = shared.diagonal().clamp(min=1e-12).tolist()  # it may be 0 for a constant channel
+    power = shared.diagonal().clamp(min=1e-12)  # it may be 0 for a constant channel
     for row, column in product(range(FILTER_SIDE), repeat=2):
         some = codes[:, row::FILTER_SIDE, column::FILTER_SIDE]
         rows, columns = some.shape[1:3]

@@ -139,7 +139,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], P
         "wds": lambda out: encode(images, out, store="wds"),
         "views": lambda out: encode(images, out, views=3, seed=5),
         "converted": lambda out: latentprep.convert(dataset("zarr"), out=out, store="wds"),
-        "fewer bits": lambda out: latentprep.requantize(dataset("zarr"), bits=2, equal_bits=True, out=out),
+        "fewer bits": lambda out: latentprep.requantize(dataset("zarr"), bits=2, equal_bits=True, joint=False, out=out),
         "subset": lambda out: latentprep.subset(
             dataset("zarr"), classes=["class_2", "class_0"], fraction=0.6, seed=3, out=out
         ),

@@ -151,9 +151,7 @@ def test_encode_resume_and_refusals(images: Path, tmp_path: Path) -> None:
     ("codec", "bits", "joint"),
     [("scatter", 1, True), ("scatter", 2, True), ("scatter", 3, False), ("scatter", 1.5, False), ("dct", 1, False)],
 )
-def test_by_default_where_the_codec_says_so(
-    images: Path, tmp_path: Path, codec: str, bits: float, joint: bool
-) -> None:
+def test_by_default_where_the_codec_says_so(images: Path, tmp_path: Path, codec: str, bits: float, joint: bool) -> None:
     eight = {"codec": codec, "bits": 8, "equal_bits": True, "limit": 8}
     direct = encode(images, tmp_path / "direct", **{**eight, "bits": bits, "equal_bits": None})
     encode(images, tmp_path / "eight", **eight)

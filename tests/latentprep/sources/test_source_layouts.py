@@ -190,7 +190,7 @@ def test_tiny_imagenet_takes_the_classes_of_val_from_its_text(pack):
         (images(*TWO) | images("more/a", count=30), "most of its 38 images would be left out: 30 images in more/"),
         (images("a", "b") | {f"{i}.jpg": JPEG for i in range(9)}, "most of its 13 images would be left out: 9 images"),
         ({f"{i}.jpg": JPEG for i in range(3)} | {"labels.csv": b"0,a"}, "to read labels from its .csv,"),
-        ({"a/x.svg": b"<svg/>", "p.mat": b"MATL"}, r"no images and no sounds \(it has: 1 image of .*\.svg.; 1 file \.mat"),
+        ({"a/x.svg": b"<svg/>", "p.mat": b"MATL"}, r"no sounds \(it has: 1 image of .*\.svg.; 1 file \.mat"),
         ({"train/0.tar": shard(0), "val/0.tar": shard(0), "x/0.tar": shard(0)}, r"the split of .*x/0\.\w+ is unknown"),
         (images("images") | {"labels.csv": b"0,a"}, r"only one class: images \(to read labels from its .csv, name"),
         ({"train/0.tar": shard(0), "val/0.tar": shard(0), "dev/0.tar": shard(0)}, "files of dev and val, which are"),
