@@ -105,9 +105,9 @@ def _least_squares(wanted: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     products = torch.zeros(size, channels, dtype=torch.float64, device=codes.device)
     for some, goal in zip(codes.split(16, dim=3), wanted.split(16, dim=3), strict=True):
         patches = F.unfold(some.permute(3, 0, 1, 2), FILTER_SIDE, padding=_MARGIN).transpose(1, 2).flatten(0, 1)
-        patches = F.pad(patches, (0, 1), value=1.0).double()
-        squares += patches.T @ patches
-        products += patches.T @ goal.permute(3, 1, 2, 0).reshape(-1, channels).double()
+        patches = F.pad(patches, (0, 1), value=1.0)
+        squares += patches.T @ patches  # in float32: of few bits exact, as codes are halves
+        products += patches.T @ goal.permute(3, 1, 2, 0).reshape(-1, channels)
     squares += 1e-6 * squares.diagonal().mean() * torch.eye(size, dtype=torch.float64, device=codes.device)
     solved = torch.linalg.solve(squares, products).float()
     kernel = solved[:-1].T.reshape(channels, channels, FILTER_SIDE, FILTER_SIDE).contiguous()
