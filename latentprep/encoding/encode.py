@@ -430,7 +430,7 @@ def check_rate(
 
 def joint_by_default(bits: float | None, channels: int, codec: Codec | str) -> bool:
     """Whether codes of a codec, or the one of that name, are chosen jointly by default."""
-    from latentprep.codecs.base import joint_bits
+    from latentprep.codecs import joint_bits
 
     return bits in range(1, joint_bits(codec) + 1) and channels <= MAX_JOINT_CHANNELS
 
