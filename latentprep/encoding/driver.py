@@ -6,6 +6,7 @@ import contextlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 from latentprep.encoding.parts import part_of
 from latentprep.encoding.source_files import added_and_removed
@@ -120,7 +121,8 @@ def _check_same(root: Place, stored: Manifest, asked: Plan, source: Source | Non
         elif name.partition(".")[0] == "thumbnail":
             what = f"{root} has different settings: its thumbnails are not by this linear decoder"
         else:
-            what = f"{root} has different settings: {name} is {stored_value}, but {requested} was requested"
+            stored_text, requested_text = _said(stored_value), _said(requested)
+            what = f"{root} has different settings: {name} is {stored_text}, but {requested_text} was requested"
         raise DatasetError(
             what,
             hints.get(name, "")
@@ -138,11 +140,17 @@ def with_quantizer_of(dataset: LatentDataset, asked: Plan, option: str = "quanti
     """
     for name, there, requested in differences(_meaning(dataset.manifest), _meaning(asked)):
         raise DatasetError(
-            f"the quantizer of {dataset.root} does not fit: {name} is {there} there, but {requested} was requested",
+            f"the quantizer of {dataset.root} does not fit: {name} is {_said(there)} there, but {_said(requested)} was "
+            "requested",
             f"use the same settings as for that dataset, or leave out {opt(option)}",
         )
     given = dataset.manifest
     return asked.manifest(given.quantizer, given.statistics, given.compression)
+
+
+def _said(value: Any) -> str:
+    """None is an option that a codec's configuration leaves out."""
+    return "the default" if value is None else str(value)
 
 
 def _meaning(plan: Plan) -> dict:

@@ -48,7 +48,14 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("dct", {}), ("dct", {"luma": 1, "chroma": 0}), ("resample", {}), ("resample", {"factor": 1}), ("scatter", {})],
+    [
+        ("dct", {}),
+        ("dct", {"luma": 1, "chroma": 0}),
+        ("resample", {}),
+        ("resample", {"factor": 1}),
+        ("scatter", {}),
+        ("scatter", {"order": 2}),
+    ],
 )
 def test_face_of_a_codec(name: str, options: dict) -> None:
     codec = make_codec(name, **options)
@@ -92,7 +99,8 @@ def test_dct_inverts_what_it_keeps(luma: int, chroma: int, seed: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [("dct", {}), ("resample", {}), ("resample", {"factor": 1}), ("scatter", {})]
+    ("name", "options"),
+    [("dct", {}), ("resample", {}), ("resample", {"factor": 1}), ("scatter", {}), ("scatter", {"order": 2})],
 )
 def test_flip_is_the_mirror_exactly(name: str, options: dict) -> None:
     codec = make_codec(name, **options)
