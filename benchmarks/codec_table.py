@@ -43,6 +43,7 @@ class Row:
 
 CODECS = (
     *(("scatter", (), size) for size in (128, 160, 192, 224)),
+    ("scatter", (("order", 2),), 224),
     ("learned", (), 224),
     ("dct", (("luma", 6), ("chroma", 1)), 224),
     ("dct", (), 224),

@@ -121,7 +121,8 @@ class _Texture(nn.Module):
         self.coarse, self.fine = _Sectors(WINDOW), _Sectors(WINDOW // 2) if order > 1 else None
         self.register_buffer("terms", terms[..., None, None].float())
         self.register_buffer("signs", torch.cat([signs, signs, signs[:SECOND_ORDER].repeat(3)]) if order > 1 else signs)
-        self.register_buffer("binomial", torch.outer(*torch.tensor([[0.25, 0.5, 0.25]] * 2))[None, None])
+        binomial = torch.tensor([0.25, 0.5, 0.25])
+        self.register_buffer("binomial", torch.outer(binomial, binomial)[None, None])
 
     def forward(self, images: Tensor) -> Tensor:
         red, green, blue = images.float().split(1, 1)
