@@ -76,7 +76,7 @@ def main() -> None:
     features: dict[str, tuple[Tensor, Tensor]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for codec in () if asked.datasets else ("dct", "scatter"):
-            latentprep.encode("shapes", codec=codec, out=Path(folder, codec), splits="train")
+            latentprep.encode("shapes", codec=codec, out=Path(folder, codec), splits=["train"])
             asked.datasets.append(str(Path(folder, codec)))
         for text in asked.datasets:
             path, _, channels = text.partition(":")

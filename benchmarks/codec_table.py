@@ -14,13 +14,16 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
+from matplotlib.lines import Line2D
+
 import latenttrain
 from common import Runs, fill, kept_codes, machine, mean_spread, write_json
 from latentprep.audit.info import info
 from latentprep.cli.console import progress_bar
 from latentprep.codecs import make_codec
-from latentprep.pictures.plots import COLOURS, INK, draw, log_below
+from latentprep.pictures.plots import COLOURS, INK, drawn, log_below
 from latentprep.sources.source import open_source
+from latentprep.storage.atomic import write_atomic
 
 
 @dataclass(frozen=True)
@@ -110,20 +113,30 @@ class Table:
         self.picture(rows)
 
     def picture(self, rows: dict[Row, dict[str, dict]]) -> None:
+        """A line for each dataset, from 1 to 4 bits, with its options and pixels at the fewest bits."""
         codecs = list(dict.fromkeys(row.codec for row in rows))
-        with draw(self.out / "codec_table.png", 1) as (axes,):
-            for row, runs in rows.items():
-                x = next(iter(runs.values()))["bytes_per_image"]
-                y = statistics.mean(run["last_top1"] for run in runs.values())
-                colour = COLOURS[codecs.index(row.codec) % len(COLOURS)]
-                axes.plot(x, y, "o", color=colour, fillstyle=_FILLED[row.bits])
-                label = " ".join([row.codec, *(str(value) for _, value in row.options), f"{row.size}"])
-                axes.annotate(label, (x, y), color=INK, fontsize=6, xytext=(4, 2), textcoords="offset points")
+        with drawn(1, width=6.5, height=4.5) as ((axes,), picture):
+            for dataset in dict.fromkeys(row.dataset for row in rows):
+                chosen = sorted((row for row in rows if row.dataset == dataset), key=lambda row: row.bits)
+                colour = COLOURS[codecs.index(chosen[0].codec) % len(COLOURS)]
+                x = [next(iter(rows[row].values()))["bytes_per_image"] for row in chosen]
+                y = [statistics.mean(run["last_top1"] for run in rows[row].values()) for row in chosen]
+                axes.plot(x, y, "-", color=colour, linewidth=0.8)
+                for row, *at in zip(chosen, x, y, strict=True):
+                    axes.plot(*at, "o", color=colour, fillstyle=_FILLED[row.bits])
+                label = ", ".join([*(f"{name} {value}" for name, value in chosen[0].options), str(chosen[0].size)])
+                axes.annotate(
+                    label, (x[0], y[0]), color=INK, fontsize=7, xytext=(-5, 3), textcoords="offset points", ha="right"
+                )
+            axes.legend(
+                [Line2D([], [], color=COLOURS[i % len(COLOURS)]) for i in range(len(codecs))], codecs, loc="lower right"
+            )
             log_below(axes)
-            axes.margins(0.2, 0.1)
+            axes.margins(0.2, 0.08)
             axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
-            axes.set_xlabel("bytes an image; filled: 4 bits, half: 2 bits, open: 1 bit", color=INK)
-            axes.set_title(f"top-1 after {self.asked.epochs} epochs", loc="left", color=INK)
+            axes.set_xlabel("bytes per image; filled: 4 bits, half: 2 bits, open: 1 bit", color=INK)
+            axes.set_title(f"top-1 after {self.asked.epochs} epochs, by codec and pixels a side", loc="left", color=INK)
+        write_atomic(self.out / "codec_table.png", picture("png"))
 
 
 def main() -> None:
