@@ -149,8 +149,8 @@ def with_quantizer_of(dataset: LatentDataset, asked: Plan, option: str = "quanti
 
 
 def _said(value: Any) -> str:
-    """None is an option that a codec's configuration leaves out."""
-    return "the default" if value is None else str(value)
+    """``none`` is said of what a codec's configuration leaves out."""
+    return "none" if value is None else str(value)
 
 
 def _meaning(plan: Plan) -> dict:

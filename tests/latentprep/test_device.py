@@ -346,7 +346,7 @@ def test_what_scales_pixels_is_part_of_what_a_code_means(tiny: str, images: Path
     assert codec_from_config(older).config() == older
     assert "revision" not in make_codec("taesd", weights=tiny, dtype="float32").config()  # where both are the same
     encode(images, codec=codec_from_config(older), size=64, out=tmp_path / "older")
-    with pytest.raises(DatasetError, match=r"codec.revision is None, but 2 was requested; an earlier version"):
+    with pytest.raises(DatasetError, match=r"codec.revision is none, but 2 was requested; an earlier version"):
         encode(images, codec=codec, size=64, out=tmp_path / "older")
     source = encoder.open_source(images)
     assert latentprep.verify(tmp_path / "older", source=source, device="cpu").compared.differing == 0

@@ -269,11 +269,11 @@ def test_resuming_with_other_settings_is_refused(images: Path, tmp_path: Path, c
     assert encode(images, tmp_path / "out", overwrite=True, **change).encoded > 0
 
 
-def test_what_a_codec_leaves_out_is_called_the_default(images: Path, tmp_path: Path) -> None:
+def test_what_a_codec_leaves_out_is_called_none(images: Path, tmp_path: Path) -> None:
     encode(images, tmp_path / "out", codec="scatter")
-    with pytest.raises(DatasetError, match="codec.order is the default, but 2 was requested"):
+    with pytest.raises(DatasetError, match="codec.order is none, but 2 was requested"):
         encode(images, tmp_path / "out", codec="scatter:order=2")
-    with pytest.raises(DatasetError, match="codec.order is the default there, but 2 was requested"):
+    with pytest.raises(DatasetError, match="codec.order is none there, but 2 was requested"):
         encode(images, tmp_path / "more", codec="scatter:order=2", quantizer=tmp_path / "out")
 
 
