@@ -12,6 +12,7 @@ on random ReLU features of them is fitted to train but for a tenth, which it is 
 from __future__ import annotations
 
 import argparse
+import re
 import tempfile
 from pathlib import Path
 
@@ -64,6 +65,8 @@ def accuracies(features: Tensor, labels: Tensor) -> list[float]:
 
 def channels_of(text: str) -> list[int]:
     """``0-2,7`` -> [0, 1, 2, 7]"""
+    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
+        raise SystemExit(f"channels are written as 0-2,7, got {text}")
     spans = [part.split("-") for part in text.split(",")]
     return [channel for span in spans for channel in range(int(span[0]), int(span[-1]) + 1)]
 
@@ -84,6 +87,8 @@ def main() -> None:
                 features[path] = train_features(path)
             pools, labels = features[path]
             chosen = channels_of(channels) if channels else list(range(pools.shape[1]))
+            if not chosen or max(chosen) >= pools.shape[1]:
+                parser.error(f"{path} has the channels 0 to {pools.shape[1] - 1}, asked for {channels}")
             top1 = accuracies(pools[:, chosen], labels)
             name = Path(path).name + (f":{channels}" if channels else "")
             rows[name] = {"channels": len(chosen), "samples": len(labels), "top1": top1}
