@@ -25,7 +25,7 @@ Joint = Annotated[
     bool | None,
     typer.Option(
         "--joint/--no-joint",
-        help="Choose codes jointly, up to 32 channels. Default: at 1 bit of autoencoders, up to 2 of scatter, resample.",
+        help="Choose up to 32 channels' codes jointly. Default: at 1 bit of autoencoders, to 2 of scatter, resample.",
     ),
 ]
 EqualBits = Annotated[
